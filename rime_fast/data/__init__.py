@@ -1,0 +1,1 @@
+"""Data: record schemas, prompt templates, collation into packed batches, validation."""

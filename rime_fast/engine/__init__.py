@@ -1,0 +1,1 @@
+"""Engine: rollouts, gradient caching and synchronisation."""

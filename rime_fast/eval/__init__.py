@@ -1,0 +1,1 @@
+"""Evaluation: metrics, mutual retrieval, the embedding API, reports."""

@@ -1,0 +1,1 @@
+"""Models: dual-mode read-outs around transformers' Qwen-VL families, packing, tokens."""

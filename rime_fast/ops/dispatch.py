@@ -1,0 +1,75 @@
+"""Which implementation of an operator runs: one table per operator, one rule for all.
+
+Every operator owns a ``BackendTable``: backend name -> a probe that returns None when the backend can serve the call
+or the reason why it cannot. ``backend="auto"`` takes the first that can, in the table's order for the device; an
+explicit choice that cannot serve is an error that gives the reason. The environment variable ``RIME_FAST_BACKEND``
+replaces "auto": either one name for all operators (``RIME_FAST_BACKEND=reference``) or a list
+(``RIME_FAST_BACKEND=contrastive=triton,reward=chunked``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("auto", "reference", "chunked", "triton", "cuda")
+ENVIRONMENT = "RIME_FAST_BACKEND"
+
+Probe = Callable[[torch.Tensor], "str | None"]
+
+
+@dataclass(frozen=True)
+class BackendTable:
+    """The backends of one operator.
+
+    op: the operator's short name, as in the environment variable (logprob, contrastive, reward).
+    probes: backend name -> probe(tensor); the tensor stands for the call (its device and dtype).
+    order: device type ("cpu", "cuda") -> backend names, the preferred one first.
+    """
+
+    op: str
+    probes: Mapping[str, Probe]
+    order: Mapping[str, tuple[str, ...]]
+
+    def choose(self, backend: str, tensor: torch.Tensor) -> str:
+        """The backend that will run for ``tensor``.
+
+        Raises ValueError if ``backend`` (or the environment's choice) is unknown or cannot serve the call.
+        """
+        source = "backend"
+        if backend == "auto":
+            override = _from_environment(self.op)
+            if override is not None:
+                backend, source = override, f"{ENVIRONMENT} for {self.op}"
+        if backend not in BACKENDS:
+            raise ValueError(f"{source} is {backend!r}; expected one of {', '.join(BACKENDS)}")
+        if backend != "auto":
+            reason = self.why_not(backend, tensor)
+            if reason is not None:
+                raise ValueError(f"{source}={backend!r} cannot run here: {reason}")
+            return backend
+        reasons = []
+        for name in self.order.get(tensor.device.type, ("reference",)):
+            reason = self.why_not(name, tensor)
+            if reason is None:
+                return name
+            reasons.append(f"{name}: {reason}")
+        raise ValueError(f"no backend of {self.op} can run on {tensor.device.type}: {'; '.join(reasons)}")
+
+    def why_not(self, backend: str, tensor: torch.Tensor) -> str | None:
+        """The reason ``backend`` cannot serve ``tensor``, or None when it can."""
+        probe = self.probes.get(backend)
+        return f"{self.op} has no {backend} backend" if probe is None else probe(tensor)
+
+
+def _from_environment(op: str) -> str | None:
+    value = os.environ.get(ENVIRONMENT, "").strip()
+    if not value or value == "auto":
+        return None
+    if "=" not in value:
+        return value
+    chosen = dict(part.strip().split("=", 1) for part in value.split(",") if "=" in part)
+    return chosen.get(op)

@@ -1,0 +1,1 @@
+"""The recipe: losses, rewards and policy objectives as pure functions of tensors."""

@@ -1,0 +1,1 @@
+"""Trainers: transformers.Trainer subclasses for joint training and Refine-RL."""
