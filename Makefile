@@ -1,0 +1,49 @@
+# One command each, from a fresh machine:
+#   make demo      set up, train, evaluate, refine, evaluate, report  -> runs/demo/report.html
+#   make test      set up, lint, all tests
+#   make bench     the CPU benchmarks        make gpu   GPU tests and benchmarks (on a machine with a GPU)
+#   make ablation  the demo's claims over 3 seeds   make lint   ruff and mypy
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+EXTRAS := dev,demo,peft,deepspeed,bench
+CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/rime/*.h)
+PYTEST_ARGS ?=
+
+.PHONY: setup demo test bench gpu lint ablation clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.installed
+
+# torch first: csrc is built against the torch that is installed, so the second step runs without build isolation.
+$(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt $(CONSTRAINTS) $(CSRC)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c $(CONSTRAINTS) torch setuptools wheel cmake ninja
+	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PY) -m rime_fast.cli doctor
+	touch $@
+
+demo: setup
+	$(PY) -m rime_fast.cli demo --output_dir runs/demo
+
+ablation: setup
+	$(PY) -m rime_fast.demo.ablation --output_dir runs/ablation
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+bench: setup
+	$(PY) -m rime_fast.cli bench --device cpu --output benchmarks/results/cpu
+
+# Installs nothing: runs on a plain source tree with whatever torch, triton and peers are there.
+gpu:
+	$(PYTHON) benchmarks/run_gpu.py
+
+clean:
+	rm -rf build dist *.egg-info rime_fast/_C.so .pytest_cache .mypy_cache .ruff_cache
