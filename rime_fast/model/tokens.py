@@ -1,0 +1,85 @@
+"""The two embedding tokens: added to the tokenizer, given weights in the model."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DISC_TOKEN = "<disc_emb>"
+GEN_TOKEN = "<gen_emb>"
+REWRITE_OPEN = "<rewrite>"
+REWRITE_CLOSE = "</rewrite>"
+
+# UME-R1's choice: the new rows start as copies of two tokens that the checkpoint already trained as marks of a span.
+_SOURCES = {DISC_TOKEN: "<|object_ref_start|>", GEN_TOKEN: "<|object_ref_end|>"}
+
+
+class EmbeddingTokens(NamedTuple):
+    """Token ids of ``<disc_emb>`` and ``<gen_emb>``."""
+
+    disc_id: int
+    gen_id: int
+
+
+def embedding_token_ids(tokenizer: PreTrainedTokenizerBase) -> EmbeddingTokens:
+    """The ids of both tokens. Raises ValueError if the tokenizer lacks one."""
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in _SOURCES if token not in vocab]
+    if missing:
+        raise ValueError(f"tokenizer lacks {', '.join(missing)}; call add_embedding_tokens(model, tokenizer) first")
+    return EmbeddingTokens(disc_id=vocab[DISC_TOKEN], gen_id=vocab[GEN_TOKEN])
+
+
+@torch.no_grad()
+def add_embedding_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> EmbeddingTokens:
+    """Make ``<disc_emb>`` and ``<gen_emb>`` known to tokenizer and model; a second call changes nothing.
+
+    A token the tokenizer lacks is added as a special token. Its rows of the input table, and of the output table
+    where that is a tensor of its own, become copies of ``<|object_ref_start|>`` (disc) and ``<|object_ref_end|>``
+    (gen), or of the mean row when the tokenizer has no such tokens. The tables grow only when an id lies beyond
+    them: Qwen2-VL's are padded past its tokenizer, so there they keep their size. Rows of tokens that the tokenizer
+    already had are left alone: they are trained weights.
+
+    Call it before wrapping the model (DDP, FSDP, peft) and before the optimizer is made: a resize makes new tensors.
+    """
+    vocab = tokenizer.get_vocab()
+    added = [token for token in _SOURCES if token not in vocab]
+    if added:
+        tokenizer.add_tokens(added, special_tokens=True)
+    ids = embedding_token_ids(tokenizer)
+    rows = _height(model.get_input_embeddings().weight)
+    if max(ids) >= rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    for table in _tables(model):
+        with _whole(table):
+            mean = table[:rows].float().mean(dim=0).to(table.dtype) if added else None
+            for token in added:
+                source = vocab.get(_SOURCES[token])
+                table[tokenizer.convert_tokens_to_ids(token)] = mean if source is None else table[source]
+    return ids
+
+
+def _height(table: torch.Tensor) -> int:
+    """Rows of a table, also where ZeRO-3 has left an empty shell of it on this rank."""
+    return getattr(table, "ds_shape", table.shape)[0]
+
+
+def _whole(table: torch.Tensor) -> AbstractContextManager:
+    """Where ZeRO-3 has partitioned ``table``: a context with all of it, written back from rank 0."""
+    if not hasattr(table, "ds_id"):
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters([table], modifier_rank=0)
+
+
+def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The input table, and the output table unless it is the same tensor."""
+    tables = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not tables[0]:
+        tables.append(head.weight)
+    return tables
