@@ -39,7 +39,7 @@ test: lint
 	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
 bench: setup
-	$(PY) -m rime_fast.cli bench --device cpu --output benchmarks/results/cpu
+	$(PY) -m pytest benchmarks --rime-json benchmarks/results/cpu/bench.json
 
 # Installs nothing: runs on a plain source tree with whatever torch, triton and peers are there.
 gpu:

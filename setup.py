@@ -21,6 +21,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def _tool(name: str) -> str | None:
+    """On PATH, or beside this Python (pip-installed cmake and ninja of a venv that is not activated)."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
 class CMakeBuild(build_ext):
     """One CMake project, one shared library next to the package: rime_fast/_C.so (no Python ABI in it)."""
 
@@ -36,14 +41,14 @@ class CMakeBuild(build_ext):
         except Exception as error:
             if mode == "1":
                 raise
-            print(f"rime-fast: compiled kernels not built ({error}); the pure-torch paths will be used", file=sys.stderr)
+            print(f"rime-fast: compiled kernels not built ({error}); pure torch will be used", file=sys.stderr)
 
     def _cmake(self, ext: Extension) -> None:
         try:
             import torch
         except ImportError as error:
             raise RuntimeError("torch is not importable here; use `pip install --no-build-isolation .`") from error
-        cmake = shutil.which("cmake")
+        cmake = _tool("cmake")
         if cmake is None:
             raise RuntimeError("cmake not found")
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -59,8 +64,8 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if archs := os.environ.get("RIME_FAST_CUDA_ARCHS"):
             configure.append(f"-DRIME_CUDA_ARCHS={archs}")
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        if ninja := _tool("ninja"):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
 

@@ -1,0 +1,257 @@
+"""How every figure here is taken: interleaved, against the floor of the same run, with its error and its memory.
+
+A benchmark hands ``compare`` a dict of callables that do the same work (ours, the peers, and the bare library GEMMs as
+``floor``) and gets one ``Row`` per callable. Rounds go A B C A B C, so that a change of clock or load hits all of them;
+``rotate`` gives each round the next of several input sets, so that a GPU's cache does not hold the inputs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLOOR = "floor"
+SCHEMA = 1
+
+
+@dataclass
+class Row:
+    """One implementation at one shape. Times in milliseconds, memory in MiB above what was allocated before."""
+
+    bench: str
+    case: str
+    impl: str
+    shape: dict[str, Any]
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    ratio_to_floor: float | None = None
+    tflops: float | None = None
+    gbytes_s: float | None = None
+    peak_mib: float | None = None
+    error_fp64: float | None = None
+    first_call_s: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Skipped:
+    """A peer that could not run, and why (printed, and kept in the JSON)."""
+
+    bench: str
+    case: str
+    impl: str
+    reason: str
+
+
+@dataclass
+class Results:
+    """Everything one run produced; ``write`` makes the JSON that plots and comparisons read."""
+
+    device: str = "cpu"
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON (schema 1): environment, rows, skipped."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        body = {
+            "schema": SCHEMA,
+            "environment": environment(self.device),
+            "rows": [asdict(row) for row in self.rows],
+            "skipped": [asdict(row) for row in self.skipped],
+        }
+        path.write_text(json.dumps(body, indent=1) + "\n")
+
+
+def compare(
+    bench: str,
+    case: str,
+    impls: Mapping[str, Callable[[], Any]],
+    *,
+    shape: Mapping[str, Any],
+    device: str = "cpu",
+    rounds: int = 7,
+    flops: float | None = None,
+    nbytes: float | None = None,
+    errors: Mapping[str, float] | None = None,
+    rotate: Callable[[int], None] | None = None,
+    results: Results | None = None,
+) -> dict[str, Row]:
+    """Time ``impls`` interleaved and return a Row for each; they are also appended to ``results``.
+
+    The callable named "floor" is the bare library work; every other row gets its ratio to it. flops and nbytes are
+    what the task needs (not what an implementation does), for TFLOP/s and GB/s. A callable that raises
+    RuntimeError/ImportError on its first call becomes a Skipped entry with the message, except our own ("ours*"),
+    which must run.
+    """
+    first, alive = {}, {}
+    for name, call in impls.items():
+        try:
+            start = time.perf_counter()
+            call()
+            _sync(device)
+            first[name], alive[name] = time.perf_counter() - start, call
+        except (RuntimeError, ImportError, NotImplementedError) as error:
+            if name.startswith("ours"):
+                raise
+            _skip(results, bench, case, name, str(error).splitlines()[0][:200])
+    for call in alive.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in alive}
+    for turn in range(rounds):
+        if rotate is not None:
+            rotate(turn)
+        for name, call in alive.items():
+            times[name].append(_time_once(call, device))
+    floor = statistics.median(times[FLOOR]) if FLOOR in times else None
+    rows = {}
+    for name, call in alive.items():
+        median = statistics.median(times[name])
+        rows[name] = Row(
+            bench=bench, case=case, impl=name, shape=dict(shape), median_ms=median,
+            p20_ms=_quantile(times[name], 0.2), p80_ms=_quantile(times[name], 0.8),
+            ratio_to_floor=median / floor if floor else None,
+            tflops=flops / median / 1e9 if flops else None,
+            gbytes_s=nbytes / median / 1e6 if nbytes else None,
+            peak_mib=peak_memory(call, device) / 2**20,
+            error_fp64=(errors or {}).get(name),
+            first_call_s=first[name],
+        )  # fmt: skip
+    if results is not None:
+        results.rows += rows.values()
+    return rows
+
+
+def _skip(results: Results | None, bench: str, case: str, impl: str, reason: str) -> None:
+    print(f"skipped: {bench}/{case}/{impl}: {reason}")
+    if results is not None:
+        results.skipped.append(Skipped(bench, case, impl, reason))
+
+
+def _sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _time_once(call: Callable[[], Any], device: str) -> float:
+    """Milliseconds of one call: CUDA events on a GPU, the host clock on a CPU."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+
+def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes the call needed at its peak beyond what was there before it (outputs included).
+
+    CUDA: the allocator's own peak. CPU: the process's high-water mark, reset through /proc/self/clear_refs (Linux), so
+    it also counts what libraries allocate outside torch. Resolution is a page; -1 where the kernel offers neither.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return -1
+    before = _status_bytes("VmRSS")
+    call()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Where a figure comes from: device, driver, versions, commit, command."""
+    info: dict[str, Any] = {
+        "device": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _run("git", "rev-parse", "--short", "HEAD"),
+    }
+    for package in ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "sentence-transformers"):
+        try:
+            info[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            info[package] = None
+    if device == "cuda":
+        info["device"] = torch.cuda.get_device_name()
+        info["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        info["cuda"] = torch.version.cuda
+    return info
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """||value - truth|| / ||truth|| in fp64 (NaN never passes a comparison)."""
+    value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
+    return float((value - truth).norm() / truth.norm().clamp_min(1e-300))
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """A fixed-width table, the way kernel people read it: time, ratio to the floor, rate, memory, error."""
+    heads = ("ms", 9), ("x floor", 8), ("TFLOP/s", 8), ("MiB", 8), ("error", 9), ("first s", 8)
+    print(f"{'bench/case':44} {'impl':24}", *(head.rjust(width) for head, width in heads))
+    for row in rows:
+        cells = [
+            f"{row.bench}/{row.case}"[:44].ljust(44), row.impl[:24].ljust(24), f"{row.median_ms:9.2f}",
+            _cell(row.ratio_to_floor, 8, ".2f"), _cell(row.tflops, 8, ".2f"), _cell(row.peak_mib, 8, ".1f"),
+            _cell(row.error_fp64, 9, ".1e"), _cell(row.first_call_s, 8, ".2f"),
+        ]  # fmt: skip
+        print(" ".join(cells))
+
+
+def _cell(value: float | None, width: int, spec: str) -> str:
+    return "-".rjust(width) if value is None else format(value, spec).rjust(width)
