@@ -1,0 +1,42 @@
+"""Row-wise collectives over a process group whose ranks may hold different numbers of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed these two; 2.11 and 2.12 know only the old names.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
+    """All ranks' rows in rank order: [counts[rank], ...] -> [sum(counts), ...]. No gradient.
+
+    Unequal counts travel padded to the largest, because gloo gathers equal blocks only.
+    """
+    longest = max(counts)
+    padded = rows.detach().contiguous()
+    if rows.shape[0] < longest:
+        padded = torch.cat([padded, padded.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+    blocks = padded.new_empty(len(counts) * longest, *rows.shape[1:])
+    all_gather_single(blocks, padded, group=group)
+    if min(counts) == longest:
+        return blocks
+    return torch.cat([block[:count] for block, count in zip(blocks.split(longest), counts, strict=True)])
+
+
+def scatter_sum_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
+    """Sum over ranks, each rank keeps its own rows: [sum(counts), ...] -> [counts[rank], ...]."""
+    longest = max(counts)
+    blocks = rows.contiguous()
+    if min(counts) < longest:
+        blocks = rows.new_zeros(len(counts) * longest, *rows.shape[1:])
+        for slot, part in zip(blocks.split(longest), rows.split(counts), strict=True):
+            slot[: part.shape[0]] = part
+    own = blocks.new_empty(longest, *rows.shape[1:])
+    reduce_scatter_single(own, blocks, op=dist.ReduceOp.SUM, group=group)
+    return own[: counts[dist.get_rank(group)]]

@@ -1,0 +1,118 @@
+"""The public contrastive loss: checks, choice of backend, and the weighted sum of the terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops.contrastive.distributed import check_group, grouped_terms
+from rime_fast.ops.contrastive.inputs import Problem, check_labels, make_problem
+from rime_fast.ops.contrastive.reference import reference_terms
+from rime_fast.ops.dispatch import BackendTable
+
+TABLE = BackendTable(
+    op="contrastive",
+    probes={"reference": lambda tensor: None},
+    order={"cpu": ("reference",), "cuda": ("reference",)},
+)
+
+
+@dataclass
+class ContrastiveOutput:
+    """What ``contrastive_loss`` returns.
+
+    loss: 0-d, fp32 (fp64 for fp64 inputs): the sum over terms of weight x C(query mode, key mode).
+    per_term: "query mode-key mode" -> C, 0-d, before its weight; carries gradient as ``loss`` does.
+    accuracy: "query mode-key mode" -> hit@1, 0-d, detached: the share of queries whose positive is more similar than
+        every other candidate that is not masked. An equal candidate is a miss.
+    """
+
+    loss: Tensor
+    per_term: dict[str, Tensor]
+    accuracy: dict[str, Tensor]
+
+
+def contrastive_loss(
+    queries: Mapping[str, Tensor],
+    keys: Mapping[str, Tensor],
+    *,
+    terms: Sequence[tuple[str, str, float]],
+    temperature: float | Tensor = 0.02,
+    labels: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    margin: float | None = None,
+    symmetric: bool = True,
+    group: Any = None,
+    backend: str = "auto",
+) -> ContrastiveOutput:
+    """InfoNCE over every pair of modes in ``terms``, without an N x N matrix (recipe.md, section 3).
+
+    C(a, b) = 1/2 [ mean_i CE(a_i . b_all / tau, label_i) + mean_i CE(b_label_i . a_all / tau, i) ]; with
+    ``symmetric=False`` the first half alone, with factor 1.
+
+    Args:
+        queries: mode name -> [N, D] (bf16, fp16, fp32 or fp64; unit norm is usual, not required).
+        keys: mode name -> [K, D], same dtype and device. K > N: the further rows are hard negatives, candidates of
+            the first direction only (they have no query of their own, so no term of the second).
+        terms: (query mode, key mode, weight), for instance RIME's ``[("disc", "disc", 1.), ("gen", "gen", 1.),
+            ("gen", "disc", .5), ("disc", "gen", .5)]``.
+        temperature: tau, a number > 0 or a floating 0-d tensor, which then receives its gradient.
+        labels: [N] int64, the key of each query; default: key i for query i. Two queries may share a key.
+        query_ids, key_ids: [N], [K] int64, both or neither: candidates whose ids are equal are left out of both
+            directions (false negatives). The labelled positive is never left out, so a row always keeps one candidate;
+            a row with no other candidate has loss 0.
+        margin: leave out candidates whose similarity q.k exceeds that of the anchor's positive by more than this.
+            In the second direction the anchor is the key (its most similar labelled query counts).
+        symmetric: both directions, or queries to keys only.
+        group: a torch.distributed process group. Rows are this rank's; candidates are all ranks' keys (in rank order)
+            and, in the second direction, all ranks' queries; ``labels`` index the keys of all ranks (default: key i of
+            this rank). Ranks may hold different N and K; every rank must call, and call backward. Not under compile.
+        backend: "auto" | "reference" | "chunked" | "triton" | "cuda".
+
+    With ``group``, what each rank gets: ``loss``, ``per_term`` and ``accuracy`` are those of the GLOBAL batch, the same
+    numbers on every rank as one process holding all rows would compute, and the gradients of this rank's ``queries``
+    and ``keys`` are the matching rows of that one process's gradients (contributions of remote rows included). The
+    gradient of a tensor shared by all ranks (the model, a learnable temperature) is therefore the SUM over ranks:
+    under gradient averaging (DDP, FSDP, DeepSpeed) multiply the loss by the world size; under summing use it as it is.
+
+    NaN or Inf in a row gives a NaN loss and NaN gradients where they depend on that row; other rows' gradients stay
+    finite where the mathematics allows (symmetric=False).
+
+    Raises:
+        ValueError, TypeError: naming the argument. With ``group`` on every rank, also for another rank's argument or
+            for ranks that disagree. Labels out of range on CUDA are a device-side assertion (no sync to look).
+    """
+    arguments = (queries, keys, terms, temperature, labels, query_ids, key_ids, margin, symmetric)
+    if group is not None and check_group(group):
+        problem, per_term, hits = grouped_terms(arguments, group, backend, TABLE)
+    else:
+        problem = make_problem(*arguments)
+        per_term, hits = _local_terms(problem, backend)
+    losses = per_term.unbind()
+    # Weights stay Python numbers: a tensor made from host data would make the host wait on CUDA.
+    loss = problem.weights[0] * losses[0]
+    for weight, value in zip(problem.weights[1:], losses[1:], strict=True):
+        loss = loss + weight * value
+    return ContrastiveOutput(
+        loss=loss,
+        per_term=dict(zip(problem.names, losses, strict=True)),
+        accuracy=dict(zip(problem.names, hits.detach().unbind(), strict=True)),
+    )
+
+
+def _local_terms(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    TABLE.choose(backend, problem.queries[0])
+    labels = problem.labels
+    if labels is None:
+        labels = torch.arange(problem.n_queries, device=problem.queries[0].device)
+    else:
+        check_labels(labels, problem.n_keys)
+    return reference_terms(
+        problem.queries, problem.keys, problem.terms, problem.temperature, labels,
+        problem.query_ids, problem.key_ids, problem.margin, problem.symmetric,
+    )  # fmt: skip
