@@ -1,0 +1,160 @@
+"""Retrieval sets for evaluation: queries, candidates, and which candidates are right."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rime_fast.data.records import DataError, Problem, Side, kind_of, side_from_json, side_to_json
+from rime_fast.data.rows import iter_rows
+
+Problems = list[tuple[str, str]]
+
+
+@dataclass
+class RetrievalSet:
+    """correct[i]: indices into ``candidates`` that are right for query i. pools[i]: the candidates query i is ranked
+    against (None: all of them). gains[i]: relevance of each of correct[i] for nDCG (None: 1 each)."""
+
+    queries: list[Side]
+    candidates: list[Side]
+    correct: list[list[int]]
+    pools: list[list[int]] | None = None
+    gains: list[list[float]] | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for label, given in (("correct", self.correct), ("pools", self.pools), ("gains", self.gains)):
+            if given is not None and len(given) != len(self.queries):
+                raise ValueError(f"{label} has {len(given)} entries for {len(self.queries)} queries")
+        for i, right in enumerate(self.correct):
+            if not right:
+                raise ValueError(f"correct[{i}] is empty; every query needs a right candidate")
+            pool = range(len(self.candidates)) if self.pools is None else set(self.pools[i])
+            if lost := [index for index in right if index not in pool]:
+                raise ValueError(f"correct[{i}] names candidate {lost[0]}, which is not among its candidates")
+            if self.gains is not None and len(self.gains[i]) != len(right):
+                raise ValueError(f"gains[{i}] has {len(self.gains[i])} entries for {len(right)} right candidates")
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, image_root: str | Path | None = None) -> RetrievalSet:
+        """Read either form of docs/data.md. Raises DataError naming file, row and field.
+
+        One JSON object ``{"name", "candidates": [side], "queries": [{"query": side, "correct": index or list,
+        "candidates": [index], "gains": [number]}]}``; or JSONL (MMEB-style) with one query a line and its candidates
+        inline: ``{"query": side, "candidates": [side], "correct": index or list}``. Equal inline candidates become one.
+        """
+        path = Path(path)
+        root = os.fspath(path.parent if image_root is None else image_root)
+        rows = iter_rows(path)
+        try:
+            whole = json.loads(path.read_bytes())
+        except json.JSONDecodeError:
+            whole = None  # several lines: JSONL
+        if isinstance(whole, dict) and "queries" in whole:
+            return _read_shared(whole, path, root)
+        return _read_inline(rows, path, root)
+
+    def save(self, path: str | Path) -> None:
+        """Write the one-object form. Images must be paths."""
+        queries: list[dict[str, Any]] = []
+        for i, side in enumerate(self.queries):
+            entry: dict[str, Any] = {"query": side_to_json(side), "correct": self.correct[i]}
+            entry |= {"candidates": self.pools[i]} if self.pools is not None else {}
+            entry |= {"gains": self.gains[i]} if self.gains is not None else {}
+            queries.append(entry)
+        whole = {"name": self.name, "candidates": [side_to_json(side) for side in self.candidates], "queries": queries}
+        Path(path).write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+
+
+def _read_shared(whole: dict[str, Any], path: Path, root: str) -> RetrievalSet:
+    problems: list[Problem] = []
+
+    def take(row: int, found: Problems) -> None:
+        problems.extend(Problem(str(path), row, field, problem) for field, problem in found)
+
+    found: Problems = [
+        (key, "unknown key; known: name, candidates, queries")
+        for key in whole
+        if key not in ("name", "candidates", "queries")
+    ]
+    listed = {key: whole.get(key) for key in ("candidates", "queries")}
+    found += [(key, f"is {kind_of(v)}; expected a list") for key, v in listed.items() if not isinstance(v, list) or not v]
+    take(0, found)
+    if problems:
+        raise DataError(problems)
+    found = []
+    candidates = [side_from_json(raw, f"candidates[{i}]", root, found) for i, raw in enumerate(whole["candidates"])]
+    take(0, found)
+    queries, correct, pools, gains = [], [], [], []
+    for i, raw in enumerate(whole["queries"]):
+        found = []
+        if not isinstance(raw, dict):
+            take(i + 1, [("queries", f"is {kind_of(raw)}; expected an object")])
+            continue
+        known = ("query", "correct", "candidates", "gains")
+        found += [(key, f"unknown key; known: {', '.join(known)}") for key in raw if key not in known]
+        queries.append(side_from_json(raw.get("query"), "query", root, found))
+        pool = _indices(raw.get("candidates"), len(candidates), "candidates", found) if "candidates" in raw else None
+        right = _indices(raw.get("correct"), len(candidates), "correct", found)
+        if pool is not None and (lost := set(right) - set(pool)):
+            found.append(("correct", f"names candidate {min(lost)}, which is not among this query's candidates"))
+        weights = raw.get("gains", [1.0] * len(right))
+        if not isinstance(weights, list) or len(weights) != len(right):
+            found.append(("gains", f"expected one number for each of {len(right)} right candidates"))
+        correct.append(right)
+        pools.append(pool)
+        gains.append(weights)
+        take(i + 1, found)
+    if problems:
+        raise DataError(problems)
+    everything = list(range(len(candidates)))
+    return RetrievalSet(
+        queries,
+        candidates,
+        correct,
+        None if all(pool is None for pool in pools) else [everything if pool is None else pool for pool in pools],
+        gains if any("gains" in raw for raw in whole["queries"]) else None,
+        str(whole.get("name") or path.stem),
+    )
+
+
+def _read_inline(rows: Any, path: Path, root: str) -> RetrievalSet:
+    problems: list[Problem] = []
+    queries, correct, pools = [], [], []
+    candidates: list[Side] = []
+    seen: dict[str, int] = {}
+    for row in rows:
+        found: Problems = [("", row.error)] if row.error else []
+        raw = row.value
+        if not found and (not isinstance(raw, dict) or not isinstance(raw.get("candidates"), list)):
+            found.append(("candidates", "expected an object with query, candidates (a list of sides) and correct"))
+        if not found:
+            known = ("query", "candidates", "correct")
+            found += [(key, f"unknown key; known: {', '.join(known)}") for key in raw if key not in known]
+            queries.append(side_from_json(raw.get("query"), "query", root, found))
+            pool = []
+            for i, entry in enumerate(raw["candidates"]):
+                key = json.dumps(entry, sort_keys=True)
+                if key not in seen:
+                    seen[key] = len(candidates)
+                    candidates.append(side_from_json(entry, f"candidates[{i}]", root, found))
+                pool.append(seen[key])
+            right = _indices(raw.get("correct"), len(pool), "correct", found)
+            correct.append([pool[i] for i in right])
+            pools.append(list(dict.fromkeys(pool)))
+        problems.extend(Problem(str(path), row.number, field, problem) for field, problem in found)
+    if problems:
+        raise DataError(problems)
+    return RetrievalSet(queries, candidates, correct, pools, None, path.stem)
+
+
+def _indices(raw: Any, limit: int, where: str, problems: Problems) -> list[int]:
+    values = raw if isinstance(raw, list) else [raw]
+    if not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < limit for v in values):
+        problems.append((where, f"is {str(raw)[:60]}; expected indices from 0 to {limit - 1}"))
+        return []
+    return values
