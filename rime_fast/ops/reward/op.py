@@ -1,0 +1,119 @@
+"""score_rewrites_: the public call, its checks, and the choice of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rime_fast.ops._checks import FLOATS, INDICES, check_tensor, describe, require_range
+from rime_fast.ops.dispatch import BackendTable
+from rime_fast.ops.reward import reference
+from rime_fast.ops.reward.weights import TERM_NAMES, RewardWeights
+
+_TABLE = BackendTable(
+    op="reward",
+    probes={"reference": lambda _: None},
+    order={"cpu": ("reference",), "cuda": ("reference",)},
+)
+
+
+@torch.no_grad()
+def score_rewrites_(
+    rewards: Tensor,
+    advantages: Tensor,
+    *,
+    gen: Tensor,
+    anchors: Tensor,
+    positive: Tensor,
+    format_ok: Tensor,
+    lengths: Tensor | None = None,
+    disc_similarity: Tensor | None = None,
+    negatives_mask: Tensor | None = None,
+    weights: RewardWeights = RewardWeights(),  # noqa: B008 (frozen)
+    group: dist.ProcessGroup | None = None,
+    terms: Mapping[str, Tensor] | None = None,
+    backend: str = "auto",
+) -> None:
+    """Score G rewrites of each of B items against an anchor bank and write rewards and advantages in place.
+
+    The formulas are in ``RewardWeights`` (recipe section 4); every rank, mean and standard deviation is formed from
+    similarities of at least fp32 precision whatever the input dtype, since inside a group they differ by about 1e-3.
+
+    rewards, advantages: [B, G] fp32, written; any strides, so views into a rollout buffer are fine.
+    gen: [B, G, D] floating, the generated embeddings, unit norm. NaN or Inf marks a missing embedding.
+    anchors: [A, D] floating, unit norm; on gen's device, or on the CPU (pinned for speed) while gen is on a GPU, in
+        which case it streams. An anchor that is not finite is nobody's negative.
+    positive: [B] int64, the item's own anchor in the whole bank (mode "ume_r1": the first of its group).
+    format_ok: [B, G] bool. lengths: [B, G] integer or floating, rewrite tokens; None leaves the length term out.
+    disc_similarity: [B] or [B, G] floating, cos(d, a+) of the item's discriminative embedding; None leaves the
+        refine term out.
+    negatives_mask: [B, A] bool, True where an anchor may be a negative of the item (False for equal ids or texts);
+        A is the size of the whole bank. The own anchors never are.
+    group: a torch.distributed group over which the bank is sharded: ``anchors`` is this rank's part, the bank is all
+        parts in rank order, ``positive`` and ``negatives_mask`` speak of the whole bank, everything else is local.
+        B and G may differ between ranks; D and ``weights`` may not.
+    terms: name -> [B, G] fp32 buffer to fill, names as in ``TERM_NAMES``.
+
+    A rollout whose embedding or own anchor is missing gets the format-failed reward (no format, score or refine
+    term) and counts 1 in terms["nan"]. On the CPU a ``positive`` outside the bank raises; on a GPU, where looking
+    would stop the host, it is such a missing anchor.
+
+    Raises TypeError or ValueError, naming the argument, for wrong shapes, dtypes, devices, empty sizes or names.
+    """
+    _check(rewards, advantages, gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, terms)
+    if not isinstance(weights, RewardWeights):
+        raise TypeError(f"weights: expected RewardWeights, got {describe(weights)}")
+    if group is not None and group.size() > 1:
+        raise ValueError("group: a bank sharded over several ranks is not supported by this version")
+    if positive.device.type == "cpu":
+        require_range("positive", positive, 0, anchors.shape[0] - weights.positives + 1)
+    _TABLE.choose(backend, gen)
+    found = reference.statistics(gen, anchors, positive, negatives_mask, weights)
+    per_prompt = disc_similarity if disc_similarity is None or disc_similarity.dim() == 2 else disc_similarity[:, None]
+    result = reference.rewards(found, format_ok, lengths, per_prompt, weights)
+    rewards.copy_(result["reward"])
+    advantages.copy_(result["advantage"])
+    for name, buffer in (terms or {}).items():
+        buffer.copy_(result[name])
+
+
+def _check(
+    rewards: Tensor,
+    advantages: Tensor,
+    gen: Tensor,
+    anchors: Tensor,
+    positive: Tensor,
+    format_ok: Tensor,
+    lengths: Tensor | None,
+    disc_similarity: Tensor | None,
+    negatives_mask: Tensor | None,
+    terms: Mapping[str, Tensor] | None,
+) -> None:
+    check_tensor("gen", gen, shape=("B", "G", "D"), dtypes=FLOATS)
+    n_items, group_size, width = gen.shape
+    if 0 in gen.shape:
+        raise ValueError(f"gen: expected at least one item, rollout and feature, got {describe(gen)}")
+    check_tensor("anchors", anchors, shape=("A", width), dtypes=FLOATS)
+    if anchors.shape[0] == 0:
+        raise ValueError(f"anchors: expected at least one anchor, got {describe(anchors)}")
+    if anchors.device.type != "cpu":
+        check_tensor("anchors", anchors, device=gen.device)
+    buffers = {"rewards": rewards, "advantages": advantages}
+    for name, buffer in (terms or {}).items():
+        if name not in TERM_NAMES:
+            raise ValueError(f"terms: unknown term {name!r}; expected names out of {', '.join(TERM_NAMES)}")
+        buffers[f"terms[{name!r}]"] = buffer
+    for name, buffer in buffers.items():
+        check_tensor(name, buffer, shape=(n_items, group_size), dtypes=(torch.float32,), device=gen.device)
+    check_tensor("positive", positive, shape=(n_items,), dtypes=(torch.int64,), device=gen.device)
+    check_tensor("format_ok", format_ok, shape=(n_items, group_size), dtypes=(torch.bool,), device=gen.device)
+    if lengths is not None:
+        check_tensor("lengths", lengths, shape=(n_items, group_size), dtypes=INDICES + FLOATS, device=gen.device)
+    if disc_similarity is not None:
+        shape = (n_items,) if disc_similarity.dim() == 1 else (n_items, group_size)
+        check_tensor("disc_similarity", disc_similarity, shape=shape, dtypes=FLOATS, device=gen.device)
+    if negatives_mask is not None:
+        check_tensor("negatives_mask", negatives_mask, shape=(n_items, "A"), dtypes=(torch.bool,), device=gen.device)
