@@ -1,0 +1,162 @@
+"""What the public functions of operator A accept: checks, autocast, and the packed form the backends work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops import _checks as check
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Pool = Tensor | tuple[Tensor, Tensor]
+
+
+class Call(NamedTuple):
+    """One checked call. K = all read-outs of all pools together, in the order of ``names``."""
+
+    hidden: Tensor  # [T, H]
+    lm_head: Tensor  # [V, H]
+    targets: Tensor  # [T] int64, in the whole vocabulary
+    starts: Tensor  # [K] int64
+    ends: Tensor  # [K] int64
+    bias: Tensor | None  # [V]
+    temperature: Tensor  # 0-d, fp32 or fp64
+    softcap: float  # 0 = none
+    ignore_index: int
+    entropy: bool
+    normalize: bool
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    vocab_start: int  # the first column of this rank's head
+    group: str  # name of the vocabulary group, "" = the head is whole
+
+
+def prepare(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    pools: Mapping[str, Pool] | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    entropy: bool,
+    normalize: bool,
+    vocab_group: ProcessGroup | None,
+) -> Call:
+    """Check every argument of a call and bring it into the form the backends take."""
+    check.check_tensor("hidden", hidden, shape=("T", "H"), dtypes=check.FLOATS)
+    rows, width = hidden.shape
+    device = hidden.device
+    check.check_tensor("lm_head", lm_head, shape=("V", width), dtypes=check.FLOATS, device=device)
+    hidden, lm_head = _autocast(hidden, lm_head)
+    if lm_head.dtype != hidden.dtype:
+        raise TypeError(
+            f"lm_head: expected the dtype of hidden ({_name(hidden.dtype)}), got {check.describe(lm_head)}; "
+            "cast one of them or use torch.autocast"
+        )
+    if width == 0 or lm_head.shape[0] == 0:
+        raise ValueError(f"lm_head: expected V >= 1 and H >= 1, got {check.describe(lm_head)}")
+    check.check_tensor("targets", targets, shape=(rows,), dtypes=check.INDICES, device=device)
+    if bias is not None:
+        check.check_tensor("bias", bias, shape=(lm_head.shape[0],), dtypes=check.FLOATS, device=device)
+    if softcap is not None:
+        check.check_number("softcap", softcap)
+        check.check_positive("softcap", softcap)
+    check.check_int("ignore_index", ignore_index)
+    check.check_flag("entropy", entropy)
+    check.check_flag("normalize", normalize)
+    vocabulary, vocab_start, group = lm_head.shape[0], 0, ""
+    if vocab_group is not None:
+        from rime_fast.ops.logprob_pool.vocab_parallel import shard
+
+        vocabulary, vocab_start, group = shard(lm_head, vocab_group)
+    targets = targets.long()
+    _check_targets(targets, vocabulary, ignore_index)
+    names, sizes, starts, ends = _pack_pools(pools, rows, device)
+    return Call(
+        hidden, lm_head, targets, starts, ends, bias, _temperature(temperature, hidden), float(softcap or 0.0),
+        ignore_index, entropy, normalize, names, sizes, vocab_start, group,
+    )  # fmt: skip
+
+
+def check_weight(token_weight: Tensor | None, hidden: Tensor) -> Tensor:
+    """token_weight as fp32 [T] (fp64 beside fp64 hidden states); None means 1 everywhere."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if token_weight is None:
+        return torch.ones(hidden.shape[0], dtype=dtype, device=hidden.device)
+    shape, device = (hidden.shape[0],), hidden.device
+    check.check_tensor("token_weight", token_weight, shape=shape, dtypes=check.FLOATS, device=device)
+    return token_weight.to(dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _autocast(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
+    """Under torch.autocast the operands take its dtype, as those of a linear layer do; the results stay fp32."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return hidden, lm_head
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), lm_head.to(dtype)
+
+
+def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor:
+    """A 0-d tensor beside hidden, fp32 (fp64 beside fp64); keeps the graph of a given tensor."""
+    check.check_positive("temperature", temperature)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if not isinstance(temperature, Tensor):
+        return torch.full((), float(temperature), dtype=dtype, device=hidden.device)
+    check.require(temperature.detach() > 0, "temperature: expected a value above 0")
+    return temperature.to(device=hidden.device, dtype=dtype)
+
+
+def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Every target is ignored or in [0, V)."""
+    good = (targets == ignore_index) | ((targets >= 0) & (targets < vocabulary))
+    message = f"targets: expected values in [0, {vocabulary}) or ignore_index ({ignore_index})"
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(good.all()):
+        row = int((~good).to(torch.int8).argmax())
+        raise ValueError(f"{message}, got {int(targets[row])} at row {row}")
+    check.require(good, message)
+
+
+def _pack_pools(
+    pools: Mapping[str, Pool] | None, rows: int, device: torch.device
+) -> tuple[tuple[str, ...], tuple[int, ...], Tensor, Tensor]:
+    """(names, sizes, starts [K], ends [K]) of all read-outs; an index i is the span [i, i + 1)."""
+    if pools is not None and not isinstance(pools, Mapping):
+        came = check.describe(pools)
+        raise TypeError(f"pools: expected a dict name -> index [N] or (starts [N], ends [N]), got {came}")
+    names: list[str] = []
+    sizes: list[int] = []
+    starts: list[Tensor] = []
+    ends: list[Tensor] = []
+    for name, pool in (pools or {}).items():
+        label = f"pools[{name!r}]"
+        if isinstance(pool, (tuple, list)):
+            if len(pool) != 2:
+                raise ValueError(f"{label}: expected (starts, ends), got {len(pool)} entries")
+            first, last = pool
+            check.check_tensor(f"{label} starts", first, shape=("N",), dtypes=check.INDICES, device=device)
+            check.check_tensor(f"{label} ends", last, shape=(first.shape[0],), dtypes=check.INDICES, device=device)
+            check.require_range(f"{label} starts", first, 0, rows)
+            check.require_range(f"{label} ends", last, 1, rows + 1)
+            check.require(last > first, f"{label}: expected starts < ends")
+        else:
+            check.check_tensor(label, pool, shape=("N",), dtypes=check.INDICES, device=device)
+            check.require_range(label, pool, 0, rows)
+            first, last = pool, pool + 1
+        names.append(name)
+        sizes.append(first.shape[0])
+        starts.append(first.long())
+        ends.append(last.long())
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    return tuple(names), tuple(sizes), torch.cat([empty, *starts]), torch.cat([empty, *ends])

@@ -1,0 +1,151 @@
+"""Which backend of operator A runs, and the operators' bodies in terms of backend functions on real tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops.dispatch import BackendTable
+from rime_fast.ops.logprob_pool import chunked, vocab_parallel
+from rime_fast.ops.logprob_pool.chunked import Gradients, Needs, Statistics
+from rime_fast.ops.logprob_pool.pooling import pool_backward_, pool_forward
+
+
+def _any(_: Tensor) -> str | None:
+    return None
+
+
+def _no_fp64(tensor: Tensor) -> str | None:
+    return "it computes in fp32; fp64 runs on the reference" if tensor.dtype == torch.float64 else None
+
+
+TABLE = BackendTable(
+    op="logprob",
+    probes={"reference": _any, "chunked": _no_fp64},
+    order={"cpu": ("chunked", "reference"), "cuda": ("chunked", "reference")},
+)
+
+
+def forward(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    normalize: bool,
+    backend: str,
+    vocab_start: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Body of rime_fast::logprob_pool."""
+    scored = chunked.scored_rows(targets, ignore_index)
+    local = targets - vocab_start
+    stats = chunked.forward(hidden, lm_head, local, scored, bias, temperature, softcap, entropy)
+    if group:
+        stats = vocab_parallel.merge(stats, group)
+    logp, row_entropy = _finish_rows(stats, targets, ignore_index)
+    pooled, inv_norm = pool_forward(hidden, starts, ends, normalize)
+    return logp, stats.lse.clone(), row_entropy, pooled, inv_norm
+
+
+def _finish_rows(stats: Statistics, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """logp and entropy (empty if not asked for) from the rows' statistics."""
+    ignored = targets == ignore_index
+    logp = (stats.hit - stats.lse).masked_fill_(ignored, 0.0)
+    if not stats.mean.shape[0] and logp.shape[0]:
+        return logp, logp.new_empty(0)
+    return logp, (stats.lse - stats.mean).masked_fill_(ignored, 0.0)
+
+
+def backward(
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_pooled: Tensor | None,
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    lse: Tensor,
+    row_entropy: Tensor,
+    pooled: Tensor,
+    inv_norm: Tensor,
+    softcap: float,
+    ignore_index: int,
+    normalize: bool,
+    backend: str,
+    vocab_start: int,
+    group: str,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Body of rime_fast::logprob_pool_backward."""
+    scored = chunked.scored_rows(targets, ignore_index)
+    if grad_logp is None and grad_entropy is None:
+        scored = scored[:0]  # only read-outs were used: the head has no part in it
+    rows_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
+    found = chunked.backward(
+        hidden, lm_head, targets - vocab_start, scored, lse, row_entropy if grad_entropy is not None else None,
+        rows_logp, grad_entropy, bias, temperature, softcap, needs,
+    )  # fmt: skip
+    if group:
+        found = vocab_parallel.reduce_gradients(found, group)
+    if found.hidden is not None and grad_pooled is not None:
+        pool_backward_(found.hidden, grad_pooled, pooled, inv_norm, starts, ends, normalize)
+    return _as_results(found, hidden, lm_head, bias, temperature)
+
+
+def _as_results(
+    found: Gradients, hidden: Tensor, lm_head: Tensor, bias: Tensor | None, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def result(grad: Tensor | None, source: Tensor | None) -> Tensor:
+        if grad is None or source is None:
+            return hidden.new_empty(0)
+        return grad.to(source.dtype)
+
+    return (
+        result(found.hidden, hidden), result(found.lm_head, lm_head), result(found.bias, bias),
+        result(found.temperature, temperature),
+    )  # fmt: skip
+
+
+def linear_ce(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    token_weight: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    normalize: bool,
+    backend: str,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Body of rime_fast::linear_ce."""
+    scored = chunked.scored_rows(targets, ignore_index)
+    stats, found = chunked.forward_with_gradient(
+        hidden, lm_head, targets, scored, token_weight, bias, temperature, softcap, entropy, needs
+    )
+    logp, row_entropy = _finish_rows(stats, targets, ignore_index)
+    pooled, inv_norm = pool_forward(hidden, starts, ends, normalize)
+    loss = -(token_weight * logp).sum()
+
+    def result(grad: Tensor | None, source: Tensor | None) -> Tensor:
+        if grad is None or source is None:
+            return hidden.new_empty(0)
+        return grad.to(chunked.gradient_dtype(source.dtype))
+
+    return (
+        loss, logp, stats.lse.clone(), row_entropy, pooled, inv_norm, result(found.hidden, hidden),
+        result(found.lm_head, lm_head), result(found.bias, bias), result(found.temperature, temperature),
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""Operator A in plain torch: the truth for tests, the fallback for odd dtypes, and the source of second derivatives.
+
+Row t with hidden state x, head W, bias b, soft cap c and temperature tau:
+    s = W x + b;   s <- c tanh(s / c) if c;   z = s / tau;   lse = log sum_v exp z_v
+    logp = z[target] - lse;   entropy = lse - sum_v p_v z_v, p = exp(z - lse)
+A read-out over rows [start, end): e = mean of the rows, divided by max(|e|, 1e-12) when normalised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-12  # the smallest norm divided by; torch.nn.functional.normalize uses the same
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a computation on ``dtype`` runs in: fp64 stays, all else is fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scores(x: Tensor, lm_head: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float) -> Tensor:
+    """z [M, V] of the rows x [M, H]; ``softcap`` 0 means none."""
+    dtype = wide(x.dtype)
+    s = x.to(dtype) @ lm_head.to(dtype).t()
+    if bias is not None:
+        s = s + bias.to(dtype)
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    return s / temperature.to(dtype)
+
+
+def reference_rows(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """logp [T] and entropy [T] (or None), 0 where ignored. Only the scored rows meet the head."""
+    scored = (targets != ignore_index).nonzero().squeeze(1)
+    z = scores(hidden[scored], lm_head, bias, temperature, softcap)
+    lse = z.logsumexp(dim=1)
+    logp = z.gather(1, targets[scored].long().unsqueeze(1)).squeeze(1) - lse
+    zeros = hidden.new_zeros(hidden.shape[0], dtype=z.dtype)
+    if not entropy:
+        return zeros.index_put((scored,), logp), None
+    p = (z - lse.unsqueeze(1)).exp()
+    # xlogy-like: a score of -inf has p = 0 and adds nothing.
+    mean_score = torch.where(p > 0, p * z, torch.zeros_like(z)).sum(dim=1)
+    mean_score = torch.where(p.isnan().any(dim=1), p.sum(dim=1), mean_score)
+    return zeros.index_put((scored,), logp), zeros.index_put((scored,), lse - mean_score)
+
+
+def reference_pools(hidden: Tensor, starts: Tensor, ends: Tensor, normalize: bool) -> Tensor:
+    """[K, H]: mean of hidden[starts[k] : ends[k]], unit norm if asked. One gather of the rows read, one segment sum."""
+    x = hidden.to(wide(hidden.dtype))
+    counts = ends - starts
+    owner = torch.repeat_interleave(torch.arange(starts.shape[0], device=x.device), counts)
+    first = counts.cumsum(0) - counts
+    rows = torch.arange(owner.shape[0], device=x.device) - first[owner] + starts[owner]
+    e = x.new_zeros(starts.shape[0], x.shape[1]).index_add(0, owner, x[rows]) / counts.unsqueeze(1)
+    if normalize:
+        e = e / e.norm(dim=1, keepdim=True).clamp_min(EPSILON)
+    return e
+
+
+def reference(
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(logp [T], entropy [T] | None, pooled [K, H]) in fp32 (fp64 for fp64 inputs); differentiable twice and more."""
+    logp, row_entropy = reference_rows(
+        hidden, lm_head, targets, bias, temperature, softcap, ignore_index, entropy
+    )
+    return logp, row_entropy, reference_pools(hidden, starts, ends, normalize)

@@ -1,0 +1,68 @@
+"""The row kernels of the chunked backend: one block of logits [R, V] fp32 -> statistics, and -> its gradient in place.
+
+z = softcap(logits + bias) / temperature (see reference.py). Per row the forward gives
+    lse = log sum exp z,   hit = z[target],   mean = sum_v p_v z_v   (only when the entropy is asked for)
+and the backward, from the upstream gradients g of logp and h of the entropy, overwrites the logits with
+    dlogits_v = dz_v * (1 - tanh^2) / temperature,   dz_v = g ([v = target] - p_v) - h p_v (z_v - lse + entropy)
+and returns sum_v dz_v z_v, of which -1/temperature is the row's share of the temperature's gradient.
+A target outside [0, V) hits nothing: that is how a rank without the target's column takes part (vocab_parallel.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops.logprob_pool.reference import wide
+
+
+def rows_forward(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, hit, mean), each [R] fp32; ``mean`` is empty unless ``entropy``."""
+    z = _scores(logits, bias, temperature, softcap)
+    lse = z.logsumexp(dim=1)
+    inside = (targets >= 0) & (targets < z.shape[1])
+    hit = z.gather(1, torch.where(inside, targets, 0).unsqueeze(1)).squeeze(1)
+    hit = torch.where(inside, hit, torch.zeros_like(hit))
+    if not entropy:
+        return lse, hit, lse.new_empty(0)
+    p = (z - lse.unsqueeze(1)).exp()
+    mean = torch.where(p == 0, p, p * z).sum(dim=1)
+    return lse, hit, mean
+
+
+def rows_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
+) -> Tensor:
+    """Overwrite ``logits`` by their gradient; returns sum_v dz_v z_v [R]."""
+    z = _scores(logits, bias, temperature, softcap)
+    shifted = z - lse.unsqueeze(1)
+    p = shifted.exp()
+    dz = -grad_logp.unsqueeze(1) * p
+    if grad_entropy is not None and entropy is not None:
+        slope = torch.where(p == 0, p, p * (shifted + entropy.unsqueeze(1)))
+        dz -= grad_entropy.unsqueeze(1) * slope
+    inside = (targets >= 0) & (targets < z.shape[1])
+    at = torch.where(inside, targets, 0).unsqueeze(1)
+    dz.scatter_add_(1, at, torch.where(inside, grad_logp, 0.0).unsqueeze(1).to(dz.dtype))
+    products = torch.where(dz == 0, dz, dz * z).sum(dim=1)
+    if softcap:
+        dz *= 1.0 - (z * (temperature / softcap)) ** 2
+    logits.copy_(dz / temperature)
+    return products
+
+
+def _scores(logits: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float) -> Tensor:
+    s = logits if bias is None else logits + bias.to(wide(logits.dtype))
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    return s / temperature

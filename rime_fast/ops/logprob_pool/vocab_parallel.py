@@ -1,0 +1,52 @@
+"""A head split by vocabulary over the ranks of a process group (Megatron's layout): rank r holds columns
+[r V/p, (r + 1) V/p). Hidden states, targets and upstream gradients are the same on every rank.
+
+Each rank computes its columns' log-sum-exp, target score and mean score; two small all-reduces ([T] and [3, T]) make
+them those of the whole vocabulary. In the backward every rank makes its own dW, and dX is summed over the group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rime_fast.ops.logprob_pool.chunked import Gradients, Statistics
+
+
+def shard(lm_head: Tensor, group: dist.ProcessGroup) -> tuple[int, int, str]:
+    """(whole V, this rank's first column, the group's name). Every rank must hold the same number of columns."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"vocab_group: expected a torch.distributed ProcessGroup, got {type(group).__name__}")
+    columns = lm_head.shape[0]
+    return columns * dist.get_world_size(group), columns * dist.get_rank(group), group.group_name
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def merge(stats: Statistics, name: str) -> Statistics:
+    """The whole vocabulary's statistics from every rank's own."""
+    group = _group(name)
+    top = stats.lse.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    share = (stats.lse - top).exp()
+    has_mean = bool(stats.mean.shape[0])
+    parts = torch.stack([share, stats.hit, share * stats.mean] if has_mean else [share, stats.hit])
+    dist.all_reduce(parts, group=group)
+    mean = parts[2] / parts[0] if has_mean else stats.mean
+    return Statistics(top + parts[0].log(), parts[1], mean)
+
+
+def reduce_gradients(found: Gradients, name: str) -> Gradients:
+    """Sum over the group what every rank holds only its columns' share of: the gradients of hidden and temperature."""
+    group = _group(name)
+    hidden, heat = found.hidden, found.temperature
+    if hidden is not None:
+        total = hidden.float()
+        dist.all_reduce(total, group=group)
+        hidden = total.to(hidden.dtype)
+    if heat is not None:
+        dist.all_reduce(heat, group=group)
+    return Gradients(hidden, found.lm_head, found.bias, heat)
