@@ -1,0 +1,174 @@
+"""Joint training (SFT): the loss of one batch of pairs, as pure functions of tensors.
+
+    L = CE_q + CE_p + w_d C(d_q, d_p) + w_g C(g_q, g_p) + w_x 1/2 [ C(g_q, d_p) + C(d_q, g_p) ]
+          + w_s 1/2 [ C(g_q, d_q) + C(g_p, d_p) ]
+    C(a, b) = 1/2 [ CE(s a b_all^T, own) + CE(s b a_all^T, own) ],   s = 1 / temperature
+
+CE is the token mean over the assistant tokens of a side. C, the scale 50 (temperature 0.02) and the unit weights of
+CE, w_d and w_g are UME-R1's [known, arXiv 2511.00405]; Cross-Mode Alignment (the w_x term) is RIME's idea [known], its
+form and weight here are [ours], and so is the same-item term (w_s, off by default).
+
+Over several ranks everything is GLOBAL: the token means divide by the tokens of all ranks, the contrast runs over the
+pairs of all ranks. DDP, FSDP, DeepSpeed and accelerate AVERAGE the ranks' gradients, while the gradient of a global
+loss is the SUM of the ranks' shares: so each rank's share is multiplied by the number of ranks, and the MEAN over ranks
+of the values, and of the gradients, is that of one process holding the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rime_fast.ops.contrastive import contrastive_loss
+
+IGNORE = -100
+Term = tuple[str, str, float]
+FIXED = "disc (no gradient)"
+
+
+@dataclass(frozen=True)
+class JointWeights:
+    """Weights of the loss terms; a term of weight 0 is neither computed nor logged.
+
+    ce_query, ce_target: next-token loss of the query's and the target's assistant turn [known, UME-R1: 1, 1].
+    disc, gen: contrast of both sides in one mode, d-d and g-g [known, UME-R1: 1, 1].
+    cross: Cross-Mode Alignment, half of it g-d and half d-g [known: idea; ours: form and weight 1].
+    same_item: g against d of the SAME side, half of it per side [ours, off].
+    """
+
+    ce_query: float = 1.0
+    ce_target: float = 1.0
+    disc: float = 1.0
+    gen: float = 1.0
+    cross: float = 1.0
+    same_item: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"JointWeights.{field.name} is {value!r}; expected a finite number >= 0")
+
+    def modes(self) -> tuple[str, ...]:
+        """The embeddings that the contrastive terms read: a subset of ("disc", "gen")."""
+        mixed = self.cross > 0 or self.same_item > 0
+        return tuple(m for m, on in (("disc", self.disc > 0 or mixed), ("gen", self.gen > 0 or mixed)) if on)
+
+    def pair_terms(self) -> list[Term]:
+        """(query mode, key mode, weight) of the terms between queries and targets that are on."""
+        half = 0.5 * self.cross
+        every = [("disc", "disc", self.disc), ("gen", "gen", self.gen), ("gen", "disc", half), ("disc", "gen", half)]
+        return [term for term in every if term[2] > 0]
+
+
+@dataclass
+class JointLoss:
+    """total: 0-d fp32 with gradient. terms: name -> 0-d, unweighted, no gradient. accuracy: mode pair -> hit@1, 0-d."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    accuracy: dict[str, Tensor]
+
+
+def scored_tokens(targets: Tensor, query_rows: int, group: Any = None) -> Tensor:
+    """Scored tokens of the queries and of the targets, over all ranks: [2] fp32, stays on the device.
+
+    targets: [T] int64, ``IGNORE`` where not scored; the first ``query_rows`` rows belong to queries.
+    """
+    scored = targets != IGNORE
+    counts = torch.stack([scored[:query_rows].sum(), scored[query_rows:].sum()]).float()
+    if group is not None:
+        dist.all_reduce(counts, group=group)
+    return counts
+
+
+def token_weights(targets: Tensor, query_rows: int, counts: Tensor, weights: JointWeights, world: int = 1) -> Tensor:
+    """w_t of every row, so that sum_t w_t (-logp_t) = ce_query CE_q + ce_target CE_p: [T] fp32.
+
+    counts: ``scored_tokens``. world: ranks that average gradients; a rank's share is multiplied by it, so the mean of
+    the ranks' values, like the mean of their gradients, is that of the global token mean. A side without a scored
+    token weighs 0.
+    """
+    share = world / counts.clamp(min=1)
+    weight = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
+    weight[:query_rows] = weights.ce_query * share[0]
+    weight[query_rows:] = weights.ce_target * share[1]
+    return weight * (targets != IGNORE)
+
+
+def side_cross_entropy(logp: Tensor, query_rows: int, counts: Tensor, world: int = 1) -> dict[str, Tensor]:
+    """CE_q and CE_p, unweighted: {"ce_query", "ce_target"} -> 0-d; over ranks their mean is the global token mean.
+
+    logp: [T] fp32, 0 where ignored (operator A's promise).
+    """
+    share = world / counts.clamp(min=1)
+    return {"ce_query": -logp[:query_rows].sum() * share[0], "ce_target": -logp[query_rows:].sum() * share[1]}
+
+
+def joint_loss(
+    ce: Tensor,
+    queries: Mapping[str, Tensor],
+    keys: Mapping[str, Tensor],
+    *,
+    weights: JointWeights | None = None,
+    temperature: float | Tensor = 0.02,
+    symmetric: bool = True,
+    detach_disc: bool = False,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    margin: float | None = None,
+    group: Any = None,
+    backend: str = "auto",
+) -> JointLoss:
+    """The whole joint loss of one batch.
+
+    ce: 0-d, already weighted (``fused_linear_ce`` with ``token_weights``, or ``side_cross_entropy`` summed by hand).
+    queries: mode ("disc", "gen") -> [n, D] unit rows; keys: mode -> [n + h, D]: the n positives in the queries' order,
+        then h hard negatives, candidates for every query.
+    temperature: float, or a 0-d tensor that may want a gradient (with ``group``: average it over the ranks).
+    symmetric: False trains the query -> key direction only [known, Think-Then-Embed's embedder].
+    detach_disc: stop-gradient on d in the cross terms, so that they pull g to d and leave d alone [ours, off].
+    query_ids [n], key_ids [n + h] int64: a key whose id equals the query's is no negative (never masks the positive).
+    margin: a key more similar than the positive by more than this is no negative.
+    group: torch.distributed group of the global batch (see the module's docstring); ranks may hold different n and h.
+
+    Raises ValueError for a missing mode; shapes, dtypes and ids are ``contrastive_loss``'s to check.
+    """
+    weights = weights or JointWeights()
+    for mode in weights.modes():
+        for name, side in (("queries", queries), ("keys", keys)):
+            if mode not in side:
+                raise ValueError(f"{name} has modes {sorted(side)}; the weights {weights} also need {mode!r}")
+    world = 1 if group is None else dist.get_world_size(group)
+    settings: dict[str, Any] = {"temperature": temperature, "margin": margin, "symmetric": symmetric}
+    settings |= {"group": group, "backend": backend}
+    loss = JointLoss(ce, {}, {})
+
+    def add(names: list[str], a: Mapping[str, Tensor], b: Mapping[str, Tensor], terms: list[Term], a_ids: Any,
+            b_ids: Any) -> None:  # fmt: skip
+        out = contrastive_loss(a, b, terms=terms, query_ids=a_ids, key_ids=b_ids, **settings)
+        # value of the global loss, gradient of this rank's share times the ranks
+        loss.total = loss.total + (out.loss if world == 1 else out.loss * world - out.loss.detach() * (world - 1))
+        for name, value, hit in zip(names, out.per_term.values(), out.accuracy.values(), strict=True):
+            loss.terms[name], loss.accuracy[name] = value.detach(), hit
+
+    pair_terms = weights.pair_terms()
+    if pair_terms:
+        names = [f"{q}-{k}" for q, k, _ in pair_terms]
+        queries, keys = dict(queries), dict(keys)
+        if detach_disc:
+            queries[FIXED], keys[FIXED] = queries["disc"].detach(), keys["disc"].detach()
+            pair_terms = [(q, k, w) if q == k else (FIXED if q == "disc" else q, FIXED if k == "disc" else k, w)
+                          for q, k, w in pair_terms]  # fmt: skip
+        add(names, queries, keys, pair_terms, query_ids, key_ids)
+    if weights.same_item > 0:
+        same: list[Term] = [("gen", "disc", 0.5 * weights.same_item)]
+        add(["same-query"], queries, queries, same, query_ids, query_ids)
+        add(["same-target"], keys, keys, same, key_ids, key_ids)
+    return loss
