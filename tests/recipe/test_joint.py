@@ -162,7 +162,7 @@ def test_bad_weight_is_named(bad):
 
 def test_missing_mode_is_named():
     q, k = sides(3)
-    with pytest.raises(ValueError, match="keys has modes .*also need 'gen'"):
+    with pytest.raises(ValueError, match=r"keys has modes .*also need 'gen'"):
         joint_loss(ZERO, q, {"disc": k["disc"]})
 
 
