@@ -1,0 +1,353 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL with a dual-mode forward: one causal pass, two embeddings, token scores.
+
+``DualModeModel`` is a mixin; its three concrete classes are true subclasses of transformers' own, under their names,
+so that Trainer, peft, DeepSpeed, FSDP, ``generate`` and ``save_pretrained`` see the stock model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cache, wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from rime_fast.model.head import ScoringHead, make_scoring
+from rime_fast.model.outputs import DualModeOutput
+from rime_fast.model.packing import PACKED_SDPA, packed_layout
+from rime_fast.model.vision import segment_attention, vision_features
+
+# What a caller of the stock signature may pass along with a packed batch as long as it says nothing (peft does).
+_STOCK_ONLY = {"attention_mask", "labels", "inputs_embeds", "past_key_values", "mm_encoder_outputs"}
+
+
+def resolve_attention(requested: str | None) -> str:
+    """The attention implementation that serves packed rows: flash-attention where it can run, else packed SDPA.
+
+    "auto" (or None): ``flash_attention_2`` when CUDA and flash_attn are there, else packed SDPA. "sdpa" is packed
+    SDPA; a name with "flash" in it is kept. Others cannot keep sequences apart: ValueError.
+    """
+    if requested in (None, "auto"):
+        flash = torch.cuda.is_available() and find_spec("flash_attn") is not None
+        return "flash_attention_2" if flash else PACKED_SDPA
+    if requested in ("sdpa", PACKED_SDPA):
+        return PACKED_SDPA
+    if "flash" in str(requested):
+        return str(requested)
+    raise ValueError(f"attn_implementation is {requested!r}; expected 'auto', 'sdpa' or a flash-attention name")
+
+
+class DualModeModel:
+    """Mixin and factory; see ``from_pretrained``, ``from_model``, ``from_config`` and ``forward``."""
+
+    config: Any
+    model: Any
+    lm_head: Any
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self._make_dual()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *args: Any,
+        attn_implementation: str | None = "auto",
+        dtype: str | torch.dtype = "auto",
+        **kwargs: Any,
+    ) -> DualModeModel:
+        """Load a stock checkpoint (safetensors) of one of the three families as a dual-mode model.
+
+        dtype: "auto" takes the checkpoint's. attn_implementation: see ``resolve_attention``. Everything else goes to
+        transformers' ``from_pretrained``. Raises ValueError for any other ``model_type``.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        options = {"attn_implementation": resolve_attention(attn_implementation), "dtype": dtype, **kwargs}
+        if cls is not DualModeModel:
+            return super().from_pretrained(name_or_path, *args, **options)  # type: ignore[misc]
+        config = kwargs.get("config")
+        if config is None:
+            passed = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
+            config = AutoConfig.from_pretrained(name_or_path, **passed)
+        return dual_mode_class(config).from_pretrained(
+            name_or_path, *args, **(options | {"attn_implementation": attn_implementation})
+        )
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, *, attn_implementation: str | None = "auto") -> DualModeModel:
+        """Turn a stock model into a dual-mode one IN PLACE (its class changes, no tensor moves) and return it.
+
+        "auto" keeps a flash implementation the model already has.
+        """
+        if not isinstance(model, DualModeModel):
+            target: Any = dual_mode_class(model.config)
+            if type(model) is not target.__mro__[2]:
+                raise TypeError(f"model is a {type(model).__name__}; expected transformers' {target.__name__}")
+            model.__class__ = target
+        current = model.config._attn_implementation
+        keep = attn_implementation in (None, "auto") and current is not None and "flash" in current
+        model.set_attn_implementation(current if keep else resolve_attention(attn_implementation))
+        model._make_dual()
+        return model
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, *, attn_implementation: str | None = "auto", **kwargs: Any
+    ) -> DualModeModel:
+        """A randomly initialised dual-mode model; ``dtype`` and others go to transformers' ``_from_config``."""
+        target: Any = dual_mode_class(config)
+        return target._from_config(config, attn_implementation=resolve_attention(attn_implementation), **kwargs)
+
+    def _make_dual(self) -> None:
+        make_scoring(self.lm_head)
+        segment_attention(self.model.visual)
+        text = self.model.language_model
+        if hasattr(text, "_deepstack_process") and not isinstance(text, _DenseDeepstack):
+            text.__class__ = _dense(type(text))
+
+    def encode_hidden(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        position_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | Sequence[Sequence[int]] | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | Sequence[Sequence[int]] | None = None,
+        image_grids: Sequence[Sequence[int]] | None = None,
+        video_grids: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """Last hidden states (after the final norm) of a packed batch, [T, H].
+
+        Sequence i of ``lengths`` (host integers) sees itself only. ``image_grids`` / ``video_grids``: the grids as
+        host integers; without them a grid tensor on a device is read back, which waits for the device.
+        """
+        rows = int(input_ids.shape[0]) if input_ids.dim() == 1 else -1
+        if sum(lengths) != rows:
+            raise ValueError(f"lengths sum to {sum(lengths)}; expected input_ids [that many], got {_shape(input_ids)}")
+        if position_ids is None or tuple(position_ids.shape) != (3, rows):
+            raise ValueError(f"position_ids is {_shape(position_ids)}; expected [3, {rows}]")
+        embeds = self.model.get_input_embeddings()(input_ids)
+        image_grids = _host_grids(image_grids, image_grid_thw)
+        video_grids = _host_grids(video_grids, video_grid_thw)
+        pixels, grids, n_image = _visual_input(pixel_values, image_grids, pixel_values_videos, video_grids)
+        extra: dict[str, Any] = {}
+        if pixels is not None:
+            features, deepstack = vision_features(self.model.visual, pixels, grids)
+            n_image //= self.model.visual.spatial_merge_size**2
+            where, mask = self._placeholders(input_ids, n_image, features.shape[0])
+            embeds = torch.where(mask, features.to(embeds.dtype).index_select(0, where), embeds)
+            if deepstack:
+                dense = [torch.where(mask, x.to(embeds.dtype).index_select(0, where), 0.0) for x in deepstack]
+                extra = {"visual_pos_masks": None, "deepstack_visual_embeds": dense}
+        elif self._must_touch_vision():
+            embeds = embeds + 0.0 * self._blank_image(embeds)
+        layout = packed_layout(lengths, input_ids.device)
+        attention = self.model.language_model.config._attn_implementation
+        if attention == PACKED_SDPA:
+            extra["rime_layout"] = layout
+        elif "flash" in attention:
+            extra |= layout.flash_kwargs()
+        else:
+            raise ValueError(
+                f"attention is set to {attention!r}, which cannot keep packed sequences apart; "
+                "call set_attn_implementation('rime_sdpa') or a flash-attention name"
+            )
+        out = self.model.language_model(
+            input_ids=None, inputs_embeds=embeds[None], position_ids=position_ids[:, None], use_cache=False, **extra
+        )
+        return out.last_hidden_state[0]
+
+    def _placeholders(self, input_ids: Tensor, n_image: int, n_features: int) -> tuple[Tensor, Tensor]:
+        """Which feature row each token takes [T] (images' first, then videos'), and whether it takes one [T, 1].
+
+        Index arithmetic instead of masked_scatter, whose backward waits for the device.
+        """
+        image = input_ids == self.config.image_token_id
+        video = input_ids == self.config.video_token_id
+        rank_image, rank_video = image.cumsum(0), video.cumsum(0)
+        fits = (rank_image[-1] == n_image) & (rank_video[-1] == n_features - n_image)
+        if input_ids.device.type == "cpu" and not fits:
+            raise ValueError(
+                f"input_ids has {int(rank_image[-1])} image and {int(rank_video[-1])} video tokens; "
+                f"the pixel values make {n_image} and {n_features - n_image}"
+            )
+        torch._assert_async(fits, "image or video tokens do not match the features")
+        where = torch.where(image, rank_image - 1, rank_video - 1 + n_image).clamp(0, n_features - 1)
+        return where, (image | video)[:, None]
+
+    def _must_touch_vision(self) -> bool:
+        """Whether other ranks may run the vision tower in this step, so that this one has to as well.
+
+        DDP waits for a gradient of every trained parameter, ZeRO-3 and FSDP gather parameters in step.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return False
+        parameters = list(self.model.visual.parameters())
+        sharded = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in parameters)
+        return sharded or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
+
+    def _blank_image(self, embeds: Tensor) -> Tensor:
+        """0-d: the sum of all features of one black image of one merged patch."""
+        vision = self.model.visual.config
+        merge = vision.spatial_merge_size
+        volume = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(merge * merge, volume, device=embeds.device)
+        features, deepstack = vision_features(self.model.visual, pixels, [(1, merge, merge)])
+        return sum((x.sum() for x in deepstack), start=features.sum()).to(embeds.dtype)
+
+    def _dual_forward(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        *,
+        targets: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        pools: dict[str, Tensor] | None = None,
+        disc_index: Tensor | None = None,
+        gen_index: Tensor | None = None,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        normalize: bool = True,
+        return_hidden: bool = False,
+        logprob_backend: str = "auto",
+        **batch: Any,
+    ) -> DualModeOutput:
+        stock = sorted(k for k in _STOCK_ONLY & batch.keys() if batch[k] is not None)
+        if stock:
+            raise ValueError(f"lengths (a packed batch) was given together with {', '.join(stock)}; expected only one")
+        if token_weight is not None and targets is None:
+            raise ValueError("token_weight was given without targets")
+        encoder = {k: batch[k] for k in _ENCODER_KEYS & batch.keys()}
+        encoder.setdefault("position_ids", None)
+        hidden = self.encode_hidden(input_ids, lengths, **encoder)
+        if pools is None:
+            pools = {k: v for k, v in (("disc", disc_index), ("gen", gen_index)) if v is not None}
+        if not (pools or targets is not None):
+            return DualModeOutput(embeddings={}, hidden=hidden)
+        self._check_head()
+        scoring = {
+            "targets": targets,
+            "token_weight": token_weight,
+            "pools": pools,
+            "entropy": entropy,
+            "temperature": temperature,
+            "normalize": normalize,
+            "backend": logprob_backend,
+        }
+        found: dict[str, Tensor] = self.lm_head(hidden, scoring=scoring)
+        embeddings = {k.removeprefix("pool:"): found.pop(k) for k in list(found) if k.startswith("pool:")}
+        return DualModeOutput(**found, embeddings=embeddings, hidden=hidden if return_hidden else None)
+
+    def _check_head(self) -> None:
+        head = self.lm_head
+        inner = getattr(head, "original_module", head)  # peft's modules_to_save wrapper passes calls on
+        if not isinstance(inner, ScoringHead):
+            raise TypeError(
+                f"lm_head is a {type(head).__name__}; the fused scoring needs a plain linear head: leave it out of "
+                "LoRA's target_modules (train it whole by modules_to_save) and out of quantisation"
+            )
+
+
+class _DenseDeepstack:
+    """Mixin over Qwen3-VL's text model: deepstack features laid out over all rows are added without a mask.
+
+    The stock code indexes by a boolean mask, which waits for the device.
+    """
+
+    def _deepstack_process(
+        self, hidden_states: Tensor, visual_pos_masks: Tensor | None, visual_embeds: Tensor
+    ) -> Tensor:
+        if visual_pos_masks is None:
+            return hidden_states + visual_embeds.to(hidden_states.dtype)
+        return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[misc]
+
+
+@cache
+def _dense(stock: type[nn.Module]) -> type[nn.Module]:
+    return type(stock.__name__, (_DenseDeepstack, stock), {"__module__": __name__})
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"{list(tensor.shape)}"
+
+
+def _host_grids(host: Any, grids: Any) -> list[tuple[int, int, int]]:
+    known = host if host is not None else grids
+    if known is None:
+        return []
+    return [(int(t), int(h), int(w)) for t, h, w in (known.tolist() if isinstance(known, Tensor) else known)]
+
+
+def _visual_input(
+    images: Tensor | None, image_grids: list[Any], videos: Tensor | None, video_grids: list[Any]
+) -> tuple[Tensor | None, list[Any], int]:
+    """Images and videos as one input of the tower (one call on every rank, whatever its batch holds).
+
+    Returns pixels, grids, and the number of image patches.
+    """
+    for name, pixels, grids in (("image", images, image_grids), ("video", videos, video_grids)):
+        if (pixels is None) != (not grids):
+            raise ValueError(f"{name} pixels and {name} grids must come together; got one without the other")
+    parts = [x for x in (images, videos) if x is not None]
+    if not parts:
+        return None, [], 0
+    pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return pixels, [*image_grids, *video_grids], 0 if images is None else int(images.shape[0])
+
+
+_ENCODER_KEYS = set(inspect.signature(DualModeModel.encode_hidden).parameters) - {"self", "input_ids", "lengths"}
+_DUAL_KEYS = ["lengths", "targets", "token_weight", "pools", "disc_index", "gen_index", "entropy", "temperature"]
+_DUAL_KEYS += ["normalize", "return_hidden", "logprob_backend", "image_grids", "video_grids", "side"]
+
+
+def _make_forward(stock: type[nn.Module]) -> Any:
+    """``forward`` that is stock's own unless ``lengths`` is given; its signature names the arguments of both."""
+    stock_forward: Any = stock.forward
+
+    @wraps(stock_forward)
+    def forward(self: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("lengths") is None:
+            kwargs.pop("lengths", None)
+            return stock_forward(self, input_ids, *args, **kwargs)
+        return self._dual_forward(input_ids, *args, **kwargs)
+
+    own = inspect.signature(stock_forward)
+    named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    new = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None) for k in _DUAL_KEYS]
+    forward.__signature__ = own.replace(parameters=[*named, *new, *rest])  # type: ignore[attr-defined]
+    return forward
+
+
+def _subclass(name: str) -> type:
+    stock = getattr(transformers, name)
+    body = {"forward": _make_forward(stock), "__module__": __name__, "__doc__": f"Dual-mode {name}."}
+    return type(name, (DualModeModel, stock), body)
+
+
+Qwen2VLForConditionalGeneration: Any = _subclass("Qwen2VLForConditionalGeneration")
+Qwen2_5_VLForConditionalGeneration: Any = _subclass("Qwen2_5_VLForConditionalGeneration")
+Qwen3VLForConditionalGeneration: Any = _subclass("Qwen3VLForConditionalGeneration")
+
+_CLASSES: dict[str, Any] = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
+
+
+def dual_mode_class(config: PreTrainedConfig) -> Any:
+    """The dual-mode class for a configuration; ValueError for a family that is not supported."""
+    if config.model_type not in _CLASSES:
+        raise ValueError(f"model_type is {config.model_type!r}; expected one of {', '.join(_CLASSES)}")
+    return _CLASSES[config.model_type]

@@ -1,0 +1,80 @@
+"""The output head that can score rows without making logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ScoringHead(nn.Linear):
+    """``lm_head`` with a second way to be called.
+
+    ``head(hidden)`` gives logits as before. ``head(hidden, scoring={...})`` runs the fused operator with the head's
+    own weight. The operator runs inside this module's forward, so that FSDP's and ZeRO-3's hooks have the weight
+    whole at that moment, and again in the backward; hence also a plain dict of tensors for a result.
+    """
+
+    def forward(self, hidden: Tensor, scoring: dict[str, Any] | None = None) -> Any:
+        if scoring is None:
+            return F.linear(hidden, self.weight, self.bias)
+        return score_rows(hidden, self.weight, self.bias, **scoring)
+
+
+def make_scoring(head: nn.Module) -> None:
+    """Turn a plain ``nn.Linear`` head into a ``ScoringHead`` in place; any other kind is left as it is."""
+    if type(head) is nn.Linear:
+        head.__class__ = ScoringHead
+
+
+def score_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    targets: Tensor | None,
+    token_weight: Tensor | None,
+    pools: dict[str, Tensor],
+    entropy: bool,
+    temperature: float,
+    normalize: bool,
+    backend: str,
+) -> dict[str, Tensor]:
+    """Log-probabilities, loss and pooled embeddings of packed rows ``hidden`` [T, H] by ``rime_fast.ops``.
+
+    An index of -1 in a pool stands for a sequence without that token: its embedding is a zero row, without gradient.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    present = {name: index >= 0 for name, index in pools.items()}
+    rows = {name: index.clamp(min=0) for name, index in pools.items()}
+    found: dict[str, Tensor | None] = {}
+    if targets is None:
+        embeddings = {name: hidden.index_select(0, index).float() for name, index in rows.items()}
+        if normalize:
+            embeddings = {name: F.normalize(x, dim=-1) for name, x in embeddings.items()}
+    else:
+        from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
+
+        options: dict[str, Any] = {
+            "pools": rows or None,
+            "bias": bias,
+            "temperature": temperature,
+            "entropy": entropy,
+            "normalize": normalize,
+            "backend": backend,
+        }
+        weight = weight.to(hidden.dtype)
+        # Disabled: the operator chooses its own precision, autocast would only cut its fp32 accumulation short.
+        with torch.autocast(hidden.device.type, enabled=False):
+            if token_weight is None:
+                scores = fused_logprob_pool(hidden, weight, targets, **options)
+            else:
+                found["loss"], scores = fused_linear_ce(hidden, weight, targets, token_weight=token_weight, **options)
+        found |= {"logp": scores.logp, "entropy": scores.entropy}
+        embeddings = dict(scores.embeddings or {})
+    for name, x in embeddings.items():
+        found[f"pool:{name}"] = torch.where(present[name][:, None], x, 0.0)
+    return {name: x for name, x in found.items() if x is not None}
