@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
@@ -18,6 +19,8 @@ from PIL import Image, ImageOps
 
 # A path, an open image, an [H, W, 3] uint8 array, or what `datasets` stores for an undecoded image.
 ImageSource = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, dict[str, Any]]
+
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,25 @@ def load_image(source: ImageSource) -> Image.Image:
         if source.dtype != np.uint8 or source.ndim not in (2, 3):
             raise ValueError(f"image array is {source.dtype} {source.shape}; expected uint8 [H, W] or [H, W, 3]")
         return Image.fromarray(source)
-    opened: Any = source
-    name = str(source)
+    with _opened(source) as image:
+        image.load()
+        return ImageOps.exif_transpose(image) if "exif" in image.info else image
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Height and width of the upright image; of a file only the head is read. Raises as ``load_image``."""
+    if isinstance(source, (Image.Image, np.ndarray)):
+        image = load_image(source)
+        return image.height, image.width
+    with _opened(source) as image:
+        turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[Image.Image]:
+    """The image of a path, or of a dict with bytes or a path; its own errors become ValueErrors with its name."""
+    opened, name = source, str(source)
     if isinstance(source, dict):
         name = str(source.get("path") or "image bytes")
         opened = io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source.get("path")
@@ -103,8 +123,7 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ValueError(f"image is {type(source).__name__}; expected a path, a PIL image, an array or bytes")
     try:
         with Image.open(opened) as image:
-            image.load()
-            return ImageOps.exif_transpose(image) if "exif" in image.info else image
+            yield image
     except FileNotFoundError:
         raise ValueError(f"missing image: {name}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -82,7 +82,7 @@ def _read_shared(whole: dict[str, Any], path: Path, root: str) -> RetrievalSet:
         if key not in ("name", "candidates", "queries")
     ]
     listed = {key: whole.get(key) for key in ("candidates", "queries")}
-    found += [(key, f"is {kind_of(v)}; expected a list") for key, v in listed.items() if not isinstance(v, list) or not v]
+    found += [(k, f"is {kind_of(v)}; expected a list") for k, v in listed.items() if not (isinstance(v, list) and v)]
     take(0, found)
     if problems:
         raise DataError(problems)

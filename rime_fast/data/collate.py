@@ -1,0 +1,372 @@
+"""Sides to packed batches: all sequences end to end, nothing padded, everything the model needs worked out on the host.
+
+A batch is a plain dict. N sequences, T rows in all:
+
+    input_ids [T], mm_token_type_ids [T] int64 (0 text, 1 image, 2 video), position_ids [3, T] int64
+    lengths, prompt_lengths: list[int] of N (host); a sequence is its prompt, then its response
+    targets [T] int64: the token scored AT row t, which stands at t + 1; -100 where nothing is scored (responses only)
+    disc_index, gen_index [N] int64: row of the embedding token; gen_index is -1 for a sequence without a response,
+        and the key is absent when none has one (as `targets` is)
+    pixel_values, image_grid_thw, image_grids (host); pixel_values_videos, video_grid_thw, video_grids: when there are
+    side [N] int64 (0 query, 1 target, 2 hard negative); query_ids, key_ids [n], negative_ids int64: for the masks of
+        false negatives; negative_of: the pair each hard negative belongs to (pairs only)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from rime_fast.data.encode import TextEncoder
+from rime_fast.data.records import Pair, Side, image_size, stable_hash
+from rime_fast.data.rope import RopeIndexer
+from rime_fast.data.templates import VIDEO, Template, get_template
+from rime_fast.data.vision_inputs import VisionInputs
+from rime_fast.model.tokens import embedding_token_ids
+
+Batch = dict[str, Any]
+IGNORED = -100
+# [ours] Frames per second of a list of frames that does not say: the rate Qwen's own tools sample videos at.
+VIDEO_FPS = 2.0
+
+
+class Collator:
+    """Makes packed batches; ``collator(pairs)`` is ``collate_pairs``, so it serves as a DataLoader's collate_fn.
+
+    processor: anything with ``tokenizer`` (holding both embedding tokens) and ``image_processor``. template: a name or
+    a Template. config: the model's configuration (positions and image tokens depend on its family). max_length:
+    tokens a sequence may have; a longer one is never cut: "error" raises ValueError with its name, "drop" leaves out
+    its pair and names it under batch["dropped"] (pairs only). ids: whether pairs carry query_ids and key_ids.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        template: str | Template,
+        config: Any,
+        *,
+        max_length: int | None = None,
+        on_too_long: Literal["error", "drop"] = "error",
+        video_fps: float = VIDEO_FPS,
+        ids: bool = True,
+    ) -> None:
+        if on_too_long not in ("error", "drop"):
+            raise ValueError(f"on_too_long is {on_too_long!r}; expected 'error' or 'drop'")
+        tokenizer = processor.tokenizer
+        self.template = get_template(template)
+        self.max_length = max_length
+        self.on_too_long = on_too_long
+        self.video_fps = video_fps
+        self.ids = ids
+        self.encoder = TextEncoder(tokenizer)
+        self.vision = VisionInputs(processor.image_processor)
+        self.rope = RopeIndexer(config)
+        self.disc_id, self.gen_id = embedding_token_ids(tokenizer)
+        self.image_id: int = config.image_token_id
+        self.video_id: int = config.video_token_id
+        for name, text, given in (("image", "<|image_pad|>", self.image_id), ("video", "<|video_pad|>", self.video_id)):
+            if tokenizer.convert_tokens_to_ids(text) != given:
+                raise ValueError(
+                    f"config.{name}_token_id is {given}, but the tokenizer has {text} at "
+                    f"{tokenizer.convert_tokens_to_ids(text)}; model and tokenizer do not belong together"
+                )
+        if self.vision.merge_size != self.rope.merge_size:
+            raise ValueError(
+                f"image_processor.merge_size is {self.vision.merge_size}; expected the model's {self.rope.merge_size}"
+            )
+
+    def __call__(self, pairs: Sequence[Pair]) -> Batch:
+        return self.collate_pairs(pairs)
+
+    def collate_pairs(self, pairs: Sequence[Pair]) -> Batch:
+        """Training batch of n pairs: queries 0..n-1, targets n..2n-1, then all hard negatives.
+
+        A hard negative without a rewrite is a prompt only; none is scored (its targets are -100).
+        """
+        pairs = list(pairs)
+        dropped: list[str] = []
+        if self.max_length is not None and self.on_too_long == "drop":
+            pairs, dropped = self._drop_long(pairs)
+        if not pairs:
+            raise ValueError("no pairs to collate" + (f"; too long: {', '.join(dropped)}" if dropped else ""))
+        n = len(pairs)
+        negatives = [side for pair in pairs for side in pair.negatives]
+        sides = [pair.query for pair in pairs] + [pair.target for pair in pairs] + negatives
+        answered = [True] * (2 * n) + [side.rewrite is not None for side in negatives]
+        batch = self._pack(sides, *self._encode(sides, answered), scored=2 * n)
+        batch["side"] = torch.tensor([0] * n + [1] * n + [2] * len(negatives))
+        if negatives:
+            owners = [i for i, pair in enumerate(pairs) for _ in pair.negatives]
+            batch["negative_of"] = torch.tensor(owners)
+        if self.ids:
+            batch["query_ids"] = torch.tensor([stable_hash(side) for side in sides[:n]])
+            batch["key_ids"] = torch.tensor([stable_hash(side) for side in sides[n : 2 * n]])
+            if negatives:
+                batch["negative_ids"] = torch.tensor([stable_hash(side) for side in negatives])
+        if dropped:
+            batch["dropped"] = dropped
+        return batch
+
+    def collate_sides(self, sides: Sequence[Side]) -> Batch:
+        """Sides with their own rewrites as responses (or the template's filler), all scored."""
+        sides = list(sides)
+        return self._pack(sides, *self._encode(sides, [True] * len(sides)))
+
+    def collate_prompts(self, sides: Sequence[Side], mode: Literal["gen", "disc"] = "gen") -> Batch:
+        """Prompts alone: "gen" up to where the assistant begins (for rollouts), "disc" only to ``<disc_emb>``."""
+        if mode not in ("gen", "disc"):
+            raise ValueError(f"mode is {mode!r}; expected 'gen' or 'disc'")
+        sides = list(sides)
+        return self._pack(sides, *self._encode(sides, [False] * len(sides), disc_only=mode == "disc"))
+
+    def collate_responses(self, sides: Sequence[Side], responses: Sequence[Sequence[int]]) -> Batch:
+        """Prompts with given response tokens (without padding), all scored.
+
+        ``responses``: G for each side, side by side (response i belongs to side i // G). gen_index is the last
+        ``<gen_emb>`` of the response, or the last row where it has none: the caller's rollout counts those. Each
+        image is processed once and its patches repeated G times.
+        """
+        sides, n = list(sides), len(sides)
+        if not n or not responses or len(responses) % n:
+            raise ValueError(f"responses has {len(responses)} entries; expected a multiple of {n} sides")
+        group = len(responses) // n
+        prompts, visual, _ = self._encode(sides, [False] * n)
+        given = [[int(token) for token in response] for response in responses]
+        if empty := [i for i, response in enumerate(given) if not response]:
+            raise ValueError(f"responses[{empty[0]}] is empty")
+        repeated = [side for side in sides for _ in range(group)]
+        return self._pack(repeated, [ids for ids in prompts for _ in range(group)], visual, given, group=group)
+
+    def measure(self, sides: Sequence[Side], part: Literal["train", "gen", "disc"] = "train") -> list[int]:
+        """Tokens of each side's sequence (prompt and response, prompt, or prompt to ``<disc_emb>``).
+
+        Only the heads of image files are read. Raises ValueError for images that cannot be opened.
+        """
+        sides = list(sides)
+        prompts, responses = self._texts(sides, [part == "train"] * len(sides), part == "disc", self._grid_heads(sides))
+        encoded = self.encoder(prompts + responses)
+        n = len(sides)
+        lengths = []
+        for side, prompt, response in zip(sides, encoded[:n], encoded[n:], strict=True):
+            images, video = self._grid_heads([side])[0]
+            tokens = sum(images) - len(images)
+            if video is not None:
+                steps, each = video
+                tokens += steps * (each - 1) if self.rope.family == "qwen3_vl" else steps * each - 1
+            lengths.append(len(prompt) + tokens + len(response))
+        return lengths
+
+    # --- the parts -------------------------------------------------------------------------------------------------
+
+    def _encode(
+        self, sides: list[Side], answered: list[bool], disc_only: bool = False
+    ) -> tuple[list[list[int]], Batch, list[list[int]]]:
+        """Prompt ids with image tokens expanded, the visual entries of the batch, response ids ([] without)."""
+        visual = self._visual(sides)
+        merged = self.vision.merge_size**2
+        image_tokens = iter([t * h * w // merged for t, h, w in visual.get("image_grids", ())])
+        video_grids = iter(visual.get("video_grids", ()))
+        heads = [
+            ([next(image_tokens) for _ in side.images], _steps(next(video_grids), merged) if side.video else None)
+            for side in sides
+        ]
+        prompts, responses = self._texts(sides, answered, disc_only, heads)
+        encoded = self.encoder(prompts + responses)
+        ids = encoded[: len(sides)]
+        for i, (images, video) in enumerate(heads):
+            if images:
+                ids[i] = _expand(ids[i], self.image_id, images)
+            if video is not None:
+                steps, each = video
+                runs = [each] * steps if self.rope.family == "qwen3_vl" else [each * steps]
+                ids[i] = _expand(ids[i], self.video_id, runs)
+        return ids, visual, encoded[len(sides) :]
+
+    def _texts(
+        self, sides: list[Side], answered: list[bool], disc_only: bool, heads: list[Any]
+    ) -> tuple[list[str], list[str]]:
+        render = self.template.render_disc if disc_only else self.template.render_prompt
+        prompts = [render(side) for side in sides]
+        if self.rope.family == "qwen3_vl":
+            for i, (side, (_, video)) in enumerate(zip(sides, heads, strict=True)):
+                if video is not None:
+                    prompts[i] = prompts[i].replace(VIDEO, self._stamped(side, video[0]))
+        responses = [
+            self.template.render_response(side) if wanted else "" for side, wanted in zip(sides, answered, strict=True)
+        ]
+        return prompts, responses
+
+    def _stamped(self, side: Side, steps: int) -> str:
+        """Qwen3-VL's form of a video: before each temporal patch the mean time of its first and last frame."""
+        size, count = self.vision.temporal_patch_size, len(side.video or ())
+        frames = [min(i, count - 1) / (side.fps or self.video_fps) for i in range(steps * size)]
+        times = [(frames[i] + frames[i + size - 1]) / 2 for i in range(0, len(frames), size)]
+        return "".join(f"<{time:.1f} seconds>{VIDEO}" for time in times)
+
+    def _visual(self, sides: list[Side]) -> Batch:
+        images = [source for side in sides for source in side.images]
+        videos = [side.video for side in sides if side.video]
+        visual: Batch = {}
+        try:
+            if images:
+                visual["pixel_values"], grids = self.vision.images(images)
+                visual |= {"image_grid_thw": grids, "image_grids": grids.tolist()}
+            if videos:
+                visual["pixel_values_videos"], grids = self.vision.videos(videos)
+                visual |= {"video_grid_thw": grids, "video_grids": grids.tolist()}
+        except ValueError as error:
+            raise ValueError(f"{self._culprit(sides).name}: {error}") from error
+        return visual
+
+    def _culprit(self, sides: list[Side]) -> Side:
+        """The side whose images do not open, for the message."""
+        for side in sides:
+            try:
+                self.vision.images([*side.images, *(side.video or ())])
+            except ValueError:
+                return side
+        return sides[0]
+
+    def _grid_heads(self, sides: list[Side]) -> list[tuple[list[int], tuple[int, int] | None]]:
+        """Per side: tokens of each image; (temporal patches, tokens of each) of its video."""
+        heads = []
+        for side in sides:
+            sizes = [image_size(source) for source in side.images]
+            video = None
+            if side.video:
+                steps = -(-len(side.video) // self.vision.temporal_patch_size)
+                video = (steps, self.vision.image_tokens(image_size(side.video[0])))
+            heads.append(([self.vision.image_tokens(size) for size in sizes], video))
+        return heads
+
+    def _drop_long(self, pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
+        kept, dropped = [], []
+        for i, pair in enumerate(pairs):
+            longest = max(self.measure([pair.query, pair.target]))
+            for side in pair.negatives:
+                longest = max(longest, *self.measure([side], "gen" if side.rewrite is None else "train"))
+            if self.max_length is not None and longest > self.max_length:
+                dropped.append(f"{pair.id or pair.query.id or f'pair {i} of the batch'} ({longest} tokens)")
+            else:
+                kept.append(pair)
+        return kept, dropped
+
+    def _pack(
+        self,
+        sides: list[Side],
+        prompts: list[list[int]],
+        visual: Batch,
+        responses: list[list[int]],
+        *,
+        scored: int | None = None,
+        group: int = 1,
+    ) -> Batch:
+        """``visual`` belongs to every ``group``-th side. The first ``scored`` responses get targets (None: all)."""
+        prompt_lengths = [len(ids) for ids in prompts]
+        lengths = [p + len(ids) for p, ids in zip(prompt_lengths, responses, strict=True)]
+        if self.max_length is not None and lengths and max(lengths) > self.max_length:
+            i = lengths.index(max(lengths))
+            raise ValueError(f"{sides[i].name}: {lengths[i]} tokens; max_length is {self.max_length}")
+        ids = np.array(list(chain.from_iterable(chain.from_iterable(zip(prompts, responses, strict=True)))), np.int64)
+        kinds = torch.from_numpy((ids == self.image_id) + 2 * (ids == self.video_id).astype(np.int64))
+        if group > 1:
+            visual = _repeat_visual(visual, sides[::group], group)
+        batch: Batch = {
+            "input_ids": torch.from_numpy(ids),
+            "lengths": lengths,
+            "prompt_lengths": prompt_lengths,
+            "mm_token_type_ids": kinds,
+            "position_ids": self._positions(sides, kinds, lengths, visual),
+            **visual,
+        }
+        starts = np.cumsum([0, *lengths])
+        disc = [s + _last(p, self.disc_id) for s, p in zip(starts.tolist(), prompts, strict=False)]
+        batch["disc_index"] = torch.tensor(disc)
+        if any(responses):
+            limit = len(sides) if scored is None else scored
+            batch |= self._response_rows(ids, starts, prompt_lengths, responses, limit)
+        return batch
+
+    def _response_rows(
+        self, ids: np.ndarray, starts: np.ndarray, prompt_lengths: list[int], responses: list[list[int]], scored: int
+    ) -> Batch:
+        targets = np.full(len(ids), IGNORED, dtype=np.int64)
+        gen = []
+        for i, (prompt, response) in enumerate(zip(prompt_lengths, responses, strict=True)):
+            if not response:
+                gen.append(-1)
+                continue
+            first, stop = int(starts[i]) + prompt, int(starts[i + 1])
+            if i < scored:
+                targets[first - 1 : stop - 1] = ids[first:stop]
+            at = _last(response, self.gen_id)
+            gen.append(first + at if at >= 0 else stop - 1)
+        return {"targets": torch.from_numpy(targets), "gen_index": torch.tensor(gen)}
+
+    def _positions(self, sides: list[Side], kinds: torch.Tensor, lengths: list[int], visual: Batch) -> torch.Tensor:
+        size = self.vision.temporal_patch_size
+        seconds = [size / (side.fps or self.video_fps) for side in sides if side.video]
+        return self.rope(kinds, lengths, visual.get("image_grid_thw"), visual.get("video_grid_thw"), seconds or None)
+
+
+def token_budget_batches(lengths: Sequence[int], budget: int, max_items: int | None = None) -> list[list[int]]:
+    """Indices grouped so that (items of a batch) x (its longest) <= budget; similar lengths come together.
+
+    Longest first, so that running out of memory shows at once. An item longer than the budget gets a batch of its own.
+    """
+    if budget <= 0:
+        raise ValueError(f"budget is {budget}; expected a positive number of tokens")
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if room <= 0:
+            batches.append([])
+            room = max(1, budget // max(lengths[i], 1))
+            room = room if max_items is None else min(room, max_items)
+        batches[-1].append(i)
+        room -= 1
+    return batches
+
+
+def _expand(ids: list[int], placeholder: int, counts: Sequence[int]) -> list[int]:
+    """Each placeholder repeated to its number of tokens, in order."""
+    out: list[int] = []
+    at = 0
+    for count in counts:
+        found = ids.index(placeholder, at)
+        out += ids[at:found]
+        out += [placeholder] * count
+        at = found + 1
+    return out + ids[at:]
+
+
+def _last(ids: list[int], wanted: int) -> int:
+    """Index of the last occurrence, -1 where there is none."""
+    return len(ids) - 1 - ids[::-1].index(wanted) if wanted in ids else -1
+
+
+def _steps(grid: Sequence[int], merged: int) -> tuple[int, int]:
+    return grid[0], grid[1] * grid[2] // merged
+
+
+def _repeat_visual(visual: Batch, sides: list[Side], group: int) -> Batch:
+    """The visual entries with those of each side ``group`` times in a row."""
+    out: Batch = {}
+    for kind, pixels, counts in (
+        ("image", "pixel_values", [len(side.images) for side in sides]),
+        ("video", "pixel_values_videos", [int(bool(side.video)) for side in sides]),
+    ):
+        if pixels not in visual:
+            continue
+        grids = visual[f"{kind}_grid_thw"]
+        patches = visual[pixels].split(grids.prod(dim=1).tolist())
+        stops = np.cumsum([0, *counts]).tolist()
+        order = [j for a, b in pairwise(stops) for _ in range(group) for j in range(a, b)]
+        out[pixels] = torch.cat([patches[j] for j in order])
+        out[f"{kind}_grid_thw"] = grids[order]
+        out[f"{kind}_grids"] = [visual[f"{kind}_grids"][j] for j in order]
+    return out
