@@ -1,0 +1,331 @@
+"""Settings of the two trainers: transformers' TrainingArguments plus the recipe's own.
+
+Defaults follow the recipe. In the help texts [known] marks what is published (the source is named) and [ours] what the
+RIME paper does not publish: a documented choice of this project, not the authors' setting.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from rime_fast.ops.reward import RewardWeights
+from rime_fast.recipe.joint import JointWeights
+from rime_fast.recipe.refine import LOSS_TYPES
+
+ON_BAD_ROW = ("stop", "skip")
+PROGRESS = ("rich", "plain", "none")
+SIDES = ("both", "query", "target")
+ANCHORS = ("sft", "policy")
+REFERENCES = ("auto", "adapter", "copy", "none")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+
+
+def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if not number or value < low or value > high or (open_low and value == low):
+        bounds = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
+        raise ValueError(f"{name} is {value!r}; expected a number {bounds}")
+
+
+@dataclass
+class CommonConfig(TrainingArguments):
+    """What both trainers share: model, data, logging. Works as it is on a CPU and on a GPU."""
+
+    template: str = field(
+        default="rewrite",
+        metadata=_help(
+            "Prompt and response format: 'rewrite' (<rewrite>TEXT</rewrite>, [ours]) or 'cot' (<think>..</think>"
+            "<answer>.., [known, UME-R1]). See rime_fast/data/templates.py."
+        ),
+    )
+    max_length: int | None = field(
+        default=12288,
+        metadata=_help("Longest sequence in tokens, prompt and response; a longer row is a bad row. [known, UME-R1]"),
+    )
+    max_pixels: int | None = field(
+        default=None,
+        metadata=_help(
+            "Images are shrunk to at most this many pixels. None keeps the processor's own limit. UME-R1: 2,359,296."
+        ),
+    )
+    image_root: str | None = field(
+        default=None, metadata=_help("Folder of relative image paths; None: the data file's own folder.")
+    )
+    check_data: bool = field(
+        default=True,
+        metadata=_help("Look at every row before step 1 (no image is decoded). Off for rows made on the fly."),
+    )
+    on_bad_row: str = field(
+        default="stop",
+        metadata=_help("Data with bad rows: 'stop' before step 1 with the list, or 'skip' and count them."),
+    )
+    freeze_vision: bool = field(
+        default=True,
+        metadata=_help("Freeze the vision tower, train the merger and the LLM. [known, UME-R1]"),
+    )
+    attn_implementation: str = field(
+        default="auto",
+        metadata=_help("'auto': flash-attention when installed (CUDA), else SDPA. Used when the model is a path."),
+    )
+    model_dtype: str = field(
+        default="auto",
+        metadata=_help(
+            "Dtype a model path is loaded in: 'auto' (float32, so that the optimizer's weights are; autocast computes "
+            "in bf16 where bf16=True), 'float32', 'bfloat16', 'float16'."
+        ),
+    )
+    progress: str = field(
+        default="rich",
+        metadata=_help("'rich': bar with loss terms, samples/s, tokens/s, ETA; 'plain': a line a log; 'none'."),
+    )
+
+    # TrainingArguments' own, with the recipe's or this trainer's defaults
+    lr_scheduler_type: str = field(default="cosine", metadata=_help("[known, UME-R1: cosine]"))
+    warmup_steps: float = field(
+        default=0.03, metadata=_help("Steps, or below 1 the share of all steps. [known, UME-R1: 3 %]")
+    )
+    logging_steps: float = field(
+        default=10, metadata=_help("Metrics gather on the device and are read only at these steps.")
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=_help("Off: it reads the loss back every step, and hides a NaN.")
+    )
+    remove_unused_columns: bool = field(default=False, metadata=_help("Must stay off: the collator reads raw rows."))
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser wants None first)
+        default="none", metadata=_help("'tensorboard', 'wandb', ...: transformers' loggers get every metric.")
+    )
+
+    def __post_init__(self) -> None:
+        if not self.use_cpu and not torch.cuda.is_available() and not _other_accelerator():
+            self.use_cpu = True
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns is True; this trainer's collator needs the raw rows, leave it off")
+        one_of("on_bad_row", self.on_bad_row, ON_BAD_ROW)
+        one_of("progress", self.progress, PROGRESS)
+        one_of("model_dtype", self.model_dtype, ("auto", "float32", "bfloat16", "float16"))
+        if self.max_length is not None:
+            in_range("max_length", self.max_length, 8)
+        if self.max_pixels is not None:
+            in_range("max_pixels", self.max_pixels, 1)
+        # our own bar replaces tqdm's; transformers' printer is replaced as well (trainers/progress.py)
+        self.disable_tqdm = True
+        super().__post_init__()
+        if self.use_cpu:
+            self.dataloader_pin_memory = False
+
+
+def _other_accelerator() -> bool:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator is not None and accelerator.type not in ("cpu", "mps")
+
+
+@dataclass
+class RimeConfig(CommonConfig):
+    """Joint training (SFT): cross-entropy on both sides, contrast in both modes, Cross-Mode Alignment.
+
+    The batch of a step (all ranks) is the set of in-batch negatives: make it as large as memory allows.
+    """
+
+    ce_query_weight: float = field(default=1.0, metadata=_help("Next-token loss of the query's rewrite. [known: 1]"))
+    ce_target_weight: float = field(default=1.0, metadata=_help("Next-token loss of the target's rewrite. [known: 1]"))
+    disc_weight: float = field(default=1.0, metadata=_help("Contrast d-d, discriminative mode. [known, UME-R1: 1]"))
+    gen_weight: float = field(default=1.0, metadata=_help("Contrast g-g, generative mode. [known, UME-R1: 1]"))
+    cross_weight: float = field(
+        default=1.0,
+        metadata=_help("Cross-Mode Alignment: half g-d, half d-g; 0: off. [known: idea; ours: form, weight]"),
+    )
+    same_item_weight: float = field(
+        default=0.0, metadata=_help("Contrast of g against d of the same side, half per side. [ours, off]")
+    )
+    temperature: float = field(default=0.02, metadata=_help("Contrast temperature tau; scale 1/tau = 50. [known]"))
+    learnable_temperature: bool = field(
+        default=False, metadata=_help("Learn log tau (tau kept in [0.005, 1]); it follows the LR schedule. [ours]")
+    )
+    temperature_learning_rate: float = field(
+        default=1e-3, metadata=_help("Peak learning rate of log tau when it is learnable. [ours]")
+    )
+    symmetric: bool = field(
+        default=True,
+        metadata=_help("Both directions [known, UME-R1]; False: query to target only [known, Think-Then-Embed]."),
+    )
+    detach_disc_in_cross: bool = field(
+        default=False, metadata=_help("Stop-gradient on d in the cross terms: only g moves towards d. [ours, off]")
+    )
+    mask_false_negatives: bool = field(
+        default=True,
+        metadata=_help("A target with the positive's id or text is not a negative (equal 63-bit hashes). [ours]"),
+    )
+    false_negative_margin: float | None = field(
+        default=None,
+        metadata=_help("Also mask keys more similar than positive + margin (cosine). None: off. [ours, off]"),
+    )
+    hard_negatives: int | None = field(
+        default=None,
+        metadata=_help("A pair's first listed negatives that join the keys: None all of them, 0 none. [ours]"),
+    )
+
+    learning_rate: float = field(default=5e-5, metadata=_help("Peak learning rate. [known, UME-R1: 5e-5]"))
+    per_device_train_batch_size: int = field(default=8, metadata=_help("Pairs per device and step."))
+
+    def __post_init__(self) -> None:
+        self.weights()  # raises, naming the weight
+        in_range("temperature", self.temperature, 0, open_low=True)
+        in_range("temperature_learning_rate", self.temperature_learning_rate, 0)
+        if self.hard_negatives is not None:
+            in_range("hard_negatives", self.hard_negatives, 0)
+        if self.false_negative_margin is not None:
+            in_range("false_negative_margin", self.false_negative_margin, -2, 2)
+        if self.learnable_temperature and self.fp16:
+            raise ValueError("learnable_temperature with fp16=True: the loss scale would distort it; use bf16")
+        super().__post_init__()
+        if not any(vars(self.weights()).values()):
+            raise ValueError("all loss weights are 0; nothing would be trained")
+
+    def weights(self) -> JointWeights:
+        """The loss weights as the recipe takes them."""
+        return JointWeights(
+            ce_query=self.ce_query_weight,
+            ce_target=self.ce_target_weight,
+            disc=self.disc_weight,
+            gen=self.gen_weight,
+            cross=self.cross_weight,
+            same_item=self.same_item_weight,
+        )
+
+
+@dataclass
+class RefineConfig(CommonConfig):
+    """Refine-RL: rewrites are sampled, scored against stable discriminative anchors, and reinforced (recipe, 4)."""
+
+    trained_sides: str = field(
+        default="both",
+        metadata=_help("Sides whose rewrites are trained: 'both' [known, UME-R1], 'query' or 'target'."),
+    )
+    num_generations: int = field(default=8, metadata=_help("G, rewrites sampled per prompt. [known, UME-R1: 8]"))
+    max_completion_length: int = field(
+        default=512, metadata=_help("Longest rewrite in tokens, <gen_emb> included. [ours: 512; UME-R1's CoT: 2,048]")
+    )
+    sampling_temperature: float = field(default=1.0, metadata=_help("Of the rollouts. [known, UME-R1: 1]"))
+    top_p: float = field(default=1.0, metadata=_help("Nucleus of the rollouts; 1: off. [ours]"))
+    top_k: int = field(default=0, metadata=_help("Top-k of the rollouts; 0: off. [ours]"))
+    rollout_batch: int | None = field(
+        default=None, metadata=_help("Sequences decoded at once (memory); None: all of the step's.")
+    )
+
+    anchors: str = field(
+        default="sft",
+        metadata=_help(
+            "Discriminative embeddings the rewrites are scored against: 'sft', of the model as it was at the start, "
+            "computed once for the whole set and kept; 'policy', of the current weights, every step. [ours: 'sft']"
+        ),
+    )
+    negatives: str = field(
+        default="bank",
+        metadata=_help("Anchors a rewrite competes with: 'bank', all of the training set; 'batch', the step's. [ours]"),
+    )
+    reward_mode: str = field(
+        default="anchor",
+        metadata=_help(
+            "'anchor': our reward to discriminative anchors [ours]. 'ume_r1': the G generated embeddings of the other "
+            "side are the anchors, hits of the own group in the top G [known, UME-R1]; needs trained_sides='both'."
+        ),
+    )
+    format_weight: float = field(default=1.0, metadata=_help("w_fmt, reward of a well-formed rewrite."))
+    rank_weight: float = field(default=1.0, metadata=_help("w_rank, of f(rank) x (s+ - neg)."))
+    refine_weight: float = field(
+        default=1.0, metadata=_help("w_refine, of how much g is closer to the anchor than d was. [ours]")
+    )
+    length_weight: float = field(default=0.1, metadata=_help("w_len, of tokens beyond length_limit. [ours]"))
+    length_limit: float = field(default=128.0, metadata=_help("L0: rewrite tokens that cost nothing. [ours]"))
+    rank_reward: str = field(default="1/log2(1+rank)", metadata=_help("f: 'hit', '1/rank' or '1/log2(1+rank)'."))
+    hit_k: int = field(default=1, metadata=_help("k of f = 'hit' and of the logged hit rate."))
+    negative: str = field(default="mean", metadata=_help("neg: 'mean', 'softmax' (temperature 0.5) or 'max'."))
+    scale_rewards: bool = field(
+        default=True, metadata=_help("Divide advantages by the group's std. [known, GRPO]; False with Dr.GRPO.")
+    )
+
+    loss_type: str = field(
+        default="ume_r1",
+        metadata=_help(
+            "'ume_r1': token sums / max_completion_length [known]; 'token_mean': DAPO [known]; 'dr_grpo' [known]."
+        ),
+    )
+    epsilon: float = field(default=0.2, metadata=_help("Lower clip of the ratio. [known, PPO; the value ours]"))
+    epsilon_high: float = field(default=0.28, metadata=_help("Upper clip of the ratio. [known, DAPO; the value ours]"))
+    beta: float = field(default=0.04, metadata=_help("Weight of the KL to the reference; 0 runs none. [known]"))
+    reference: str = field(
+        default="auto",
+        metadata=_help(
+            "Reference of the KL: 'adapter' (the LoRA switched off), 'copy' (a frozen copy), 'none' (only with "
+            "beta=0); 'auto' takes the adapter where there is one, a copy where beta > 0."
+        ),
+    )
+    num_iterations: int = field(
+        default=1,
+        metadata=_help(
+            "Updates per rollout batch. 1: the forward of the update also gives g for the reward, and the ratio is "
+            "exactly 1. More: old log-probs are stored and clipping is active."
+        ),
+    )
+
+    learning_rate: float = field(default=1e-6, metadata=_help("Peak learning rate. [known, UME-R1: 1e-6]"))
+    per_device_train_batch_size: int = field(default=8, metadata=_help("Pairs per device and step."))
+
+    def __post_init__(self) -> None:
+        one_of("trained_sides", self.trained_sides, SIDES)
+        one_of("anchors", self.anchors, ANCHORS)
+        one_of("negatives", self.negatives, ("bank", "batch"))
+        one_of("reward_mode", self.reward_mode, ("anchor", "ume_r1"))
+        one_of("loss_type", self.loss_type, LOSS_TYPES)
+        one_of("reference", self.reference, REFERENCES)
+        in_range("num_generations", self.num_generations, 1)
+        in_range("max_completion_length", self.max_completion_length, 2)
+        in_range("sampling_temperature", self.sampling_temperature, 0, open_low=True)
+        in_range("top_p", self.top_p, 0, 1, open_low=True)
+        in_range("top_k", self.top_k, 0)
+        in_range("epsilon", self.epsilon, 0, 1)
+        in_range("epsilon_high", self.epsilon_high, 0)
+        in_range("beta", self.beta, 0)
+        in_range("num_iterations", self.num_iterations, 1)
+        if self.rollout_batch is not None:
+            in_range("rollout_batch", self.rollout_batch, 1)
+        if self.num_generations == 1 and self.scale_rewards:
+            raise ValueError("num_generations is 1: a group of one has no advantage; use at least 2")
+        if self.reward_mode == "ume_r1" and self.trained_sides != "both":
+            raise ValueError("reward_mode='ume_r1' scores each side against the other's rewrites: trained_sides='both'")
+        if self.reference == "none" and self.beta > 0:
+            raise ValueError(f"reference='none' with beta={self.beta}: the KL needs a reference, or beta=0")
+        if self.anchors == "policy" and self.negatives == "bank":
+            self.negatives = "batch"  # the current policy's anchors exist for the batch only
+        self.reward_weights()  # raises, naming the weight
+        super().__post_init__()
+
+    def reward_weights(self) -> RewardWeights:
+        """The reward's switches as the operator takes them."""
+        if self.reward_mode == "ume_r1":
+            base = RewardWeights.ume_r1(self.num_generations, w_fmt=self.format_weight)
+            return replace(base, w_rank=self.rank_weight, normalize_std=self.scale_rewards)
+        return RewardWeights(
+            w_fmt=self.format_weight,
+            w_rank=self.rank_weight,
+            w_refine=self.refine_weight,
+            w_len=self.length_weight,
+            rank_reward=self.rank_reward,
+            hit_k=self.hit_k,
+            negative=self.negative,
+            length_limit=self.length_limit,
+            normalize_std=self.scale_rewards,
+        )

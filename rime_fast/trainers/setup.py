@@ -1,0 +1,122 @@
+"""From what a user passes (a path, a stock model, a processor, an adapter config) to a model ready to train."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from rime_fast.data.check import CheckRules
+from rime_fast.data.collate import Collator
+from rime_fast.data.datasets import PairDataset, open_pairs
+from rime_fast.model.dual_mode import DualModeModel
+from rime_fast.model.processor import RimeProcessor
+from rime_fast.model.tokens import EmbeddingTokens, add_embedding_tokens
+from rime_fast.trainers.config import CommonConfig
+
+logger = logging.get_logger(__name__)
+
+
+def prepare_model(
+    model: Any, processor: Any, args: CommonConfig, peft_config: Any = None
+) -> tuple[Any, Any, EmbeddingTokens]:
+    """(model, processor, ids of the embedding tokens), ready for Trainer.
+
+    model: directory or hub name, a stock transformers model of a supported family (its class is changed in place), a
+        DualModeModel, or a peft model around one of these.
+    processor: anything with ``tokenizer`` and ``image_processor``; None loads it from the model's directory.
+    peft_config: wraps the model in an adapter (LoRA); ValueError if the model has one already.
+
+    Adds the embedding tokens where they are missing, freezes the vision tower (``args.freeze_vision``) and applies
+    ``args.max_pixels``.
+    """
+    if not isinstance(model, (str, Path, nn.Module)):
+        raise TypeError(f"model is {type(model).__name__}; expected a path, a transformers model or a DualModeModel")
+    source = str(model) if isinstance(model, (str, Path)) else getattr(model.config, "_name_or_path", "")
+    adapted = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    if adapted and peft_config is not None:
+        raise ValueError("peft_config was given, but model already is a peft model; pass one or the other")
+    if isinstance(model, (str, Path)):
+        dtype = torch.float32 if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
+        model = DualModeModel.from_pretrained(source, attn_implementation=args.attn_implementation, dtype=dtype)
+    else:
+        base = model.get_base_model() if adapted else model
+        if not isinstance(base, DualModeModel):
+            DualModeModel.from_model(base, attn_implementation=args.attn_implementation)
+    processor = load_processor(processor, source, args.max_pixels)
+    base = model.get_base_model() if adapted else model
+    tokens = add_embedding_tokens(base, processor.tokenizer)
+    if args.freeze_vision:
+        freeze_vision(base)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    return model, processor, tokens
+
+
+def load_processor(processor: Any, source: str, max_pixels: int | None) -> Any:
+    """The processor given, or the one saved beside the model. Raises ValueError when there is none."""
+    if processor is None:
+        if not source:
+            raise ValueError("processing_class is None and the model names no directory to load a processor from")
+        try:
+            processor = RimeProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"processing_class is None and {source!r} holds no processor: {error}") from error
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise ValueError(
+                f"processing_class is {type(processor).__name__} without {part}; expected a processor with "
+                "tokenizer and image_processor (RimeProcessor, or transformers' Qwen processors)"
+            )
+    if max_pixels is not None:
+        size = processor.image_processor.size
+        smallest = size["shortest_edge"]
+        if max_pixels < smallest:
+            raise ValueError(f"max_pixels is {max_pixels}, below the processor's smallest image ({smallest})")
+        processor.image_processor.size = type(size)(shortest_edge=smallest, longest_edge=max_pixels)
+    return processor
+
+
+def vision_tower(model: Any) -> nn.Module:
+    """The vision tower with its merger(s) of a dual-mode model, adapter or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.model.visual
+
+
+def freeze_vision(model: Any) -> None:
+    """No gradients for the vision tower, except its mergers (Qwen3-VL has one per deepstack level)."""
+    for name, parameter in vision_tower(model).named_parameters():
+        if "merger" not in name:
+            parameter.requires_grad_(False)
+
+
+def as_pairs(source: Any, name: str, args: CommonConfig, collator: Collator, *, rewrites: bool) -> tuple[Any, int]:
+    """(PairDataset or None, bad rows left out): what a user passes as a dataset, checked before step 1.
+
+    source: None, a path, a list of Pair or of rows, a datasets.Dataset, any map-style dataset. name: for messages.
+    rewrites: both sides need one. Raises DataError with file, row and field of every bad row unless
+    ``args.on_bad_row`` is "skip"; TypeError for a source of another kind.
+    """
+    if source is None:
+        return None, 0
+    if not args.check_data:
+        return PairDataset(source, image_root=args.image_root, name=name), 0
+    rules = CheckRules(rewrites=rewrites, max_length=args.max_length, measure=collator.measure)
+    dataset, report = open_pairs(
+        source, name=name, rules=rules, on_bad_row=args.on_bad_row, image_root=args.image_root  # type: ignore[arg-type]
+    )
+    if report.bad_rows and is_main_process():
+        shown = "\n".join(str(problem) for problem in report.problems[:5])
+        logger.warning("%s; they are left out. The first:\n%s", report.summary(), shown)
+    return dataset, report.bad_rows
+
+
+def is_main_process() -> bool:
+    """Before the accelerator exists: by the launcher's environment."""
+    return int(os.environ.get("RANK", "0")) == 0
