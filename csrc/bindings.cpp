@@ -6,4 +6,43 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
   // Which kernels this build holds: bit 0 CPU, bit 1 CUDA.
   m.def("build_info() -> int");
+  // Operator A (rime_fast/ops/logprob_pool): rows of logits, and read-outs. `dlogits` is the memory of `logits`, on
+  // CUDA also seen as bf16 or fp16 (the gradient is written over the logits it is made from).
+  m.def(
+      "row_softmax_forward(Tensor logits, Tensor targets, Tensor? bias, Tensor temperature, float softcap, "
+      "Tensor(a!) lse, Tensor(b!) hit, Tensor(c!)? mean) -> ()");
+  m.def(
+      "row_softmax_backward(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor? entropy, Tensor grad_logp, "
+      "Tensor? grad_entropy, Tensor? bias, Tensor temperature, float softcap, Tensor(b!) dlogits, "
+      "Tensor(c!) products) -> ()");
+  m.def(
+      "pool_forward(Tensor hidden, Tensor starts, Tensor ends, bool normalize, Tensor(a!) pooled, "
+      "Tensor(b!) inv_norm) -> ()");
+  m.def(
+      "pool_backward(Tensor(a!) grad_hidden, Tensor grad, Tensor pooled, Tensor inv_norm, Tensor starts, "
+      "Tensor ends, bool normalize) -> ()");
+
+  // Contrastive loss (csrc/*/contrast.*). Both read one tile of similarities q k^T whose corner is (row0, col0) of the
+  // whole; row and column arrays are those of the whole. Ids are int32, sums float64, everything else float32.
+  m.def(
+      "contrast_statistics(Tensor(a!) tile, float scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
+      "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, bool bounded, Tensor(b!) row_max, Tensor(c!) row_sum, "
+      "Tensor(d!) col_max, Tensor(e!) col_sum, Tensor(f!) positive, Tensor(g!) rival) -> ()");
+  m.def(
+      "contrast_gradient(Tensor(a!) tile, float scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
+      "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, bool bounded, Tensor row_shift, Tensor row_coef, "
+      "Tensor col_shift, Tensor col_coef, Tensor positive_slope, float factor) -> ()");
+
+  // score_rewrites_ (rank_reward): R = B G rollouts of width D, P own anchors an item, a tile of n anchors.
+  // gen [R, D], own_anchors [B, P, D] -> own [R, P] fp64, norms [R]
+  m.def("rank_own(Tensor gen, Tensor own_anchors, Tensor(a!) own, Tensor(b!) norms) -> ()");
+  // sims [R, n] fp32 or fp64, tile [n, D], tile_norms [n]; first: the tile's place in the bank -> state [R, 4 + P]
+  m.def("rank_tile(Tensor sims, Tensor gen, Tensor tile, Tensor tile_norms, Tensor norms, Tensor own, "
+        "Tensor positive, Tensor? mask, int first, int negative, float tau, Tensor(a!) state) -> ()");
+  // parts [W, R, 4 + P]: states of disjoint parts of a bank, merged in order into state
+  m.def("rank_merge(Tensor parts, int negative, float tau, Tensor(a!) state) -> ()");
+  // out [12, B, G]: reward, advantage, TERM_NAMES
+  m.def("rank_finish(Tensor state, Tensor own, Tensor format_ok, Tensor? lengths, Tensor? disc_similarity, int score, "
+        "int hit_k, int negative, bool normalize, float w_fmt, float w_rank, float w_refine, float w_len, "
+        "float length_limit, float eps, Tensor(a!) out) -> ()");
 }

@@ -26,6 +26,11 @@ TABLE = BackendTable(
 )
 
 
+def _plain(bias: Tensor | None) -> Tensor | None:
+    """The bias as the row kernels take it."""
+    return None if bias is None else bias.float().contiguous()
+
+
 def forward(
     hidden: Tensor,
     lm_head: Tensor,
@@ -45,7 +50,7 @@ def forward(
     """Body of rime_fast::logprob_pool."""
     scored = chunked.scored_rows(targets, ignore_index)
     local = targets - vocab_start
-    stats = chunked.forward(hidden, lm_head, local, scored, bias, temperature, softcap, entropy)
+    stats = chunked.forward(hidden, lm_head, local, scored, _plain(bias), temperature, softcap, entropy)
     if group:
         stats = vocab_parallel.merge(stats, group)
     logp, row_entropy = _finish_rows(stats, targets, ignore_index)
@@ -92,7 +97,7 @@ def backward(
     rows_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
     found = chunked.backward(
         hidden, lm_head, targets - vocab_start, scored, lse, row_entropy if grad_entropy is not None else None,
-        rows_logp, grad_entropy, bias, temperature, softcap, needs,
+        rows_logp, grad_entropy, _plain(bias), temperature, softcap, needs,
     )  # fmt: skip
     if group:
         found = vocab_parallel.reduce_gradients(found, group)
@@ -134,7 +139,7 @@ def linear_ce(
     """Body of rime_fast::linear_ce."""
     scored = chunked.scored_rows(targets, ignore_index)
     stats, found = chunked.forward_with_gradient(
-        hidden, lm_head, targets, scored, token_weight, bias, temperature, softcap, entropy, needs
+        hidden, lm_head, targets, scored, token_weight, _plain(bias), temperature, softcap, entropy, needs
     )
     logp, row_entropy = _finish_rows(stats, targets, ignore_index)
     pooled, inv_norm = pool_forward(hidden, starts, ends, normalize)

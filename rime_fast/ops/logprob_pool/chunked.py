@@ -3,7 +3,7 @@
 The scored rows are taken out of ``hidden`` a block at a time; a block's logits [R, V] (fp32) live in one buffer, the
 row kernel (rows.py) reads them once for the statistics and once more, in place, for their gradient. R depends on V
 alone and the last block is padded to a multiple of 16 rows, so a row's logits are the same bits whatever else is in
-the batch. dW is accumulated in fp32. Memory beside the outputs: the block, <= 32 MiB or 16 rows, and its rows.
+the batch. dW is accumulated in fp32. Memory beside the outputs: the block, <= 48 MiB or 16 rows, and its rows.
 
 Products: 8MHV FLOP when the backward recomputes the logits (`backward`), 6MHV when the gradient is made in the
 forward (`forward_with_gradient`), for M scored rows.
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_forward
 
-BLOCK_BYTES = 32 << 20  # of fp32 logits
+BLOCK_BYTES = 48 << 20  # of fp32 logits
+BLOCK_ROWS = 512  # at most
 PANEL_BYTES = 8 << 20  # of a head widened to fp32 a panel at a time
 STEP = 16  # rows are padded to a multiple of this
 
@@ -50,11 +51,9 @@ class Needs(NamedTuple):
 
 
 def block_rows(vocabulary: int) -> int:
-    """Rows of one block of logits: a power of two in [16, 512], within BLOCK_BYTES if it can be."""
-    rows = 512
-    while rows > STEP and rows * vocabulary * 4 > BLOCK_BYTES:
-        rows //= 2
-    return rows
+    """Rows of one block of logits: a multiple of STEP, at most BLOCK_ROWS and BLOCK_BYTES but never less than STEP."""
+    rows = BLOCK_BYTES // (4 * vocabulary) // STEP * STEP
+    return max(STEP, min(BLOCK_ROWS, rows))
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -105,11 +104,11 @@ def backward(
     sums = _Sums(blocks, needs, bias)
     for rows, x, aim in blocks:
         logits = blocks.logits(x)
-        products = rows_backward_(
+        dlogits, products = rows_backward_(
             logits, aim, blocks.pick(lse, rows), _maybe(blocks, entropy, rows), blocks.pick(grad_logp, rows),
             _maybe(blocks, grad_entropy, rows), bias, temperature, softcap,
         )  # fmt: skip
-        sums.add(rows, x, logits, products)
+        sums.add(rows, x, dlogits, products)
     return sums.finish(temperature)
 
 
@@ -134,10 +133,10 @@ def forward_with_gradient(
         logits = blocks.logits(x)
         found = rows_forward(logits, aim, bias, temperature, softcap, entropy)
         blocks.store(stats, rows, found)
-        products = rows_backward_(
+        dlogits, products = rows_backward_(
             logits, aim, found[0], None, blocks.pick(grad_logp, rows), None, bias, temperature, softcap
         )
-        sums.add(rows, x, logits, products)
+        sums.add(rows, x, dlogits, products)
     return stats, sums.finish(temperature)
 
 

@@ -10,11 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rime_fast.ops import native
 from rime_fast.ops.logprob_pool.reference import EPSILON
 
 
 def pool_forward(hidden: Tensor, starts: Tensor, ends: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """(embeddings [K, H] fp32, inv_norm [K] fp32) of hidden [T, H]."""
+    if native.available(cuda=hidden.is_cuda):
+        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        pooled = torch.empty(starts.shape[0], hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        inv_norm = pooled.new_empty(starts.shape[0])
+        torch.ops.rime_fast_C.pool_forward(hidden, starts, ends, normalize, pooled, inv_norm)
+        return pooled, inv_norm
     owner, rows, counts = _members(starts, ends)
     sums = torch.zeros(starts.shape[0], hidden.shape[1], dtype=torch.float32, device=hidden.device)
     sums.index_add_(0, owner, hidden.index_select(0, rows).float())
@@ -30,6 +37,11 @@ def pool_backward_(
 ) -> None:
     """Add the read-outs' gradients [K, H] into ``grad_hidden`` [T, H] in place."""
     grad = grad.float()
+    if native.available(cuda=grad_hidden.is_cuda):
+        torch.ops.rime_fast_C.pool_backward(
+            grad_hidden, grad.contiguous(), pooled, inv_norm, starts, ends, normalize
+        )
+        return
     if normalize:
         # At |m| < 1e-12 the norm is a constant, so e's own direction is not taken out.
         along = (pooled * grad).sum(dim=1, keepdim=True) * (inv_norm < 1.0 / EPSILON).unsqueeze(1)

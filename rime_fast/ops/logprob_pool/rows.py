@@ -6,6 +6,7 @@ and the backward, from the upstream gradients g of logp and h of the entropy, ov
     dlogits_v = dz_v * (1 - tanh^2) / temperature,   dz_v = g ([v = target] - p_v) - h p_v (z_v - lse + entropy)
 and returns sum_v dz_v z_v, of which -1/temperature is the row's share of the temperature's gradient.
 A target outside [0, V) hits nothing: that is how a rank without the target's column takes part (vocab_parallel.py).
+Compiled: csrc/cpu/row_softmax.cpp, csrc/cuda/row_softmax.cu; without them the torch code below.
 """
 
 from __future__ import annotations
@@ -13,23 +14,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rime_fast.ops.logprob_pool.reference import wide
+from rime_fast.ops import native
 
 
 def rows_forward(
     logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, hit, mean), each [R] fp32; ``mean`` is empty unless ``entropy``."""
-    z = _scores(logits, bias, temperature, softcap)
-    lse = z.logsumexp(dim=1)
-    inside = (targets >= 0) & (targets < z.shape[1])
-    hit = z.gather(1, torch.where(inside, targets, 0).unsqueeze(1)).squeeze(1)
-    hit = torch.where(inside, hit, torch.zeros_like(hit))
-    if not entropy:
-        return lse, hit, lse.new_empty(0)
-    p = (z - lse.unsqueeze(1)).exp()
-    mean = torch.where(p == 0, p, p * z).sum(dim=1)
-    return lse, hit, mean
+    """(lse, hit, mean), each [R] fp32; ``mean`` is empty unless ``entropy``. bias [V] is fp32 and contiguous."""
+    if not native.available(cuda=logits.is_cuda):
+        return _torch_forward(logits, targets, bias, temperature, softcap, entropy)
+    found = logits.new_empty(3 if entropy else 2, logits.shape[0])
+    mean = found[2] if entropy else None
+    torch.ops.rime_fast_C.row_softmax_forward(logits, targets, bias, temperature, softcap, found[0], found[1], mean)
+    return found[0], found[1], found.new_empty(0) if mean is None else mean
 
 
 def rows_backward_(
@@ -42,8 +39,45 @@ def rows_backward_(
     bias: Tensor | None,
     temperature: Tensor,
     softcap: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """(dlogits [R, V] in ``dtype``, sum_v dz_v z_v [R]); dlogits takes the memory of ``logits``, which are gone."""
+    dlogits = logits if dtype == torch.float32 else logits.view(dtype)[:, : logits.shape[1]]
+    args = (targets, lse, entropy, grad_logp, grad_entropy, bias, temperature, softcap)
+    if not native.available(cuda=logits.is_cuda):
+        products = _torch_backward_(logits, *args)
+        return logits if dtype == torch.float32 else logits.to(dtype), products
+    products = torch.empty_like(lse)
+    torch.ops.rime_fast_C.row_softmax_backward(logits, *args, dlogits, products)
+    return dlogits, products
+
+
+def _torch_forward(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = _scores(logits, bias, temperature, softcap)
+    lse = z.logsumexp(dim=1)
+    inside = (targets >= 0) & (targets < z.shape[1])
+    hit = z.gather(1, torch.where(inside, targets, 0).unsqueeze(1)).squeeze(1)
+    hit = torch.where(inside, hit, torch.zeros_like(hit))
+    if not entropy:
+        return lse, hit, lse.new_empty(0)
+    p = (z - lse.unsqueeze(1)).exp()
+    mean = torch.where(p == 0, p, p * z).sum(dim=1)
+    return lse, hit, mean
+
+
+def _torch_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    bias: Tensor | None,
+    temperature: Tensor,
+    softcap: float,
 ) -> Tensor:
-    """Overwrite ``logits`` by their gradient; returns sum_v dz_v z_v [R]."""
     z = _scores(logits, bias, temperature, softcap)
     shifted = z - lse.unsqueeze(1)
     p = shifted.exp()
@@ -53,7 +87,7 @@ def rows_backward_(
         dz -= grad_entropy.unsqueeze(1) * slope
     inside = (targets >= 0) & (targets < z.shape[1])
     at = torch.where(inside, targets, 0).unsqueeze(1)
-    dz.scatter_add_(1, at, torch.where(inside, grad_logp, 0.0).unsqueeze(1).to(dz.dtype))
+    dz.scatter_add_(1, at, torch.where(inside, grad_logp, torch.zeros_like(grad_logp)).unsqueeze(1))
     products = torch.where(dz == 0, dz, dz * z).sum(dim=1)
     if softcap:
         dz *= 1.0 - (z * (temperature / softcap)) ** 2
@@ -62,7 +96,7 @@ def rows_backward_(
 
 
 def _scores(logits: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float) -> Tensor:
-    s = logits if bias is None else logits + bias.to(wide(logits.dtype))
+    s = logits if bias is None else logits + bias
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     return s / temperature
