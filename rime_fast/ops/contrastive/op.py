@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rime_fast.ops.contrastive import library  # noqa: F401  (registers the operators)
 from rime_fast.ops.contrastive.distributed import check_group, grouped_terms
 from rime_fast.ops.contrastive.inputs import Problem, check_labels, make_problem
 from rime_fast.ops.contrastive.reference import reference_terms
@@ -16,8 +17,8 @@ from rime_fast.ops.dispatch import BackendTable
 
 TABLE = BackendTable(
     op="contrastive",
-    probes={"reference": lambda tensor: None},
-    order={"cpu": ("reference",), "cuda": ("reference",)},
+    probes={"reference": lambda tensor: None, "chunked": lambda tensor: None},
+    order={"cpu": ("chunked",), "cuda": ("chunked",)},
 )
 
 
@@ -106,7 +107,13 @@ def contrastive_loss(
 
 
 def _local_terms(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    TABLE.choose(backend, problem.queries[0])
+    chosen = TABLE.choose(backend, problem.queries[0])
+    if chosen != "reference":
+        loss, hits, *_ = torch.ops.rime_fast.contrastive(
+            problem.queries, problem.keys, problem.temperature, problem.labels, problem.query_ids, problem.key_ids,
+            [q for q, _ in problem.terms], [k for _, k in problem.terms], problem.margin, problem.symmetric, chosen,
+        )  # fmt: skip
+        return loss, hits
     labels = problem.labels
     if labels is None:
         labels = torch.arange(problem.n_queries, device=problem.queries[0].device)

@@ -1,0 +1,207 @@
+// Contrastive loss on the CPU: what happens to a tile of similarities between two library GEMMs (see
+// rime_fast/ops/contrastive/chunked.py for the tiling). Element maths: rime/contrast.h; loops: contrast_kernels.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace rime::contrast {
+namespace {
+
+#include "rime/contrast.h"
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kStripe = 256;  // columns a thread takes at a time; fixed, so that sums do not depend on threads
+
+// One tile and its row and column data; column arrays are padded to a multiple of 16.
+struct Tile {
+  float* x;
+  int64_t rows, cols;
+  float scale, hole;  // 1/tau; the value whose logit is -inf
+  const int64_t* label;  // column of the row's positive inside the tile, or outside [0, cols)
+  const int32_t* row_id;
+  const int32_t* col_id;
+  const float* row_limit;
+  const float* col_limit;
+  // statistics
+  float* positive;
+  float* col_max;
+  float* col_sum;
+  // gradient
+  const float* row_shift;
+  const float* row_coef;
+  const float* col_shift;
+  const float* col_coef;
+  const float* positive_slope;  // the gradient at the row's positive
+  float factor;  // the term's common factor
+};
+
+struct Partial {
+  float max, sum, rival;
+};
+
+struct Kernels {
+  void (*statistics[8])(const Tile&, int64_t, int64_t, Partial*);
+  void (*gradient[8])(const Tile&, int64_t, int64_t);
+};
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"
+namespace baseline {
+#include "rime/contrast.h"
+#include "contrast_kernels.h"
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RIME_X86_LEVELS 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "rime/contrast.h"
+#include "contrast_kernels.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+namespace avx512 {
+#include "rime/contrast.h"
+#include "contrast_kernels.h"
+}
+#pragma GCC pop_options
+#endif
+#pragma GCC diagnostic pop
+
+const Kernels& best_kernels() {
+#ifdef RIME_X86_LEVELS
+  static const Kernels& chosen = [&]() -> const Kernels& {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
+      return avx512::kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+    return baseline::kernels;
+  }();
+  return chosen;
+#else
+  return baseline::kernels;
+#endif
+}
+
+int variant(bool bounded, bool ids, bool margin) { return (bounded ? 4 : 0) + (ids ? 2 : 0) + (margin ? 1 : 0); }
+
+template <class T>
+std::vector<T> padded(const T* from, int64_t count, T otherwise) {
+  std::vector<T> out((count + 15) / 16 * 16, otherwise);
+  if (from != nullptr) std::copy(from, from + count, out.begin());
+  return out;
+}
+
+template <class T>
+const T* at(const MaybeTensor& tensor, int64_t offset) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->data_ptr()) + offset : nullptr;
+}
+
+template <class T>
+T* at(const Tensor& tensor, int64_t offset) {
+  return static_cast<T*>(tensor.data_ptr()) + offset;
+}
+
+// Labels relative to the tile.
+std::vector<int64_t> tile_labels(const Tensor& labels, int64_t row0, int64_t rows, int64_t col0) {
+  const int64_t* from = at<int64_t>(labels, row0);
+  std::vector<int64_t> out(rows);
+  for (int64_t i = 0; i < rows; ++i) out[i] = from[i] - col0;
+  return out;
+}
+
+void check_tile(const Tensor& tile, const Tensor& labels, int64_t row0, const Tensor& columns, int64_t col0) {
+  STD_TORCH_CHECK(tile.dim() == 2 && tile.is_contiguous() && tile.is_cpu(), "tile must be a contiguous CPU matrix");
+  STD_TORCH_CHECK(tile.scalar_type() == torch::headeronly::ScalarType::Float, "tile must be float32");
+  STD_TORCH_CHECK(row0 >= 0 && row0 + tile.size(0) <= labels.size(0), "tile rows lie outside the row arrays");
+  STD_TORCH_CHECK(col0 >= 0 && col0 + tile.size(1) <= columns.size(0), "tile columns lie outside the column arrays");
+}
+
+// Add (max, sum) of a part to a running (max, sum): sum counts exponentials below max.
+void merge(float part_max, double part_sum, float& running_max, double& running_sum) {
+  if (part_max > running_max) {
+    running_sum = running_max == -INFINITY ? 0.0 : running_sum * std::exp(double(running_max) - part_max);
+    running_max = part_max;
+  }
+  const double gap = double(part_max) - running_max;
+  running_sum += part_max == running_max || part_max == -INFINITY ? part_sum : part_sum * std::exp(gap);
+}
+
+void contrast_statistics(Tensor tile, double scale, int64_t row0, int64_t col0, Tensor labels, MaybeTensor row_ids,
+                         MaybeTensor col_ids, MaybeTensor row_limit, MaybeTensor col_limit, bool bounded,
+                         Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum, Tensor positive, Tensor rival) {
+  check_tile(tile, labels, row0, col_sum, col0);
+  const int64_t rows = tile.size(0), cols = tile.size(1), stripes = (cols + kStripe - 1) / kStripe;
+  const auto label = tile_labels(labels, row0, rows, col0);
+  const auto ids = padded(at<int32_t>(col_ids, col0), cols, int32_t(-1));
+  const auto limits = padded(at<float>(col_limit, col0), cols, INFINITY);
+  auto maxima = padded<float>(nullptr, cols, bounded ? 0.0f : -INFINITY);
+  auto sums = padded<float>(nullptr, cols, 0.0f);
+  Tile t{};
+  t.x = at<float>(tile, 0), t.rows = rows, t.cols = cols;
+  t.scale = float(scale), t.hole = scale < 0 ? INFINITY : -INFINITY;
+  t.label = label.data(), t.positive = at<float>(positive, row0);
+  t.row_id = at<int32_t>(row_ids, row0), t.col_id = ids.data();
+  t.row_limit = at<float>(row_limit, row0), t.col_limit = limits.data();
+  t.col_max = maxima.data(), t.col_sum = sums.data();
+
+  const auto run = best_kernels().statistics[variant(bounded, row_ids.has_value(), row_limit.has_value())];
+  std::vector<Partial> parts(stripes * rows);
+  torch::stable::parallel_for(0, stripes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      run(t, s * kStripe, std::min(cols, (s + 1) * kStripe), parts.data() + s * rows);
+    }
+  });
+  for (int64_t i = 0; i < rows; ++i) {
+    float* best = at<float>(rival, row0 + i);
+    for (int64_t s = 0; s < stripes; ++s) {
+      const Partial& part = parts[s * rows + i];
+      merge(part.max, part.sum, *at<float>(row_max, row0 + i), *at<double>(row_sum, row0 + i));
+      *best = larger(*best, part.rival);
+    }
+  }
+  for (int64_t j = 0; j < cols; ++j) merge(maxima[j], sums[j], *at<float>(col_max, col0 + j), *at<double>(col_sum, col0 + j));
+}
+
+void contrast_gradient(Tensor tile, double scale, int64_t row0, int64_t col0, Tensor labels, MaybeTensor row_ids,
+                       MaybeTensor col_ids, MaybeTensor row_limit, MaybeTensor col_limit, bool bounded,
+                       Tensor row_shift, Tensor row_coef, Tensor col_shift, Tensor col_coef, Tensor positive_slope,
+                       double factor) {
+  check_tile(tile, labels, row0, col_coef, col0);
+  const int64_t rows = tile.size(0), cols = tile.size(1);
+  const auto label = tile_labels(labels, row0, rows, col0);
+  const auto ids = padded(at<int32_t>(col_ids, col0), cols, int32_t(-1));
+  const auto limits = padded(at<float>(col_limit, col0), cols, INFINITY);
+  const auto shift = padded<float>(at<float>(col_shift, col0), cols, 0.0f);
+  const auto coef = padded<float>(at<float>(col_coef, col0), cols, 0.0f);
+  Tile t{};
+  t.x = at<float>(tile, 0), t.rows = rows, t.cols = cols;
+  t.scale = float(scale), t.hole = scale < 0 ? INFINITY : -INFINITY;
+  t.label = label.data();
+  t.row_id = at<int32_t>(row_ids, row0), t.col_id = ids.data();
+  t.row_limit = at<float>(row_limit, row0), t.col_limit = limits.data();
+  t.row_shift = at<float>(row_shift, row0), t.row_coef = at<float>(row_coef, row0);
+  t.col_shift = shift.data(), t.col_coef = coef.data();
+  t.positive_slope = at<float>(positive_slope, row0), t.factor = float(factor);
+
+  const auto run = best_kernels().gradient[variant(bounded, row_ids.has_value(), row_limit.has_value())];
+  torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) { run(t, begin, end); });
+}
+
+}  // namespace
+}  // namespace rime::contrast
+
+STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CPU, m) {
+  m.impl("contrast_statistics", TORCH_BOX(&rime::contrast::contrast_statistics));
+  m.impl("contrast_gradient", TORCH_BOX(&rime::contrast::contrast_gradient));
+}

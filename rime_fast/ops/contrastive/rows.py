@@ -1,0 +1,151 @@
+"""What happens to one tile of similarities, in two versions: the compiled CPU kernels, and plain torch.
+
+A sweep (chunked.py) makes tiles by library GEMM; the functions here turn a tile into softmax statistics, or in place
+into the gradient to its similarities. The torch version serves fp64, installations without a compiler, and CUDA.
+Element rules are documented in csrc/include/rime/contrast.h; both versions follow them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Largest |logit| for which no softmax shift is needed in fp32 (kBounded in csrc/include/rime/contrast.h).
+BOUNDED = 60.0
+
+
+@dataclass
+class Masks:
+    """Which candidates do not count: ids as int32 classes, limits as similarities; None where there is no such mask.
+
+    labels [N] int64: the positive of each row (may lie outside the keys at hand). row_ids [N], col_ids [K] int32.
+    row_limit [N], col_limit [K]: a candidate more similar than this is left out of that row's / column's softmax.
+    """
+
+    labels: Tensor
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+
+@dataclass
+class Statistics:
+    """Running statistics of one term over all candidates that count, the positives left out.
+
+    Sums are of exponentials below the maximum beside them, which stays 0 when ``bounded``.
+    """
+
+    bounded: bool
+    row_max: Tensor  # [N]
+    row_sum: Tensor  # [N] fp64
+    col_max: Tensor  # [K]
+    col_sum: Tensor  # [K] fp64
+    positive: Tensor  # [N] logit of the positive
+    rival: Tensor  # [N] largest logit of a row
+
+    @classmethod
+    def empty(cls, n_queries: int, n_keys: int, bounded: bool, like: Tensor) -> Statistics:
+        def full(size: int, value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((size,), value, dtype=dtype, device=like.device)
+
+        start = 0.0 if bounded else -torch.inf
+        return cls(
+            bounded=bounded,
+            row_max=full(n_queries, start, like.dtype),
+            row_sum=full(n_queries, 0.0, torch.float64),
+            col_max=full(n_keys, start, like.dtype),
+            col_sum=full(n_keys, 0.0, torch.float64),
+            positive=full(n_queries, -torch.inf, like.dtype),
+            rival=full(n_queries, -torch.inf, like.dtype),
+        )
+
+
+@dataclass
+class Slopes:
+    """What a tile's gradient needs of one term, in the tile's dtype.
+
+    G = factor (row_coef exp(s - row_shift) + col_coef exp(s - col_shift)), and factor positive_slope at the positives.
+    With ``bounded`` all shifts are 0, and one exponential serves both.
+    """
+
+    bounded: bool
+    row_shift: Tensor  # [N]
+    row_coef: Tensor  # [N]
+    col_shift: Tensor  # [K]
+    col_coef: Tensor  # [K]
+    positive_slope: Tensor  # [N]
+    factor: Tensor  # 0-d
+
+
+class NativeRows:
+    """The C++ kernels (csrc/cpu/contrast.cpp): fp32 tiles on the CPU. ``scale`` is 1 / temperature."""
+
+    @staticmethod
+    def statistics(tile: Tensor, scale: float, row: int, col: int, masks: Masks, into: Statistics) -> None:
+        torch.ops.rime_fast_C.contrast_statistics(
+            tile, scale, row, col, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit,
+            into.bounded, into.row_max, into.row_sum, into.col_max, into.col_sum, into.positive, into.rival,
+        )  # fmt: skip
+
+    @staticmethod
+    def gradient(tile: Tensor, scale: float, row: int, col: int, masks: Masks, slopes: Slopes) -> None:
+        torch.ops.rime_fast_C.contrast_gradient(
+            tile, scale, row, col, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit,
+            slopes.bounded, slopes.row_shift, slopes.row_coef, slopes.col_shift, slopes.col_coef,
+            slopes.positive_slope, float(slopes.factor),
+        )  # fmt: skip
+
+
+class TorchRows:
+    """The same in torch operations, for any dtype and device; ``scale`` is a 0-d tensor (nothing is read back)."""
+
+    @staticmethod
+    def statistics(tile: Tensor, scale: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None:
+        rows, cols = slice(row, row + tile.shape[0]), slice(col, col + tile.shape[1])
+        own, row_masked, col_masked = _masked(tile, rows, cols, masks)
+        logits = tile * scale
+        positive = torch.where(own, logits, 0).sum(1)
+        into.positive[rows] = torch.where(own.any(1), positive, into.positive[rows])
+        by_row = logits.masked_fill(row_masked, -torch.inf)
+        into.rival[rows] = torch.maximum(into.rival[rows], by_row.amax(1))
+        _merge(by_row, 1, into.row_max[rows], into.row_sum[rows], into.bounded)
+        _merge(logits.masked_fill_(col_masked, -torch.inf), 0, into.col_max[cols], into.col_sum[cols], into.bounded)
+
+    @staticmethod
+    def gradient(tile: Tensor, scale: Tensor, row: int, col: int, masks: Masks, slopes: Slopes) -> None:
+        rows, cols = slice(row, row + tile.shape[0]), slice(col, col + tile.shape[1])
+        own, row_masked, col_masked = _masked(tile, rows, cols, masks)
+        logits = tile * scale
+        by_row = (logits - slopes.row_shift[rows, None]).exp_().mul_(slopes.row_coef[rows, None])
+        by_col = (logits - slopes.col_shift[None, cols]).exp_().mul_(slopes.col_coef[None, cols])
+        total = by_row.masked_fill_(row_masked, 0).add_(by_col.masked_fill_(col_masked, 0))
+        total = torch.where(own, slopes.positive_slope[rows, None], total)
+        torch.mul(total, slopes.factor, out=tile)
+
+
+def _masked(tile: Tensor, rows: slice, cols: slice, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+    """(positives, no rival for the row, no rival for the column) of a tile, boolean."""
+    columns = torch.arange(cols.start, cols.stop, device=tile.device)
+    own = masks.labels[rows, None] == columns
+    row_masked = col_masked = torch.zeros_like(own)
+    if masks.row_ids is not None and masks.col_ids is not None:
+        row_masked = col_masked = masks.row_ids[rows, None] == masks.col_ids[None, cols]
+    if masks.row_limit is not None and masks.col_limit is not None:
+        row_masked = row_masked | (tile > masks.row_limit[rows, None])
+        col_masked = col_masked | (tile > masks.col_limit[None, cols])
+    return own, row_masked | own, col_masked | own
+
+
+def _merge(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, bounded: bool) -> None:
+    """Add a tile's exponentials to running (max, sum) views; masked logits are -inf."""
+    if bounded:
+        running_sum += logits.exp_().sum(dim)
+        return
+    new_max = torch.maximum(running_max, logits.amax(dim))
+    shift = torch.where(new_max == -torch.inf, 0, new_max)
+    part = (logits - shift.unsqueeze(dim)).exp_().sum(dim)
+    running_sum.mul_((running_max - shift).double().exp()).add_(part)
+    running_max.copy_(new_max)
