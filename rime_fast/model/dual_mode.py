@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rime_fast.model.head import ScoringHead, make_scoring
 from rime_fast.model.outputs import DualModeOutput
-from rime_fast.model.packing import PACKED_SDPA, packed_layout
+from rime_fast.model.packing import PACKED_SDPA, AttentionLayout, packed_layout
 from rime_fast.model.vision import segment_attention, vision_features
 
 # What a caller of the stock signature may pass along with a packed batch as long as it says nothing (peft does).
@@ -119,17 +119,21 @@ class DualModeModel:
         lengths: Sequence[int],
         position_ids: Tensor,
         *,
+        mm_token_type_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | Sequence[Sequence[int]] | None = None,
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | Sequence[Sequence[int]] | None = None,
         image_grids: Sequence[Sequence[int]] | None = None,
         video_grids: Sequence[Sequence[int]] | None = None,
+        layout: AttentionLayout | None = None,
     ) -> Tensor:
         """Last hidden states (after the final norm) of a packed batch, [T, H].
 
-        Sequence i of ``lengths`` (host integers) sees itself only. ``image_grids`` / ``video_grids``: the grids as
-        host integers; without them a grid tensor on a device is read back, which waits for the device.
+        Sequence i of ``lengths`` (host integers) sees itself only, unless a ``layout`` says otherwise (that needs
+        packed SDPA). ``mm_token_type_ids`` [T] tells image (1) and video (2) placeholders from text (0); without it
+        the token ids do, and a response that happens to contain such a token is an error. ``image_grids`` /
+        ``video_grids``: the grids as host integers; a grid tensor on a device is read back, which waits for it.
         """
         rows = int(input_ids.shape[0]) if input_ids.dim() == 1 else -1
         if sum(lengths) != rows:
@@ -144,41 +148,48 @@ class DualModeModel:
         if pixels is not None:
             features, deepstack = vision_features(self.model.visual, pixels, grids)
             n_image //= self.model.visual.spatial_merge_size**2
-            where, mask = self._placeholders(input_ids, n_image, features.shape[0])
+            where, mask = self._placeholders(input_ids, mm_token_type_ids, n_image, features.shape[0])
             embeds = torch.where(mask, features.to(embeds.dtype).index_select(0, where), embeds)
             if deepstack:
                 dense = [torch.where(mask, x.to(embeds.dtype).index_select(0, where), 0.0) for x in deepstack]
                 extra = {"visual_pos_masks": None, "deepstack_visual_embeds": dense}
         elif self._must_touch_vision():
             embeds = embeds + 0.0 * self._blank_image(embeds)
-        layout = packed_layout(lengths, input_ids.device)
-        attention = self.model.language_model.config._attn_implementation
-        if attention == PACKED_SDPA:
-            extra["rime_layout"] = layout
-        elif "flash" in attention:
-            extra |= layout.flash_kwargs()
-        else:
-            raise ValueError(
-                f"attention is set to {attention!r}, which cannot keep packed sequences apart; "
-                "call set_attn_implementation('rime_sdpa') or a flash-attention name"
-            )
+        extra |= self._attention_kwargs(lengths, input_ids.device, layout)
         out = self.model.language_model(
             input_ids=None, inputs_embeds=embeds[None], position_ids=position_ids[:, None], use_cache=False, **extra
         )
         return out.last_hidden_state[0]
 
-    def _placeholders(self, input_ids: Tensor, n_image: int, n_features: int) -> tuple[Tensor, Tensor]:
+    def _attention_kwargs(
+        self, lengths: Sequence[int], device: torch.device, layout: AttentionLayout | None
+    ) -> dict[str, Any]:
+        attention = self.model.language_model.config._attn_implementation
+        if attention == PACKED_SDPA:
+            return {"rime_layout": layout or packed_layout(lengths, device)}
+        if "flash" in attention and layout is None:
+            return packed_layout(lengths, device).flash_kwargs()
+        raise ValueError(
+            f"attention is set to {attention!r}, which cannot keep packed sequences apart; "
+            "call set_attn_implementation('rime_sdpa') or a flash-attention name"
+        )
+
+    def _placeholders(
+        self, input_ids: Tensor, kinds: Tensor | None, n_image: int, n_features: int
+    ) -> tuple[Tensor, Tensor]:
         """Which feature row each token takes [T] (images' first, then videos'), and whether it takes one [T, 1].
 
         Index arithmetic instead of masked_scatter, whose backward waits for the device.
         """
-        image = input_ids == self.config.image_token_id
-        video = input_ids == self.config.video_token_id
+        if kinds is None:
+            image, video = (input_ids == i for i in (self.config.image_token_id, self.config.video_token_id))
+        else:
+            image, video = (kinds == i for i in (1, 2))
         rank_image, rank_video = image.cumsum(0), video.cumsum(0)
         fits = (rank_image[-1] == n_image) & (rank_video[-1] == n_features - n_image)
         if input_ids.device.type == "cpu" and not fits:
             raise ValueError(
-                f"input_ids has {int(rank_image[-1])} image and {int(rank_video[-1])} video tokens; "
+                f"the batch has {int(rank_image[-1])} image and {int(rank_video[-1])} video tokens; "
                 f"the pixel values make {n_image} and {n_features - n_image}"
             )
         torch._assert_async(fits, "image or video tokens do not match the features")

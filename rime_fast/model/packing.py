@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,17 @@ PACKED_SDPA = "rime_sdpa"
 
 # A further block costs about as much as this many score entries.
 _BLOCK_COST = {"cpu": 96 * 96, "cuda": 1024 * 1024}
+
+
+class AttentionLayout(Protocol):
+    """What decides who sees whom; passed down to ``packed_attention`` as ``rime_layout``."""
+
+    longest: int  # tokens of the longest sequence
+
+    def attention(
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
+    ) -> Tensor:
+        """query [N, heads, Q, D], key and value [N, kv heads, Q, D] of one layer -> [N, Q, heads, D]."""
 
 
 class PackedLayout:
@@ -47,6 +58,7 @@ class PackedLayout:
         self.device = device
         self.causal = causal
         self.total = sum(self.lengths)
+        self.longest = max(self.lengths)
         groups = group_by_length(self.lengths, _BLOCK_COST.get(device.type, 0) if causal else 0)
         self.blocks: list[tuple[int, int]] = [(len(g), max(self.lengths[i] for i in g)) for g in groups]
         self.padded = sum(n * s for n, s in self.blocks)
@@ -93,15 +105,21 @@ class PackedLayout:
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         return rows if self._take is None else _FromBlocks.apply(rows, self._take, self._slot)
 
+    def attention(
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
+    ) -> Tensor:
+        """``attend`` on transformers' shapes with one packed row: [1, heads, T, D] -> [1, T, heads, D]."""
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        return self.attend(*rows, scale=scale, dropout=dropout)[None]
+
     def flash_kwargs(self) -> dict[str, Any]:
         """The boundaries as transformers' flash-attention functions take them: no host synchronisation follows."""
         bounds = torch.tensor((0, *self.lengths)).cumsum(0).to(self.device, torch.int32, non_blocking=True)
-        longest = max(self.lengths)
         return {
             "cu_seq_lens_q": bounds,
             "cu_seq_lens_k": bounds,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
         }
 
 
@@ -188,25 +206,24 @@ def packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    rime_layout: PackedLayout | None = None,
+    rime_layout: AttentionLayout | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: packed when a layout is passed down, plain SDPA otherwise.
+    """transformers' attention function: the layout's own when one is passed down, plain SDPA otherwise.
 
-    query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D].
+    query [N, heads, Q, D], key and value [N, kv heads, Q, D] -> [N, Q, heads, D]; packed rows have N = 1, Q = T.
     """
     if rime_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
-    if sliding_window is not None and max(rime_layout.lengths) > sliding_window:
+    if sliding_window is not None and rime_layout.longest > sliding_window:
         raise ValueError(
-            f"a sequence of {max(rime_layout.lengths)} tokens exceeds sliding_window {sliding_window}; packed SDPA "
+            f"a sequence of {rime_layout.longest} tokens exceeds sliding_window {sliding_window}; packed SDPA "
             "has no window: load the model with attn_implementation='flash_attention_2' or shorten max_length"
         )
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return rime_layout.attend(*rows, scale=scaling, dropout=dropout)[None], None
+    return rime_layout.attention(module, query, key, value, scale=scaling, dropout=dropout), None
 
 
 AttentionInterface.register(PACKED_SDPA, packed_attention)

@@ -231,40 +231,37 @@ def test_a_batch_without_images_can_touch_the_vision_tower(monkeypatch):
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.model.visual.parameters())
 
 
-def ddp_rank(rank, port, out):
-    import torch.distributed as dist
+DDP_RANK = """
+import os, sys, torch, torch.distributed as dist
+from rime_fast.model.dual_mode import DualModeModel
+from rime_fast.model.tiny import tiny_model
+from rime_fast.model.tiny_batch import tiny_batch
 
-    torch.set_num_threads(1)  # a forked process has no use of its parent's threads
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = DualModeModel.from_model(stock_model("qwen2_vl"))
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    batch = tiny_batch(model.config, [[2, ("image", 4, 4), 5]] if rank == 0 else [[9]], seed=rank)
-    for _ in range(2):  # a parameter without gradient fails the second forward
-        loss = wrapped(**batch).embeddings["gen"][:, 0].sum()
-        loss.backward()
-    out.put(float(model.model.visual.patch_embed.proj.weight.grad.norm()))
-    dist.destroy_process_group()
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+model = DualModeModel.from_model(tiny_model("qwen2_vl", init_std=0.12))
+wrapped = torch.nn.parallel.DistributedDataParallel(model)
+batch = tiny_batch(model.config, [[2, ("image", 4, 4), 5]] if rank == 0 else [[9]], seed=rank)
+for _ in range(2):  # a parameter without gradient fails the second forward
+    wrapped(**batch).embeddings["gen"][:, 0].sum().backward()
+print(float(model.model.visual.patch_embed.proj.weight.grad.norm()), flush=True)
+dist.destroy_process_group()
+"""
 
 
 @pytest.mark.dist
-def test_ddp_with_images_on_one_rank():
-    import socket
+def test_ddp_with_images_on_one_rank(tmp_path):
+    import subprocess
+    import sys
 
-    import torch.multiprocessing as mp
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("fork")
-    out = context.Queue()
-    ranks = [context.Process(target=ddp_rank, args=(rank, port, out)) for rank in range(2)]
-    for p in ranks:
-        p.start()
-    for p in ranks:
-        p.join(60)
-    assert [p.exitcode for p in ranks] == [0, 0]
-    first, second = out.get(), out.get()
-    assert first == second > 0
+    command = [sys.executable, "-c", DDP_RANK]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    norms = [p.communicate(timeout=400)[0] for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0]
+    assert float(norms[0]) == float(norms[1]) > 0
 
 
 def test_missing_token_gives_a_zero_row():
@@ -300,7 +297,10 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="8 patches; the grids"):
         model(**{**batch, "pixel_values": batch["pixel_values"][:8]})
     with pytest.raises(ValueError, match="0 image and 0 video tokens; the pixel values make 6"):
-        model(**{**batch, "input_ids": torch.full_like(batch["input_ids"], 20)})
+        model(**{**batch, "mm_token_type_ids": torch.zeros_like(batch["mm_token_type_ids"])})
+    stray = torch.where(batch["gen_index"][0] == torch.arange(len(batch["input_ids"])), 7, batch["input_ids"])
+    with pytest.raises(ValueError, match="7 image and 0 video tokens; the pixel values make 6"):
+        model(**{**batch, "input_ids": stray, "mm_token_type_ids": None})
     with pytest.raises(ValueError, match="token_weight was given without targets"):
         model(**{**batch, "targets": None}, token_weight=torch.ones(3))
     with pytest.raises(ValueError, match="attn_implementation is 'eager'"):

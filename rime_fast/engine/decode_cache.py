@@ -1,0 +1,161 @@
+"""Keys and values for decoding many rollouts of one prompt: the prompt's are kept once, not once per rollout.
+
+In a decode step the G rollouts of a prompt meet its keys as one [G, S] product, each rollout then meets its own
+tokens, and one softmax runs over both. Against a cache expanded to G this reads and holds G times less prompt.
+
+Scores and softmax are fp32; probabilities meet the values in the values' dtype, as in flash-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rime_fast.model.packing import PackedLayout, packed_layout
+
+_FIRST_CAPACITY = 64
+
+
+class PrefillRecorder:
+    """Attention of a packed prompt batch that keeps each layer's keys and values [T, kv heads, D]."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.layout: PackedLayout = packed_layout(lengths, device)
+        self.longest = self.layout.longest
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
+    ) -> Tensor:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self.keys[layer] = key[0].transpose(0, 1).to(value.dtype)
+        self.values[layer] = value[0].transpose(0, 1)
+        return self.layout.attention(module, query, key, value, scale=scale, dropout=dropout)
+
+
+class DecodeCache:
+    """The cache of B prompts x G rollouts; rows are ordered prompt by prompt, N = B * G.
+
+    ``rows`` [N]: which rollout of the caller each row is; it shrinks as finished rollouts are dropped (``keep``).
+    Before each forward of one token a row, ``next_step`` must be called.
+    """
+
+    def __init__(self, prefill: PrefillRecorder, group_size: int, max_steps: int) -> None:
+        lengths = prefill.layout.lengths
+        device = prefill.layout.device
+        self.prompts, self.group = len(lengths), group_size
+        self.longest = prefill.longest + max_steps
+        self.step, self.max_steps = -1, max_steps
+        self.rows = torch.arange(self.prompts * group_size, device=device)
+        # Prompts are right-padded to the longest: slots from a prompt's length on are closed to its rollouts.
+        host = torch.tensor(lengths)
+        slots = torch.arange(prefill.longest)
+        index = (host.cumsum(0) - host)[:, None] + torch.minimum(slots, host[:, None] - 1)
+        self.closed: Tensor | None = None
+        if min(lengths) != max(lengths):
+            self.closed = (slots >= host[:, None])[:, None, None].to(device, non_blocking=True)
+        flat = index.flatten().to(device, non_blocking=True)
+        shape = (self.prompts, prefill.longest)
+
+        def blocks(rows: Tensor) -> Tensor:  # [T, kv heads, D] -> [B, kv heads, S, D]
+            return rows.index_select(0, flat).unflatten(0, shape).transpose(1, 2).contiguous()
+
+        self.prompt_keys = {layer: blocks(rows) for layer, rows in prefill.keys.items()}
+        self.prompt_values = {layer: blocks(rows) for layer, rows in prefill.values.items()}
+        self.capacity = min(max_steps, _FIRST_CAPACITY)
+        self.own_keys = {layer: self._room(rows) for layer, rows in prefill.keys.items()}
+        self.own_values = {layer: self._room(rows) for layer, rows in prefill.values.items()}
+
+    def _room(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros(len(self.rows), rows.shape[1], self.capacity, rows.shape[2])
+
+    def next_step(self) -> None:
+        """Make room for one more token in every row."""
+        self.step += 1
+        if self.step < self.capacity:
+            return
+        more = min(self.max_steps, 2 * self.capacity) - self.capacity
+        if more <= 0:
+            raise ValueError(f"the cache was made for {self.max_steps} steps; one more was asked for")
+        for own in (self.own_keys, self.own_values):
+            for layer, x in own.items():
+                own[layer] = torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2)
+        self.capacity += more
+
+    def keep(self, done: Sequence[bool]) -> Tensor | None:
+        """Drop finished rows where that saves at least half of them; ``done`` [N] on the host.
+
+        The rest stays rectangular, as many rollouts a prompt as the prompt with most unfinished ones has; prompts
+        with fewer keep some finished rows as filling. Returns the kept positions among the rows before (device), for
+        the caller's own per-row tensors, or None when nothing changed.
+        """
+        groups = [done[i : i + self.group] for i in range(0, len(done), self.group)]
+        left = [self.group - sum(g) for g in groups]
+        prompts = [b for b, n in enumerate(left) if n]
+        group = max(left, default=0)
+        if not prompts or 2 * len(prompts) * group > len(done):
+            return None
+        # sorted() puts False (unfinished) first.
+        chosen = [
+            b * self.group + g for b in prompts for g in sorted(range(self.group), key=lambda g: groups[b][g])[:group]
+        ]
+        device = self.rows.device
+        kept = torch.tensor(chosen).to(device, non_blocking=True)
+        kept_prompts = torch.tensor(prompts).to(device, non_blocking=True)
+        for cache in (self.own_keys, self.own_values):
+            for layer, x in cache.items():
+                cache[layer] = x.index_select(0, kept)
+        if len(prompts) < self.prompts:
+            for cache in (self.prompt_keys, self.prompt_values):
+                for layer, x in cache.items():
+                    cache[layer] = x.index_select(0, kept_prompts)
+            self.closed = None if self.closed is None else self.closed.index_select(0, kept_prompts)
+        self.rows = self.rows.index_select(0, kept)
+        self.prompts, self.group = len(prompts), group
+        return kept
+
+    def attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
+    ) -> Tensor:
+        """One new token a row: query [N, heads, 1, D], key and value [N, kv heads, 1, D] -> [N, 1, heads, D]."""
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        n, heads, _, width = query.shape
+        kv = key.shape[1]
+        shared = heads // kv
+        used = self.step + 1
+        own_keys, own_values = self.own_keys[layer], self.own_values[layer]
+        own_keys[:, :, self.step] = key[:, :, 0].to(own_keys.dtype)
+        own_values[:, :, self.step] = value[:, :, 0]
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.to(own_keys.dtype).view(n, kv, shared, width)
+            scores_prompt = _scores(self._together(query), self.prompt_keys[layer])
+            scores_own = self._together(_scores(query, own_keys[:, :, :used]))
+            scale = width**-0.5 if scale is None else scale
+            if self.closed is not None:
+                scores_prompt = scores_prompt.masked_fill(self.closed, float("-inf"))
+            split = (scores_prompt.shape[-1], used)
+            prompt, own = (torch.cat([scores_prompt, scores_own], -1) * scale).softmax(-1).split(split, -1)
+            out = self._apart(prompt.to(own_values.dtype) @ self.prompt_values[layer])
+            out = out + self._apart(own.to(own_values.dtype)) @ own_values[:, :, :used]
+        return out.reshape(n, 1, heads, width)
+
+    def _together(self, rows: Tensor) -> Tensor:
+        """[B * G, kv, shared, X] -> [B, kv, G * shared, X]: the rollouts of a prompt side by side."""
+        return rows.unflatten(0, (self.prompts, self.group)).transpose(1, 2).flatten(2, 3)
+
+    def _apart(self, rows: Tensor) -> Tensor:
+        """[B, kv, G * shared, X] -> [B * G, kv, shared, X]."""
+        return rows.unflatten(2, (self.group, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """query [.., .., Q, D] @ key [.., .., S, D]^T with an fp32 result."""
+    if query.dtype == torch.float32:
+        return query @ key.mT
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        flat = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
+        return flat.unflatten(0, query.shape[:2])
+    return query.float() @ key.float().mT

@@ -1,0 +1,220 @@
+"""Rollouts: each prompt is read once, its G rewrites are decoded together, ``<gen_emb>``'s state comes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rime_fast.engine.decode_cache import DecodeCache, PrefillRecorder
+from rime_fast.engine.sampling import check_sampling, draw_tokens
+from rime_fast.model.dual_mode import DualModeModel
+from rime_fast.model.packing import PACKED_SDPA
+
+_PROMPT_KEYS = (
+    "input_ids",
+    "lengths",
+    "position_ids",
+    "mm_token_type_ids",
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "image_grids",
+    "video_grids",
+)
+
+
+@dataclass
+class Rollout:
+    """Decoded responses of B prompts, G each; row b * G + g is the g-th of prompt b. R: the longest response.
+
+    tokens [B*G, R] int64, the stop token included, padded with the pad id.
+    lengths [B*G] int64: tokens of each response, the stop token included.
+    logp [B*G, R] fp32: log-probability of each token under the policy itself (temperature 1, no filter), 0 in padding.
+    gen_states [B*G, H] fp32: last hidden state at ``<gen_emb>``, not normalised; at the last token where there is none.
+    finished [B*G] bool: whether the response ended with ``<gen_emb>``. The others hit the cap or another stop token.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    logp: Tensor
+    gen_states: Tensor
+    finished: Tensor
+
+
+def dual_mode_of(model: nn.Module) -> Any:
+    """The ``DualModeModel`` inside DDP, FSDP, DeepSpeed and peft wrappers; TypeError when there is none."""
+    inner: Any = model
+    while not isinstance(inner, DualModeModel):
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            raise TypeError(f"model is a {type(model).__name__}; expected a DualModeModel, wrapped or not")
+    return inner
+
+
+@torch.no_grad()
+def generate_rollouts(
+    model: nn.Module,
+    prompt_batch: dict[str, Any],
+    *,
+    gen_id: int,
+    max_new_tokens: int,
+    group_size: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    generator: torch.Generator | None = None,
+    stop_ids: Sequence[int] | None = None,
+    pad_id: int = 0,
+    check_every: int | None = None,
+) -> Rollout:
+    """Decode ``group_size`` responses to each prompt of a packed batch (see the collator), each up to ``<gen_emb>``.
+
+    temperature 0 is greedy and equals transformers' ``generate`` token for token; top_p and top_k as there.
+    ``stop_ids``: other tokens that end a response, unfinished; default the generation config's ends of sequence.
+    A response has at most ``max_new_tokens`` tokens, the stop token included.
+    ``check_every``: the host asks every so many steps which rows are done (the only wait for the device), and drops
+    them then; default 1 on the CPU, 8 elsewhere. It changes the draws, since dropped rows draw nothing, never the
+    distribution. With a seeded ``generator`` on the model's device the result is reproducible.
+
+    Responses are text: their positions go on from the prompt's last row, as in training. The model runs in eval mode
+    and is left as it was. Under ZeRO-3 gather the parameters around the call.
+    """
+    check_sampling(temperature, top_p, top_k)
+    _check_counts(group_size, max_new_tokens, gen_id, pad_id)
+    policy = dual_mode_of(model)
+    if stop_ids is None:
+        stop_ids = _end_ids(policy)
+    with _decoding(policy):
+        state = _prefill(policy, prompt_batch, group_size, max_new_tokens, pad_id)
+        check_every = check_every or (1 if state.tokens.device.type == "cpu" else 8)
+        stops = torch.tensor([gen_id, *stop_ids]).to(state.tokens.device, non_blocking=True)
+        for step in range(max_new_tokens):
+            logits = policy.lm_head(state.hidden).float()
+            token = draw_tokens(logits, temperature, top_p, top_k, generator)
+            state.write(step, token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0], pad_id)
+            state.feed(policy, token)
+            state.close(token, stops)
+            if (step + 1) % check_every == 0 and state.all_done():
+                break
+    return state.rollout(gen_id)
+
+
+def _check_counts(group_size: int, max_new_tokens: int, gen_id: int, pad_id: int) -> None:
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}; expected at least 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if pad_id == gen_id:
+        raise ValueError(f"pad_id is {pad_id}, the same as gen_id; expected another token")
+
+
+def _end_ids(policy: Any) -> list[int]:
+    ends = policy.generation_config.eos_token_id
+    if ends is None:
+        return []
+    return [int(ends)] if isinstance(ends, int) else [int(i) for i in ends]
+
+
+@contextmanager
+def _decoding(policy: Any) -> Iterator[None]:
+    """Eval mode and packed SDPA for the text model, whatever serves training; restored afterwards."""
+    training = [m for m in policy.modules() if m.training]
+    config = policy.model.language_model.config
+    attention = config._attn_implementation
+    policy.eval()
+    config._attn_implementation = PACKED_SDPA
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class _State:
+    """Decoding in flight. Outputs have a row per rollout; the others have one per row still in the cache."""
+
+    cache: DecodeCache
+    hidden: Tensor  # [N, H], at the last token of each row
+    position: Tensor  # [N], the position of the next token
+    done: Tensor  # [N] bool
+    tokens: Tensor  # [B*G, cap]
+    logp: Tensor
+    lengths: Tensor  # [B*G]
+    gen_states: Tensor  # [B*G, H]
+
+    def write(self, step: int, token: Tensor, logp: Tensor, pad_id: int) -> None:
+        rows = self.cache.rows
+        self.tokens[rows, step] = torch.where(self.done, pad_id, token)
+        self.logp[rows, step] = torch.where(self.done, 0.0, logp)
+        self.lengths.index_add_(0, rows, (~self.done).to(self.lengths.dtype))
+
+    def feed(self, policy: Any, token: Tensor) -> None:
+        """One step of the language model; afterwards ``hidden`` is the state AT ``token``."""
+        self.cache.next_step()
+        embeds = policy.model.get_input_embeddings()(token[:, None])
+        positions = self.position[None, :, None].expand(3, -1, 1)
+        out = policy.model.language_model(
+            input_ids=None, inputs_embeds=embeds, position_ids=positions, use_cache=False, rime_layout=self.cache
+        )
+        self.hidden = out.last_hidden_state[:, 0]
+        self.position = self.position + 1
+
+    def close(self, token: Tensor, stops: Tensor) -> None:
+        """Keep the state of every row that was still open; the last one kept is that of the row's last token."""
+        rows = self.cache.rows
+        self.gen_states[rows] = torch.where(self.done[:, None], self.gen_states[rows], self.hidden.float())
+        self.done = self.done | (token[:, None] == stops).any(dim=1)
+
+    def all_done(self) -> bool:
+        """The one place where the host waits: reads which rows are done, drops them from the cache."""
+        done = self.done.tolist()
+        if all(done):
+            return True
+        kept = self.cache.keep(done)
+        if kept is not None:
+            self.hidden, self.position, self.done = (
+                x.index_select(0, kept) for x in (self.hidden, self.position, self.done)
+            )
+        return False
+
+    def rollout(self, gen_id: int) -> Rollout:
+        longest = int(self.lengths.max())
+        last = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
+        return Rollout(
+            tokens=self.tokens[:, :longest].contiguous(),
+            lengths=self.lengths,
+            logp=self.logp[:, :longest].contiguous(),
+            gen_states=self.gen_states,
+            finished=last == gen_id,
+        )
+
+
+def _prefill(policy: Any, prompt_batch: dict[str, Any], group_size: int, cap: int, pad_id: int) -> _State:
+    """Read every prompt once, packed; then the state before the first token of every rollout."""
+    prompt = {k: prompt_batch[k] for k in _PROMPT_KEYS if k in prompt_batch}
+    lengths, device = prompt["lengths"], prompt["input_ids"].device
+    recorder = PrefillRecorder(lengths, device)
+    hidden = policy.encode_hidden(**prompt, layout=recorder)
+    ends = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(group_size).to(device, non_blocking=True)
+    n = len(lengths) * group_size
+    return _State(
+        cache=DecodeCache(recorder, group_size, cap),
+        hidden=hidden.index_select(0, ends),
+        position=prompt["position_ids"].amax(dim=0).index_select(0, ends) + 1,
+        done=torch.zeros(n, dtype=torch.bool, device=device),
+        tokens=torch.full((n, cap), pad_id, device=device),
+        logp=torch.zeros(n, cap, device=device),
+        lengths=torch.zeros(n, dtype=torch.int64, device=device),
+        gen_states=torch.zeros(n, hidden.shape[1], device=device),
+    )

@@ -1,0 +1,49 @@
+"""Drawing the next token: temperature, top-k, top-p, without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
+    """Raise ValueError for a setting out of range, naming it."""
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p is {top_p}; expected a number above 0, up to 1")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; expected 0 (off) or a positive count")
+
+
+def filter_logits(logits: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """-inf outside the ``top_k`` largest, then outside the smallest set of probability ``top_p``; logits [N, V].
+
+    The order and the rules of transformers' warpers: ties at the k-th value stay in, and the token that carries the
+    sum across ``top_p`` stays in.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p < 1.0:
+        values, order = logits.sort(dim=-1, descending=True)
+        probs = values.softmax(dim=-1)
+        outside = probs.cumsum(dim=-1) - probs >= top_p
+        outside[:, 0] = False
+        logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
+    return logits
+
+
+def draw_tokens(
+    logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None
+) -> Tensor:
+    """One token for each row of ``logits`` [N, V] -> [N] int64; temperature 0 takes the largest logit.
+
+    Draws by an exponential race (argmax of p / E, E ~ Exp(1), has the distribution p): no host synchronisation,
+    which ``torch.multinomial`` may need.
+    """
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    probs = filter_logits(logits / temperature, top_p, top_k).softmax(dim=-1)
+    race = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / race).argmax(dim=-1)
