@@ -1,0 +1,98 @@
+"""The command ``rime-fast``. Light on purpose: help and wrong options answer without importing torch.
+
+Exit codes: 0 done, 1 failed (a data file with bad rows, an error while running), 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from rime_fast import __version__
+from rime_fast.commands.options import UsageError, suggestion
+
+# words typed -> (module with COMMAND, one line for the overview)
+COMMANDS = {
+    "train": ("train", "joint training: rewrites, both embeddings, Cross-Mode Alignment"),
+    "refine": ("refine", "Refine-RL: reinforce rewrites against stable discriminative anchors"),
+    "eval": ("evaluate", "the 2 x 2 table of mutual retrieval; report.json and report.html"),
+    "embed": ("embed", "embed a file of items; safetensors and JSONL"),
+    "data check": ("data_check", "name file, row and field of every bad row; write the good ones"),
+    "doctor": ("doctor", "what is active here, what is missing, what that costs"),
+    "bench": ("bench", "the benchmarks (in a source checkout)"),
+}
+DEBUG = "RIME_FAST_DEBUG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"rime-fast {__version__}")
+        return 0
+    name, rest = _command(words)
+    try:
+        if name not in COMMANDS:
+            known = [command.split()[0] for command in COMMANDS]
+            raise UsageError(f"no such command{suggestion(name, known, 'rime-fast ')}")
+        module = import_module(f"rime_fast.commands.{COMMANDS[name][0]}")
+        return module.COMMAND.main(rest)
+    except UsageError as error:
+        return _fail(name, str(error), 2)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has left: `rime-fast ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        return _fail(name, f"{_kind(error)}{error}\n({DEBUG}=1 shows the traceback)", 1)
+
+
+def overview() -> str:
+    """The help of ``rime-fast`` alone."""
+    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"rime-fast {__version__}: training and serving of rewrite-driven multimodal embeddings (RIME)",
+            "",
+            "rime-fast COMMAND [options]          rime-fast COMMAND --help teaches one command",
+            "",
+            *lines,
+            "",
+            "A run from data to report:",
+            "  rime-fast data check pairs.jsonl",
+            "  rime-fast train --model Qwen/Qwen2-VL-2B-Instruct --train_data pairs.jsonl --output_dir runs/sft",
+            "  rime-fast refine --model runs/sft --train_data pairs.jsonl --output_dir runs/refine",
+            "  rime-fast eval --model runs/refine --data test.json --output_dir runs/eval",
+        ]
+    )
+
+
+def _command(words: list[str]) -> tuple[str, list[str]]:
+    two = " ".join(words[:2])
+    if two in COMMANDS:
+        return two, words[2:]
+    if words[0] == "data" and (len(words) == 1 or words[1].startswith("-")):
+        return "data check", words[1:] or ["--help"]
+    return words[0], words[1:]
+
+
+def _kind(error: Exception) -> str:
+    """The error's class, unless its message speaks for itself (ValueError and its like are written for users)."""
+    return "" if isinstance(error, (ValueError, TypeError, OSError)) else f"{type(error).__name__}: "
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    print(f"rime-fast {name}: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""``rime-fast embed``: embeddings of a file of items, as safetensors, with a JSONL of ids and rewrites."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rime_fast.commands.command import Command, model_exists, required
+from rime_fast.commands.loading import EmbedderOptions, load_embedder
+from rime_fast.commands.options import Group, UsageError
+from rime_fast.commands.values import build
+
+if TYPE_CHECKING:
+    from rime_fast.data.records import Side
+
+MODES = {"disc": ("disc",), "gen": ("gen",), "both": ("disc", "gen")}
+
+
+@dataclass
+class EmbedOptions:
+    """What is embedded, and where it goes."""
+
+    model: str = field(metadata={"help": "Directory or hub name."})
+    data: str = field(metadata={"help": "JSON or JSONL of items {text, image(s), video, id}, or .txt: a text a line."})
+    output_dir: str = field(
+        default="runs/embeddings", metadata={"help": "Folder of embeddings.safetensors and items.jsonl."}
+    )
+    mode: str = field(default="disc", metadata={"help": "'disc' (one prefill), 'gen' (decodes a rewrite) or 'both'."})
+
+
+def run(values: dict[str, Any]) -> int:
+    """Embed and write."""
+    required(values, "model", "data")
+    options, loading = build(EmbedOptions, values), build(EmbedderOptions, values)
+    if options.mode not in MODES:
+        raise UsageError(f"--mode is {options.mode!r}; expected {', '.join(MODES)}")
+    model_exists(options.model)
+    from safetensors.torch import save_file
+
+    from rime_fast.commands.bars import bars
+
+    items = read_items(options.data, loading.image_root)
+    embedder = load_embedder(options.model, loading)
+    with bars() as progress:
+        encoded = {
+            mode: embedder.encode_items(
+                items, mode, progress=lambda done, total, mode=mode: progress(mode, done, total)
+            )
+            for mode in MODES[options.mode]
+        }
+    directory = Path(options.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row, item in enumerate(items):
+        line: dict[str, Any] = {"row": row, "id": item.id}
+        if "gen" in encoded:
+            gen = encoded["gen"]
+            assert gen.rewrites is not None
+            line |= {"rewrite": gen.rewrites[row], "tokens": gen.tokens[row], "reached_gen_emb": gen.reached[row]}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    (directory / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    metadata = {"model": options.model, "data": options.data, "template": loading.template}
+    tensors = {mode: one.embeddings for mode, one in encoded.items()}
+    save_file(tensors, str(directory / "embeddings.safetensors"), metadata=metadata)
+    for mode, one in encoded.items():
+        shape = " x ".join(map(str, one.embeddings.shape))
+        print(
+            f"{mode}: {shape} fp32, {one.seconds / len(items):.4f} s and {one.mean_tokens:.1f} decoded tokens an item"
+        )
+    if embedder.stats.missing_gen:
+        print(
+            f"{embedder.stats.missing_gen} generations never reached <gen_emb>: reached_gen_emb is false in items.jsonl"
+        )
+    print(f"written: {directory / 'embeddings.safetensors'}, {directory / 'items.jsonl'}")
+    return 0
+
+
+def read_items(path: str, image_root: str | None) -> list[Side]:
+    """The items of a file. Raises DataError naming file, row and field of everything wrong."""
+    from rime_fast.data.records import DataError, Problem, Side, side_from_json
+    from rime_fast.data.rows import iter_rows
+
+    if path.endswith(".txt"):
+        try:
+            texts = Path(path).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UsageError(f"--data {path}: {error.strerror or error}") from None
+        items = [Side(text=text, id=str(i)) for i, text in enumerate(texts, 1) if text.strip()]
+        if not items:
+            raise UsageError(f"--data {path} holds no text")
+        return items
+    root = image_root or str(Path(path).parent)
+    items, problems = [], []
+    for row in iter_rows(path):
+        found: list[tuple[str, str]] = [("", row.error)] if row.error else []
+        if not found:
+            items.append(side_from_json(row.value, "", root, found))
+        problems += [Problem(path, row.number, field.lstrip("."), problem) for field, problem in found]
+    if problems:
+        raise DataError(problems)
+    if not items:
+        raise UsageError(f"--data {path} holds no items")
+    return items
+
+
+COMMAND = Command(
+    name="embed",
+    text="Embeds every item of a file. embeddings.safetensors holds a float32 [items, D] matrix of unit rows per mode, "
+    "under the mode's name and in the file's order; items.jsonl one line an item: row, id and, in mode gen, rewrite, "
+    "decoded tokens and whether <gen_emb> was reached.",
+    examples=(
+        (
+            "an index of cheap embeddings",
+            "rime-fast embed --model runs/sft --data catalogue.jsonl --output_dir runs/index",
+        ),
+        ("generative queries against it", "rime-fast embed --model runs/sft --data queries.txt --mode gen"),
+    ),
+    run=run,
+    groups=(
+        Group("What", "rime_fast.commands.embed", "EmbedOptions"),
+        Group("How", "rime_fast.commands.loading", "EmbedderOptions"),
+    ),
+)

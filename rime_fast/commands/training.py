@@ -1,0 +1,144 @@
+"""What ``train`` and ``refine`` share: options to a trainer, the run, what is left in the output folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rime_fast.commands.command import model_exists
+from rime_fast.commands.options import Group, UsageError
+from rime_fast.commands.values import build
+
+LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# The part of transformers' TrainingArguments that a first run needs; --help_all shows the rest.
+COMMON = (
+    "num_train_epochs", "max_steps", "gradient_accumulation_steps", "learning_rate", "weight_decay",
+    "max_grad_norm", "bf16", "gradient_checkpointing", "use_liger_kernel", "deepspeed", "save_strategy", "save_steps",
+    "save_total_limit", "eval_strategy", "eval_steps", "dataloader_num_workers", "seed",
+    "run_name",
+)  # fmt: skip
+
+
+@dataclass
+class TrainingOptions:
+    """What is trained on what."""
+
+    model: str = field(metadata={"help": "Directory or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL."})
+    train_data: list[str] = field(
+        metadata={"help": "Pairs: RIME-Train or UME-R1 JSON, or rime-jsonl (docs/data.md); several files join."}
+    )
+    output_dir: str = field(default="runs/out", metadata={"help": "Folder of the model, checkpoints and report."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "'last' (the newest checkpoint of output_dir) or a checkpoint's folder."}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Pairs for the evaluation loss (at eval_strategy's times, else at the end)."}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "Train a LoRA of this rank; 0 trains the model itself."})
+    lora_alpha: float = field(
+        default=64.0, metadata={"help": "LoRA's alpha. [known, Think-Then-Embed: r 16, alpha 64]"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
+    lora_targets: str = field(
+        default=LORA_TARGETS,
+        metadata={"help": "Regular expression of the layers; default: attention and MLP of the language model."},
+    )
+    report: bool = field(default=True, metadata={"help": "Write report.html with the curves at the end."})
+
+
+def groups(config: str, title: str) -> tuple[Group, ...]:
+    """The option groups of a trainer whose config class is ``config``."""
+    return (
+        Group("Model and data", "rime_fast.commands.training", "TrainingOptions"),
+        Group(title, "rime_fast.trainers.config", config),
+        Group("Input, model loading, logging", "rime_fast.trainers.config", "CommonConfig"),
+        Group("Training", "transformers.training_args", "TrainingArguments", only=COMMON),
+    )
+
+
+MORE = (Group("all of transformers' TrainingArguments", "transformers.training_args", "TrainingArguments"),)
+
+
+def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, label: str) -> int:
+    """Build config and trainer, train (or resume), save the model, its processor, the state and the report."""
+    options = build(TrainingOptions, values)
+    model_exists(options.model)
+    args = build(config_class, values | {"output_dir": options.output_dir})
+    resume = _checkpoint(args)
+    trainer = trainer_class(
+        model=options.model,
+        args=args,
+        train_dataset=options.train_data[0] if len(options.train_data) == 1 else _joined(options.train_data, args),
+        eval_dataset=options.eval_data,
+        peft_config=_lora(options) if options.lora_rank else None,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    if options.eval_data and args.eval_strategy == "no":
+        trainer.evaluate()
+    _save(trainer, options, args, label)
+    return 0
+
+
+def _checkpoint(args: Any) -> str | None:
+    """The folder to resume from. "last" means the newest checkpoint in the output folder."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if wanted == "last":
+        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if found is None:
+            raise UsageError(f"--resume_from_checkpoint last: no checkpoint in {args.output_dir}")
+        return found
+    if not Path(wanted, "trainer_state.json").is_file():
+        raise UsageError(f"--resume_from_checkpoint {wanted}: not a checkpoint (no trainer_state.json); or use 'last'")
+    return wanted
+
+
+def _joined(paths: list[str], args: Any) -> Any:
+    """Several files as one list of pairs, each checked like a single one."""
+    from rime_fast.trainers.datasets import as_pairs
+
+    pairs: list[Any] = []
+    for path in paths:
+        pairs += as_pairs(path, path, args, args.template)[0]
+    return pairs
+
+
+def _lora(options: TrainingOptions) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise UsageError("--lora_rank needs peft; pip install 'rime-fast[peft]'") from None
+    return LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.lora_targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _save(trainer: Any, options: TrainingOptions, args: Any, label: str) -> None:
+    """Model and processor as a plain checkpoint (a LoRA merged in, itself under adapter/), state, report."""
+    directory = Path(args.output_dir)
+    if options.lora_rank:
+        trainer.save_model(str(directory / "adapter"))
+        if trainer.is_world_process_zero() and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            merged.save_pretrained(directory)
+            trainer.processing_class.save_pretrained(directory)
+    else:
+        trainer.save_model(str(directory))
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(f"model: {directory}")
+        if options.report:
+            from rime_fast.eval.report import write_report
+
+            phase = {"name": label.lower(), "label": label, "log_history": trainer.state.log_history}
+            facts = {"model": options.model, "data": ", ".join(options.train_data), "steps": trainer.state.global_step}
+            report = {"title": f"{label}: {directory.name}", "facts": facts | {"seed": args.seed}, "phases": [phase]}
+            print(f"report: {write_report(directory, report)[1]}")

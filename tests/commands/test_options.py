@@ -1,0 +1,189 @@
+"""Options read from source agree with the dataclasses; values of every kind arrive with the right type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+import pytest
+
+from rime_fast.commands.options import Group, UsageError, parse_arguments, read_fields, read_yaml
+from rime_fast.commands.values import build, coerce
+
+
+class Colour(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass
+class Sample:
+    """What the tests parse into."""
+
+    name: str = field(metadata={"help": "A name."})
+    rate: float = field(default=1e-3, metadata={"help": "100%% of it."})
+    steps: int | None = None
+    on: bool = False
+    off: bool | None = None
+    many: list[str] = field(default_factory=list)
+    extra: dict | str | None = None
+    colour: Colour | str = "red"
+    level: Literal["a", "b"] = "a"
+    hidden: int = field(default=0, init=False)
+
+
+def known():
+    return read_fields(__import__("pathlib").Path(__file__), "Sample")
+
+
+def test_source_tells_names_defaults_and_help():
+    options = known()
+    assert list(options) == ["name", "rate", "steps", "on", "off", "many", "extra", "colour", "level"]
+    assert (options["name"].default, options["name"].help) == (None, "A name.")
+    assert (options["rate"].default, options["rate"].help) == ("0.001", "100% of it.")
+    assert options["many"].is_list
+    assert options["off"].is_flag
+    assert not options["steps"].is_flag
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--name x", {"name": "x"}),
+        ("--name=x --rate=1e-4", {"name": "x", "rate": 1e-4}),
+        ("--name x --rate -2", {"name": "x", "rate": -2.0}),
+        ("--name x --steps 5", {"steps": 5}),
+        ("--name x --steps none", {"steps": None}),
+        ("--name x --on", {"on": True}),
+        ("--name x --on false --off no", {"on": False, "off": False}),
+        ("--on --name x", {"on": True, "name": "x"}),
+        ("--name x --many a b --many c", {"many": ["a", "b", "c"]}),
+        ("--name none", {"name": "none"}),
+        ("--name x --level b", {"level": "b"}),
+        ("--name x --colour blue", {"colour": Colour.BLUE}),
+        ("--name x --colour green", {"colour": "green"}),
+        ("--name=", {"name": ""}),
+    ],
+)
+def test_command_line_values(words, expected):
+    made = build(Sample, parse_arguments(words.split(), known()))
+    for name, value in expected.items():
+        assert getattr(made, name) == value
+        assert type(getattr(made, name)) is type(value)
+
+
+def test_json_becomes_a_mapping():
+    values = parse_arguments(["--name", "x", "--extra", '{"a": 1}'], known())
+    assert build(Sample, values).extra == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--nam x", "unknown option --nam; did you mean --name"),
+        ("--zzzzzz x", "unknown option --zzzzzz; --help lists them"),
+        ("--name", r"--name needs a value \(str\)"),
+        ("--name a --name b", "--name is given twice"),
+        ("x", "unexpected 'x'; options are written --name value"),
+        ("--rate 3", "--name is required"),
+        ("--name x --rate abc", "--rate is 'abc'; expected a number"),
+        ("--name x --steps 1.5", "--steps is '1.5'; expected a whole number or none"),
+        ("--name x --level c", "--level is 'c'; expected 'a' or 'b'"),
+        ("--name x --on --off maybe", "unexpected 'maybe'"),
+    ],
+)
+def test_wrong_use_is_named(words, message):
+    with pytest.raises(UsageError, match=message):
+        build(Sample, parse_arguments(words.split(), known()))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_yaml_values(tmp_path):
+    text = "name: no\nrate: 1e-4\nsteps: null\non: true\nmany: [a, b]\nextra: {a: 1}\n"
+    made = build(Sample, read_yaml(write(tmp_path, text), known()))
+    assert made == Sample(name="no", rate=1e-4, steps=None, on=True, many=["a", "b"], extra={"a": 1})
+
+
+def test_dashes_are_underscores(tmp_path):
+    options = {"two_words": known()["rate"]}
+    assert parse_arguments(["--two-words", "1"], options) == {"two_words": "1"}
+    assert read_yaml(write(tmp_path, "two-words: 1"), options) == {"two_words": 1}
+
+
+def test_empty_yaml_is_no_option(tmp_path):
+    assert read_yaml(write(tmp_path, "# nothing\n"), known()) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ratte: 1", r"config.yaml: unknown key 'ratte'; did you mean rate\?"),
+        ("rate: 1\nrate: 2", "key 'rate' is given twice"),
+        ("- rate", "holds a list; expected lines of name: value"),
+        ("rate: [1", "is not YAML"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        read_yaml(write(tmp_path, text), known())
+
+
+def test_missing_yaml_file():
+    with pytest.raises(UsageError, match=r"--config nowhere\.yaml: No such file"):
+        read_yaml("nowhere.yaml", known())
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [(3.0, int, 3), (True, int | bool, True), ("1e3", float, 1000.0), (7, str, "7"), (["a"], Any, ["a"])],
+)
+def test_coerce(value, hint, expected):
+    found = coerce(value, hint, "x")
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(("value", "hint"), [(True, int), (None, str), ([1], float), ("{", dict), ("{x}", dict)])
+def test_coerce_refuses(value, hint):
+    with pytest.raises(UsageError):
+        coerce(value, hint, "x")
+
+
+def test_trainer_options_by_source_equal_the_real_dataclasses():
+    """The fast reader and the imported classes must agree, or help and checks would lie."""
+    from dataclasses import fields
+
+    from rime_fast.commands.refine import COMMAND as refine
+    from rime_fast.commands.train import COMMAND as train
+    from rime_fast.commands.training import TrainingOptions
+    from rime_fast.trainers.config import RefineConfig, RimeConfig
+
+    for command, config in ((train, RimeConfig), (refine, RefineConfig)):
+        real = {f.name for f in (*fields(config), *fields(TrainingOptions)) if f.init and not f.name.startswith("_")}
+        assert set(command.options()) == real
+        assert all(option.help for group in command.groups for option in group.options().values())
+
+
+def test_every_real_default_survives_being_written_out():
+    """Each default of the trainer configs, typed on the command line, comes back as itself."""
+    from dataclasses import MISSING, fields
+    from typing import get_type_hints
+
+    from rime_fast.trainers.config import RefineConfig, RimeConfig
+
+    for config in (RimeConfig, RefineConfig):
+        hints = get_type_hints(config)
+        for one in fields(config):
+            if one.init and one.default is not MISSING and isinstance(one.default, (bool, int, float, str)):
+                assert coerce(str(one.default), hints[one.name], one.name) in (one.default, str(one.default)), one.name
+
+
+def test_group_with_a_choice_of_fields():
+    group = Group("t", "rime_fast.commands.training", "TrainingOptions", only=("report", "model"))
+    assert list(group.options()) == ["report", "model"]

@@ -1,0 +1,172 @@
+"""The command line from outside: help without torch, exit codes, messages. Commands that train: test_end_to_end.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from rime_fast import cli
+
+NAMES = list(cli.COMMANDS)
+
+
+def run(*words: str) -> int:
+    return cli.main(list(words))
+
+
+def test_overview_names_every_command(capsys):
+    assert run() == 0
+    text = capsys.readouterr().out
+    for name in NAMES:
+        assert f"  {name}" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_teaches(name, capsys):
+    assert run(*name.split(), "--help") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"rime-fast {name}")
+    assert "Examples" in text
+    assert f"rime-fast {name}" in text.split("Examples")[1]
+    assert "--config" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_parses(name):
+    """The options in the examples exist and have values (files are not opened)."""
+    from importlib import import_module
+    from shlex import split
+
+    command = import_module(f"rime_fast.commands.{cli.COMMANDS[name][0]}").COMMAND
+    for _, line in command.examples:
+        words = split(line.split(" > ")[0])
+        start = words.index("rime_fast.cli") + 1 if "rime_fast.cli" in words else words.index("rime-fast") + 1
+        rest = words[start + len(name.split()) :]
+        if "--config" in rest:
+            at = rest.index("--config")
+            del rest[at : at + 2]
+        command.read(rest)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--lerning_rate", "1"], ["--version"]])
+def test_no_torch_for_help_and_mistakes(words):
+    """Help and a mistyped option import neither torch nor transformers, so they answer at once."""
+    code = (
+        "import sys; from rime_fast.cli import main; main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "rime-fast trian: no such command; did you mean rime-fast train?"),
+        (["train", "--lerning_rate", "1"], "unknown option --lerning_rate; did you mean --learning_rate"),
+        (["train", "--model", "x"], "--train_data is required"),
+        (["eval", "--model", "x"], "--data is required"),
+        (["embed", "--model", "x", "--data", "y.txt", "--mode", "fast"], "--mode is 'fast'; expected disc, gen, both"),
+        (["train", "--config", "no.yaml"], "--config no.yaml: No such file"),
+        (["doctor", "extra"], "unexpected 'extra'"),
+        (["data", "check", "--json"], "--files is required"),
+        (["eval", "--model", "./nowhere", "--data", "x"], "--model ./nowhere: no such directory"),
+        (["train", "--model", "no/such/dir", "--train_data", "x"], "--model no/such/dir: no such directory"),
+    ],
+)
+def test_wrong_use_exits_2_and_names_it(words, message, capsys):
+    assert run(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_yaml_key_is_named_with_its_file(tmp_path, capsys):
+    path = tmp_path / "sft.yaml"
+    path.write_text("model: x\ntrain_data: [y]\ncross_wieght: 0\n")
+    assert run("train", "--config", str(path)) == 2
+    assert "sft.yaml: unknown key 'cross_wieght'; did you mean cross_weight" in capsys.readouterr().err
+
+
+def test_bad_value_and_failed_check_of_a_config(tmp_path, capsys):
+    base = ["train", "--model", "x", "--train_data", "y", "--output_dir", str(tmp_path)]
+    assert run(*base, "--learning_rate", "fast") == 2
+    assert "--learning_rate is 'fast'; expected a number" in capsys.readouterr().err
+    assert run(*base, "--temperature", "0") == 2
+    assert "temperature is 0.0; expected a number > 0" in capsys.readouterr().err
+
+
+def test_command_line_wins_over_later_over_earlier_file(tmp_path):
+    from rime_fast.commands.train import COMMAND
+
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("seed: 1\nlearning_rate: 1e-3\nmax_steps: 5\n")
+    second.write_text("seed: 2\nlearning_rate: 1e-4\n")
+    values = COMMAND.read(["--seed", "3", "--config", str(first), "--config", str(second)])
+    assert values == {"seed": "3", "learning_rate": "1e-4", "max_steps": 5}
+
+
+def test_interrupt_exits_130(monkeypatch, capsys):
+    from rime_fast.commands import doctor
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor.COMMAND.__class__, "main", interrupted)
+    assert run("doctor") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_failure_is_one_line_and_a_traceback_on_request(monkeypatch, tmp_path, capsys):
+    data = tmp_path / "test.json"
+    data.write_text('{"queries": 3, "candidates": []}')
+    words = ["eval", "--model", str(tmp_path), "--data", str(data)]
+    assert run(*words) == 1
+    message = capsys.readouterr().err
+    assert "test.json, queries: is a number; expected a list" in message
+    assert "Traceback" not in message
+    assert "RIME_FAST_DEBUG=1" in message
+    monkeypatch.setenv("RIME_FAST_DEBUG", "1")
+    with pytest.raises(ValueError, match="expected a list"):
+        run(*words)
+
+
+# --- data check ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    good = {
+        "query": {"text": "what?", "image": "red.png", "rewrite": "red"},
+        "target": {"text": "red", "rewrite": "red"},
+    }
+    bad = {"query": {"text": "what?", "image": "gone.png", "rewrite": "red"}, "target": {"text": "x", "rewrite": " "}}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good)))
+    return path
+
+
+def test_data_check_names_file_row_and_field(pairs, capsys):
+    assert run("data", "check", str(pairs)) == 1
+    text = capsys.readouterr().out
+    assert "pairs.jsonl, row 2, query.images[0]: missing image" in text
+    assert "pairs.jsonl, row 2, target.rewrite: empty rewrite" in text
+    assert "2 of 3 rows are good" in text
+
+
+def test_data_check_writes_the_good_rows(pairs, tmp_path, capsys):
+    good = tmp_path / "good.jsonl"
+    assert run("data", "check", str(pairs), "--write_good", str(good)) == 1
+    capsys.readouterr()
+    assert run("data", "check", str(good), "--images", "decode", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report[0]["rows"], report[0]["bad_rows"]) == (2, 0)
+
+
+def test_data_check_refuses_unknown_strictness(pairs, capsys):
+    assert run("data", "check", str(pairs), "--images", "some") == 2
+    assert "images is 'some'" in capsys.readouterr().err
