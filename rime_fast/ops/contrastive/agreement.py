@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rime_fast.ops.contrastive.chunked import largest_norm
 from rime_fast.ops.contrastive.collectives import all_gather_single
 from rime_fast.ops.contrastive.inputs import Problem, make_problem
 
 RECORD_BYTES = 2048
+# Keys of all ranks are gathered while they fit in this much memory, and ringed beyond it.
+GATHER_LIMIT = "RIME_FAST_GATHER_LIMIT_MIB"
+GATHER_LIMIT_MIB = 8192
 # Fields on which all ranks must agree: record key -> the argument to name.
 AGREED = {
     "terms": "terms",
@@ -30,23 +35,28 @@ AGREED = {
     "ids": "query_ids and key_ids (given or not)",
     "margin": "margin",
     "symmetric": "symmetric",
+    "gradient": "whether anything requires grad",
+    "gather_limit": "the environment variable RIME_FAST_GATHER_LIMIT_MIB",
     "backend": "the backend",
 }
 
 
 @dataclass
 class Agreement:
-    """What the handshake settled: this rank's problem and backend, and every rank's row counts."""
+    """What the handshake settled: this rank's problem and backend, and what matters of every rank's.
+
+    gather_limit: bytes of gathered keys beyond which they are ringed. keys_trained: some rank's keys require grad.
+    key_norm: the largest norm of any key, where looking is free (chunked.largest_norm).
+    """
 
     problem: Problem
     backend: str
     rank: int
     n_queries: list[int]
     n_keys: list[int]
-
-    @property
-    def query_offset(self) -> int:
-        return sum(self.n_queries[: self.rank])
+    gather_limit: int
+    keys_trained: bool
+    key_norm: float
 
     @property
     def key_offset(self) -> int:
@@ -80,16 +90,28 @@ def agree(arguments: tuple[Any, ...], group: Any, choose: Callable[[Tensor], str
                 "(the number of keys over all ranks)"
             )
     assert problem is not None  # a rank without one sent an error record
-    return Agreement(problem, record["backend"], dist.get_rank(group), n_queries, n_keys)
+    return Agreement(
+        problem=problem,
+        backend=record["backend"],
+        rank=dist.get_rank(group),
+        n_queries=n_queries,
+        n_keys=n_keys,
+        gather_limit=record["gather_limit"],
+        keys_trained=any(other["keys_trained"] for other in records),
+        key_norm=float(torch.tensor([other["key_norm"] for other in records]).amax()),  # NaN stays NaN
+    )
 
 
 def _own_record(arguments: tuple[Any, ...], choose: Callable[[Tensor], str]) -> tuple[Problem | None, dict[str, Any]]:
     try:
         problem = make_problem(*arguments)
         backend = choose(problem.queries[0])
+        gather_limit = _gather_limit()
     except (TypeError, ValueError) as error:
         return None, {"error": str(error)[:400]}
     labels, temperature = problem.labels, arguments[3]
+    key_grad = torch.is_grad_enabled() and any(k.requires_grad for k in problem.keys)
+    other_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*problem.queries, problem.temperature))
     return problem, {
         "terms": _short(list(zip(problem.names, problem.weights, strict=True))),
         "dims": _short([t.shape[1] for t in (*problem.queries, *problem.keys)]),
@@ -99,10 +121,23 @@ def _own_record(arguments: tuple[Any, ...], choose: Callable[[Tensor], str]) -> 
         "margin": problem.margin,
         "symmetric": problem.symmetric,
         "backend": backend,
+        "gradient": key_grad or other_grad,
+        "keys_trained": key_grad,
+        "key_norm": largest_norm(problem.keys),
+        "gather_limit": gather_limit,
         "n_queries": problem.n_queries,
         "n_keys": problem.n_keys,
         "labels": [0, 0] if labels is None else [int(value) for value in torch.stack(torch.aminmax(labels)).tolist()],
     }
+
+
+def _gather_limit() -> int:
+    text = os.environ.get(GATHER_LIMIT, str(GATHER_LIMIT_MIB))
+    try:
+        limit = int(text)
+    except ValueError:
+        raise ValueError(f"{GATHER_LIMIT} is {text!r}; expected a whole number of MiB") from None
+    return limit * 2**20
 
 
 def _short(value: Any) -> str:

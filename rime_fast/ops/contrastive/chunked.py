@@ -7,6 +7,7 @@ one tile plus O(N D). Tiles, and with them all sums, depend on the shapes alone:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -85,19 +86,21 @@ def has_native_rows(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and native.available()
 
 
-def norm_bound(tensors: list[Tensor]) -> Tensor:
-    """[len(tensors)] the largest row norm of each: a bound of every similarity between two of them."""
-    return torch.stack([torch.linalg.vector_norm(tensor, dim=1).amax() for tensor in tensors])
+def largest_norm(tensors: list[Tensor]) -> float:
+    """The largest row norm; inf on an accelerator, where looking would make the host wait."""
+    if tensors[0].device.type != "cpu":
+        return math.inf
+    norms = [torch.linalg.vector_norm(t.detach(), dim=1, dtype=accumulation_dtype(t.dtype)).amax() for t in tensors]
+    return float(torch.stack(norms).amax())
 
 
-def is_bounded(query_norms: Tensor, key_norms: Tensor, scale: Tensor) -> bool:
+def is_bounded(query_norm: float, key_norm: float, scale: Tensor) -> bool:
     """True when no logit can leave [-BOUNDED, BOUNDED]: then one exponential serves rows and columns.
 
-    Decided on the host, so on the CPU only; on an accelerator (and for NaN) the general path runs.
+    False for NaN, and for norms nobody looked at (inf).
     """
-    if query_norms.device.type != "cpu":
-        return False
-    return bool(query_norms.amax() * key_norms.amax() * scale.abs() < BOUNDED)
+    bound = query_norm * key_norm
+    return bound < math.inf and bound * abs(float(scale)) < BOUNDED
 
 
 def id_classes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -1,4 +1,9 @@
-"""The contrastive loss over a process group: local rows against every rank's rows."""
+"""The contrastive loss over a process group: local queries against every rank's keys.
+
+A rank owns the rows of the similarity matrix that belong to its queries, so row softmaxes are local; column softmaxes
+are merged by one MAX and one SUM all-reduce of O(all keys) numbers. Gradients: dq is local and complete, dk of remote
+keys goes home by reduce-scatter (or around the ring, key_source.py). The loss is the global one on every rank.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from rime_fast.ops.contrastive import softmax
 from rime_fast.ops.contrastive.agreement import Agreement, agree
+from rime_fast.ops.contrastive.chunked import (
+    Sweep,
+    best_of_column,
+    has_native_rows,
+    id_classes,
+    is_bounded,
+    largest_norm,
+    operands,
+)
 from rime_fast.ops.contrastive.collectives import gather_rows
-from rime_fast.ops.contrastive.inputs import Problem
+from rime_fast.ops.contrastive.inputs import Problem, accumulation_dtype
+from rime_fast.ops.contrastive.key_source import KeySource
+from rime_fast.ops.contrastive.local import as_gradients, temperature_gradient
 from rime_fast.ops.contrastive.reference import reference_terms
+from rime_fast.ops.contrastive.rows import Masks, Statistics
+from rime_fast.ops.contrastive.softmax import Solved
 from rime_fast.ops.dispatch import BackendTable
 
 
@@ -29,16 +49,147 @@ def grouped_terms(
 ) -> tuple[Problem, Tensor, Tensor]:
     """(this rank's problem, global loss of each term, global hit@1 of each term), with this rank's gradients."""
     settled = agree(arguments, group, lambda tensor: table.choose(backend, tensor))
-    per_term, hits = _reference(settled, group)
-    return settled.problem, per_term, hits
+    problem = settled.problem
+    if settled.backend == "reference":
+        per_term, hits = _reference(settled, group)
+    else:
+        per_term, hits = _Grouped.apply(settled, group, problem.temperature, *problem.queries, *problem.keys)
+    return problem, per_term, hits
+
+
+class _Grouped(torch.autograd.Function):
+    """Tiled forward and backward; see the module's head for who computes what."""
+
+    @staticmethod
+    def forward(ctx: Any, settled: Agreement, group: Any, temperature: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        problem = settled.problem
+        work = _Work(settled, group, temperature.detach())
+        states = work.statistics()
+        hits = [softmax.hits(state).sum() for state in states]
+        solved, counts = work.solve(states)
+        losses = [term.row_loss().sum() for term in solved]
+        if problem.symmetric:
+            columns = [term.col_loss(work.labels).sum() for term in solved]
+            losses = [0.5 * (row + column) for row, column in zip(losses, columns, strict=True)]
+        totals = torch.stack([*losses, *hits])
+        dist.all_reduce(totals, group=group)
+        loss, hit = (totals / sum(settled.n_queries)).to(temperature.dtype).view(2, -1).unbind()
+        loss, hit = loss.clone(), hit.clone()
+        ctx.work, ctx.solved, ctx.counts = work, solved, counts
+        ctx.save_for_backward(*rows)  # so that autograd sees a change in place between forward and backward
+        ctx.mark_non_differentiable(hit)
+        return loss, hit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        rows, work = ctx.saved_tensors, ctx.work
+        dq, dk = work.gradients(grad, ctx.solved, ctx.counts)
+        key_rows = rows[len(dq) :]
+        d_queries = as_gradients(dq, rows[: len(dq)])
+        d_keys = as_gradients(dk, key_rows) if dk else [None] * len(key_rows)
+        return None, None, temperature_gradient(dq, work.queries, work.temperature), *d_queries, *d_keys
+
+
+class _Work:
+    """The state of one grouped call on one rank."""
+
+    def __init__(self, settled: Agreement, group: Any, temperature: Tensor) -> None:
+        self.settled, self.group, self.problem = settled, group, settled.problem
+        self.temperature, self.scale = temperature, temperature.reciprocal()
+        self.queries = operands(self.problem.queries)
+        self.labels = global_labels(settled)
+        self.n_keys = sum(settled.n_keys)
+        self.source = KeySource(self.problem.keys, settled, group)
+        self.masks = self._masks()
+        self.bounded = is_bounded(largest_norm(self.queries), settled.key_norm, self.scale)
+
+    def statistics(self) -> list[Statistics]:
+        """Of this rank's queries against all keys."""
+        n, like = self.problem.n_queries, self.queries[0]
+        states = [Statistics.empty(n, self.n_keys, self.bounded, like) for _ in self.problem.terms]
+        for start, stop, keys in self.source.blocks():
+            self._sweep(start, stop, keys).statistics([state.columns(start, stop) for state in states])
+        return states
+
+    def solve(self, states: list[Statistics]) -> tuple[list[Solved], Tensor]:
+        """Complete every softmax; column sums and label counts are merged over ranks when they are needed."""
+        by_label = [softmax.lse_by_label(state.positive, self.labels, self.n_keys) for state in states]
+        solved = [softmax.solve(state, lse) for state, lse in zip(states, by_label, strict=True)]
+        counts = softmax.label_counts(self.labels, self.n_keys)
+        if not self.problem.symmetric:
+            return solved, counts
+        local = torch.stack([term.cols[1] for term in solved])  # [terms, K] log-sum-exp over this rank's queries
+        best = local.clone()
+        dist.all_reduce(best, op=dist.ReduceOp.MAX, group=self.group)
+        shift = torch.where(best == -torch.inf, 0, best)
+        merged = torch.cat([(local - shift).exp(), counts[None]])
+        dist.all_reduce(merged, group=self.group)
+        for term, total in zip(solved, shift + merged[:-1].log(), strict=True):
+            term.cols[1] = total
+        return solved, merged[-1]
+
+    def gradients(self, grad: Tensor, solved: list[Solved], counts: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(dq, complete; dk of this rank's keys, summed over ranks, or [] when no rank trains its keys)."""
+        symmetric, dtype = self.problem.symmetric, accumulation_dtype(self.queries[0].dtype)
+        factors = grad.double() * (0.5 if symmetric else 1.0)
+        factors = factors / (self.temperature.double() * sum(self.settled.n_queries))
+        slopes = [
+            softmax.make_slopes(term, self.labels, counts, factor, symmetric, self.bounded, dtype)
+            for term, factor in zip(solved, factors.unbind(), strict=True)
+        ]
+        dq = [torch.zeros_like(q, dtype=dtype) for q in self.queries]
+        wanted = self.settled.keys_trained
+
+        def add(start: int, stop: int, keys: list[Tensor], dk: list[Tensor]) -> None:
+            part = [slope.columns(start, stop) for slope in slopes]
+            self._sweep(start, stop, keys).gradients(part, list(dq), list(dk) if wanted else [None] * len(dk))
+
+        return dq, self.source.gradients(add, wanted)
+
+    def _sweep(self, start: int, stop: int, keys: list[Tensor]) -> Sweep:
+        return Sweep(
+            queries=self.queries,
+            keys=operands(keys),
+            terms=self.problem.terms,
+            scale=self.scale,
+            masks=[masks.columns(start, stop) for masks in self.masks],
+            bounded=self.bounded,
+            native_rows=has_native_rows(self.queries[0]),
+        )
+
+    def _masks(self) -> list[Masks]:
+        """One a term, over all keys. Limits need the positives' similarities, which may lie with any rank."""
+        problem = self.problem
+        key_ids = None if problem.key_ids is None else gather_rows(problem.key_ids, self.settled.n_keys, self.group)
+        row_ids, col_ids = id_classes(problem.query_ids, key_ids)
+        masks = [Masks(self.labels, row_ids, col_ids) for _ in problem.terms]
+        if problem.margin is None:
+            return masks
+        similarity = self._pair_similarities()
+        best = torch.stack([best_of_column(row, self.labels, self.n_keys) for row in similarity])
+        dist.all_reduce(best, op=dist.ReduceOp.MAX, group=self.group)
+        for mask, row_limit, col_limit in zip(masks, similarity + problem.margin, best + problem.margin, strict=True):
+            mask.row_limit, mask.col_limit = row_limit, col_limit
+        return masks
+
+    def _pair_similarities(self) -> Tensor:
+        """[terms, N] similarity of each query with its positive."""
+        found = self.queries[0].new_zeros(len(self.problem.terms), self.problem.n_queries)
+        for start, stop, keys in self.source.blocks():
+            here = (self.labels >= start) & (self.labels < stop)
+            index = torch.where(here, self.labels - start, 0)
+            for row, (q, k) in zip(found, self.problem.terms, strict=True):
+                row.copy_(torch.where(here, (self.queries[q] * keys[k][index]).sum(1), row))
+        return found
 
 
 def global_labels(settled: Agreement) -> Tensor:
     """This rank's labels as positions among the keys of all ranks."""
     problem = settled.problem
     if problem.labels is not None:
-        return problem.labels
-    return torch.arange(problem.n_queries, device=problem.queries[0].device) + settled.key_offset
+        return problem.labels.contiguous()
+    return torch.arange(problem.n_queries, device=problem.queries[0].device) + sum(settled.n_keys[: settled.rank])
 
 
 def _reference(settled: Agreement, group: Any) -> tuple[Tensor, Tensor]:

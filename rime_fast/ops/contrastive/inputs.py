@@ -2,7 +2,7 @@
 
 Only properties that the host knows are checked here (types, shapes, dtypes, devices, Python numbers), so that a call
 under ``torch.compile`` or on a GPU never waits. Values on the device (labels in range) are checked where the work is
-done: see ``check_labels``.
+done, by ``_checks.require_range``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from rime_fast.ops._checks import FLOATS
 
 
 @dataclass
@@ -104,19 +104,6 @@ def make_problem(
         margin=_check_margin(margin),
         symmetric=bool(symmetric),
     )
-
-
-def check_labels(labels: Tensor, n_keys: int) -> None:
-    """Labels must lie in [0, n_keys): ValueError on the CPU, a device-side assertion on CUDA (no host sync)."""
-    inside = ((labels >= 0) & (labels < n_keys)).all()
-    if labels.device.type == "cpu":
-        if not bool(inside):
-            raise ValueError(
-                f"labels hold values from {int(labels.min())} to {int(labels.max())}; expected 0 <= label < {n_keys} "
-                "(the number of keys, over all ranks with a group)"
-            )
-    else:
-        torch._assert_async(inside, f"contrastive_loss: labels out of range, expected 0 <= label < {n_keys}")
 
 
 def _check_side(name: str, side: object) -> None:

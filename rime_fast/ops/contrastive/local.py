@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rime_fast.ops._checks import require_range
 from rime_fast.ops.contrastive import chunked, softmax
-from rime_fast.ops.contrastive.inputs import accumulation_dtype, check_labels
+from rime_fast.ops.contrastive.inputs import accumulation_dtype
 from rime_fast.ops.contrastive.rows import Masks, Statistics
 from rime_fast.ops.contrastive.softmax import Solved
 
@@ -95,7 +96,7 @@ def make_sweep(x: Operands, options: Options) -> tuple[chunked.Sweep, Tensor]:
     if labels is None:
         labels = torch.arange(n, device=x.queries[0].device)
     else:
-        check_labels(labels, n_keys)
+        require_range("labels", labels, 0, n_keys)
         labels = labels.contiguous()
     queries, keys = chunked.operands(x.queries), chunked.operands(x.keys)
     row_ids, col_ids = chunked.id_classes(x.query_ids, x.key_ids)
@@ -114,6 +115,6 @@ def make_sweep(x: Operands, options: Options) -> tuple[chunked.Sweep, Tensor]:
         terms=options.terms,
         scale=scale,
         masks=masks,
-        bounded=chunked.is_bounded(chunked.norm_bound(queries), chunked.norm_bound(keys), scale),
+        bounded=chunked.is_bounded(chunked.largest_norm(queries), chunked.largest_norm(keys), scale),
         native_rows=chunked.has_native_rows(queries[0]),
     ), labels

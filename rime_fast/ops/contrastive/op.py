@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rime_fast.ops._checks import require_range
 from rime_fast.ops.contrastive import library  # noqa: F401  (registers the operators)
 from rime_fast.ops.contrastive.distributed import check_group, grouped_terms
-from rime_fast.ops.contrastive.inputs import Problem, check_labels, make_problem
+from rime_fast.ops.contrastive.inputs import Problem, make_problem
 from rime_fast.ops.contrastive.reference import reference_terms
 from rime_fast.ops.dispatch import BackendTable
 
@@ -118,7 +119,7 @@ def _local_terms(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     if labels is None:
         labels = torch.arange(problem.n_queries, device=problem.queries[0].device)
     else:
-        check_labels(labels, problem.n_keys)
+        require_range("labels", labels, 0, problem.n_keys)
     return reference_terms(
         problem.queries, problem.keys, problem.terms, problem.temperature, labels,
         problem.query_ids, problem.key_ids, problem.margin, problem.symmetric,

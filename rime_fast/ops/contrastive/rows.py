@@ -7,7 +7,7 @@ Element rules are documented in csrc/include/rime/contrast.h; both versions foll
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class Masks:
     col_ids: Tensor | None = None
     row_limit: Tensor | None = None
     col_limit: Tensor | None = None
+
+    def columns(self, start: int, stop: int) -> Masks:
+        """The same rows against keys start .. stop - 1 only."""
+        return replace(
+            self,
+            labels=self.labels - start,
+            col_ids=None if self.col_ids is None else self.col_ids[start:stop],
+            col_limit=None if self.col_limit is None else self.col_limit[start:stop],
+        )
 
 
 @dataclass
@@ -62,6 +71,10 @@ class Statistics:
             rival=full(n_queries, -torch.inf, like.dtype),
         )
 
+    def columns(self, start: int, stop: int) -> Statistics:
+        """A view on keys start .. stop - 1: adding to it adds to the whole."""
+        return replace(self, col_max=self.col_max[start:stop], col_sum=self.col_sum[start:stop])
+
 
 @dataclass
 class Slopes:
@@ -78,6 +91,10 @@ class Slopes:
     col_coef: Tensor  # [K]
     positive_slope: Tensor  # [N]
     factor: Tensor  # 0-d
+
+    def columns(self, start: int, stop: int) -> Slopes:
+        """The same rows against keys start .. stop - 1 only."""
+        return replace(self, col_shift=self.col_shift[start:stop], col_coef=self.col_coef[start:stop])
 
 
 class NativeRows:
