@@ -32,6 +32,7 @@ Problems = list[tuple[str, str]]
 _PLACEHOLDER = re.compile(
     r"(?:<\|vision_start\|>)?(?:<(image|video)>|<\|(image|video)_(?:pad|\d+)\|>)(?:<\|vision_end\|>)?\n?"
 )
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def strip_placeholders(text: str, images: int, videos: int, where: str, problems: Problems) -> str:
@@ -61,7 +62,7 @@ def parse_assistant(value: str, where: str, problems: Problems) -> str | None:
     if not body:
         problems.append((where, "empty rewrite"))
         return None
-    _reject_control(body, where, problems)
+    _reject_unusable(body, where, problems)
     return body
 
 
@@ -74,13 +75,15 @@ def parse_human(value: str, images: int, videos: int, where: str, problems: Prob
     text = strip_placeholders(text, images, videos, where, problems)
     if found:
         text = text.removesuffix("\n")
-    _reject_control(text, where, problems)
+    _reject_unusable(text, where, problems)
     return text
 
 
-def _reject_control(text: str, where: str, problems: Problems) -> None:
+def _reject_unusable(text: str, where: str, problems: Problems) -> None:
     if match := CONTROL.search(text):
         problems.append((where, f"holds {match.group()!r}, which the model would take for a control token"))
+    if _LONE_SURROGATE.search(text):
+        problems.append((where, "holds half a surrogate pair, which is no text"))
 
 
 def _unknown_keys(raw: dict[str, Any], known: tuple[str, ...], prefix: str, problems: Problems) -> None:
@@ -93,6 +96,7 @@ def _conversation_side(raw: Any, where: str, root: str, problems: Problems) -> S
     if not isinstance(raw, dict):
         problems.append((where, f"is {kind_of(raw)}; expected an object with keys {', '.join(known)}"))
         return Side()
+    before = len(problems)
     _unknown_keys(raw, known, f"{where}.", problems)
     side = Side(
         images=image_list(raw.get("image"), f"{where}.image", root, problems),
@@ -116,7 +120,7 @@ def _conversation_side(raw: Any, where: str, root: str, problems: Problems) -> S
             side.text = parse_human(turn["value"], len(side.images), int(bool(side.video)), field, problems)
         else:
             side.rewrite = parse_assistant(turn["value"], field, problems)
-    if not (side.text or side.images or side.video):
+    if len(problems) == before and not (side.text or side.images or side.video):
         problems.append((where, "is empty: no text, no image, no video"))
     return side
 
@@ -132,13 +136,14 @@ def _parse_rl(raw: dict[str, Any], root: str, problems: Problems) -> Pair:
     _unknown_keys(raw, known, "", problems)
     sides = []
     for key in ("qry", "pos"):
+        before = len(problems)
         images = image_list(raw.get(f"{key}_image"), f"{key}_image", root, problems)
         video = image_list(raw.get(f"{key}_video"), f"{key}_video", root, problems) or None
         text = parse_human(
             _text(raw, f"{key}_text", problems), len(images), int(bool(video)), f"{key}_text", problems
         )
         sides.append(Side(text=text, images=images, video=video))
-        if not (text or images or video):
+        if len(problems) == before and not (text or images or video):
             problems.append((f"{key}_text", "this side is empty: no text, no image, no video"))
     return Pair(sides[0], sides[1], dataset=_text(raw, "dataset", problems) or None)
 
@@ -153,9 +158,9 @@ def _parse_own(raw: dict[str, Any], root: str, problems: Problems) -> Pair:
     sides = [side_from_json(side, f"negatives[{i}]", root, problems) for i, side in enumerate(negatives)]
     names = [("query", query), ("target", target), *((f"negatives[{i}]", side) for i, side in enumerate(sides))]
     for where, side in names:
-        _reject_control(side.text, f"{where}.text", problems)
+        _reject_unusable(side.text, f"{where}.text", problems)
         if side.rewrite is not None:
-            _reject_control(side.rewrite, f"{where}.rewrite", problems)
+            _reject_unusable(side.rewrite, f"{where}.rewrite", problems)
             if not side.rewrite.strip():
                 problems.append((f"{where}.rewrite", "empty rewrite"))
     identifier = raw.get("id")

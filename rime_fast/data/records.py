@@ -38,17 +38,22 @@ class Problem:
 
 
 class DataError(ValueError):
-    """Data that cannot be used; ``problems`` names each file, row and field."""
+    """Data that cannot be used; ``problems`` names each file, row and field (empty when made from a message, as a
+    DataLoader does with what its workers raise)."""
 
-    def __init__(self, problems: Sequence[Problem] | Problem) -> None:
+    def __init__(self, problems: Sequence[Problem] | Problem | str) -> None:
+        if isinstance(problems, str):
+            self.problems = []
+            super().__init__(problems)
+            return
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         shown = [str(problem) for problem in self.problems[:20]]
         if len(self.problems) > len(shown):
             shown.append(f"... and {len(self.problems) - len(shown)} more")
         super().__init__("\n".join(shown))
 
-    def __reduce__(self) -> tuple[type[DataError], tuple[list[Problem]]]:
-        return type(self), (self.problems,)  # the default would rebuild it from the message (dataloader workers)
+    def __reduce__(self) -> tuple[type[DataError], tuple[Any]]:
+        return type(self), (self.problems or str(self),)  # the default would lose the problems
 
 
 @dataclass
@@ -143,9 +148,10 @@ def stable_hash(side: Side) -> int:
     path, or by its pixels where it has none."""
     digest = hashlib.blake2b(digest_size=8)
     if side.id is not None:
-        digest.update(b"id\0" + side.id.encode())
+        digest.update(b"id\0" + side.id.encode("utf-8", "surrogatepass"))
         return int.from_bytes(digest.digest(), "big") >> 1
-    digest.update(b"text\0" + side.text.encode("utf-8", "surrogatepass"))
+    text = side.text.encode("utf-8", "surrogatepass")
+    digest.update(f"text {len(text)}\0".encode() + text)
     for source in (*side.images, *(side.video or ())):
         digest.update(b"\0image\0")
         if isinstance(source, dict):
@@ -172,6 +178,7 @@ def side_from_json(raw: Any, where: str, root: str | Path, problems: list[tuple[
     if not isinstance(raw, dict):
         problems.append((where, f"is {kind_of(raw)}; expected an object with keys {', '.join(SIDE_KEYS)}"))
         return Side()
+    before = len(problems)
     for key in raw:
         if key not in SIDE_KEYS:
             problems.append((f"{where}.{key}", f"unknown key; known: {', '.join(SIDE_KEYS)}"))
@@ -189,7 +196,7 @@ def side_from_json(raw: Any, where: str, root: str | Path, problems: list[tuple[
     if side.fps is not None and not side.fps > 0:
         problems.append((f"{where}.fps", f"is {side.fps}; expected a positive number of frames per second"))
         side.fps = None
-    if not (side.text or side.images or side.video):
+    if len(problems) == before and not (side.text or side.images or side.video):
         problems.append((where, "is empty: no text, no image, no video"))
     return side
 

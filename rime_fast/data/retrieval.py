@@ -50,13 +50,8 @@ class RetrievalSet:
         path = Path(path)
         root = os.fspath(path.parent if image_root is None else image_root)
         rows = iter_rows(path)
-        try:
-            whole = json.loads(path.read_bytes())
-        except json.JSONDecodeError:
-            whole = None  # several lines: JSONL
-        if isinstance(whole, dict) and "queries" in whole:
-            return _read_shared(whole, path, root)
-        return _read_inline(rows, path, root)
+        whole = _whole_object(path)
+        return _read_inline(rows, path, root) if whole is None else _read_shared(whole, path, root)
 
     def save(self, path: str | Path) -> None:
         """Write the one-object form. Images must be paths."""
@@ -70,6 +65,23 @@ class RetrievalSet:
         Path(path).write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
 
+def is_retrieval_set(path: str | Path) -> bool:
+    """Whether a file is in one of the two forms of a retrieval set, by its first row."""
+    row = next(iter(iter_rows(path)))
+    if row.error is not None:
+        return _whole_object(Path(path)) is not None
+    return isinstance(row.value, dict) and bool(row.value.keys() & {"queries", "candidates"})
+
+
+def _whole_object(path: Path) -> dict[str, Any] | None:
+    """The file as one object with ``queries``; None for JSONL and anything else."""
+    try:
+        whole = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None  # several lines
+    return whole if isinstance(whole, dict) and "queries" in whole else None
+
+
 def _read_shared(whole: dict[str, Any], path: Path, root: str) -> RetrievalSet:
     problems: list[Problem] = []
 
@@ -81,8 +93,9 @@ def _read_shared(whole: dict[str, Any], path: Path, root: str) -> RetrievalSet:
         for key in whole
         if key not in ("name", "candidates", "queries")
     ]
-    listed = {key: whole.get(key) for key in ("candidates", "queries")}
-    found += [(k, f"is {kind_of(v)}; expected a list") for k, v in listed.items() if not (isinstance(v, list) and v)]
+    for key in ("candidates", "queries"):
+        if not isinstance(whole.get(key), list) or not whole[key]:
+            found.append((key, f"is {kind_of(whole.get(key))}; expected a list that is not empty"))
     take(0, found)
     if problems:
         raise DataError(problems)

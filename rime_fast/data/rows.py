@@ -61,6 +61,8 @@ def _iter_lines(path: Path) -> Iterator[Row]:
                     error = f"is not JSON: {broken.msg} (column {broken.colno})"
                 except UnicodeDecodeError as broken:
                     error = f"is not UTF-8 (byte {broken.start} of the line)"
+                except RecursionError:
+                    error = "is nested too deeply"
                 yield Row(number, stop - len(text), stop, value, error)
             start = stop
 
@@ -116,6 +118,8 @@ def _iter_list(path: Path) -> Iterator[Row]:
                 except json.JSONDecodeError as broken:
                     if done:
                         raise fail(broken.msg, broken.pos) from None
+                except RecursionError:
+                    raise fail("nested too deeply", at) from None
                 more()
                 counted, counted_bytes = 0, 0
             if at < counted:

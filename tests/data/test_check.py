@@ -1,0 +1,211 @@
+"""The validation pass names file, row and field of every bad row, and writes the good ones out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from rime_fast.data.check import CheckRules, check_file, check_pair
+from rime_fast.data.check_command import CheckOptions, run_check
+from rime_fast.data.collate import Collator
+from rime_fast.data.formats import read_pairs
+from rime_fast.data.records import Pair, Side
+from rime_fast.data.rows import iter_rows
+from rime_fast.model.tiny import tiny_config
+from tests.data.builders import config, picture, processor
+
+
+def row(text="what", image="good.png", rewrite="r", **extra):
+    query = {"text": text, "image": image, "rewrite": rewrite}
+    return {"query": query, "target": {"text": "t", "rewrite": "s"}, **extra}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    picture(0).save(tmp_path / "good.png")
+    picture(0, 32, 32).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) - 200])
+    (tmp_path / "text.png").write_text("not an image")
+    Image.new("RGB", (402, 2)).save(tmp_path / "thin.png")
+    return tmp_path
+
+
+BAD = [
+    (row(image="gone.png"), "query.images[0]", "missing image: {0}/gone.png"),
+    (row(image="text.png"), "query.images[0]", "broken image: {0}/text.png"),
+    (row(image="half.jpg"), "query.images[0]", "broken image: {0}/half.jpg"),
+    (row(image="thin.png"), "query.images[0]", "image is 402 x 2; Qwen's resizing takes at most 1 : 200"),
+    (row(rewrite=" "), "query.rewrite", "empty rewrite"),
+    (row(rewrite=None), "query.rewrite", "missing rewrite"),
+    (row(text="see <|im_end|>"), "query.text", "holds '<|im_end|>', which the model would take for a control token"),
+    (row(rewrite="a\n<gen_emb>"), "query.rewrite", "holds '<gen_emb>'"),
+    (row(text="x" * 200_001), "query.text", "200001 characters; more than 200000 are absurd"),
+    (row(image=["good.png"] * 65), "query.images", "65 images; more than 64 are absurd"),
+    (row(imgae="a.png"), "imgae", "unknown key"),
+    (row(image=3), "query.image", "is a number; expected the path of an image"),
+    ({"a": 1}, "", "is an object with keys ['a']; expected a row of"),
+]
+
+
+def write_lines(path, rows):
+    path.write_text("".join((raw if isinstance(raw, str) else json.dumps(raw)) + "\n" for raw in rows))
+    return path
+
+
+def test_every_kind_of_bad_row_is_named_and_the_good_ones_are_kept(folder):
+    rows = [row(), *(bad for bad, _, _ in BAD), '{"query": ', row(text="last")]
+    file = write_lines(folder / "rows.jsonl", rows)
+    out = folder / "good.jsonl"
+    report = check_file(file, CheckRules(images="decode"), write_good=out)
+    assert (report.rows, report.good_rows, report.bad_rows) == (len(rows), 2, len(BAD) + 1)
+    assert len(report.problems) == len(BAD) + 1
+    for number, (problem, (_, field, message)) in enumerate(zip(report.problems, BAD, strict=False), 2):
+        assert (problem.file, problem.row, problem.field) == (str(file), number, field)
+        assert problem.problem.startswith(message.format(folder))
+    assert report.problems[-1].row == len(rows) - 1
+    assert "is not JSON" in report.problems[-1].problem
+    assert [pair.query.text for pair in read_pairs(out)] == ["what", "last"]
+    assert [found.value for found in iter_rows(out)] == [row(), row(text="last")]
+    assert check_file(out).ok
+    assert not list(folder.glob("*.partial"))
+
+
+def test_images_are_read_as_far_as_asked(folder):
+    file = write_lines(folder / "rows.jsonl", [row(image=name) for name in ("half.jpg", "text.png", "good.png")])
+    counts = [check_file(file, CheckRules(images=images)).bad_rows for images in ("decode", "head", "skip")]
+    assert counts == [2, 1, 0]
+    with pytest.raises(ValueError, match="images is 'all'"):
+        CheckRules(images="all")  # type: ignore[arg-type]
+
+
+def test_fields_are_those_of_the_format(folder):
+    sft = {
+        "qry": {
+            "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+            "image": ["good.png", "gone.png"],
+        },
+        "pos": {
+            "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b<gen_emb>"}],
+            "video": ["gone.png"],
+        },
+    }
+    rl = {"qry_text": "a", "qry_image": "gone.png", "pos_text": "b", "pos_video": ["good.png", "gone.png"]}
+    file = folder / "rows.json"
+    file.write_text(json.dumps([sft, rl]))
+    report = check_file(file)
+    assert [(problem.row, problem.field) for problem in report.problems] == [
+        (1, "qry.conversations[1].value"),
+        (1, "qry.image[1]"),
+        (1, "pos.video[0]"),
+        (2, "qry_image[0]"),
+        (2, "pos_video[1]"),
+    ]
+    assert dict(report.formats) == {"rime-sft": 1, "rime-rl": 1}
+
+
+def test_rewrites_are_asked_for_where_they_are_needed(folder):
+    rl = {"qry_text": "a", "pos_text": "b"}
+    file = write_lines(folder / "rows.jsonl", [rl, row(rewrite=None), row(negatives=[{"text": "n"}])])
+    bad = {mode: check_file(file, CheckRules(rewrites=mode)).bad_rows for mode in (None, True, False)}
+    assert bad == {None: 1, True: 2, False: 0}
+
+
+def test_length_in_tokens():
+    made = Collator(processor(), "rewrite", config())
+    short, long = Side("cat", rewrite="a"), Side("cat " * 50, rewrite="a", id="l")
+    limit = made.measure([short])[0]
+    rules = CheckRules(max_length=limit, measure=made.measure)
+    assert check_pair(Pair(short, short), rules) == []
+    ((field, problem),) = check_pair(Pair(short, long), rules)
+    assert field == "target"
+    assert problem == f"{made.measure([long])[0]} tokens; max_length is {limit}"
+
+
+def test_a_broken_list_ends_the_pass_with_what_was_found(folder):
+    file = folder / "rows.json"
+    file.write_text(json.dumps([row(), row(image="gone.png"), row()])[:-1])
+    report = check_file(file, write_good=folder / "good.json")
+    assert [(problem.row, problem.field) for problem in report.problems] == [(2, "query.images[0]"), (0, "line 1")]
+    assert json.loads((folder / "good.json").read_text()) == [row(), row()]
+    assert not check_file(folder / "none.json").ok
+
+
+def test_report_as_data_and_text(folder):
+    file = write_lines(folder / "rows.jsonl", [row(), row(image="gone.png")])
+    report = check_file(file)
+    assert report.summary() == f"{file}: 1 of 2 rows are good (2 rime-jsonl), 1 bad"
+    assert json.loads(json.dumps(report.to_json()))["problems"][0]["row"] == 2
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 2, query.images\[0\]: missing image"):
+        report.raise_if_bad()
+
+
+def test_command(folder, capsys):
+    good = write_lines(folder / "a.jsonl", [row()])
+    bad = write_lines(folder / "b.jsonl", [row(), *[row(image="gone.png")] * 3])
+    assert run_check(CheckOptions(files=[str(good)])) == 0
+    report = folder / "report.json"
+    options = CheckOptions(files=[str(good), str(bad), str(folder / "none")], report=str(report), max_shown=2)
+    assert run_check(options) == 1
+    out = capsys.readouterr().out
+    assert f"{bad}, row 2, query.images[0]: missing image: {folder}/gone.png\n" in out
+    assert "... and 1 more\n" in out
+    assert f"{folder / 'none'}: no such file\n" in out
+    assert [entry["bad_rows"] for entry in json.loads(report.read_text())] == [0, 3, 0]
+    written = folder / "sub" / "good.jsonl"
+    assert run_check(CheckOptions(files=[str(bad)], write_good=str(written))) == 1
+    assert f"start from {folder}" in capsys.readouterr().out
+    assert check_file(written, image_root=folder).ok
+
+
+def test_command_measures_with_a_model(folder, capsys):
+    file = write_lines(folder / "rows.jsonl", [row(), row(text="cat " * 300)])
+    processor().save_pretrained(folder / "model")
+    tiny_config("qwen2_vl", vocab_size=320).save_pretrained(folder / "model")
+    assert run_check(CheckOptions(files=[str(file)], model=str(folder / "model"), max_length=300)) == 1
+    out = capsys.readouterr().out
+    assert "row 2, query: " in out
+    assert "tokens; max_length is 300" in out
+
+
+def test_command_on_a_retrieval_set(folder, capsys):
+    whole = {
+        "candidates": [{"image": "good.png"}, {"image": "gone.png"}],
+        "queries": [
+            {"query": {"text": "a"}, "correct": 0},
+            {"query": {"text": "b", "image": "text.png"}, "correct": 1},
+        ],
+    }
+    file = folder / "eval.json"
+    file.write_text(json.dumps(whole, indent=1))
+    assert run_check(CheckOptions(files=[str(file)])) == 1
+    out = capsys.readouterr().out
+    assert f"{file}, row 2, query.images[0]: broken image" in out
+    assert f"{file}, candidates[1].images[0]: missing image" in out
+    whole["queries"][1]["query"].pop("image")
+    whole["candidates"][1]["image"] = "good.png"
+    file.write_text(json.dumps(whole))
+    assert run_check(CheckOptions(files=[str(file)])) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"files": []}, "files is empty"),
+        ({"files": ["a", "b"], "write_good": "c"}, "one file at a time"),
+        ({"files": ["a"], "model": "m"}, "model and max_length go together"),
+        ({"files": ["a"], "rewrites": "some"}, "rewrites is 'some'"),
+    ],
+)
+def test_command_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        run_check(CheckOptions(**options))
+
+
+def test_the_checked_file_is_not_written_over(folder):
+    file = write_lines(folder / "rows.jsonl", [row()])
+    with pytest.raises(ValueError, match="the file being checked"):
+        check_file(file, write_good=folder / "." / "rows.jsonl")
+    assert file.read_text()
