@@ -38,6 +38,8 @@ class Rollout:
     logp [B*G, R] fp32: log-probability of each token under the policy itself (temperature 1, no filter), 0 in padding.
     gen_states [B*G, H] fp32: last hidden state at ``<gen_emb>``, not normalised; at the last token where there is none.
     finished [B*G] bool: whether the response ended with ``<gen_emb>``. The others hit the cap or another stop token.
+    disc_states [B, H] fp32: last hidden state at ``disc_index``, not normalised, from the same prefill; None where the
+        prompt batch has no disc_index.
     """
 
     tokens: Tensor
@@ -45,6 +47,7 @@ class Rollout:
     logp: Tensor
     gen_states: Tensor
     finished: Tensor
+    disc_states: Tensor | None = None
 
 
 def dual_mode_of(model: nn.Module) -> Any:
@@ -74,12 +77,15 @@ def generate_rollouts(
     generator: torch.Generator | None = None,
     stop_ids: Sequence[int] | None = None,
     pad_id: int = 0,
+    suppress_ids: Sequence[int] = (),
     check_every: int | None = None,
 ) -> Rollout:
     """Decode ``group_size`` responses to each prompt of a packed batch (see the collator), each up to ``<gen_emb>``.
 
     temperature 0 is greedy and equals transformers' ``generate`` token for token; top_p and top_k as there.
     ``stop_ids``: other tokens that end a response, unfinished; default the generation config's ends of sequence.
+    ``suppress_ids``: tokens that are never drawn, such as the placeholders of images, which only a prompt may hold;
+    ``logp`` stays that of the model itself.
     A response has at most ``max_new_tokens`` tokens, the stop token included.
     ``check_every``: the host asks every so many steps which rows are done (the only wait for the device), and drops
     them then; default 1 on the CPU, 8 elsewhere. It changes the draws, since dropped rows draw nothing, never the
@@ -97,9 +103,11 @@ def generate_rollouts(
         state = _prefill(policy, prompt_batch, group_size, max_new_tokens, pad_id)
         check_every = check_every or (1 if state.tokens.device.type == "cpu" else 8)
         stops = torch.tensor([gen_id, *stop_ids]).to(state.tokens.device, non_blocking=True)
+        never = torch.tensor(list(suppress_ids), dtype=torch.int64).to(stops.device, non_blocking=True)
         for step in range(max_new_tokens):
             logits = policy.lm_head(state.hidden).float()
-            token = draw_tokens(logits, temperature, top_p, top_k, generator)
+            allowed = logits.index_fill(1, never, float("-inf")) if suppress_ids else logits
+            token = draw_tokens(allowed, temperature, top_p, top_k, generator)
             state.write(step, token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0], pad_id)
             state.feed(policy, token)
             state.close(token, stops)
@@ -152,6 +160,7 @@ class _State:
     logp: Tensor
     lengths: Tensor  # [B*G]
     gen_states: Tensor  # [B*G, H]
+    disc_states: Tensor | None  # [B, H]
 
     def write(self, step: int, token: Tensor, logp: Tensor, pad_id: int) -> None:
         rows = self.cache.rows
@@ -197,6 +206,7 @@ class _State:
             logp=self.logp[:, :longest].contiguous(),
             gen_states=self.gen_states,
             finished=last == gen_id,
+            disc_states=self.disc_states,
         )
 
 
@@ -208,6 +218,7 @@ def _prefill(policy: Any, prompt_batch: dict[str, Any], group_size: int, cap: in
     hidden = policy.encode_hidden(**prompt, layout=recorder)
     ends = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(group_size).to(device, non_blocking=True)
     n = len(lengths) * group_size
+    disc = prompt_batch.get("disc_index")
     return _State(
         cache=DecodeCache(recorder, group_size, cap),
         hidden=hidden.index_select(0, ends),
@@ -217,4 +228,5 @@ def _prefill(policy: Any, prompt_batch: dict[str, Any], group_size: int, cap: in
         logp=torch.zeros(n, cap, device=device),
         lengths=torch.zeros(n, dtype=torch.int64, device=device),
         gen_states=torch.zeros(n, hidden.shape[1], device=device),
+        disc_states=None if disc is None else hidden.index_select(0, disc).float(),
     )

@@ -162,6 +162,20 @@ def test_default_stops_are_the_generation_configs():
     assert not out.finished.any()
 
 
+def test_suppressed_tokens_are_never_drawn():
+    model = dual()
+    batch = tiny_batch(model.config, PROMPTS, seed=3)
+    options = {"gen_id": VOCAB, "max_new_tokens": 6, "temperature": 0.0, "stop_ids": []}
+    free = generate_rollouts(model, batch, **options)
+    banned = sorted(set(free.tokens[:, 0].tolist()))
+    out = generate_rollouts(model, batch, suppress_ids=banned, **options)
+    assert not set(banned) & set(out.tokens.flatten().tolist())
+    full, _ = with_responses(batch, out, 1)
+    with torch.no_grad():
+        logp = model(**full).logp
+    assert torch.allclose(logp[full["targets"] >= 0], out.logp.flatten(), atol=1e-4)
+
+
 def test_a_generator_makes_it_reproducible():
     model = dual()
     batch = tiny_batch(model.config, PROMPTS, seed=4)
