@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 # Shown first, in this order; a bar has room for about eight numbers. A trailing * stands for any ending.
-SHOWN = ("loss", "ce/*", "contrast/*", "hit@1/gen-gen", "reward/total", "rewrite_tokens", "kl", "clip_fraction")
+SHOWN = ("loss", "ce/*", "contrast/*", "hit@1/gen-gen", "reward/total", "reward/hit", "rewrite_tokens", "kl",
+         "clip_fraction", "group_std")  # fmt: skip
 RATES = ("samples_per_second", "tokens_per_second")
 
 
