@@ -10,10 +10,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
   // CUDA also seen as bf16 or fp16 (the gradient is written over the logits it is made from).
   m.def(
       "row_softmax_forward(Tensor logits, Tensor targets, Tensor? bias, Tensor temperature, float softcap, "
-      "Tensor(a!) lse, Tensor(b!) hit, Tensor(c!)? mean) -> ()");
+      "Tensor(a!) lse, Tensor(b!) hit, Tensor(c!)? entropy) -> ()");
   m.def(
-      "row_softmax_backward(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor? entropy, Tensor grad_logp, "
-      "Tensor? grad_entropy, Tensor? bias, Tensor temperature, float softcap, Tensor(b!) dlogits, "
+      "row_softmax_backward(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor? entropy, Tensor centre, "
+      "Tensor grad_logp, Tensor? grad_entropy, Tensor? bias, Tensor temperature, float softcap, Tensor(b!) dlogits, "
       "Tensor(c!) products) -> ()");
   m.def(
       "pool_forward(Tensor hidden, Tensor starts, Tensor ends, bool normalize, Tensor(a!) pooled, "

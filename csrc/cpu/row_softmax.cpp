@@ -73,7 +73,7 @@ RIME_FN Partial tile_partial(const Lanes* z, int64_t vectors, float top) {
 
 RIME_CLONES void row_forward(
     const float* x, int64_t vocabulary, int64_t target, const float* bias, const Scale& scale, float* lse, float* hit,
-    float* mean) {
+    float* entropy) {
   Lanes z[kTile / kLanes];
   Partial all{-HUGE_VALF, 0.0f, 0.0f};
   float found = 0.0f;
@@ -82,29 +82,30 @@ RIME_CLONES void row_forward(
     const int64_t vectors = (count + kLanes - 1) / kLanes;
     const float top = tile_scores(x + first, bias ? bias + first : nullptr, scale, count, z);
     if (target >= first && target < first + count) found = z[(target - first) / kLanes][(target - first) % kLanes];
-    all = merge(all, mean ? tile_partial<true>(z, vectors, top) : tile_partial<false>(z, vectors, top));
+    all = merge(all, entropy ? tile_partial<true>(z, vectors, top) : tile_partial<false>(z, vectors, top));
   }
   *lse = all.top + std::log(all.sum);
   *hit = found;
-  if (mean) *mean = all.top + all.weighted / all.sum;
+  if (entropy) *entropy = std::log(all.sum) - all.weighted / all.sum;
 }
 
-// One tile's gradient over its logits; the sum of dz z. kPlain: no entropy gradient and no softcap.
+// One tile's gradient over its logits; the sum of dz (z - centre). kPlain: no entropy gradient and no softcap.
 template <bool kPlain>
 RIME_FN float tile_gradient(
-    float* x, const Lanes* z, int64_t count, float lse, float entropy, float g, float h, const Scale& scale) {
+    float* x, const Lanes* z, int64_t count, float lse, float entropy, float centre, float g, float h,
+    const Scale& scale) {
   Lanes sum{};
   for (int64_t v = 0; v < count; v += kLanes, ++z) {
     const Lanes dz = kPlain ? exp32(*z - lse) * -g : dscore(*z, lse, entropy, g, h);
-    sum += product(dz, *z);
+    sum += product(dz, *z - centre);
     store(x + v, count - v, kPlain ? dz * scale.inv_temperature : dz * scale.slope(*z));
   }
   return lane_sum(sum);
 }
 
 RIME_CLONES float row_backward(
-    float* x, int64_t vocabulary, int64_t target, float lse, float entropy, float g, float h, const float* bias,
-    const Scale& scale) {
+    float* x, int64_t vocabulary, int64_t target, float lse, float entropy, float centre, float g, float h,
+    const float* bias, const Scale& scale) {
   Lanes z[kTile / kLanes];
   double products = 0.0;
   const bool plain = h == 0.0f && scale.softcap == 0.0f;
@@ -112,12 +113,12 @@ RIME_CLONES float row_backward(
     const int64_t count = vocabulary - first < kTile ? vocabulary - first : kTile;
     float* tile = x + first;
     tile_scores(tile, bias ? bias + first : nullptr, scale, count, z);
-    products += plain ? tile_gradient<true>(tile, z, count, lse, entropy, g, h, scale)
-                      : tile_gradient<false>(tile, z, count, lse, entropy, g, h, scale);
+    products += plain ? tile_gradient<true>(tile, z, count, lse, entropy, centre, g, h, scale)
+                      : tile_gradient<false>(tile, z, count, lse, entropy, centre, g, h, scale);
     if (target >= first && target < first + count) {
       const float at = z[(target - first) / kLanes][(target - first) % kLanes];
       x[target] += g * scale.slope(at);
-      products += product(g, at);
+      products += product(g, at - centre);
     }
   }
   return static_cast<float>(products);
@@ -133,23 +134,23 @@ Scale scale_of(const Tensor& temperature, double softcap) {
 
 void row_softmax_forward(
     Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature, double softcap, Tensor lse,
-    Tensor hit, std::optional<Tensor> mean) {
+    Tensor hit, std::optional<Tensor> entropy) {
   const int64_t rows = logits.size(0), vocabulary = logits.size(1), stride = logits.stride(0);
   const Scale scale = scale_of(temperature, softcap);
   const auto* x = static_cast<const float*>(logits.const_data_ptr());
   const auto* t = static_cast<const int64_t*>(targets.const_data_ptr());
   auto* l = static_cast<float*>(lse.mutable_data_ptr());
   auto* hits = static_cast<float*>(hit.mutable_data_ptr());
-  auto* means = mean.has_value() ? static_cast<float*>(mean->mutable_data_ptr()) : nullptr;
+  auto* ent = entropy.has_value() ? static_cast<float*>(entropy->mutable_data_ptr()) : nullptr;
   const float* b = maybe(bias);
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      row_forward(x + r * stride, vocabulary, t[r], b, scale, l + r, hits + r, means ? means + r : nullptr);
+      row_forward(x + r * stride, vocabulary, t[r], b, scale, l + r, hits + r, ent ? ent + r : nullptr);
   });
 }
 
 void row_softmax_backward(
-    Tensor logits, Tensor targets, Tensor lse, std::optional<Tensor> entropy, Tensor grad_logp,
+    Tensor logits, Tensor targets, Tensor lse, std::optional<Tensor> entropy, Tensor centre, Tensor grad_logp,
     std::optional<Tensor> grad_entropy, std::optional<Tensor> bias, Tensor temperature, double softcap,
     Tensor dlogits, Tensor products) {
   // On the CPU the gradient replaces the logits in the same dtype; `dlogits` is the same memory.
@@ -159,13 +160,14 @@ void row_softmax_backward(
   auto* x = static_cast<float*>(logits.mutable_data_ptr());
   const auto* t = static_cast<const int64_t*>(targets.const_data_ptr());
   const auto* l = static_cast<const float*>(lse.const_data_ptr());
+  const auto* c = static_cast<const float*>(centre.const_data_ptr());
   const auto* g = static_cast<const float*>(grad_logp.const_data_ptr());
   auto* sums = static_cast<float*>(products.mutable_data_ptr());
   const float *b = maybe(bias), *ent = maybe(entropy), *h = maybe(grad_entropy);
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       sums[r] = row_backward(
-          x + r * stride, vocabulary, t[r], l[r], ent ? ent[r] : 0.0f, g[r], h ? h[r] : 0.0f, b, scale);
+          x + r * stride, vocabulary, t[r], l[r], ent ? ent[r] : 0.0f, c[r], g[r], h ? h[r] : 0.0f, b, scale);
   });
 }
 

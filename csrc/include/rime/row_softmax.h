@@ -2,9 +2,10 @@
 //
 //   z_v = softcap(x_v + b_v) / temperature
 //   forward:  m = max z, S = sum e^(z-m), E = sum e^(z-m) (z-m), hit = z[target]; two partial results merge by `merge`
-//             lse = m + log S,  mean score = m + E / S,  entropy = lse - mean
+//             lse = m + log S,  entropy = log S - E / S (m is left out: it would cancel)
 //   backward: dz_v = g ([v = target] - p_v) - h p_v (z_v - lse + entropy),  p_v = e^(z_v - lse)
-//             dx_v = dz_v (1 - tanh^2) / temperature,  products = sum dz_v z_v
+//             dx_v = dz_v (1 - tanh^2) / temperature,  products = sum dz_v (z_v - centre)
+//             = sum dz_v z_v, as sum dz = 0; a centre near the target's score keeps the sum from cancelling
 #pragma once
 
 #include <rime/math.h>

@@ -60,11 +60,8 @@ def forward(
 
 def _finish_rows(stats: Statistics, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """logp and entropy (empty if not asked for) from the rows' statistics."""
-    ignored = targets == ignore_index
-    logp = (stats.hit - stats.lse).masked_fill_(ignored, 0.0)
-    if not stats.mean.shape[0] and logp.shape[0]:
-        return logp, logp.new_empty(0)
-    return logp, (stats.lse - stats.mean).masked_fill_(ignored, 0.0)
+    logp = (stats.hit - stats.lse).masked_fill_(targets == ignore_index, 0.0)
+    return logp, stats.entropy
 
 
 def backward(
@@ -78,6 +75,7 @@ def backward(
     ends: Tensor,
     bias: Tensor | None,
     temperature: Tensor,
+    logp: Tensor,
     lse: Tensor,
     row_entropy: Tensor,
     pooled: Tensor,
@@ -96,7 +94,7 @@ def backward(
         scored = scored[:0]  # only read-outs were used: the head has no part in it
     rows_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
     found = chunked.backward(
-        hidden, lm_head, targets - vocab_start, scored, lse, row_entropy if grad_entropy is not None else None,
+        hidden, lm_head, targets - vocab_start, scored, lse, logp + lse, None if grad_entropy is None else row_entropy,
         rows_logp, grad_entropy, _plain(bias), temperature, softcap, needs,
     )  # fmt: skip
     if group:

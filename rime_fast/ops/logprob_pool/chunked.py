@@ -25,11 +25,11 @@ STEP = 16  # rows are padded to a multiple of this
 
 
 class Statistics(NamedTuple):
-    """Per row [T], 0 where ignored: log-sum-exp, the target's score, the mean score (empty without entropy)."""
+    """Per row [T], 0 where ignored: log-sum-exp, the target's score, the entropy (empty if not asked for)."""
 
     lse: Tensor
     hit: Tensor
-    mean: Tensor
+    entropy: Tensor
 
 
 class Gradients(NamedTuple):
@@ -91,6 +91,7 @@ def backward(
     targets: Tensor,
     scored: Tensor,
     lse: Tensor,
+    hit: Tensor,
     entropy: Tensor | None,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
@@ -105,8 +106,8 @@ def backward(
     for rows, x, aim in blocks:
         logits = blocks.logits(x)
         dlogits, products = rows_backward_(
-            logits, aim, blocks.pick(lse, rows), _maybe(blocks, entropy, rows), blocks.pick(grad_logp, rows),
-            _maybe(blocks, grad_entropy, rows), bias, temperature, softcap,
+            logits, aim, blocks.pick(lse, rows), _maybe(blocks, entropy, rows), blocks.pick(hit, rows),
+            blocks.pick(grad_logp, rows), _maybe(blocks, grad_entropy, rows), bias, temperature, softcap,
         )  # fmt: skip
         sums.add(rows, x, dlogits, products)
     return sums.finish(temperature)
@@ -134,7 +135,7 @@ def forward_with_gradient(
         found = rows_forward(logits, aim, bias, temperature, softcap, entropy)
         blocks.store(stats, rows, found)
         dlogits, products = rows_backward_(
-            logits, aim, found[0], None, blocks.pick(grad_logp, rows), None, bias, temperature, softcap
+            logits, aim, found[0], None, found[1], blocks.pick(grad_logp, rows), None, bias, temperature, softcap
         )
         sums.add(rows, x, dlogits, products)
     return stats, sums.finish(temperature)
@@ -213,7 +214,7 @@ class _Sums:
         self.first = True
 
     def add(self, rows: Tensor, x: Tensor, dlogits: Tensor, products: Tensor) -> None:
-        """One block: its logits' gradient [R, V] and sum_v dz z [R]. Padding rows are left out of every sum."""
+        """One block: its logits' gradient [R, V] and sum_v dz (z - centre) [R]. Padding rows are left out."""
         count = rows.shape[0]
         x, dlogits = x[:count], dlogits[:count]
         if self.hidden is not None:

@@ -77,9 +77,9 @@ def _fake_outputs(hidden: Tensor, starts: Tensor, entropy: bool) -> Outputs:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     hidden, lm_head, targets, starts, ends, bias, temperature = inputs[:7]
     ctx.options = inputs[7:]
-    _, lse, entropy, pooled, inv_norm = output
+    logp, lse, entropy, pooled, inv_norm = output
     ctx.save_for_backward(
-        hidden, lm_head, targets, starts, ends, bias, temperature, lse, entropy, pooled, inv_norm
+        hidden, lm_head, targets, starts, ends, bias, temperature, logp, lse, entropy, pooled, inv_norm
     )
     ctx.mark_non_differentiable(lse, inv_norm)
     ctx.set_materialize_grads(False)
@@ -119,6 +119,7 @@ def logprob_pool_backward(
     ends: Tensor,
     bias: Tensor | None,
     temperature: Tensor,
+    logp: Tensor,
     lse: Tensor,
     row_entropy: Tensor,
     pooled: Tensor,
@@ -138,7 +139,7 @@ def logprob_pool_backward(
     """Gradients of hidden, lm_head, bias and temperature, in their dtypes; empty where not needed."""
     return backends.backward(
         grad_logp, grad_entropy, grad_pooled, hidden, lm_head, targets, starts, ends, bias, temperature,
-        lse, row_entropy, pooled, inv_norm, softcap, ignore_index, normalize, backend, vocab_start, group,
+        logp, lse, row_entropy, pooled, inv_norm, softcap, ignore_index, normalize, backend, vocab_start, group,
         Needs(need_hidden, need_lm_head, need_bias, need_temperature),
     )  # fmt: skip
 
@@ -167,6 +168,7 @@ def _(
     ends: Tensor,
     bias: Tensor | None,
     temperature: Tensor,
+    logp: Tensor,
     lse: Tensor,
     row_entropy: Tensor,
     pooled: Tensor,
@@ -189,9 +191,9 @@ def _(
 
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Grads) -> None:
     ctx.save_for_backward(*inputs[:10])
-    ctx.softcap, ctx.ignore_index, ctx.entropy, ctx.normalize = inputs[14:18]
-    ctx.group = inputs[20]
-    ctx.needs = inputs[21:25]
+    ctx.softcap, ctx.ignore_index, ctx.entropy, ctx.normalize = inputs[15:19]
+    ctx.group = inputs[21]
+    ctx.needs = inputs[22:26]
     ctx.set_materialize_grads(False)
 
 

@@ -110,9 +110,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is not None:
             upstream = -grad_loss * token_weight if grad_logp is None else grad_logp - grad_loss * token_weight
         found = torch.ops.rime_fast.logprob_pool_backward(
-            upstream, grad_entropy, grad_pooled, hidden, lm_head, targets, starts, ends, bias, temperature, lse,
-            entropy, pooled, inv_norm, ctx.softcap, ctx.ignore_index, ctx.entropy, ctx.normalize, ctx.backend, 0, "",
-            *wanted,
+            upstream, grad_entropy, grad_pooled, hidden, lm_head, targets, starts, ends, bias, temperature, logp,
+            lse, entropy, pooled, inv_norm, ctx.softcap, ctx.ignore_index, ctx.entropy, ctx.normalize, ctx.backend,
+            0, "", *wanted,
         )  # fmt: skip
     d_hidden, d_head, d_bias, d_temperature = (g if need else None for g, need in zip(found, wanted, strict=True))
     d_weight = -logp * grad_loss if needs[3] and grad_loss is not None else None

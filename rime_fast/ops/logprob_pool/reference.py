@@ -2,7 +2,7 @@
 
 Row t with hidden state x, head W, bias b, soft cap c and temperature tau:
     s = W x + b;   s <- c tanh(s / c) if c;   z = s / tau;   lse = log sum_v exp z_v
-    logp = z[target] - lse;   entropy = lse - sum_v p_v z_v, p = exp(z - lse)
+    logp = z[target] - lse;   entropy = -sum_v p_v log p_v, p = exp(z - lse)
 A read-out over rows [start, end): e = mean of the rows, divided by max(|e|, 1e-12) when normalised.
 """
 
@@ -48,11 +48,11 @@ def reference_rows(
     zeros = hidden.new_zeros(hidden.shape[0], dtype=z.dtype)
     if not entropy:
         return zeros.index_put((scored,), logp), None
-    p = (z - lse.unsqueeze(1)).exp()
-    # xlogy-like: a score of -inf has p = 0 and adds nothing.
-    mean_score = torch.where(p > 0, p * z, torch.zeros_like(z)).sum(dim=1)
-    mean_score = torch.where(p.isnan().any(dim=1), p.sum(dim=1), mean_score)
-    return zeros.index_put((scored,), logp), zeros.index_put((scored,), lse - mean_score)
+    log_p = z - lse.unsqueeze(1)
+    p = log_p.exp()
+    # A score of -inf has p = 0 and adds nothing; the clamp keeps 0 * inf out of the gradient as well.
+    terms = p * log_p.clamp_min(torch.finfo(z.dtype).min)
+    return zeros.index_put((scored,), logp), zeros.index_put((scored,), -terms.sum(dim=1))
 
 
 def reference_pools(hidden: Tensor, starts: Tensor, ends: Tensor, normalize: bool) -> Tensor:

@@ -1,10 +1,11 @@
 """The row kernels of the chunked backend: one block of logits [R, V] fp32 -> statistics, and -> its gradient in place.
 
 z = softcap(logits + bias) / temperature (see reference.py). Per row the forward gives
-    lse = log sum exp z,   hit = z[target],   mean = sum_v p_v z_v   (only when the entropy is asked for)
+    lse = log sum exp z,   hit = z[target],   entropy = -sum_v p_v log p_v   (only when asked for)
 and the backward, from the upstream gradients g of logp and h of the entropy, overwrites the logits with
     dlogits_v = dz_v * (1 - tanh^2) / temperature,   dz_v = g ([v = target] - p_v) - h p_v (z_v - lse + entropy)
-and returns sum_v dz_v z_v, of which -1/temperature is the row's share of the temperature's gradient.
+and returns sum_v dz_v (z_v - centre), of which -1/temperature is the row's share of the temperature's gradient: it
+equals sum_v dz_v z_v, as sum_v dz_v = 0, and a centre near z[target] keeps it from cancelling.
 A target outside [0, V) hits nothing: that is how a rank without the target's column takes part (vocab_parallel.py).
 Compiled: csrc/cpu/row_softmax.cpp, csrc/cuda/row_softmax.cu; without them the torch code below.
 """
@@ -20,13 +21,15 @@ from rime_fast.ops import native
 def rows_forward(
     logits: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, hit, mean), each [R] fp32; ``mean`` is empty unless ``entropy``. bias [V] is fp32 and contiguous."""
+    """(lse, hit, entropy), each [R] fp32; the last is empty unless asked for. bias [V] is fp32 and contiguous."""
     if not native.available(cuda=logits.is_cuda):
         return _torch_forward(logits, targets, bias, temperature, softcap, entropy)
     found = logits.new_empty(3 if entropy else 2, logits.shape[0])
-    mean = found[2] if entropy else None
-    torch.ops.rime_fast_C.row_softmax_forward(logits, targets, bias, temperature, softcap, found[0], found[1], mean)
-    return found[0], found[1], found.new_empty(0) if mean is None else mean
+    row_entropy = found[2] if entropy else None
+    torch.ops.rime_fast_C.row_softmax_forward(
+        logits, targets, bias, temperature, softcap, found[0], found[1], row_entropy
+    )
+    return found[0], found[1], found.new_empty(0) if row_entropy is None else row_entropy
 
 
 def rows_backward_(
@@ -34,6 +37,7 @@ def rows_backward_(
     targets: Tensor,
     lse: Tensor,
     entropy: Tensor | None,
+    centre: Tensor,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
     bias: Tensor | None,
@@ -41,9 +45,9 @@ def rows_backward_(
     softcap: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """(dlogits [R, V] in ``dtype``, sum_v dz_v z_v [R]); dlogits takes the memory of ``logits``, which are gone."""
+    """(dlogits [R, V] in ``dtype``, sum_v dz_v (z_v - centre) [R]); dlogits takes the logits' memory."""
     dlogits = logits if dtype == torch.float32 else logits.view(dtype)[:, : logits.shape[1]]
-    args = (targets, lse, entropy, grad_logp, grad_entropy, bias, temperature, softcap)
+    args = (targets, lse, entropy, centre, grad_logp, grad_entropy, bias, temperature, softcap)
     if not native.available(cuda=logits.is_cuda):
         products = _torch_backward_(logits, *args)
         return logits if dtype == torch.float32 else logits.to(dtype), products
@@ -62,9 +66,9 @@ def _torch_forward(
     hit = torch.where(inside, hit, torch.zeros_like(hit))
     if not entropy:
         return lse, hit, lse.new_empty(0)
-    p = (z - lse.unsqueeze(1)).exp()
-    mean = torch.where(p == 0, p, p * z).sum(dim=1)
-    return lse, hit, mean
+    log_p = z - lse.unsqueeze(1)
+    p = log_p.exp()
+    return lse, hit, -torch.where(p == 0, p, p * log_p).sum(dim=1)
 
 
 def _torch_backward_(
@@ -72,6 +76,7 @@ def _torch_backward_(
     targets: Tensor,
     lse: Tensor,
     entropy: Tensor | None,
+    centre: Tensor,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
     bias: Tensor | None,
@@ -88,7 +93,7 @@ def _torch_backward_(
     inside = (targets >= 0) & (targets < z.shape[1])
     at = torch.where(inside, targets, 0).unsqueeze(1)
     dz.scatter_add_(1, at, torch.where(inside, grad_logp, torch.zeros_like(grad_logp)).unsqueeze(1))
-    products = torch.where(dz == 0, dz, dz * z).sum(dim=1)
+    products = torch.where(dz == 0, dz, dz * (z - centre.unsqueeze(1))).sum(dim=1)
     if softcap:
         dz *= 1.0 - (z * (temperature / softcap)) ** 2
     logits.copy_(dz / temperature)

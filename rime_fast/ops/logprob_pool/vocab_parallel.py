@@ -1,7 +1,7 @@
 """A head split by vocabulary over the ranks of a process group (Megatron's layout): rank r holds columns
 [r V/p, (r + 1) V/p). Hidden states, targets and upstream gradients are the same on every rank.
 
-Each rank computes its columns' log-sum-exp, target score and mean score; two small all-reduces ([T] and [3, T]) make
+Each rank computes its columns' log-sum-exp, target score and entropy; two small all-reduces ([T] and [3, T]) make
 them those of the whole vocabulary. In the backward every rank makes its own dW, and dX is summed over the group.
 """
 
@@ -31,12 +31,17 @@ def merge(stats: Statistics, name: str) -> Statistics:
     group = _group(name)
     top = stats.lse.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    share = (stats.lse - top).exp()
-    has_mean = bool(stats.mean.shape[0])
-    parts = torch.stack([share, stats.hit, share * stats.mean] if has_mean else [share, stats.hit])
-    dist.all_reduce(parts, group=group)
-    mean = parts[2] / parts[0] if has_mean else stats.mean
-    return Statistics(top + parts[0].log(), parts[1], mean)
+    # With w_i = exp(lse_i - lse), the whole entropy is sum_i w_i (entropy_i + lse - lse_i).
+    below = stats.lse - top
+    share = below.exp()
+    parts = [share, stats.hit]
+    if stats.entropy.shape[0]:
+        parts.append(share * stats.entropy - torch.where(share == 0, share, share * below))
+    whole = torch.stack(parts)
+    dist.all_reduce(whole, group=group)
+    log_sum = whole[0].log()
+    entropy = whole[2] / whole[0] + log_sum if stats.entropy.shape[0] else stats.entropy
+    return Statistics(top + log_sum, whole[1], entropy)
 
 
 def reduce_gradients(found: Gradients, name: str) -> Gradients:
