@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from rime_fast.ops._checks import FLOATS, INDICES, check_tensor, describe, require_range
 from rime_fast.ops.dispatch import BackendTable
-from rime_fast.ops.reward import reference
+from rime_fast.ops.reward import chunked, reference, sharded
 from rime_fast.ops.reward.weights import TERM_NAMES, RewardWeights
 
-_TABLE = BackendTable(
+TABLE = BackendTable(
     op="reward",
-    probes={"reference": lambda _: None},
-    order={"cpu": ("reference",), "cuda": ("reference",)},
+    probes={"reference": lambda _: None, "chunked": chunked.why_not},
+    order={"cpu": ("chunked", "reference"), "cuda": ("chunked", "reference")},
 )
 
 
@@ -54,7 +54,7 @@ def score_rewrites_(
         A is the size of the whole bank. The own anchors never are.
     group: a torch.distributed group over which the bank is sharded: ``anchors`` is this rank's part, the bank is all
         parts in rank order, ``positive`` and ``negatives_mask`` speak of the whole bank, everything else is local.
-        B and G may differ between ranks; D and ``weights`` may not.
+        B, G, D and ``weights`` must be the same on every rank.
     terms: name -> [B, G] fp32 buffer to fill, names as in ``TERM_NAMES``.
 
     A rollout whose embedding or own anchor is missing gets the format-failed reward (no format, score or refine
@@ -63,21 +63,62 @@ def score_rewrites_(
 
     Raises TypeError or ValueError, naming the argument, for wrong shapes, dtypes, devices, empty sizes or names.
     """
-    _check(rewards, advantages, gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, terms)
+    n_columns = anchors.shape[0] if group is None and isinstance(anchors, Tensor) and anchors.dim() else "A"
+    _check(rewards, advantages, gen, anchors, positive, format_ok, lengths, disc_similarity, terms)
+    if negatives_mask is not None:
+        shape = (gen.shape[0], n_columns)
+        check_tensor("negatives_mask", negatives_mask, shape=shape, dtypes=(torch.bool,), device=gen.device)
     if not isinstance(weights, RewardWeights):
         raise TypeError(f"weights: expected RewardWeights, got {describe(weights)}")
-    if group is not None and group.size() > 1:
-        raise ValueError("group: a bank sharded over several ranks is not supported by this version")
-    if positive.device.type == "cpu":
+    per_item = disc_similarity if disc_similarity is None or disc_similarity.dim() == 2 else disc_similarity[:, None]
+    wanted = terms or {}
+    torch.ops.rime_fast.score_rewrites_(
+        rewards, advantages, list(wanted.values()), [chunked.PLANES.index(name) for name in wanted],
+        gen, anchors, positive, format_ok, lengths, per_item, negatives_mask,
+        weights.encode(), "" if group is None else group.group_name, backend,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rime_fast::score_rewrites_", mutates_args=("rewards", "advantages", "terms"))
+def _score_rewrites(
+    rewards: Tensor,
+    advantages: Tensor,
+    terms: Sequence[Tensor],
+    planes: Sequence[int],
+    gen: Tensor,
+    anchors: Tensor,
+    positive: Tensor,
+    format_ok: Tensor,
+    lengths: Tensor | None,
+    disc_similarity: Tensor | None,
+    negatives_mask: Tensor | None,
+    numbers: Sequence[float],
+    group_name: str,
+    backend: str,
+) -> None:
+    weights = RewardWeights.decode(numbers)
+    group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
+    chosen = TABLE.choose(backend, gen)
+    if group is None and positive.device.type == "cpu":
         require_range("positive", positive, 0, anchors.shape[0] - weights.positives + 1)
-    _TABLE.choose(backend, gen)
-    found = reference.statistics(gen, anchors, positive, negatives_mask, weights)
-    per_prompt = disc_similarity if disc_similarity is None or disc_similarity.dim() == 2 else disc_similarity[:, None]
-    result = reference.rewards(found, format_ok, lengths, per_prompt, weights)
-    rewards.copy_(result["reward"])
-    advantages.copy_(result["advantage"])
-    for name, buffer in (terms or {}).items():
-        buffer.copy_(result[name])
+    if chosen == "reference":
+        if group is not None:
+            anchors = sharded.gather_bank(anchors, sharded.layout(gen, anchors, negatives_mask, weights, group), group)
+        found = reference.statistics(gen, anchors.to(gen.device), positive, negatives_mask, weights)
+        result = reference.rewards(found, format_ok, lengths, disc_similarity, weights)
+        values = [result[name] for name in chunked.PLANES]
+    else:
+        call = (gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights)
+        values = list(chunked.score(*call) if group is None else sharded.score(*call, group))
+    rewards.copy_(values[0])
+    advantages.copy_(values[1])
+    for buffer, plane in zip(terms, planes, strict=True):
+        buffer.copy_(values[plane])
+
+
+@_score_rewrites.register_fake
+def _(rewards: Tensor, *_: object) -> None:
+    return None
 
 
 def _check(
@@ -89,7 +130,6 @@ def _check(
     format_ok: Tensor,
     lengths: Tensor | None,
     disc_similarity: Tensor | None,
-    negatives_mask: Tensor | None,
     terms: Mapping[str, Tensor] | None,
 ) -> None:
     check_tensor("gen", gen, shape=("B", "G", "D"), dtypes=FLOATS)
@@ -115,5 +155,3 @@ def _check(
     if disc_similarity is not None:
         shape = (n_items,) if disc_similarity.dim() == 1 else (n_items, group_size)
         check_tensor("disc_similarity", disc_similarity, shape=shape, dtypes=FLOATS, device=gen.device)
-    if negatives_mask is not None:
-        check_tensor("negatives_mask", negatives_mask, shape=(n_items, "A"), dtypes=(torch.bool,), device=gen.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rime_fast.ops._checks import check_flag, check_int, check_number, check_positive
@@ -84,3 +85,20 @@ class RewardWeights:
         """UME-R1's reward (arXiv 2511.00405): anchors are the ``group_size`` generated embeddings per item of the
         other side, laid out group by group, and ``positive`` points at the first of the item's own group."""
         return cls(w_fmt=w_fmt, w_refine=0.0, w_len=0.0, mode="ume_r1", positives=group_size)
+
+    def encode(self) -> list[float]:
+        """All fields as numbers (choices as their index), the form that passes through an operator's schema."""
+        return [
+            self.w_fmt, self.w_rank, self.w_refine, self.w_len, MODES.index(self.mode), self.positives,
+            RANK_REWARDS.index(self.rank_reward), self.hit_k, NEGATIVES.index(self.negative),
+            self.softmax_temperature, self.length_limit, self.normalize_std, self.eps,
+        ]  # fmt: skip
+
+    @classmethod
+    def decode(cls, numbers: Sequence[float]) -> RewardWeights:
+        """The inverse of ``encode``."""
+        w_fmt, w_rank, w_refine, w_len, mode, positives, rank, hit_k, negative, tau, limit, std, eps = numbers
+        return cls(
+            w_fmt, w_rank, w_refine, w_len, MODES[int(mode)], int(positives), RANK_REWARDS[int(rank)], int(hit_k),
+            NEGATIVES[int(negative)], tau, limit, bool(std), eps,
+        )  # fmt: skip
