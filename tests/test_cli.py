@@ -74,7 +74,7 @@ def test_no_torch_for_help_and_mistakes(words):
         (["embed", "--model", "x", "--data", "y.txt", "--mode", "fast"], "--mode is 'fast'; expected disc, gen, both"),
         (["train", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["doctor", "extra"], "unexpected 'extra'"),
-        (["data", "check", "--json"], "--files is required"),
+        (["data", "check", "--images", "head"], "--files is required"),
         (["eval", "--model", "./nowhere", "--data", "x"], "--model ./nowhere: no such directory"),
         (["train", "--model", "no/such/dir", "--train_data", "x"], "--model no/such/dir: no such directory"),
     ],
@@ -159,12 +159,12 @@ def test_data_check_names_file_row_and_field(pairs, capsys):
 
 
 def test_data_check_writes_the_good_rows(pairs, tmp_path, capsys):
-    good = tmp_path / "good.jsonl"
+    good, report = tmp_path / "good.jsonl", tmp_path / "check.json"
     assert run("data", "check", str(pairs), "--write_good", str(good)) == 1
-    capsys.readouterr()
-    assert run("data", "check", str(good), "--images", "decode", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report[0]["rows"], report[0]["bad_rows"]) == (2, 0)
+    assert run("data", "check", "--report", str(report), "--files", str(good), "--images", "head") == 0
+    loaded = json.loads(report.read_text())
+    assert (loaded[0]["rows"], loaded[0]["bad_rows"]) == (2, 0)
+    assert "2 of 2 rows are good" in capsys.readouterr().out
 
 
 def test_data_check_refuses_unknown_strictness(pairs, capsys):
