@@ -69,7 +69,7 @@ def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, 
     trainer = trainer_class(
         model=options.model,
         args=args,
-        train_dataset=options.train_data[0] if len(options.train_data) == 1 else _joined(options.train_data, args),
+        train_dataset=options.train_data,
         eval_dataset=options.eval_data,
         peft_config=_lora(options) if options.lora_rank else None,
     )
@@ -95,16 +95,6 @@ def _checkpoint(args: Any) -> str | None:
     if not Path(wanted, "trainer_state.json").is_file():
         raise UsageError(f"--resume_from_checkpoint {wanted}: not a checkpoint (no trainer_state.json); or use 'last'")
     return wanted
-
-
-def _joined(paths: list[str], args: Any) -> Any:
-    """Several files as one list of pairs, each checked like a single one."""
-    from rime_fast.trainers.datasets import as_pairs
-
-    pairs: list[Any] = []
-    for path in paths:
-        pairs += as_pairs(path, path, args, args.template)[0]
-    return pairs
 
 
 def _lora(options: TrainingOptions) -> Any:

@@ -27,8 +27,9 @@ class RimeTrainer(DualModeTrainer):
         RimeTrainer("Qwen/Qwen2-VL-2B-Instruct", RimeConfig(output_dir="out"), train_dataset="pairs.json").train()
 
     model: directory or hub name, a stock Qwen2-VL / Qwen2.5-VL / Qwen3-VL, a DualModeModel, or a peft model of these.
-    args: RimeConfig. train_dataset: a file of any supported format, a list of Pair, a datasets.Dataset or any
-        map-style dataset whose rows are Pair or rows of a supported format. eval_dataset: the same, or a dict of them.
+    args: RimeConfig. train_dataset: a file of any supported format or a list of files, a list of Pair, a
+        datasets.Dataset or any map-style dataset whose rows are Pair or rows of a supported format. eval_dataset: the
+        same, or a dict of them.
     processing_class (or ``processor``): with ``tokenizer`` and ``image_processor``; default: the one beside the model.
     template: a Template, in place of ``args.template``. peft_config: train an adapter. Everything else goes to Trainer.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 from transformers.utils import logging
 
 from rime_fast.data.check import CheckRules
@@ -97,14 +98,18 @@ def freeze_vision(model: Any) -> None:
 
 
 def as_pairs(source: Any, name: str, args: CommonConfig, collator: Collator, *, rewrites: bool) -> tuple[Any, int]:
-    """(PairDataset or None, bad rows left out): what a user passes as a dataset, checked before step 1.
+    """(a dataset of Pair or None, bad rows left out): what a user passes as a dataset, checked before step 1.
 
-    source: None, a path, a list of Pair or of rows, a datasets.Dataset, any map-style dataset. name: for messages.
+    source: None, a path or a list of paths (joined), a list of Pair or of rows, a datasets.Dataset, any map-style
+    dataset. name: for messages.
     rewrites: both sides need one. Raises DataError with file, row and field of every bad row unless
     ``args.on_bad_row`` is "skip"; TypeError for a source of another kind.
     """
     if source is None:
         return None, 0
+    if isinstance(source, (list, tuple)) and source and all(isinstance(part, (str, Path)) for part in source):
+        parts = [as_pairs(part, name, args, collator, rewrites=rewrites) for part in source]
+        return ConcatDataset([pairs for pairs, _ in parts]), sum(bad for _, bad in parts)
     if not args.check_data:
         return PairDataset(source, image_root=args.image_root, name=name), 0
     rules = CheckRules(rewrites=rewrites, max_length=args.max_length, measure=collator.measure)

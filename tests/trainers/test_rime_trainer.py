@@ -260,6 +260,9 @@ def test_bad_rows_stop_before_step_one_or_are_skipped_and_counted(tiny, tmp_path
     run = trainer(tiny, tmp_path / "run", str(file), on_bad_row="skip", max_steps=1)
     assert (run.bad_rows, len(run.train_dataset)) == (2, 6)
     run.train()
+    twice = trainer(tiny, tmp_path / "run", [str(file), file], on_bad_row="skip", max_steps=1)
+    assert (twice.bad_rows, len(twice.train_dataset)) == (4, 12)
+    twice.train()
 
 
 def test_rows_of_a_datasets_table_train(tiny, tmp_path):
