@@ -242,8 +242,7 @@ def _typed(raw: dict[str, Any], key: str, kinds: Any, where: str, problems: list
     if value is None:
         return None
     if not isinstance(value, kinds) or isinstance(value, bool):
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        expected = " or ".join({str: "text", int: "a whole number", float: "a number"}[kind] for kind in kinds)
+        expected = {str: "text", (str, int): "text or a whole number", (int, float): "a number"}[kinds]
         problems.append((f"{where}.{key}" if where else key, f"is {kind_of(value)}; expected {expected}"))
         return None
     return value

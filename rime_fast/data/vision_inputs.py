@@ -73,9 +73,10 @@ class VisionInputs:
 
     def _pixels(self, source: ImageSource, size: Size | None = None) -> np.ndarray:
         """The resized image as bytes [H, W, 3]."""
-        plain = isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,)
-        if plain and source.shape[:2] == (size or self.target_size(source.shape[:2])):
-            return source
+        if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,):
+            given = (source.shape[0], source.shape[1])
+            if given == (size or self.target_size(given)):
+                return source
         image = load_image(source)
         if image.mode != "RGB" or "transparency" in image.info:
             # The processor's own rule for transparency and palettes.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from rime_fast.data.formats import parse_row
 from rime_fast.data.records import DataError, Side
 from rime_fast.data.retrieval import RetrievalSet, is_retrieval_set
 
@@ -17,6 +20,21 @@ SHARED = {
         {"query": {"text": "two"}, "correct": [1, 2], "candidates": [1, 2], "gains": [2, 1]},
     ],
 }
+
+
+def documented(kind):
+    """The JSON blocks of docs/data.md that hold ``kind``."""
+    blocks = re.findall(r"```json\n(.*?)```", (Path(__file__).parents[2] / "docs" / "data.md").read_text(), re.DOTALL)
+    return [block for block in blocks if kind in block]
+
+
+def test_the_documented_examples_are_valid(tmp_path):
+    shared, inline = documented('"candidates"')
+    found = RetrievalSet.from_file(save(tmp_path / "set.json", shared))
+    assert (found.correct, found.gains) == ([[0], [0, 1]], [[1.0], [2, 1]])
+    assert RetrievalSet.from_file(save(tmp_path / "set.jsonl", inline)).correct == [[0]]
+    (pair,) = documented('"target"')
+    assert parse_row(json.loads(pair))[1] == []
 
 
 def save(path, value):
