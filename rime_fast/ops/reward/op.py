@@ -148,6 +148,8 @@ def _check(
         buffers[f"terms[{name!r}]"] = buffer
     for name, buffer in buffers.items():
         check_tensor(name, buffer, shape=(n_items, group_size), dtypes=(torch.float32,), device=gen.device)
+    if rewards is advantages:
+        raise ValueError("advantages: expected a buffer of its own, got the same memory as rewards")
     check_tensor("positive", positive, shape=(n_items,), dtypes=(torch.int64,), device=gen.device)
     check_tensor("format_ok", format_ok, shape=(n_items, group_size), dtypes=(torch.bool,), device=gen.device)
     if lengths is not None:
