@@ -106,6 +106,12 @@ class DualModeModel:
         target: Any = dual_mode_class(config)
         return target._from_config(config, attn_implementation=resolve_attention(attn_implementation), **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the weights are the stock class's. transformers applies its renamings of old checkpoints (Qwen2-VL's
+        and Qwen2.5-VL's `model.layers...`) to its own classes only, and would leave these at random values."""
+        return False
+
     def _make_dual(self) -> None:
         make_scoring(self.lm_head)
         segment_attention(self.model.visual)
