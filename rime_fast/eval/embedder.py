@@ -1,0 +1,304 @@
+"""Embeddings of text, images, video and mixtures of them, in either mode.
+
+disc: one prefill of the prompt up to ``<disc_emb>``. gen: greedy decoding of the rewrite, then the state AT
+``<gen_emb>``. Items are batched by token budget, the longest first, and come back in their own order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from rime_fast.data.collate import Collator, token_budget_batches
+from rime_fast.data.records import Side, side_from_json
+from rime_fast.data.templates import Template
+from rime_fast.engine.rollout import dual_mode_of, generate_rollouts
+from rime_fast.model.dual_mode import DualModeModel
+from rime_fast.model.processor import RimeProcessor
+
+logger = logging.get_logger(__name__)
+
+Mode = Literal["disc", "gen"]
+Item = str | Image.Image | np.ndarray | dict[str, Any] | Side
+Progress = Callable[[int, int], None]  # (items done, items in all)
+
+
+@dataclass
+class Encoded:
+    """What ``encode_items`` made of N items, in their order.
+
+    embeddings: [N, D] fp32, unit norm, on the CPU. rewrites: the parsed rewrite of each (None in mode disc).
+    tokens: decoded tokens of each, tags and ``<gen_emb>`` included (0 in mode disc). reached: whether each got to
+    ``<gen_emb>``; where not, its embedding is the last state before the cap or the end of the turn. well_formed:
+    whether the response has the template's form. seconds: wall clock, image processing included.
+    """
+
+    embeddings: torch.Tensor
+    rewrites: list[str] | None
+    tokens: list[int]
+    reached: list[bool]
+    well_formed: list[bool]
+    seconds: float
+
+    @property
+    def missing_gen(self) -> int:
+        """Items whose generation never reached ``<gen_emb>``."""
+        return self.reached.count(False)
+
+    @property
+    def format_errors(self) -> int:
+        """Items whose response does not have the template's form (those of ``missing_gen`` among them)."""
+        return self.well_formed.count(False)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Decoded tokens per item."""
+        return sum(self.tokens) / len(self.tokens)
+
+
+@dataclass
+class EmbedderStats:
+    """Running counts over every call of one embedder, by mode."""
+
+    items: dict[str, int] = field(default_factory=lambda: {"disc": 0, "gen": 0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"disc": 0.0, "gen": 0.0})
+    decoded_tokens: int = 0
+    missing_gen: int = 0
+    format_errors: int = 0
+
+    def add(self, mode: str, one: Encoded) -> None:
+        """Count one call."""
+        self.items[mode] += len(one.tokens)
+        self.seconds[mode] += one.seconds
+        self.decoded_tokens += sum(one.tokens)
+        self.missing_gen += one.missing_gen
+        self.format_errors += one.format_errors
+
+
+class RimeEmbedder:
+    """Embeds items with a dual-mode model.
+
+    model: a DualModeModel (or a stock model of its families, re-classed in place), where it is: no device move.
+    processor: anything with ``tokenizer`` and ``image_processor``. template: the one the model was trained with.
+    token_budget: tokens of a batch, padding counted; prompt and ``max_new_tokens`` together in mode gen.
+    max_new_tokens: cap of a rewrite; one that has no ``<gen_emb>`` by then is counted in ``stats.missing_gen``.
+
+        embedder = RimeEmbedder.from_pretrained("runs/sft")
+        d = embedder.encode(["a red shoe", Image.open("shoe.png")])
+        g, rewrites = embedder.encode([{"text": "which shoe?", "image": "shoe.png"}], mode="gen", return_rewrites=True)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        template: str | Template = "rewrite",
+        *,
+        token_budget: int = 16384,
+        max_new_tokens: int = 512,
+        max_length: int | None = None,
+    ) -> None:
+        if token_budget < 1 or max_new_tokens < 1:
+            raise ValueError(
+                f"token_budget is {token_budget} and max_new_tokens {max_new_tokens}; expected positive numbers"
+            )
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if isinstance(base, PreTrainedModel) and not isinstance(base, DualModeModel):
+            DualModeModel.from_model(base)
+        base = dual_mode_of(model)
+        self.model = model
+        self.processor = processor
+        self.collator = Collator(processor, template, base.config, max_length=max_length)
+        self.token_budget = token_budget
+        self.max_new_tokens = max_new_tokens
+        self.stats = EmbedderStats()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str = "auto",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **options: Any,
+    ) -> RimeEmbedder:
+        """Load a directory written by a trainer's ``save_model``, or any checkpoint with the embedding tokens.
+
+        device: None takes CUDA when there is one. dtype: "auto" takes the checkpoint's on CUDA, float32 on the CPU.
+        options: see the class. Raises ValueError for a tokenizer without the embedding tokens.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype == "auto" and device.type == "cpu":
+            dtype = torch.float32
+        processor = RimeProcessor.from_pretrained(name_or_path, min_pixels=min_pixels, max_pixels=max_pixels)
+        model: Any = DualModeModel.from_pretrained(name_or_path, attn_implementation=attn_implementation, dtype=dtype)
+        return cls(model.to(device), processor, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return dual_mode_of(self.model).device
+
+    @overload
+    def encode(
+        self, items: Sequence[Item], mode: Mode = ..., *, return_rewrites: Literal[False] = ..., progress: Any = ...
+    ) -> torch.Tensor: ...
+
+    @overload
+    def encode(
+        self, items: Sequence[Item], mode: Mode = ..., *, return_rewrites: Literal[True], progress: Any = ...
+    ) -> tuple[torch.Tensor, list[str]]: ...
+
+    def encode(
+        self,
+        items: Sequence[Item],
+        mode: Mode = "disc",
+        *,
+        return_rewrites: bool = False,
+        progress: Progress | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, list[str]]:
+        """[N, D] fp32 unit rows on the CPU; with ``return_rewrites`` (mode "gen" only) the N rewrites too.
+
+        items: str (text), PIL image or [H, W, 3] uint8 array, dict (text, image | images, video: list of frames) or
+        ``Side``. progress: called with (items done, items in all) after each batch. Raises ValueError for an unknown
+        mode, no items, or an item that cannot be read.
+        """
+        if return_rewrites and mode != "gen":
+            raise ValueError(f"return_rewrites needs mode 'gen', got {mode!r}: disc embeddings decode nothing")
+        encoded = self.encode_items(items, mode, progress=progress)
+        return (encoded.embeddings, encoded.rewrites or []) if return_rewrites else encoded.embeddings
+
+    def encode_both(
+        self, items: Sequence[Item], *, progress: Progress | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        """(disc [N, D], gen [N, D], rewrites) from one prefill: ``<disc_emb>`` stands in the prompt of the rewrite."""
+        encoded, disc = self._encode(items, "gen", progress)
+        assert disc is not None
+        return disc, encoded.embeddings, encoded.rewrites or []
+
+    def encode_items(self, items: Sequence[Item], mode: Mode, *, progress: Progress | None = None) -> Encoded:
+        """As ``encode``, with everything that was counted on the way."""
+        return self._encode(items, mode, progress)[0]
+
+    @torch.no_grad()
+    def _encode(
+        self,
+        items: Sequence[Item],
+        mode: Mode,
+        progress: Progress | None,
+    ) -> tuple[Encoded, torch.Tensor | None]:
+        if mode not in ("disc", "gen"):
+            raise ValueError(f"mode is {mode!r}; expected 'disc' or 'gen'")
+        sides = [as_side(item, f"items[{i}]") for i, item in enumerate(items)]
+        if not sides:
+            raise ValueError("items is empty; expected at least one")
+        begin = time.perf_counter()
+        extra = self.max_new_tokens if mode == "gen" else 0
+        lengths = [length + extra for length in self.collator.measure(sides, mode)]
+        rows: list[_Row | None] = [None] * len(sides)
+        done = 0
+        with _evaluating(self.model):
+            for batch in token_budget_batches(lengths, self.token_budget):
+                packed = self._to_device(self.collator.collate_prompts([sides[i] for i in batch], mode))
+                made = self._disc(packed) if mode == "disc" else self._gen(packed)
+                for i, row in zip(batch, made, strict=True):
+                    rows[i] = row
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(sides))
+        full = [row for row in rows if row is not None]
+        encoded = Encoded(
+            embeddings=torch.stack([row.embedding for row in full]),
+            rewrites=[row.rewrite for row in full] if mode == "gen" else None,
+            tokens=[row.tokens for row in full],
+            reached=[row.reached for row in full],
+            well_formed=[row.well_formed for row in full],
+            seconds=time.perf_counter() - begin,
+        )
+        self._count(mode, encoded)
+        return encoded, torch.stack([row.disc for row in full if row.disc is not None]) if mode == "gen" else None
+
+    def _disc(self, packed: dict[str, Any]) -> list[_Row]:
+        embeddings = self.model(**packed).embeddings["disc"].float().cpu()
+        return [_Row(embedding) for embedding in embeddings]
+
+    def _gen(self, packed: dict[str, Any]) -> list[_Row]:
+        tokenizer = self.processor.tokenizer
+        rollout = generate_rollouts(
+            self.model, packed, gen_id=self.collator.gen_id, max_new_tokens=self.max_new_tokens, temperature=0.0,
+            pad_id=tokenizer.pad_token_id or 0,
+        )  # fmt: skip
+        assert rollout.disc_states is not None
+        states, discs = (
+            torch.nn.functional.normalize(s, dim=1).cpu() for s in (rollout.gen_states, rollout.disc_states)
+        )
+        counts, reached = rollout.lengths.tolist(), rollout.finished.tolist()
+        rows = []
+        for state, disc, ids, count, ok in zip(states, discs, rollout.tokens.tolist(), counts, reached, strict=True):
+            text = tokenizer.decode(ids[:count], skip_special_tokens=False)
+            rewrite, well_formed = self.collator.template.parse_response(text)
+            rows.append(_Row(state, rewrite, count, ok, well_formed and ok, disc))
+        return rows
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.device
+        return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+    def _count(self, mode: str, encoded: Encoded) -> None:
+        self.stats.add(mode, encoded)
+        if encoded.missing_gen:
+            logger.warning(
+                "%d of %d generations never reached <gen_emb> within %d tokens; their last state stands in",
+                encoded.missing_gen, len(encoded.tokens), self.max_new_tokens,
+            )  # fmt: skip
+
+
+@dataclass
+class _Row:
+    embedding: torch.Tensor
+    rewrite: str = ""
+    tokens: int = 0
+    reached: bool = True
+    well_formed: bool = True
+    disc: torch.Tensor | None = None
+
+
+def as_side(item: Item, where: str = "item") -> Side:
+    """Any accepted item as a Side. Raises ValueError or TypeError naming ``where``."""
+    if isinstance(item, Side):
+        return item
+    if isinstance(item, str):
+        return Side(text=item)
+    if isinstance(item, (Image.Image, np.ndarray)):
+        return Side(images=[item])
+    if isinstance(item, dict):
+        problems: list[tuple[str, str]] = []
+        side = side_from_json(item, where, ".", problems)
+        if problems:
+            raise ValueError("; ".join(f"{name} {problem}" for name, problem in problems))
+        return side
+    raise TypeError(f"{where} is {type(item).__name__}; expected str, PIL image, uint8 array, dict or Side")
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode; afterwards as it was (an embedder may share a trainer's model)."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
