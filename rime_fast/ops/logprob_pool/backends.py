@@ -55,13 +55,14 @@ def forward(
         stats = vocab_parallel.merge(stats, group)
     logp, row_entropy = _finish_rows(stats, targets, ignore_index)
     pooled, inv_norm = pool_forward(hidden, starts, ends, normalize)
-    return logp, stats.lse.clone(), row_entropy, pooled, inv_norm
+    return logp, stats.lse, row_entropy, pooled, inv_norm
 
 
 def _finish_rows(stats: Statistics, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """logp and entropy (empty if not asked for) from the rows' statistics."""
-    logp = (stats.hit - stats.lse).masked_fill_(targets == ignore_index, 0.0)
-    return logp, stats.entropy
+    ignored = targets == ignore_index
+    logp = (stats.hit - stats.lse).masked_fill_(ignored, 0.0)
+    return logp, stats.entropy.masked_fill_(ignored, 0.0) if stats.entropy.shape == logp.shape else stats.entropy
 
 
 def backward(
@@ -149,6 +150,6 @@ def linear_ce(
         return grad.to(chunked.gradient_dtype(source.dtype))
 
     return (
-        loss, logp, stats.lse.clone(), row_entropy, pooled, inv_norm, result(found.hidden, hidden),
+        loss, logp, stats.lse, row_entropy, pooled, inv_norm, result(found.hidden, hidden),
         result(found.lm_head, lm_head), result(found.bias, bias), result(found.temperature, temperature),
     )  # fmt: skip

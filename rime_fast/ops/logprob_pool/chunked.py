@@ -35,8 +35,8 @@ class Statistics(NamedTuple):
 class Gradients(NamedTuple):
     """What a backward gives; an entry that was not needed is None."""
 
-    hidden: Tensor | None  # [T, H] in hidden's dtype
-    lm_head: Tensor | None  # [V, H] in the head's dtype
+    hidden: Tensor | None  # [T, H] in gradient_dtype(hidden.dtype)
+    lm_head: Tensor | None  # [V, H] in gradient_dtype(lm_head.dtype)
     bias: Tensor | None  # [V] fp32
     temperature: Tensor | None  # 0-d fp32
 
@@ -191,8 +191,11 @@ class _Blocks:
         return out
 
     def new_statistics(self, entropy: bool) -> Statistics:
-        zeros = self.hidden.new_zeros(3 if entropy else 2, self.hidden.shape[0], dtype=torch.float32)
-        return Statistics(zeros[0], zeros[1], zeros[2] if entropy else zeros.new_empty(0))
+        lse, hit, row_entropy = (
+            self.hidden.new_zeros(rows, dtype=torch.float32)
+            for rows in (self.hidden.shape[0], self.hidden.shape[0], self.hidden.shape[0] if entropy else 0)
+        )
+        return Statistics(lse, hit, row_entropy)
 
     def store(self, stats: Statistics, rows: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> None:
         for whole, part in zip(stats, found, strict=True):
@@ -206,7 +209,7 @@ class _Sums:
     def __init__(self, blocks: _Blocks, needs: Needs, bias: Tensor | None) -> None:
         self.blocks, self.needs = blocks, needs
         hidden, lm_head = blocks.hidden, blocks.lm_head
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=gradient_dtype(hidden.dtype)) if needs.hidden else None
         self.lm_head = torch.empty(lm_head.shape, dtype=torch.float32, device=hidden.device) if needs.lm_head else None
         wants_bias = needs.bias and bias is not None
         self.bias = hidden.new_zeros(lm_head.shape[0], dtype=torch.float32) if wants_bias else None
@@ -238,6 +241,6 @@ class _Sums:
         head = self.lm_head
         if head is not None:
             head = head.zero_() if self.first else head
-            head = head.to(self.blocks.lm_head.dtype)
+            head = head.to(gradient_dtype(self.blocks.lm_head.dtype))
         heat = None if self.products is None else (-self.products / temperature.double()).float()
         return Gradients(self.hidden, head, self.bias, heat)

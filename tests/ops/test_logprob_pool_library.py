@@ -1,0 +1,166 @@
+"""Operator A inside torch: opcheck, compile, gradcheck, second derivatives, autocast, retained graphs, backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
+from tests.ops.logprob_cases import Case, relative
+
+
+def _operator_arguments(case: Case, options: bool) -> tuple:
+    leaves, t = case.leaves(), case.tensors
+    starts, ends = torch.cat([t["last"], t["starts"]]), torch.cat([t["last"] + 1, t["ends"]])
+    head = leaves["hidden"], leaves["lm_head"], t["targets"]
+    tail = starts, ends, leaves.get("bias"), leaves["temperature"], 3.0 if options else 0.0, -100, options, True
+    return head, tail, t["token_weight"]
+
+
+@pytest.mark.parametrize("options", [False, True])
+def test_opcheck(options: bool) -> None:
+    head, tail, weight = _operator_arguments(Case(13, 8, 30, bias=options), options)
+    torch.library.opcheck(torch.ops.rime_fast.logprob_pool.default, (*head, *tail, "chunked", 0, ""))
+    torch.library.opcheck(
+        torch.ops.rime_fast.linear_ce.default, (*head, weight, *tail, "chunked", True, True, options, True)
+    )
+
+
+def _objective(hidden, lm_head, bias, temperature, targets, weight, last, starts, ends):
+    pools = {"last": last, "mean": (starts, ends)}
+    loss, out = fused_linear_ce(
+        hidden, lm_head, targets, token_weight=weight, pools=pools, bias=bias, temperature=temperature, softcap=9.0
+    )
+    scored = fused_logprob_pool(hidden, lm_head, targets, pools=pools, bias=bias, temperature=temperature, entropy=True)
+    total = 0.3 * loss + (scored.logp**2).sum() + scored.entropy.sum()
+    return total + out.embeddings["last"].sum() + (scored.embeddings["mean"] ** 3).sum()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_as_one_graph(compiler: str) -> None:
+    case = Case(13, 8, 30)
+    t = case.tensors
+    rest = t["targets"], t["token_weight"], t["last"], t["starts"], t["ends"]
+    compiled = torch.compile(_objective, fullgraph=True, backend=compiler)
+    results = []
+    for function in (_objective, compiled):
+        leaves = case.leaves()
+        args = [leaves[n] for n in ("hidden", "lm_head", "bias", "temperature")]
+        value = function(*args, *rest)
+        results.append((value, *torch.autograd.grad(value, args)))
+    for expected, found in zip(*results, strict=True):
+        assert relative(found, expected) < 1e-6
+
+
+def test_compiled_checks_raise() -> None:
+    compiled = torch.compile(fused_logprob_pool, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="targets: expected values in"):
+        compiled(torch.randn(3, 8), torch.randn(30, 8), torch.tensor([1, 30, 2]))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_of_the_reference(softcap: float | None) -> None:
+    case = Case(5, 4, 7, softcap=softcap)
+    leaves = case.leaves(torch.float64)
+
+    def outputs(*values):
+        given = dict(zip(leaves, values, strict=True))
+        out = fused_logprob_pool(
+            given["hidden"], given["lm_head"], case.tensors["targets"], entropy=True,
+            **case.options(given, backend="reference"),
+        )  # fmt: skip
+        return out.logp, out.entropy, *out.embeddings.values()
+
+    assert torch.autograd.gradcheck(outputs, tuple(leaves.values()))
+    assert torch.autograd.gradgradcheck(outputs, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("schedule", ["recompute", "forward"])
+def test_second_derivative_through_the_reference(schedule: str) -> None:
+    """Gradient of the gradient's norm: chunked (fp32) against the reference in fp64."""
+    case = Case(11, 6, 20, softcap=4.0)
+    results = []
+    for backend, dtype in (("chunked", None), ("reference", torch.float64)):
+        leaves, t = case.leaves(dtype), case.tensors
+        args = leaves["hidden"], leaves["lm_head"], t["targets"]
+        if schedule == "recompute":
+            out = fused_logprob_pool(*args, entropy=True, **case.options(leaves, backend=backend))
+            value = (out.logp * t["token_weight"]).sum() + (out.entropy * t["grad_entropy"]).sum()
+        else:
+            value, out = fused_linear_ce(*args, token_weight=t["token_weight"], **case.options(leaves, backend=backend))
+        value = value + (out.embeddings["mean"] * t["grad_mean"]).sum()
+        first = torch.autograd.grad(value, list(leaves.values()), create_graph=True)
+        results.append(torch.autograd.grad(sum((g**2).sum() for g in first), list(leaves.values())))
+    for found, expected in zip(*results, strict=True):
+        assert relative(found, expected) < 1e-4
+
+
+def test_retained_graph_gives_the_same_gradient_again() -> None:
+    """The first pass scales the made gradients in place; the second must not see that."""
+    case = Case(20, 8, 30)
+    leaves, t = case.leaves(), case.tensors
+    loss, _ = fused_linear_ce(leaves["hidden"], leaves["lm_head"], t["targets"], **case.options(leaves))
+    passes = [torch.autograd.grad(loss * 0.25, list(leaves.values()), retain_graph=True) for _ in range(3)]
+    for again in passes[1:]:
+        for found, expected in zip(again, passes[0], strict=True):
+            assert relative(found, expected) < 1e-5
+
+
+def test_gradient_through_logp_of_the_loss_call() -> None:
+    case = Case(20, 8, 30)
+    results = []
+    for backend in ("chunked", "reference"):
+        leaves, t = case.leaves(), case.tensors
+        loss, out = fused_linear_ce(
+            leaves["hidden"], leaves["lm_head"], t["targets"], entropy=True, **case.options(leaves, backend=backend)
+        )
+        total = 0.5 * loss + (out.logp * t["token_weight"]).sum() + (out.entropy * t["grad_entropy"]).sum()
+        results.append(torch.autograd.grad(total, list(leaves.values())))
+    for found, expected in zip(*results, strict=True):
+        assert relative(found, expected) < 1e-5
+
+
+def test_tied_head_and_embedding() -> None:
+    """The head is also the input embedding: both gradients meet in one parameter."""
+    weight = torch.randn(30, 8, requires_grad=True)
+    tokens, targets = torch.randint(0, 30, (12,)), torch.randint(0, 30, (12,))
+    loss, _ = fused_linear_ce(torch.tanh(weight[tokens]), weight, targets)
+    expected = torch.nn.functional.cross_entropy(torch.tanh(weight[tokens]) @ weight.t(), targets, reduction="sum")
+    found, truth = torch.autograd.grad(loss, weight)[0], torch.autograd.grad(expected, weight)[0]
+    assert relative(found, truth) < 1e-5
+
+
+def test_autocast_casts_the_operands() -> None:
+    case = Case(20, 16, 30)
+    half = Case(20, 16, 30, torch.bfloat16)
+    half.tensors = case.tensors | {n: case.tensors[n].bfloat16() for n in ("hidden", "lm_head")}
+    expected = half.run("chunked")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.run("chunked")
+    assert torch.equal(found["logp"], expected["logp"])
+    assert found["d_lm_head"].dtype == torch.float32
+    assert relative(found["d_hidden"], expected["d_hidden"]) < 1e-6
+
+
+def test_fp16_gradients_survive_until_the_loss_scale() -> None:
+    """A weight of 1e-9 underflows in fp16; the loss scaler's factor arrives only in the backward."""
+    hidden, lm_head = torch.randn(9, 16).half().requires_grad_(), torch.randn(30, 16).half().requires_grad_()
+    weight = torch.full((9,), 1e-9)
+    loss, _ = fused_linear_ce(hidden, lm_head, torch.randint(0, 30, (9,)), token_weight=weight)
+    grads = torch.autograd.grad(loss * 1e9, (hidden, lm_head))
+    assert all(g.dtype == torch.float16 and (g != 0).any(dim=1).all() for g in grads)
+
+
+def test_environment_and_explicit_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = torch.randn(3, 8), torch.randn(30, 8), torch.randint(0, 30, (3,))
+    with pytest.raises(ValueError, match="backend='cuda' cannot run here"):
+        fused_logprob_pool(*args, backend="cuda")
+    with pytest.raises(ValueError, match=r"chunked.*fp64"):
+        fused_logprob_pool(args[0].double(), args[1].double(), args[2], backend="chunked")
+    assert fused_logprob_pool(args[0].double(), args[1].double(), args[2]).logp.dtype == torch.float64
+    monkeypatch.setenv("RIME_FAST_BACKEND", "logprob=reference")
+    hidden = args[0].clone().requires_grad_()
+    assert "Rime" not in type(fused_logprob_pool(hidden, *args[1:]).logp.grad_fn).__name__
+    monkeypatch.setenv("RIME_FAST_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="RIME_FAST_BACKEND for logprob is 'nonsense'"):
+        fused_logprob_pool(*args)
