@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from rime_fast.model.head import ScoringHead, make_scoring
 from rime_fast.model.outputs import DualModeOutput
@@ -82,7 +82,7 @@ class DualModeModel:
         )
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, *, attn_implementation: str | None = "auto") -> DualModeModel:
+    def from_model(cls, model: Any, *, attn_implementation: str | None = "auto") -> DualModeModel:
         """Turn a stock model into a dual-mode one IN PLACE (its class changes, no tensor moves) and return it.
 
         "auto" keeps a flash implementation the model already has.
@@ -116,8 +116,9 @@ class DualModeModel:
         make_scoring(self.lm_head)
         segment_attention(self.model.visual)
         text = self.model.language_model
-        if hasattr(text, "_deepstack_process") and not isinstance(text, _DenseDeepstack):
-            text.__class__ = _dense(type(text))
+        stock: Any = type(text)
+        if hasattr(text, "_deepstack_process") and not issubclass(stock, _DenseDeepstack):
+            text.__class__ = _dense(stock)
 
     def encode_hidden(
         self,
@@ -290,7 +291,7 @@ class _DenseDeepstack:
 
 
 @cache
-def _dense(stock: type[nn.Module]) -> type[nn.Module]:
+def _dense(stock: Any) -> Any:
     return type(stock.__name__, (_DenseDeepstack, stock), {"__module__": __name__})
 
 

@@ -199,7 +199,7 @@ def tiny_model(
     if tokenizer is not None:
         vocab_size = -(-(len(tokenizer) + 2) // 64) * 64
     config = tiny_config(family, vocab_size=vocab_size, **sizes)
-    classes = {
+    classes: dict[str, Any] = {
         "qwen2_vl": Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
         "qwen3_vl": Qwen3VLForConditionalGeneration,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,12 +50,12 @@ def add_embedding_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if added:
         tokenizer.add_tokens(added, special_tokens=True)
     ids = embedding_token_ids(tokenizer)
-    rows = _height(model.get_input_embeddings().weight)
+    rows = _height(_tables(model)[0])
     if max(ids) >= rows:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    for table in _tables(model):
+    for table in _tables(model) if added else []:
         with _whole(table):
-            mean = table[:rows].float().mean(dim=0).to(table.dtype) if added else None
+            mean = table[:rows].float().mean(dim=0).to(table.dtype)
             for token in added:
                 source = vocab.get(_SOURCES[token])
                 table[tokenizer.convert_tokens_to_ids(token)] = mean if source is None else table[source]
@@ -78,8 +78,9 @@ def _whole(table: torch.Tensor) -> AbstractContextManager:
 
 def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
     """The input table, and the output table unless it is the same tensor."""
-    tables = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    tables = [embedding.weight]
     if head is not None and head.weight is not tables[0]:
         tables.append(head.weight)
     return tables

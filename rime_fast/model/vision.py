@@ -51,7 +51,7 @@ class _SegmentedAttention:
 
 
 @cache
-def _segmented(stock: type[nn.Module]) -> type[nn.Module]:
+def _segmented(stock: Any) -> Any:
     rotary = staticmethod(sys.modules[stock.__module__].apply_rotary_pos_emb_vision)
     return type(stock.__name__, (_SegmentedAttention, stock), {"rime_rotary": rotary, "__module__": __name__})
 
@@ -59,9 +59,11 @@ def _segmented(stock: type[nn.Module]) -> type[nn.Module]:
 def segment_attention(tower: nn.Module) -> None:
     """Give the tower's blocks the segmented attention, in place; parameters and their names stay."""
     full = getattr(tower, "fullatt_block_indexes", None)
-    for i, block in enumerate(tower.blocks):  # type: ignore[arg-type, var-annotated]
-        if not isinstance(block.attn, _SegmentedAttention):
-            block.attn.__class__ = _segmented(type(block.attn))
+    blocks: Any = tower.blocks
+    for i, block in enumerate(blocks):
+        stock: Any = type(block.attn)
+        if not issubclass(stock, _SegmentedAttention):
+            block.attn.__class__ = _segmented(stock)
         block.attn.rime_windowed = full is not None and i not in full
 
 
@@ -89,7 +91,7 @@ def _geometry(
     return {name: t.to(device, non_blocking=True) for name, t in tensors.items()} | {"rime_layouts": tuple(layouts)}
 
 
-def vision_features(tower: nn.Module, pixels: Tensor, grids: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor]]:
+def vision_features(tower: Any, pixels: Tensor, grids: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor]]:
     """Features of all images and videos of a batch, and Qwen3-VL's deepstack features (else an empty list).
 
     pixels [patches, channels * patch volume]; grids: (t, h, w) in patches, on the host, in the order of ``pixels``.
