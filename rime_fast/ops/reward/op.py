@@ -99,11 +99,12 @@ def _score_rewrites(
     weights = RewardWeights.decode(numbers)
     group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
     chosen = TABLE.choose(backend, gen)
+    if chosen == "reference" and group is not None:
+        anchors = sharded.gather_bank(anchors, sharded.layout(gen, anchors, negatives_mask, weights, group), group)
+        group = None
     if group is None and positive.device.type == "cpu":
         require_range("positive", positive, 0, anchors.shape[0] - weights.positives + 1)
     if chosen == "reference":
-        if group is not None:
-            anchors = sharded.gather_bank(anchors, sharded.layout(gen, anchors, negatives_mask, weights, group), group)
         found = reference.statistics(gen, anchors.to(gen.device), positive, negatives_mask, weights)
         result = reference.rewards(found, format_ok, lengths, disc_similarity, weights)
         values = [result[name] for name in chunked.PLANES]

@@ -41,9 +41,7 @@ def layout(
     )
     types = {device.type for device in group._device_types}
     mine = mine.to(torch.device("cpu") if "cpu" in types else gen.device)
-    everyone = mine.new_empty(group.size(), mine.numel())
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    table = everyone.cpu()
+    table = _gather(mine[None], group).cpu()
     names = ("B", "G", "D", "negatives_mask given", "anchors", *(["weights"] * (mine.numel() - 5)))
     for column, name in enumerate(names):
         values = table[:, column]
@@ -103,7 +101,7 @@ def gather_bank(anchors: Tensor, bank: Layout, group: dist.ProcessGroup) -> Tens
 
 def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = values.new_empty(group.size() * values.shape[0], *values.shape[1:])
-    dist.all_gather_into_tensor(out, values.contiguous(), group=group)
+    dist.all_gather(list(out.split(values.shape[0])), values.contiguous(), group=group)
     return out
 
 
