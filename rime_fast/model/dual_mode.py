@@ -112,6 +112,13 @@ class DualModeModel:
         and Qwen2.5-VL's `model.layers...`) to its own classes only, and would leave these at random values."""
         return False
 
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As transformers', but the weights keep the modules' own names on disk unless asked otherwise.
+
+        Every loader reads both forms, except Trainer's own when it resumes: it takes the names as they are.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
+
     def _make_dual(self) -> None:
         make_scoring(self.lm_head)
         segment_attention(self.model.visual)
