@@ -119,14 +119,14 @@ class _Work:
         counts = softmax.label_counts(self.labels, self.n_keys)
         if not self.problem.symmetric:
             return solved, counts
-        local = torch.stack([term.cols[1] for term in solved])  # [terms, K] log-sum-exp over this rank's queries
+        local = torch.stack([term.cols[1:] for term in solved])  # [terms, 2, K] log-sum-exps over this rank's queries
         best = local.clone()
         dist.all_reduce(best, op=dist.ReduceOp.MAX, group=self.group)
         shift = torch.where(best == -torch.inf, 0, best)
-        merged = torch.cat([(local - shift).exp(), counts[None]])
+        merged = torch.cat([(local - shift).exp().flatten(0, 1), counts[None]])
         dist.all_reduce(merged, group=self.group)
-        for term, total in zip(solved, shift + merged[:-1].log(), strict=True):
-            term.cols[1] = total
+        for term, total in zip(solved, shift + merged[:-1].view_as(shift).log(), strict=True):
+            term.cols[1:] = total
         return solved, merged[-1]
 
     def gradients(self, grad: Tensor, solved: list[Solved], counts: Tensor) -> tuple[list[Tensor], list[Tensor]]:

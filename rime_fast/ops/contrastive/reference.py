@@ -63,12 +63,21 @@ def _one_term(
         best = best.scatter_reduce(0, labels, positive.squeeze(1), "amax")
         column_masked = twins | ((similarity > best + margin) & ~own)
 
-    row_loss = logits.masked_fill(row_masked, -torch.inf).logsumexp(1) - pair_logits
-    rival = logits.detach().masked_fill(row_masked | own, -torch.inf).amax(1)
-    hit = (pair_logits.detach() > rival).to(dtype).mean()
+    row_rivals = logits.masked_fill(row_masked | own, -torch.inf)
+    row_loss = _cross_entropy(row_rivals, pair_logits)
+    hit = (pair_logits.detach() > row_rivals.detach().amax(1)).to(dtype).mean()
     if not symmetric:
         return row_loss.mean(), hit
-    # Only labelled keys are anchors of the second direction: a hard negative has no query of its own.
-    columns = logits.masked_fill(column_masked, -torch.inf)[:, labels]  # [N, N], column i belongs to pair i
-    column_loss = columns.logsumexp(0) - pair_logits
+    # Only labelled keys are anchors of the second direction: a hard negative has no query of its own. Column i of
+    # this matrix belongs to pair i; other queries with the same label stay in as rivals.
+    columns = logits.masked_fill(column_masked, -torch.inf)[:, labels]
+    self_pairs = torch.eye(queries.shape[0], dtype=torch.bool, device=queries.device)
+    column_loss = _cross_entropy(columns.masked_fill(self_pairs, -torch.inf).T, pair_logits)
     return 0.5 * (row_loss.mean() + column_loss.mean()), hit
+
+
+def _cross_entropy(rivals: Tensor, positive: Tensor) -> Tensor:
+    """[N] -log(e^p / (e^p + sum_j e^r_j)) = log(1 + sum_j e^(r_j - p)), by log1p to keep the digits of a small loss."""
+    gap = rivals - positive[:, None]
+    shift = gap.detach().amax(1).clamp_min(0)
+    return shift + torch.log1p((gap - shift[:, None]).exp().sum(1) + torch.expm1(-shift))

@@ -19,8 +19,9 @@ from rime_fast.ops.contrastive.rows import Slopes, Statistics
 class Solved:
     """One term's softmaxes, complete, in fp64.
 
-    rows [3, N]: maximum of the rivals (the shift of the gradient's exponentials), log-sum-exp, the positive's logit.
-    cols [2, K]: maximum of the rivals, log-sum-exp over rivals and labelled queries (-inf for an empty column).
+    rows [3, N]: maximum of the rivals (the shift of the gradient's exponentials), their log-sum-exp, positive logit.
+    cols [3, K]: maximum of the rivals, their log-sum-exp, log-sum-exp of the logits labelled with this key; -inf where
+        there is none.
     """
 
     rows: Tensor
@@ -28,11 +29,13 @@ class Solved:
 
     def row_loss(self) -> Tensor:
         """[N] cross-entropy of each row."""
-        return self.rows[1] - self.rows[2]
+        _, rivals, positive = self.rows
+        return softplus(rivals - positive)
 
     def col_loss(self, labels: Tensor) -> Tensor:
         """[N] cross-entropy of each labelled pair in its column."""
-        return self.cols[1][labels] - self.rows[2]
+        _, rivals, positives = self.cols[:, labels]
+        return softplus(rivals - positives) + (positives - self.rows[2])  # the second term is 0 unless keys are shared
 
 
 def hits(state: Statistics) -> Tensor:
@@ -44,11 +47,13 @@ def solve(state: Statistics, positive_lse: Tensor) -> Solved:
     """Put the positives back. positive_lse [K]: log-sum-exp of the positive logits labelled with each key."""
     positive = state.positive.double()
     row_max, col_max = state.row_max.double(), state.col_max.double()
-    row_rivals, col_rivals = row_max + state.row_sum.log(), col_max + state.col_sum.log()
-    # positive + softplus keeps the digits of a small loss in the fp64 difference row_lse - positive.
-    row_lse = positive + torch.nn.functional.softplus(row_rivals - positive, threshold=700.0)
-    col_lse = torch.logaddexp(col_rivals, positive_lse)
-    return Solved(torch.stack([row_max, row_lse, positive]), torch.stack([col_max, col_lse]))
+    rows = torch.stack([row_max, row_max + state.row_sum.log(), positive])
+    return Solved(rows, torch.stack([col_max, col_max + state.col_sum.log(), positive_lse]))
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) in fp64, to full relative precision for very negative x."""
+    return torch.nn.functional.softplus(x, threshold=40.0)  # beyond it e^-x no longer counts in fp64
 
 
 def lse_by_label(positive: Tensor, labels: Tensor, n_keys: int) -> Tensor:
@@ -73,15 +78,13 @@ def make_slopes(
     counts [K]: queries (of all ranks) labelled with each key, i.e. how often its column softmax counts.
     factor: 0-d, the gradient to one direction's summed loss / temperature.
     """
-    row_shift, row_lse, positive = solved.rows
-    col_shift, col_lse = solved.cols
-    used = (counts > 0) if symmetric else torch.zeros_like(counts, dtype=torch.bool)
-    slope = torch.expm1(positive - row_lse)
+    slope = torch.expm1(-solved.row_loss())
     if symmetric:
-        slope = slope + counts[labels] * (positive - col_lse[labels]).exp() - 1
-    # A row or column with no rival has shift -inf; nothing is kept there, and a shift of +inf makes that exact zeros.
-    row_shift, row_coef = _shift_and_coefficient(row_shift, row_lse, torch.ones_like(row_lse), bounded)
-    col_shift, col_coef = _shift_and_coefficient(col_shift, col_lse, torch.where(used, counts, 0), bounded)
+        col_loss = solved.col_loss(labels)
+        slope = slope + torch.expm1(-col_loss) + (counts[labels] - 1) * (-col_loss).exp()
+    row_weight, col_weight = torch.ones_like(solved.rows[0]), counts if symmetric else torch.zeros_like(counts)
+    row_shift, row_coef = _shift_and_coefficient(solved.rows, row_weight, bounded)
+    col_shift, col_coef = _shift_and_coefficient(solved.cols, col_weight, bounded)
     return Slopes(
         bounded=bounded,
         row_shift=row_shift.to(dtype),
@@ -93,9 +96,12 @@ def make_slopes(
     )
 
 
-def _shift_and_coefficient(shift: Tensor, lse: Tensor, weight: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
-    coefficient = torch.where(weight > 0, weight * (shift - lse).exp(), 0)
+def _shift_and_coefficient(lines: Tensor, weight: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+    """weight exp(s - lse) as coefficient exp(s - shift), with the shift that the sums were taken with."""
+    shift, rivals, positives = lines
+    coefficient = torch.where(weight > 0, weight * (shift - torch.logaddexp(rivals, positives)).exp(), 0)
     if bounded:
         return shift, coefficient
+    # Without a rival the shift is -inf; nothing is kept there, and a shift of +inf makes that exact zeros.
     empty = (shift == -torch.inf) | (weight == 0)
     return torch.where(empty, torch.inf, shift), torch.where(empty, 0, coefficient)

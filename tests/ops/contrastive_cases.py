@@ -1,0 +1,105 @@
+"""Data and error measures shared by the tests of the contrastive loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rime_fast.ops.contrastive import ContrastiveOutput, contrastive_loss
+
+RIME_TERMS = [("disc", "disc", 1.0), ("gen", "gen", 1.0), ("gen", "disc", 0.5), ("disc", "gen", 0.5)]
+FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass
+class Case:
+    """Embeddings in fp64 that are exact in ``dtype``, and the settings of one call."""
+
+    queries: dict[str, Tensor]
+    keys: dict[str, Tensor]
+    temperature: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    terms: list[tuple[str, str, float]] = field(default_factory=lambda: list(RIME_TERMS))
+
+
+@dataclass
+class Result:
+    out: ContrastiveOutput
+    gradients: dict[str, Tensor]
+
+
+def make_case(
+    n: int,
+    k: int,
+    d: int,
+    *,
+    seed: int = 0,
+    temperature: float = 0.05,
+    peaked: bool = False,
+    ids: bool = False,
+    margin: float | None = None,
+    symmetric: bool = True,
+    shuffled: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """shuffled: random labels (some shared) instead of key i; peaked: positives close to their queries."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count: int) -> Tensor:
+        return F.normalize(torch.randn(count, d, generator=generator, dtype=torch.float64), dim=-1)
+
+    labels = torch.randint(0, k, (n,), generator=generator) if shuffled else torch.arange(n)
+    queries, keys = {m: rows(n) for m in ("disc", "gen")}, {m: rows(k) for m in ("disc", "gen")}
+    if peaked:
+        queries = {m: F.normalize(keys[m][labels] + 0.1 * q, dim=-1) for m, q in queries.items()}
+    settings: dict[str, Any] = {"symmetric": symmetric, "margin": margin}
+    if shuffled:
+        settings["labels"] = labels
+    if ids:
+        classes = max(2, n // 2)
+        settings["query_ids"] = torch.randint(0, classes, (n,), generator=generator) * 2**40
+        settings["key_ids"] = torch.randint(0, classes, (k,), generator=generator) * 2**40
+    exact = [{m: v.to(dtype).double() for m, v in side.items()} for side in (queries, keys)]
+    return Case(exact[0], exact[1], temperature, settings)
+
+
+def run(case: Case, dtype: torch.dtype, backend: str, **changes: Any) -> Result:
+    """Loss, and the gradients of every input and of the temperature."""
+    queries = {m: v.detach().to(dtype, copy=True).requires_grad_() for m, v in case.queries.items()}
+    keys = {m: v.detach().to(dtype, copy=True).requires_grad_() for m, v in case.keys.items()}
+    temperature = torch.tensor(
+        case.temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True
+    )
+    settings = {**case.settings, **changes}
+    out = contrastive_loss(queries, keys, terms=case.terms, temperature=temperature, backend=backend, **settings)
+    out.loss.backward()
+    leaves = {f"queries[{m}]": v for m, v in queries.items()} | {f"keys[{m}]": v for m, v in keys.items()}
+    gradients = {name: v.grad for name, v in leaves.items() if v.grad is not None}
+    assert temperature.grad is not None
+    return Result(out, {**gradients, "temperature": temperature.grad})
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth; absolute where the truth is 0 (a loss that cannot fall)."""
+    scale = truth.double().norm().item()
+    return (found.double() - truth.double()).norm().item() / (scale if scale > 1e-12 else 1.0)
+
+
+def check_rule(found: Result, eager: Result, truth: Result, dtype: torch.dtype) -> None:
+    """operators.md: error(kernel) <= 2 error(same-dtype eager) + floor, for the loss, each term and each gradient."""
+
+    def judge(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+        error, allowed = relative(ours, exact), 2 * relative(theirs, exact) + FLOOR[dtype]
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+    judge("loss", found.out.loss, eager.out.loss, truth.out.loss)
+    for name, exact in truth.out.per_term.items():
+        judge(name, found.out.per_term[name], eager.out.per_term[name], exact)
+        assert abs(found.out.accuracy[name].item() - truth.out.accuracy[name].item()) < 1e-6, f"accuracy of {name}"
+    assert found.gradients.keys() == truth.gradients.keys()
+    for name, exact in truth.gradients.items():
+        judge(f"gradient of {name}", found.gradients[name], eager.gradients[name], exact)
