@@ -1,0 +1,205 @@
+"""The anchor bank: discriminative embeddings of a whole side of a training set, computed once and mapped into memory.
+
+A bank is one safetensors file: "anchors" [A, D], "ids" [A, K] int64 (what an item is called, for masks of equal ones)
+and, in its metadata, fingerprints of the model that made it and of the data it was made from. Opening it for another
+model or other data is an error: anchors of a different model give rewards that look right and mean nothing.
+
+The file is written batch by batch and read through a memory map, whole or one rank's shard, so that a bank larger
+than the memory of one process can be made and used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rime_fast.ops._checks import describe
+
+FORMAT = "rime-anchor-bank/1"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class AnchorBank:
+    """Anchors of one side of a set, or one rank's part of them.
+
+    anchors: [a, D], unit rows, usually memory-mapped. ids: [a, K] int64. offset: place of the first row in the whole
+    bank; total: rows of the whole bank. model, data: fingerprints; side: which side of the pairs ("query", "target").
+    """
+
+    anchors: Tensor
+    ids: Tensor
+    offset: int
+    total: int
+    model: str
+    data: str
+    side: str
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, model: str | None, data: str | None, rank: int = 0, world: int = 1
+    ) -> AnchorBank:
+        """Map a bank, or the ``rank``-th of ``world`` equal parts of it (sizes differ by at most one row).
+
+        model, data: the fingerprints the bank must have (``model_fingerprint``, ``data_fingerprint``); None leaves
+        that unchecked. The parts in rank order are what ``score_rewrites_(group=...)`` takes as a sharded bank.
+
+        Raises FileNotFoundError; ValueError for a file that is no bank, a stale bank, or more ranks than anchors.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such anchor bank")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank: expected 0 <= rank < world={world}, got {rank}")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not an anchor bank: {error}") from None
+        with file:
+            found = file.metadata() or {}
+            if found.get("format") != FORMAT:
+                raise ValueError(f"{path}: not an anchor bank of format {FORMAT}, got {found.get('format')!r}")
+            for name, expected in (("model", model), ("data", data)):
+                if expected is not None and found[name] != expected:
+                    raise ValueError(
+                        f"{path}: stale anchor bank: its {name} fingerprint is {found[name]}, this run's is "
+                        f"{expected}; remove the file and make the bank again"
+                    )
+            anchors, ids = file.get_tensor("anchors"), file.get_tensor("ids")
+        total = anchors.shape[0]
+        if world > total:
+            raise ValueError(f"{path}: {total} anchors cannot be shared by {world} ranks")
+        first, last = (total * part // world for part in (rank, rank + 1))
+        return cls(
+            anchors[first:last], ids[first:last], first, total, found["model"], found["data"], found["side"]
+        )
+
+    @classmethod
+    def make(
+        cls,
+        path: str | Path,
+        items: Sequence[Any],
+        encode: Callable[[Sequence[Any]], Tensor],
+        ids: Tensor,
+        *,
+        model: str,
+        data: str,
+        side: str,
+        batch_size: int = 256,
+        dtype: torch.dtype = torch.float32,
+    ) -> AnchorBank:
+        """Encode ``items`` batch by batch into a new file and open it; the file appears when it is complete.
+
+        encode: batch of items -> [n, D] unit rows on any device. ids: [A, K] int64. dtype: what is stored; bf16 halves
+        the file, and its rounding shows in the advantages of tight groups (recipe section 4).
+
+        Raises ValueError naming the item whose embedding is not finite or not of unit norm.
+        """
+        if len(items) == 0 or tuple(ids.shape[:1]) != (len(items),) or ids.dim() != 2 or ids.dtype != torch.int64:
+            raise ValueError(f"ids: expected an int64 tensor of shape [{len(items)} > 0, K], got {describe(ids)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        metadata = {"format": FORMAT, "model": model, "data": data, "side": side}
+        try:
+            with partial.open("wb") as file:
+                for start in range(0, len(items), batch_size):
+                    batch = items[start : start + batch_size]
+                    rows = _checked(encode(batch), len(batch), start).to("cpu", dtype).contiguous()
+                    if start == 0:
+                        _write_head(file, (len(items), rows.shape[1]), dtype, ids, metadata)
+                    file.write(_bytes(rows))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return cls.open(path, model=model, data=data)
+
+    def to(self, device: torch.device | str) -> AnchorBank:
+        """The bank on ``device``, read into its memory."""
+        return replace(self, anchors=self.anchors.to(device), ids=self.ids.to(device))
+
+    def pinned(self) -> AnchorBank:
+        """The anchors in page-locked host memory, from which score_rewrites_ streams to a GPU; ids follow by ``to``."""
+        return replace(self, anchors=self.anchors.pin_memory())
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Equal for equal parameters under equal names: 32 hex digits over every parameter's bits.
+
+    One pass over the parameters where they lie; one read by the host. Parameters must be whole (gathered).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    sums = []
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)};".encode())
+        sums.append(_checksum(parameter.detach()))
+    if sums:
+        digest.update(_bytes(torch.stack([x.to(sums[0].device) for x in sums]).cpu()))
+    return digest.hexdigest()
+
+
+def data_fingerprint(items: Tensor | Iterable[str]) -> str:
+    """Equal for equal items in equal order: a tensor of ids, or any strings that say what an item is."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(items, Tensor):
+        digest.update(f"{items.dtype} {list(items.shape)};".encode())
+        digest.update(_bytes(items.cpu().contiguous()))
+    else:
+        for item in items:
+            text = item.encode()
+            digest.update(struct.pack("<Q", len(text)) + text)
+    return digest.hexdigest()
+
+
+def _checksum(values: Tensor, chunk: int = 1 << 24) -> Tensor:
+    """Sum of every element's bits times its odd place, modulo 2^64: any changed, moved or swapped element shows."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    flat = values.contiguous().view(-1).view(bits)
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk].long()
+        place = torch.arange(start, start + part.numel(), device=values.device) * 2 + 1
+        total += (part * place * 0x9E3779B97F4A7C1).sum()
+    return total
+
+
+def _checked(rows: Tensor, expected: int, start: int) -> Tensor:
+    if rows.dim() != 2 or rows.shape[0] != expected:
+        raise ValueError(f"encode: expected rows of shape [{expected}, D], got {describe(rows)}")
+    norms = torch.linalg.vector_norm(rows.float(), dim=1).cpu()
+    bad = ~((norms - 1).abs() < 0.02)  # also true for NaN
+    if bool(bad.any()):
+        at = int(bad.byte().argmax())
+        raise ValueError(f"item {start + at}: expected an embedding of unit norm, got norm {float(norms[at])}")
+    return rows
+
+
+def _write_head(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, ids: Tensor, metadata: dict) -> None:
+    """The safetensors header, then the ids: the anchors come last, so that they can be appended."""
+    n_ids = ids.numel() * 8
+    n_anchors = shape[0] * shape[1] * dtype.itemsize
+    header = {
+        "__metadata__": metadata,
+        "ids": {"dtype": "I64", "shape": list(ids.shape), "data_offsets": [0, n_ids]},
+        "anchors": {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [n_ids, n_ids + n_anchors]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)  # the data starts at an aligned place
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.write(_bytes(ids.cpu().contiguous()))
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.view(torch.uint8).numpy()).cast("B")
