@@ -1,0 +1,165 @@
+"""One rank of the grouped contrastive tests: ``python contrastive_worker.py RANK WORLD STORE SCENARIO``.
+
+Prints nothing when all is well; exits with a traceback otherwise. Run by test_contrastive_group.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rime_fast.ops.contrastive import contrastive_loss
+from rime_fast.ops.contrastive.agreement import GATHER_LIMIT
+from tests.ops.contrastive_cases import RIME_TERMS, Case, make_case, relative, run
+
+
+def share(case: Case, rank: int, queries: list[int], keys: list[int]) -> Case:
+    """The rows of one rank: ``queries`` and ``keys`` count those of every rank."""
+    settings: dict[str, Any] = dict(case.settings)
+    for name in ("labels", "query_ids", "key_ids"):
+        if name in settings:
+            counts = keys if name == "key_ids" else queries
+            settings[name] = settings[name].split(counts)[rank]
+    return Case(
+        {m: v.split(queries)[rank] for m, v in case.queries.items()},
+        {m: v.split(keys)[rank] for m, v in case.keys.items()},
+        case.temperature,
+        settings,
+        case.terms,
+    )
+
+
+def check_against_one_process(
+    case: Case, queries: list[int], keys: list[int], dtype: torch.dtype, backend: str
+) -> None:
+    """Loss, terms and accuracy on every rank, own rows of dq and dk, and the temperature's gradient summed."""
+    rank, tolerance = dist.get_rank(), 1e-10 if dtype == torch.float64 else 2e-5
+    whole = run(case, torch.float64, "reference")
+    found = run(share(case, rank, queries, keys), dtype, backend, group=dist.group.WORLD)
+    errors = {"loss": relative(found.out.loss, whole.out.loss)}
+    for name, value in whole.out.per_term.items():
+        errors[f"term {name}"] = relative(found.out.per_term[name], value)
+        errors[f"accuracy {name}"] = abs(float(found.out.accuracy[name] - whole.out.accuracy[name]))
+    for name, gradient in whole.gradients.items():
+        if name == "temperature":
+            total = found.gradients[name].clone()
+            dist.all_reduce(total)
+            errors[name] = relative(total, gradient)
+        else:
+            own = gradient.split(queries if name.startswith("queries") else keys)[rank]
+            errors[name] = relative(found.gradients[name], own)
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e} ({backend}, {dtype}, {case.settings.keys()})"
+
+
+def equality(rank: int, world: int) -> None:
+    """Unequal rows, labels on other ranks, all masks; gathered and ringed; every backend."""
+    queries, keys = [3 + 2 * r for r in range(world)], [8 + world - r for r in range(world)]
+    for limit in ("8192", "0"):
+        os.environ[GATHER_LIMIT] = limit
+        for symmetric in (True, False):
+            for masked in (True, False):
+                options: dict[str, Any] = {"ids": masked, "margin": 0.1 if masked else None, "symmetric": symmetric}
+                case = make_case(sum(queries), sum(keys), 16, shuffled=True, **options)
+                check_against_one_process(case, queries, keys, torch.float64, "chunked")
+                check_against_one_process(case, queries, keys, torch.float32, "chunked")
+                if limit != "0":
+                    check_against_one_process(case, queries, keys, torch.float64, "reference")
+    os.environ.pop(GATHER_LIMIT)
+    cold = make_case(sum(queries), sum(keys), 16, shuffled=True, temperature=0.004)  # the general kernels
+    check_against_one_process(cold, queries, keys, torch.float32, "chunked")
+
+
+def default_labels(rank: int, world: int) -> None:
+    """Without labels, key i of the own rank is the positive; equal rows take the copy-free path."""
+    torch.manual_seed(1)
+    queries, keys = torch.randn(world, 5, 6).double(), torch.randn(world, 7, 6).double()
+    labels = torch.cat([torch.arange(5) + 7 * r for r in range(world)])
+    terms = [("a", "a", 1.0)]
+    options: dict[str, Any] = {"terms": terms, "temperature": 0.5}
+    own = contrastive_loss({"a": queries[rank]}, {"a": keys[rank]}, group=dist.group.WORLD, **options)
+    whole = contrastive_loss({"a": queries.flatten(0, 1)}, {"a": keys.flatten(0, 1)}, labels=labels, **options)
+    assert relative(own.loss, whole.loss) < 1e-12
+
+
+def ddp_scaling(rank: int, world: int) -> None:
+    """The documented rule: under DDP's averaging, loss x world size gives the gradient of the global mean loss."""
+    torch.manual_seed(2)
+    inputs, targets = torch.randn(world * 4, 5), torch.randn(world * 4, 5)
+    model, single = torch.nn.Linear(5, 3, bias=False), torch.nn.Linear(5, 3, bias=False)
+    single.load_state_dict(model.state_dict())
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    rows = slice(4 * rank, 4 * rank + 4)
+    out = wrapped(torch.cat([inputs[rows], targets[rows]]))
+    options: dict[str, Any] = {"terms": [("a", "a", 1.0)], "temperature": 0.5}
+    loss = contrastive_loss({"a": out[:4]}, {"a": out[4:]}, group=dist.group.WORLD, **options).loss
+    (loss * world).backward()
+    expected = contrastive_loss({"a": single(inputs)}, {"a": single(targets)}, **options).loss
+    expected.backward()
+    assert model.weight.grad is not None
+    assert single.weight.grad is not None
+    assert relative(loss, expected.detach()) < 1e-5
+    assert relative(model.weight.grad, single.weight.grad) < 1e-5
+
+
+def partly_frozen(rank: int, world: int) -> None:
+    """Keys that train on one rank only: every rank still takes part in the exchange of dk."""
+    torch.manual_seed(3)
+    queries, keys = torch.randn(4, 3).requires_grad_(), torch.randn(4, 3, requires_grad=rank == 0)
+    for limit in ("8192", "0"):
+        os.environ[GATHER_LIMIT] = limit
+        contrastive_loss({"a": queries}, {"a": keys}, terms=[("a", "a", 1.0)], group=dist.group.WORLD).loss.backward()
+    os.environ.pop(GATHER_LIMIT)
+    assert (keys.grad is not None) == (rank == 0)
+
+
+def errors(rank: int, world: int) -> None:
+    """Whatever is wrong on one rank is a ValueError with the same message on every rank, and the group lives on."""
+    rows = torch.ones(3, 4)
+
+    def fails(message: str, sides: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None, **changes: Any) -> None:
+        queries, keys = sides or ({"disc": rows, "gen": rows}, {"disc": rows, "gen": rows})
+        arguments = {"terms": RIME_TERMS, "group": dist.group.WORLD, **changes}
+        with pytest.raises(ValueError, match=message):
+            contrastive_loss(queries, keys, **arguments)
+
+    last = rank == world - 1
+    fails("terms differs between ranks", terms=RIME_TERMS[:2] if last else RIME_TERMS)
+    narrow = {"disc": rows[:, :3], "gen": rows[:, :3]}
+    fails("the embedding size D .* differs", sides=(narrow, narrow) if last else None)
+    fails(f"on rank {world - 1} of the group: queries is empty", sides=({}, {}) if last else None)
+    fails(f"labels on rank {world - 1} hold values", labels=torch.arange(3) + (99 if last else 0))
+    fails("temperature differs", temperature=0.1 if last else 0.2)
+    fails("margin differs", margin=0.1 if last else None)
+    fails("symmetric differs", symmetric=last)
+    fails("query_ids and key_ids", **({"query_ids": torch.arange(3), "key_ids": torch.arange(3)} if last else {}))
+    fails("on rank 0 of the group: backend is", backend="nonsense" if rank == 0 else "auto")
+    trained = {"disc": rows.clone().requires_grad_(), "gen": rows}
+    fails("requires grad differs", sides=(trained, trained) if last else None)
+    nan = torch.full((3, 4), float("nan")) if last else rows
+    out = contrastive_loss({"a": nan}, {"a": rows}, terms=[("a", "a", 1.0)], group=dist.group.WORLD)
+    assert out.loss.isnan()
+
+
+SCENARIOS = {f.__name__: f for f in (equality, default_labels, ddp_scaling, partly_frozen, errors)}
+
+if __name__ == "__main__":
+    rank, world, store, names = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+    )
+    for name in names:
+        SCENARIOS[name](rank, world)
+    dist.barrier()
+    dist.destroy_process_group()
