@@ -152,6 +152,17 @@ def test_a_model_that_never_ends_is_capped_and_counted():
     assert float((out.gen_states - states).norm() / states.norm()) < 1e-5
 
 
+def test_disc_states_come_with_the_prefill():
+    model = dual()
+    batch = tiny_batch(model.config, PROMPTS, seed=3)
+    out = generate_rollouts(model, batch, gen_id=VOCAB, max_new_tokens=2, group_size=2, stop_ids=[])
+    with torch.no_grad():
+        expected = model(**{**batch, "targets": None}, normalize=False).embeddings["disc"]
+    torch.testing.assert_close(out.disc_states, expected)
+    plain = {k: v for k, v in batch.items() if k != "disc_index"}
+    assert generate_rollouts(model, plain, gen_id=VOCAB, max_new_tokens=2, stop_ids=[]).disc_states is None
+
+
 def test_default_stops_are_the_generation_configs():
     model = dual()
     batch = tiny_batch(model.config, PROMPTS, seed=3)
