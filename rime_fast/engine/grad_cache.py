@@ -1,0 +1,262 @@
+"""The gradient cache: a contrastive batch of any size in the memory of one micro-batch, with the exact gradients.
+
+Pass 1 encodes every micro-batch and keeps its embeddings only. The loss over the whole batch (all ranks) is computed
+from these, and its gradients with respect to them are the cache. Pass 2 encodes every micro-batch again, now with its
+graph, and runs ONE backward through it: of the micro-batch's own loss (the rewrite's cross-entropy) plus the product of
+its embeddings with their cached gradients, whose gradient is the cached one. (Gao et al., arXiv 2101.06983, without the
+second loss; the sum of both in one backward and the kept graphs below are this project's.)
+
+A micro-batch whose graph was kept in pass 1 is not encoded twice. The last one always is kept: its graph costs what
+pass 2 needs anyway. ``keep_bytes`` is the memory that further graphs may take: infinite makes the plain step, 0 the
+classic cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rime_fast.engine.grad_sync import GradSync
+from rime_fast.engine.graph_memory import measured_graph
+from rime_fast.engine.rng import RngState
+
+
+@dataclass
+class Encoded:
+    """What an encoder makes of one micro-batch.
+
+    embeddings: name -> [n, D]; the same names for every micro-batch, any n >= 0.
+    loss: 0-d, the micro-batch's own share of the step's loss; read only where the encoder was called with
+        ``scored=True``.
+    metrics: name -> 0-d without gradient, summed over the micro-batches.
+    """
+
+    embeddings: dict[str, Tensor]
+    loss: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+# encode(micro_batch, scored): scored is False in the pass whose loss would be thrown away.
+Encoder = Callable[[Any, bool], Encoded]
+# loss(embeddings of all micro-batches, concatenated in their order) -> 0-d
+BatchLoss = Callable[[dict[str, Tensor]], Tensor]
+EVERY = 2**31  # more micro-batches than any step has
+
+
+@dataclass
+class CachedStep:
+    """What one step did. loss: 0-d, of the batch and of the micro-batches, before ``scale``. metrics: summed.
+
+    kept: micro-batches encoded once; encoded: forwards run, the re-encoded and the idle ones included.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    kept: int
+    encoded: int
+
+
+@dataclass
+class _Slot:
+    """A micro-batch between the passes."""
+
+    data: Any
+    idle: bool = False  # encoded only because other ranks have more micro-batches
+    rows: int = 0
+    rng: RngState | None = None
+    graph: Encoded | None = None
+
+
+@dataclass
+class FirstPass:
+    """State between the passes: slots, cached gradients by name, the batch's loss (0-d, detached)."""
+
+    slots: list[_Slot]
+    gradients: dict[str, list[Tensor]]
+    loss: Tensor
+    scale: float
+
+
+class GradCache:
+    """The two passes, for any encoder function.
+
+        cache = GradCache(encode, lambda rows: my_contrastive_loss(rows["query"], rows["target"]))
+        for batch in batches:
+            cache.step(split(batch))      # gradients are in .grad as after loss.backward() of the whole batch
+            optimizer.step()
+
+    encode: ``Encoder``. It must depend on its arguments, the model and torch's random state alone; called again with
+        the same micro-batch it must give the same embeddings. Autocast is the caller's, around ``step``.
+    loss: ``BatchLoss``. Whatever else it reads with a gradient (a temperature) gets that gradient once.
+    sync: how gradients travel between ranks, see ``rime_fast.engine.grad_sync.grad_sync``; None: one process. Ranks
+        average gradients there: a loss whose gradients are to be summed must be multiplied by the number of ranks.
+    keep_bytes: memory for graphs kept beyond the last one's, per process; 0 none, ``math.inf`` all.
+    cost: of a micro-batch, in any unit its graph's memory is proportional to (tokens); default: all alike.
+    """
+
+    def __init__(
+        self,
+        encode: Encoder,
+        loss: BatchLoss | None = None,
+        *,
+        sync: GradSync | None = None,
+        keep_bytes: float = 0.0,
+        cost: Callable[[Any], float] | None = None,
+    ) -> None:
+        if not (isinstance(keep_bytes, (int, float)) and keep_bytes >= 0):
+            raise ValueError(f"keep_bytes is {keep_bytes!r}; expected a number >= 0 (math.inf keeps every graph)")
+        self.encode = encode
+        self.loss = loss
+        self.sync = GradSync() if sync is None else sync
+        self.keep_bytes = keep_bytes
+        self.cost = cost or (lambda micro_batch: 1.0)
+        # Bytes of graph per unit of cost: measured on the last micro-batch of a step, the largest seen.
+        self.bytes_per_cost = 0.0
+
+    def step(
+        self, micro_batches: Sequence[Any], *, loss: BatchLoss | None = None, scale: float = 1.0,
+        synchronise: bool = True,
+    ) -> CachedStep:  # fmt: skip
+        """Both passes: adds the gradients of ``scale`` x (loss + sum of the encoder's losses) into ``.grad``.
+
+        loss: of this batch, in place of the one given at construction. scale: 1 / accumulation steps. synchronise:
+        False for all but the last batch of an accumulated step. Raises ValueError for no micro-batch, or without a
+        loss.
+        """
+        first = self.first_pass(micro_batches, loss=loss, scale=scale)
+        return self.second_pass(first, synchronise=synchronise)
+
+    def first_pass(
+        self, micro_batches: Sequence[Any], *, loss: BatchLoss | None = None, scale: float = 1.0
+    ) -> FirstPass:
+        """Embeddings of every micro-batch, the loss over all of them, and its gradients."""
+        loss = loss or self.loss
+        if loss is None:
+            raise ValueError("loss is None; expected a function of the embeddings, here or at construction")
+        slots, kept = self._plan(micro_batches)
+        rows: list[dict[str, Tensor]] = []
+        with self.sync.local():
+            for i, slot in enumerate(slots):
+                if i < len(slots) - kept:
+                    slot.rng = RngState()
+                    with torch.no_grad():
+                        out = self.encode(slot.data, False)
+                else:
+                    out = slot.graph = self._encode_kept(slot.data, last=i == len(slots) - 1)
+                slot.rows = next(iter(out.embeddings.values())).shape[0]
+                if not slot.idle:
+                    rows.append({name: x.detach() for name, x in out.embeddings.items()})
+        value, gradients = _batch_gradients(rows, loss, scale)
+        counts = [0 if slot.idle else slot.rows for slot in slots]
+        return FirstPass(slots, {name: list(g.split(counts)) for name, g in gradients.items()}, value, scale)
+
+    def second_pass(
+        self, first: FirstPass, *, upstream: Tensor | None = None, synchronise: bool = True
+    ) -> CachedStep:
+        """One backward per micro-batch, kept graphs first (that frees them), gradients exchanged in the last.
+
+        upstream: 0-d, multiplies every gradient.
+        """
+        slots, encoded, kept = first.slots, len(first.slots), 0
+        loss, metrics = first.loss, {}
+        order = sorted(range(len(slots)), key=lambda i: (slots[i].graph is None, -i if slots[i].graph else i))
+        for turn, i in enumerate(order):
+            slot = slots[i]
+            out, slot.graph = slot.graph, None
+            with nullcontext() if slot.rng is None else slot.rng.replayed(), torch.enable_grad():
+                if out is None:
+                    encoded += 1
+                    with self.sync.local():
+                        out = self.encode(slot.data, True)
+                else:
+                    kept += 1
+                gradients = {name: parts[i] for name, parts in first.gradients.items()}
+                total = _surrogate(out, gradients, slot.idle, first.scale, upstream)
+                if not slot.idle:
+                    loss = loss if out.loss is None else loss + out.loss.detach().to(loss.dtype)
+                    for name, metric in out.metrics.items():
+                        metrics[name] = metrics[name] + metric if name in metrics else metric
+                del out  # the graph goes as the backward consumes it
+                self.sync.backward(total, last=synchronise and turn == len(order) - 1)
+        return CachedStep(loss, metrics, kept, encoded)
+
+    def _plan(self, micro_batches: Sequence[Any]) -> tuple[list[_Slot], int]:
+        """The micro-batches in the order of pass 1, and how many of the last ones keep their graphs."""
+        slots = [_Slot(data) for data in micro_batches]
+        if not slots:
+            raise ValueError("micro_batches is empty; expected at least one on every rank")
+        costs = [self.cost(slot.data) for slot in slots]
+        kept = self._affordable(costs)
+        if self.sync.lockstep:
+            count, kept = self.sync.agree(len(slots), EVERY if kept == len(slots) else kept)
+            cheapest = slots[costs.index(min(costs))].data
+            slots = [_Slot(cheapest, idle=True) for _ in range(count - len(slots))] + slots
+        return slots, min(kept, len(slots))
+
+    def _affordable(self, costs: list[float]) -> int:
+        """How many of the last micro-batches fit into the budget, the very last not counted against it."""
+        if math.isinf(self.keep_bytes):
+            return len(costs)
+        if not self.bytes_per_cost:
+            return 1
+        kept, left = 1, self.keep_bytes
+        for cost in reversed(costs[:-1]):
+            left -= cost * self.bytes_per_cost
+            if left < 0:
+                break
+            kept += 1
+        return kept
+
+    def _encode_kept(self, data: Any, last: bool) -> Encoded:
+        # autocast caches cast weights, also those cast without a graph; a graph built on these reaches no parameter
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            if not last or self.keep_bytes == 0 or math.isinf(self.keep_bytes):
+                return self.encode(data, True)
+            with measured_graph(self.sync.parameters()) as graph:
+                out = self.encode(data, True)
+            self.bytes_per_cost = max(self.bytes_per_cost, graph.value / max(self.cost(data), 1e-9))
+            return out
+
+
+def _batch_gradients(
+    rows: list[dict[str, Tensor]], loss: BatchLoss, scale: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The batch's loss (detached) and ``scale`` times its gradients with respect to all rows, by name."""
+    names = list(rows[0])
+    for part in rows:
+        if list(part) != names:
+            raise ValueError(f"the encoder returned embeddings {list(part)} after {names}; expected the same names")
+    with torch.enable_grad():
+        leaves = {name: torch.cat([part[name] for part in rows]).requires_grad_() for name in names}
+        value = loss(leaves)
+        if value.dim() != 0:
+            raise ValueError(f"loss returned a tensor of shape {list(value.shape)}; expected a scalar")
+        if value.requires_grad:
+            (value if scale == 1.0 else value * scale).backward()
+    gradients = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+    return value.detach(), gradients
+
+
+def _surrogate(
+    out: Encoded, gradients: dict[str, Tensor], idle: bool, scale: float, upstream: Tensor | None
+) -> Tensor:
+    """The scalar whose gradient is that of the step's loss through this micro-batch."""
+    parts: list[Tensor] = []
+    for name, x in out.embeddings.items():
+        if not x.requires_grad:
+            continue
+        # An idle micro-batch only keeps step with other ranks: its gradient is 0 on every parameter.
+        parts.append(x.sum() * 0.0 if idle else torch.dot(x.flatten(), gradients[name].to(x.dtype).flatten()))
+    if out.loss is not None:
+        parts.append(out.loss * (0.0 if idle else scale))
+    if not parts:
+        raise ValueError("the encoder returned neither a loss nor an embedding with a gradient")
+    total = torch.stack([part.float() if part.dtype in (torch.bfloat16, torch.float16) else part for part in parts])
+    return total.sum() if upstream is None else total.sum() * upstream

@@ -1,0 +1,158 @@
+"""When gradients travel: once a step, with the backward of its last micro-batch.
+
+| model              | gradients leave a rank                        | ranks must run equally many micro-batches      |
+|--------------------|-----------------------------------------------|------------------------------------------------|
+| one process        | never                                         | no                                             |
+| DDP                | once: the last backward fires the reducer     | no                                             |
+| FSDP2              | once: the last backward reduce-scatters       | yes, every forward gathers the parameters      |
+| DeepSpeed ZeRO-0/1 | once: at the accumulation boundary            | no                                             |
+| DeepSpeed ZeRO-2/3 | with every backward: a rank keeps no full     | yes, every backward reduces (ZeRO-3: every     |
+|                    | gradient, so there is nothing to add up to    | forward gathers as well)                       |
+
+Where ranks must keep step they agree on the number once a step (8 bytes), and a rank with fewer runs idle ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Backward = Callable[[Tensor], None]
+
+
+class GradSync:
+    """One process: nothing travels. Base of the others.
+
+    model: the wrapped model (DDP, FSDP2, DeepSpeed engine). backward: runs one backward of a scalar, in place of
+    ``loss.backward()`` (a gradient scaler). group: the ranks that share the batch; None: the default group.
+    """
+
+    lockstep = False
+
+    def __init__(
+        self, model: nn.Module | None = None, *, backward: Backward | None = None, group: Any = None
+    ) -> None:
+        self.model, self.run_backward, self.group = model, backward or torch.autograd.backward, group
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The model's parameters."""
+        return () if self.model is None else self.model.parameters()
+
+    def local(self) -> AbstractContextManager[Any]:
+        """Around every forward of the step."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """The backward of one micro-batch; with ``last`` the gradients of the whole step are exchanged."""
+        self.run_backward(loss)
+
+    def agree(self, count: int, kept: int) -> tuple[int, int]:
+        """The largest count and the smallest kept of all ranks: one small all-reduce, read on the host.
+
+        Ranks that gather parameters in every forward have to run the same sequence of forwards and backwards.
+        """
+        if not (dist.is_initialized() and dist.get_world_size(self.group) > 1):
+            return count, kept
+        nccl = dist.get_backend(self.group) == "nccl"
+        numbers = torch.tensor([count, -kept], device="cuda" if nccl else "cpu")
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
+        largest, smallest = numbers.tolist()
+        return largest, -smallest
+
+
+class DDPSync(GradSync):
+    """DistributedDataParallel: every forward runs unsynchronised, then the last backward is armed.
+
+    Not by running the last forward outside of ``no_sync``: other backwards lie between that forward and its own
+    backward when its graph was kept, and each would fire the reducer. Arming the reducer for a graph made earlier is
+    what accelerate's ``trigger_sync_in_backward`` and Lightning do too; the loss is handed over so that
+    ``find_unused_parameters`` finds what the last graph does not use (gradients of earlier micro-batches still count).
+    """
+
+    model: DistributedDataParallel
+
+    def __init__(self, model: DistributedDataParallel, **options: Any) -> None:
+        if model.static_graph:
+            raise ValueError("model is DDP with static_graph=True, which cannot skip the reduction; set it to False")
+        super().__init__(model, **options)
+
+    def local(self) -> AbstractContextManager[Any]:
+        return self.model.no_sync()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        model = self.model
+        if last:
+            # so that the next step's first forward broadcasts the buffers, as after any synchronised step
+            model.require_forward_param_sync = True
+            model.reducer.prepare_for_backward([loss] if model.find_unused_parameters else [])
+            self.run_backward(loss)
+            return
+        with model.no_sync():
+            self.run_backward(loss)
+
+
+class FSDPSync(GradSync):
+    """FSDP2 (``fully_shard``): gradients add up unsharded until the last backward reduces them.
+
+    That takes the memory of one full gradient; ``every=True`` reduces with every micro-batch instead.
+    """
+
+    lockstep = True
+
+    def __init__(self, model: nn.Module, *, every: bool = False, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.every = every
+        self.units: list[Any] = [module for module in model.modules() if _is_fsdp(module)]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        for unit in self.units:
+            unit.set_requires_gradient_sync(last or self.every, recurse=False)
+            unit.set_is_last_backward(last)
+        self.run_backward(loss)
+
+
+class DeepSpeedSync(GradSync):
+    """A DeepSpeed engine: the accumulation boundary is the last backward. The caller runs ``engine.step()`` after it.
+
+    last: runs the last backward in place of ``engine.backward`` (accelerate's also takes the optimizer step).
+    """
+
+    def __init__(self, model: Any, *, last: Backward | None = None, group: Any = None) -> None:
+        super().__init__(model, group=group)
+        self.last = last
+        self.lockstep = model.zero_optimization_stage() >= 2
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        engine: Any = self.model
+        if last and self.last is not None:
+            self.last(loss)
+            return
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(loss, scale_wrt_gas=False)
+
+
+def grad_sync(model: nn.Module, *, backward: Backward | None = None, group: Any = None) -> GradSync:
+    """The ``GradSync`` of a wrapped model.
+
+    backward: in place of ``loss.backward()``; for a DeepSpeed engine, in place of its LAST ``engine.backward``.
+    Raises TypeError for FSDP1 (``FullyShardedDataParallel``), ValueError for DDP with a static graph.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return DDPSync(model, backward=backward, group=group)
+    if hasattr(model, "zero_optimization_stage"):
+        return DeepSpeedSync(model, last=backward, group=group)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise TypeError("model is wrapped by FSDP1 (FullyShardedDataParallel); expected FSDP2 (fully_shard)")
+    if any(_is_fsdp(module) for module in model.modules()):
+        return FSDPSync(model, backward=backward, group=group)
+    return GradSync(model, backward=backward, group=group)
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return hasattr(module, "set_requires_gradient_sync") and hasattr(module, "unshard")
