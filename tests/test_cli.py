@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -170,3 +171,28 @@ def test_data_check_writes_the_good_rows(pairs, tmp_path, capsys):
 def test_data_check_refuses_unknown_strictness(pairs, capsys):
     assert run("data", "check", str(pairs), "--images", "some") == 2
     assert "images is 'some'" in capsys.readouterr().err
+
+
+# --- the documentation ------------------------------------------------------------------------------------------------
+
+
+def documented_lines() -> list[str]:
+    """Every rime-fast line of a bash block in docs/cli.md and the overview."""
+    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```bash")[1:]]
+    lines = [line.strip() for block in [*blocks, cli.overview().split("report:")[1]] for line in block.splitlines()]
+    return [line for line in lines if "rime-fast" in line or "rime_fast.cli" in line]
+
+
+@pytest.mark.parametrize("line", documented_lines())
+def test_documented_lines_are_accepted(line, monkeypatch):
+    """The command exists and takes these options; configs (examples/) are read, data and models are not."""
+    from importlib import import_module
+    from shlex import split
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    words = split(line.split(" > ")[0], comments=True)
+    rest = words[words.index("rime_fast.cli" if "rime_fast.cli" in words else "rime-fast") + 1 :]
+    name, rest = cli._command(rest)
+    command = import_module(f"rime_fast.commands.{cli.COMMANDS[name][0]}").COMMAND
+    command.read(rest)

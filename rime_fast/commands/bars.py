@@ -43,3 +43,10 @@ def bars() -> Iterator[Progress]:
             progress.update(tasks[stage], completed=done)
 
         yield bar
+
+
+def quiet() -> None:
+    """Turn off transformers' own bars (loading and writing shards): ours are the ones to watch."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +46,7 @@ def run(values: dict[str, Any]) -> int:
     embedder = load_embedder(options.model, loading)
     with bars() as progress:
         encoded = {
-            mode: embedder.encode_items(
-                items, mode, progress=lambda done, total, mode=mode: progress(mode, done, total)
-            )
-            for mode in MODES[options.mode]
+            mode: embedder.encode_items(items, mode, progress=partial(progress, mode)) for mode in MODES[options.mode]
         }
     directory = Path(options.output_dir)
     directory.mkdir(parents=True, exist_ok=True)

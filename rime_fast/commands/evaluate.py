@@ -56,7 +56,7 @@ def run(values: dict[str, Any]) -> int:
                 embedder, data, modes=options.modes or MODES, top_k=options.top_k, n_examples=options.examples,
                 progress=progress,
             )  # fmt: skip
-        label = Path(path).name if len(options.model) > 1 else "Mutual retrieval"
+        label = Path(path).name or path
         print(table(path, result))
         phases.append({"name": path, "label": label, "mutual": result.to_dict(), "log_history": history(path)})
         device = str(embedder.device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rime_fast.commands.bars import quiet
 from rime_fast.commands.command import model_exists
 from rime_fast.commands.options import Group, UsageError
 from rime_fast.commands.values import build
@@ -36,9 +37,7 @@ class TrainingOptions:
         default=None, metadata={"help": "Pairs for the evaluation loss (at eval_strategy's times, else at the end)."}
     )
     lora_rank: int = field(default=0, metadata={"help": "Train a LoRA of this rank; 0 trains the model itself."})
-    lora_alpha: float = field(
-        default=64.0, metadata={"help": "LoRA's alpha. [known, Think-Then-Embed: r 16, alpha 64]"}
-    )
+    lora_alpha: int = field(default=64, metadata={"help": "LoRA's alpha. [known, Think-Then-Embed: r 16, alpha 64]"})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA's dropout."})
     lora_targets: str = field(
         default=LORA_TARGETS,
@@ -66,6 +65,7 @@ def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, 
     model_exists(options.model)
     args = build(config_class, values | {"output_dir": options.output_dir})
     resume = _checkpoint(args)
+    quiet()
     trainer = trainer_class(
         model=options.model,
         args=args,

@@ -14,7 +14,7 @@ from rime_fast.eval.plots import Panel
 
 # title, names (a trailing / takes every name under it), logarithmic, range 0..1
 _TRAINING = (
-    ("Loss", ("loss", "eval_loss"), True, False),
+    ("Loss", ("loss",), True, False),
     ("Cross-entropy (nats a token)", ("ce/",), True, False),
     ("Contrastive terms", ("contrast/",), True, False),
     ("In-batch hit@1", ("hit@1/",), False, True),
@@ -47,11 +47,11 @@ def _panels(log_history: Sequence[Mapping[str, Any]], layout: Sequence[tuple]) -
     panels = []
     for title, wanted, log, unit in layout:
         names: dict[str, str] = {}
-        for entry in log_history:
-            for name in entry:
-                for want in wanted:
-                    if name == want or (want.endswith("/") and name.startswith(want)):
-                        names[name] = name.removeprefix(want) or name
+        for name in dict.fromkeys(name for entry in log_history for name in entry):
+            bare = name.removeprefix("eval_")
+            for want in wanted:
+                if bare == want or (want.endswith("/") and bare.startswith(want)):
+                    names[name] = (bare.removeprefix(want) or bare) + (" (eval)" if bare != name else "")
         series = {}
         for name, label in names.items():
             points = [(entry["step"], entry[name]) for entry in log_history if _drawable(entry, name)]

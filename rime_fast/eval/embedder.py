@@ -154,18 +154,18 @@ class RimeEmbedder:
 
     @overload
     def encode(
-        self, items: Sequence[Item], mode: Mode = ..., *, return_rewrites: Literal[False] = ..., progress: Any = ...
+        self, items: Sequence[Item], mode: str = ..., *, return_rewrites: Literal[False] = ..., progress: Any = ...
     ) -> torch.Tensor: ...
 
     @overload
     def encode(
-        self, items: Sequence[Item], mode: Mode = ..., *, return_rewrites: Literal[True], progress: Any = ...
+        self, items: Sequence[Item], mode: str = ..., *, return_rewrites: Literal[True], progress: Any = ...
     ) -> tuple[torch.Tensor, list[str]]: ...
 
     def encode(
         self,
         items: Sequence[Item],
-        mode: Mode = "disc",
+        mode: str = "disc",
         *,
         return_rewrites: bool = False,
         progress: Progress | None = None,
@@ -189,7 +189,7 @@ class RimeEmbedder:
         assert disc is not None
         return disc, encoded.embeddings, encoded.rewrites or []
 
-    def encode_items(self, items: Sequence[Item], mode: Mode, *, progress: Progress | None = None) -> Encoded:
+    def encode_items(self, items: Sequence[Item], mode: str, *, progress: Progress | None = None) -> Encoded:
         """As ``encode``, with everything that was counted on the way."""
         return self._encode(items, mode, progress)[0]
 
@@ -197,22 +197,21 @@ class RimeEmbedder:
     def _encode(
         self,
         items: Sequence[Item],
-        mode: Mode,
+        mode: str,
         progress: Progress | None,
     ) -> tuple[Encoded, torch.Tensor | None]:
-        if mode not in ("disc", "gen"):
-            raise ValueError(f"mode is {mode!r}; expected 'disc' or 'gen'")
+        part = _mode(mode)
         sides = [as_side(item, f"items[{i}]") for i, item in enumerate(items)]
         if not sides:
             raise ValueError("items is empty; expected at least one")
         begin = time.perf_counter()
         extra = self.max_new_tokens if mode == "gen" else 0
-        lengths = [length + extra for length in self.collator.measure(sides, mode)]
+        lengths = [length + extra for length in self.collator.measure(sides, part)]
         rows: list[_Row | None] = [None] * len(sides)
         done = 0
         with _evaluating(self.model):
             for batch in token_budget_batches(lengths, self.token_budget):
-                packed = self._to_device(self.collator.collate_prompts([sides[i] for i in batch], mode))
+                packed = self._to_device(self.collator.collate_prompts([sides[i] for i in batch], part))
                 made = self._disc(packed) if mode == "disc" else self._gen(packed)
                 for i, row in zip(batch, made, strict=True):
                     rows[i] = row
@@ -291,6 +290,14 @@ def as_side(item: Item, where: str = "item") -> Side:
             raise ValueError("; ".join(f"{name} {problem}" for name, problem in problems))
         return side
     raise TypeError(f"{where} is {type(item).__name__}; expected str, PIL image, uint8 array, dict or Side")
+
+
+def _mode(mode: str) -> Mode:
+    if mode == "disc":
+        return "disc"
+    if mode == "gen":
+        return "gen"
+    raise ValueError(f"mode is {mode!r}; expected 'disc' or 'gen'")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,7 +118,7 @@ def evaluate_mutual(
     encoded: dict[tuple[str, str], Encoded] = {}
     for mode in modes:
         for side, items in sides.items():
-            report = None if progress is None else _named(progress, f"{mode} {side}")
+            report = None if progress is None else partial(progress, f"{mode} {side}")
             encoded[mode, side] = embedder.encode_items(items, mode, progress=report)
     cells = mutual_table(
         {mode: encoded[mode, "query"].embeddings for mode in modes},
@@ -143,10 +144,6 @@ def evaluate_mutual(
         mean_pool=pool.double().mean().item(),
         examples=_examples(data, cells, gen, n_examples),
     )
-
-
-def _named(progress: Progress, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(name, done, total)
 
 
 def _examples(data: RetrievalSet, cells: Mapping[str, Cell], gen: Mapping[str, Encoded], count: int) -> list[dict]:

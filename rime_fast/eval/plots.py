@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rime_fast.eval.thumbnails import uri
@@ -24,7 +24,7 @@ SMOOTH_FROM = 40  # points from which on a curve is shown with its running mean
 
 @dataclass
 class Panel:
-    """One set of axes: ``series`` maps a label to its (x, y) points; ``marks``: x -> text of vertical lines."""
+    """One set of axes: ``series`` maps a label to its (x, y) points."""
 
     title: str
     series: dict[str, tuple[list[float], list[float]]]
@@ -32,7 +32,6 @@ class Panel:
     ylabel: str = ""
     log: bool = False
     unit: bool = False  # y from 0 to 1
-    marks: dict[float, str] = field(default_factory=dict)
 
 
 def line_panels(panels: Sequence[Panel]) -> str:
@@ -52,13 +51,11 @@ def line_panels(panels: Sequence[Panel]) -> str:
             else:
                 marker = "o" if len(y) < 12 else None
                 axes.plot(x, y, dashed, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
-        if panel.log and all(value > 0 for _, y in panel.series.values() for value in y):
-            _log_scale(axes)
+        drawn = [value for _, y in panel.series.values() for value in y]
+        if panel.log and min(drawn) > 0:
+            _log_scale(axes, max(drawn) / min(drawn))
         if panel.unit:
             axes.set_ylim(-0.02, 1.02)
-        for x, text in panel.marks.items():
-            axes.axvline(x, color=INK, linewidth=0.8, linestyle=":")
-            axes.annotate(text, (x, 1), xycoords=("data", "axes fraction"), fontsize=7.5, rotation=90, va="top")
         if len(panel.series) > 1:
             axes.legend(frameon=False, fontsize=8, ncols=1 if len(panel.series) < 7 else 2)
     return _png(figure)
@@ -138,11 +135,12 @@ def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
         side.set_color(FAINT)
 
 
-def _log_scale(axes: Axes) -> None:
+def _log_scale(axes: Axes, span: float) -> None:
+    """Plain numbers on the axis; 1, 2, 5 of each decade where there are few decades, else the decades alone."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 300 else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

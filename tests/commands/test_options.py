@@ -187,3 +187,20 @@ def test_every_real_default_survives_being_written_out():
 def test_group_with_a_choice_of_fields():
     group = Group("t", "rime_fast.commands.training", "TrainingOptions", only=("report", "model"))
     assert list(group.options()) == ["report", "model"]
+
+
+@pytest.mark.parametrize(("name", "config"), [("train", "sft.yaml"), ("refine", "refine.yaml")])
+def test_example_files_build_their_configs(name, config, tmp_path):
+    """The YAML files in examples/ are options that exist, with values that fit and pass the config's own checks."""
+    from importlib import import_module
+    from pathlib import Path
+
+    from rime_fast.commands.training import TrainingOptions
+    from rime_fast.trainers import config as configs
+
+    path = Path(__file__).parents[2] / "examples" / config
+    values = import_module(f"rime_fast.commands.{name}").COMMAND.read(["--config", str(path), "--bf16", "false"])
+    assert build(TrainingOptions, values).train_data == ["data/pairs.jsonl"]
+    made = build(configs.RimeConfig if name == "train" else configs.RefineConfig, values | {"output_dir": str(tmp_path)})
+    assert made.gradient_checkpointing
+    assert made.learning_rate == (5e-5 if name == "train" else 1e-6)

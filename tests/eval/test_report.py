@@ -164,6 +164,8 @@ def test_curves_go_to_their_panels():
     titles = [panel.title for panel in curves.training_panels(history[0]["log_history"])]
     assert titles == ["Loss", "Cross-entropy (nats a token)", "Contrastive terms", "In-batch hit@1", "Gradient norm"]
     assert curves.training_panels(history[1]["log_history"]) == []
+    evaluated = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}]
+    assert list(curves.training_panels(evaluated)[0].series) == ["loss", "loss (eval)"]
     panels = curves.refine_panels(history[1]["log_history"])
     assert [panel.title for panel in panels] == ["Reward", "Decoded tokens a rewrite"]
     assert panels[0].series == {"total": ([float(s) for s in range(1, 9)], [s / 9 for s in range(1, 9)])}
