@@ -35,7 +35,7 @@ def run_ranks(world: int, folder: Path, *scenarios: str) -> None:
         for rank in range(world)
     ]
     try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

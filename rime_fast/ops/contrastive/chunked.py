@@ -76,11 +76,6 @@ class Sweep:
                     into_k[cols].addmm_(tile.T, self.queries[q][rows])
 
 
-def operands(tensors: list[Tensor]) -> list[Tensor]:
-    """The rows as the sweep multiplies them."""
-    return [tensor.detach().to(accumulation_dtype(tensor.dtype)).contiguous() for tensor in tensors]
-
-
 def has_native_rows(tensor: Tensor) -> bool:
     """True where the C++ kernels handle tiles of this (accumulation-dtype) tensor."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and native.available()
@@ -104,9 +99,14 @@ def is_bounded(query_norm: float, key_norm: float, scale: Tensor) -> bool:
 
 
 def id_classes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """64-bit ids as int32 class numbers, equal exactly where the ids are: half the bytes to compare in a tile."""
+    """64-bit ids as int32 class numbers, equal exactly where the ids are: half the bytes to compare in a tile.
+
+    On an accelerator they stay as they are, since counting classes would make the host wait.
+    """
     if query_ids is None or key_ids is None:
         return None, None
+    if query_ids.device.type != "cpu":
+        return query_ids.contiguous(), key_ids.contiguous()
     _, classes = torch.unique(torch.cat([query_ids, key_ids]), return_inverse=True)
     row_ids, col_ids = classes.to(torch.int32).split([query_ids.shape[0], key_ids.shape[0]])
     return row_ids.contiguous(), col_ids.contiguous()
@@ -114,8 +114,9 @@ def id_classes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor
 
 def pair_similarity(queries: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
     """[N] similarity of each query with its positive, by row blocks (no second copy of the keys)."""
-    blocks = [(q * keys[index]).sum(1) for q, index in zip(queries.split(4096), labels.split(4096), strict=True)]
-    return torch.cat(blocks)
+    dtype = accumulation_dtype(queries.dtype)
+    pairs = zip(queries.split(4096), labels.split(4096), strict=True)
+    return torch.cat([(q.to(dtype) * keys[index]).sum(1) for q, index in pairs])
 
 
 def best_of_column(similarity: Tensor, labels: Tensor, n_keys: int) -> Tensor:

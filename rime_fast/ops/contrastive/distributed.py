@@ -16,15 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from rime_fast.ops.contrastive import softmax
 from rime_fast.ops.contrastive.agreement import Agreement, agree
-from rime_fast.ops.contrastive.chunked import (
-    Sweep,
-    best_of_column,
-    has_native_rows,
-    id_classes,
-    is_bounded,
-    largest_norm,
-    operands,
-)
+from rime_fast.ops.contrastive.backends import TABLE, AnySweep, make_sweep, operands
+from rime_fast.ops.contrastive.chunked import best_of_column, id_classes, is_bounded, largest_norm
 from rime_fast.ops.contrastive.collectives import gather_rows
 from rime_fast.ops.contrastive.inputs import Problem, accumulation_dtype
 from rime_fast.ops.contrastive.key_source import KeySource
@@ -32,7 +25,6 @@ from rime_fast.ops.contrastive.local import as_gradients, temperature_gradient
 from rime_fast.ops.contrastive.reference import reference_terms
 from rime_fast.ops.contrastive.rows import Masks, Statistics
 from rime_fast.ops.contrastive.softmax import Solved
-from rime_fast.ops.dispatch import BackendTable
 
 
 def check_group(group: Any) -> bool:
@@ -44,11 +36,9 @@ def check_group(group: Any) -> bool:
     return dist.get_world_size(group) > 1
 
 
-def grouped_terms(
-    arguments: tuple[Any, ...], group: Any, backend: str, table: BackendTable
-) -> tuple[Problem, Tensor, Tensor]:
+def grouped_terms(arguments: tuple[Any, ...], group: Any, backend: str) -> tuple[Problem, Tensor, Tensor]:
     """(this rank's problem, global loss of each term, global hit@1 of each term), with this rank's gradients."""
-    settled = agree(arguments, group, lambda tensor: table.choose(backend, tensor))
+    settled = agree(arguments, group, lambda tensor: TABLE.choose(backend, tensor))
     problem = settled.problem
     if settled.backend == "reference":
         per_term, hits = _reference(settled, group)
@@ -97,17 +87,18 @@ class _Work:
     def __init__(self, settled: Agreement, group: Any, temperature: Tensor) -> None:
         self.settled, self.group, self.problem = settled, group, settled.problem
         self.temperature, self.scale = temperature, temperature.reciprocal()
-        self.queries = operands(self.problem.queries)
+        self.queries = operands(settled.backend, self.problem.queries)
         self.labels = global_labels(settled)
         self.n_keys = sum(settled.n_keys)
         self.source = KeySource(self.problem.keys, settled, group)
         self.masks = self._masks()
         self.bounded = is_bounded(largest_norm(self.queries), settled.key_norm, self.scale)
+        self.shiftless = self.bounded and settled.backend == "chunked"
 
     def statistics(self) -> list[Statistics]:
         """Of this rank's queries against all keys."""
-        n, like = self.problem.n_queries, self.queries[0]
-        states = [Statistics.empty(n, self.n_keys, self.bounded, like) for _ in self.problem.terms]
+        n, dtype, device = self.problem.n_queries, accumulation_dtype(self.queries[0].dtype), self.labels.device
+        states = [Statistics.empty(n, self.n_keys, self.shiftless, dtype, device) for _ in self.problem.terms]
         for start, stop, keys in self.source.blocks():
             self._sweep(start, stop, keys).statistics([state.columns(start, stop) for state in states])
         return states
@@ -135,7 +126,7 @@ class _Work:
         factors = grad.double() * (0.5 if symmetric else 1.0)
         factors = factors / (self.temperature.double() * sum(self.settled.n_queries))
         slopes = [
-            softmax.make_slopes(term, self.labels, counts, factor, symmetric, self.bounded, dtype)
+            softmax.make_slopes(term, self.labels, counts, factor, symmetric, self.shiftless, dtype)
             for term, factor in zip(solved, factors.unbind(), strict=True)
         ]
         dq = [torch.zeros_like(q, dtype=dtype) for q in self.queries]
@@ -147,16 +138,10 @@ class _Work:
 
         return dq, self.source.gradients(add, wanted)
 
-    def _sweep(self, start: int, stop: int, keys: list[Tensor]) -> Sweep:
-        return Sweep(
-            queries=self.queries,
-            keys=operands(keys),
-            terms=self.problem.terms,
-            scale=self.scale,
-            masks=[masks.columns(start, stop) for masks in self.masks],
-            bounded=self.bounded,
-            native_rows=has_native_rows(self.queries[0]),
-        )
+    def _sweep(self, start: int, stop: int, keys: list[Tensor]) -> AnySweep:
+        backend, masks = self.settled.backend, [masks.columns(start, stop) for masks in self.masks]
+        moved = operands(backend, keys)
+        return make_sweep(backend, self.queries, moved, self.problem.terms, self.scale, masks, self.bounded)
 
     def _masks(self) -> list[Masks]:
         """One a term, over all keys. Limits need the positives' similarities, which may lie with any rank."""
@@ -175,12 +160,13 @@ class _Work:
 
     def _pair_similarities(self) -> Tensor:
         """[terms, N] similarity of each query with its positive."""
-        found = self.queries[0].new_zeros(len(self.problem.terms), self.problem.n_queries)
+        dtype = accumulation_dtype(self.queries[0].dtype)
+        found = self.queries[0].new_zeros(len(self.problem.terms), self.problem.n_queries, dtype=dtype)
         for start, stop, keys in self.source.blocks():
             here = (self.labels >= start) & (self.labels < stop)
             index = torch.where(here, self.labels - start, 0)
             for row, (q, k) in zip(found, self.problem.terms, strict=True):
-                row.copy_(torch.where(here, (self.queries[q] * keys[k][index]).sum(1), row))
+                row.copy_(torch.where(here, (self.queries[q].to(dtype) * keys[k][index]).sum(1), row))
         return found
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rime_fast.ops._checks import require_range
-from rime_fast.ops.contrastive import chunked, softmax
+from rime_fast.ops.contrastive import backends, chunked, softmax
+from rime_fast.ops.contrastive.backends import AnySweep
 from rime_fast.ops.contrastive.inputs import accumulation_dtype
 from rime_fast.ops.contrastive.rows import Masks, Statistics
 from rime_fast.ops.contrastive.softmax import Solved
@@ -44,14 +45,14 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tens
     """(loss of each term, hit@1 of each term, then Solved.rows and Solved.cols of each term for the backward)."""
     sweep, labels = make_sweep(x, options)
     n, n_keys = x.queries[0].shape[0], x.keys[0].shape[0]
-    states = [Statistics.empty(n, n_keys, sweep.bounded, sweep.queries[0]) for _ in options.terms]
+    dtype = accumulation_dtype(x.queries[0].dtype)
+    states = [Statistics.empty(n, n_keys, sweep.bounded, dtype, labels.device) for _ in options.terms]
     sweep.statistics(states)
     solved = [softmax.solve(state, softmax.lse_by_label(state.positive, labels, n_keys)) for state in states]
     loss = torch.stack([term.row_loss().mean() for term in solved])
     if options.symmetric:
         loss = 0.5 * (loss + torch.stack([term.col_loss(labels).mean() for term in solved]))
     hit = torch.stack([softmax.hits(state).mean() for state in states])
-    dtype = accumulation_dtype(x.queries[0].dtype)
     rows, cols = torch.stack([term.rows for term in solved]), torch.stack([term.cols for term in solved])
     return loss.to(dtype), hit.to(dtype), rows, cols
 
@@ -90,7 +91,8 @@ def as_gradients(found: list[Tensor | None], like: list[Tensor]) -> list[Tensor]
     return [t.new_empty(0) if d is None else d.to(t.dtype) for d, t in zip(found, like, strict=True)]
 
 
-def make_sweep(x: Operands, options: Options) -> tuple[chunked.Sweep, Tensor]:
+def make_sweep(x: Operands, options: Options) -> tuple[AnySweep, Tensor]:
+    """The backend's sweep over the call's operands, and the labels."""
     n, n_keys = x.queries[0].shape[0], x.keys[0].shape[0]
     labels = x.labels
     if labels is None:
@@ -98,7 +100,7 @@ def make_sweep(x: Operands, options: Options) -> tuple[chunked.Sweep, Tensor]:
     else:
         require_range("labels", labels, 0, n_keys)
         labels = labels.contiguous()
-    queries, keys = chunked.operands(x.queries), chunked.operands(x.keys)
+    queries, keys = (backends.operands(options.backend, side) for side in (x.queries, x.keys))
     row_ids, col_ids = chunked.id_classes(x.query_ids, x.key_ids)
     masks = []
     for q, k in options.terms:
@@ -108,13 +110,7 @@ def make_sweep(x: Operands, options: Options) -> tuple[chunked.Sweep, Tensor]:
             mask.row_limit = similarity + options.margin
             mask.col_limit = chunked.best_of_column(similarity, labels, n_keys) + options.margin
         masks.append(mask)
-    scale = x.temperature.reciprocal()
-    return chunked.Sweep(
-        queries=queries,
-        keys=keys,
-        terms=options.terms,
-        scale=scale,
-        masks=masks,
-        bounded=chunked.is_bounded(chunked.largest_norm(queries), chunked.largest_norm(keys), scale),
-        native_rows=chunked.has_native_rows(queries[0]),
-    ), labels
+    scale, bounded = x.temperature.reciprocal(), None
+    if options.backend == "chunked":
+        bounded = chunked.is_bounded(chunked.largest_norm(queries), chunked.largest_norm(keys), scale)
+    return backends.make_sweep(options.backend, queries, keys, options.terms, scale, masks, bounded), labels

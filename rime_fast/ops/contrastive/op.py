@@ -11,16 +11,10 @@ from torch import Tensor
 
 from rime_fast.ops._checks import require_range
 from rime_fast.ops.contrastive import library  # noqa: F401  (registers the operators)
+from rime_fast.ops.contrastive.backends import TABLE
 from rime_fast.ops.contrastive.distributed import check_group, grouped_terms
 from rime_fast.ops.contrastive.inputs import Problem, make_problem
 from rime_fast.ops.contrastive.reference import reference_terms
-from rime_fast.ops.dispatch import BackendTable
-
-TABLE = BackendTable(
-    op="contrastive",
-    probes={"reference": lambda tensor: None, "chunked": lambda tensor: None},
-    order={"cpu": ("chunked",), "cuda": ("chunked",)},
-)
 
 
 @dataclass
@@ -91,7 +85,7 @@ def contrastive_loss(
     """
     arguments = (queries, keys, terms, temperature, labels, query_ids, key_ids, margin, symmetric)
     if group is not None and check_group(group):
-        problem, per_term, hits = grouped_terms(arguments, group, backend, TABLE)
+        problem, per_term, hits = grouped_terms(arguments, group, backend)
     else:
         problem = make_problem(*arguments)
         per_term, hits = _local_terms(problem, backend)

@@ -56,19 +56,21 @@ class Statistics:
     rival: Tensor  # [N] largest logit of a row
 
     @classmethod
-    def empty(cls, n_queries: int, n_keys: int, bounded: bool, like: Tensor) -> Statistics:
-        def full(size: int, value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((size,), value, dtype=dtype, device=like.device)
+    def empty(
+        cls, n_queries: int, n_keys: int, bounded: bool, dtype: torch.dtype, device: torch.device
+    ) -> Statistics:
+        def full(size: int, value: float, of: torch.dtype = dtype) -> Tensor:
+            return torch.full((size,), value, dtype=of, device=device)
 
         start = 0.0 if bounded else -torch.inf
         return cls(
             bounded=bounded,
-            row_max=full(n_queries, start, like.dtype),
+            row_max=full(n_queries, start),
             row_sum=full(n_queries, 0.0, torch.float64),
-            col_max=full(n_keys, start, like.dtype),
+            col_max=full(n_keys, start),
             col_sum=full(n_keys, 0.0, torch.float64),
-            positive=full(n_queries, -torch.inf, like.dtype),
-            rival=full(n_queries, -torch.inf, like.dtype),
+            positive=full(n_queries, -torch.inf),
+            rival=full(n_queries, -torch.inf),
         )
 
     def columns(self, start: int, stop: int) -> Statistics:
