@@ -31,7 +31,7 @@ TRAIN = ["--learning_rate", "1e-3", "--per_device_train_batch_size", "4", "--log
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A folder with a base model, training pairs and a retrieval set."""
+    """A folder with a base model, training pairs, a retrieval set and settings."""
     root = tmp_path_factory.mktemp("work")
     texts = [get_template("rewrite").instruction, QUESTION, *COLOURS, "a square that is", "system user assistant"]
     tokenizer = tiny_tokenizer(texts)
@@ -54,6 +54,7 @@ def work(tmp_path_factory) -> Path:
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     retrieval = {"name": "colours", "candidates": [{"text": colour} for colour in COLOURS], "queries": queries}
     (root / "test.json").write_text(json.dumps(retrieval))
+    (root / "sft.yaml").write_text(f"model: {root}/base\ntrain_data: [{root}/pairs.jsonl]\nmax_steps: 6\n")
     return root
 
 
@@ -69,7 +70,6 @@ def losses(directory: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def sft(work) -> Path:
     """Six steps of joint training; settings partly from a file."""
-    (work / "sft.yaml").write_text(f"model: {work}/base\ntrain_data: [{work}/pairs.jsonl]\nmax_steps: 6\n")
     words = ["--output_dir", "@sft", "--eval_data", "@pairs.jsonl", *TRAIN, *COMMON]
     code = run(work, "train", "--config", "@sft.yaml", *words)
     assert code == 0
@@ -215,6 +215,8 @@ def test_lora_leaves_a_merged_model_and_the_adapter(work):
     assert (work / "lora" / "adapter" / "adapter_config.json").is_file()
     rows = RimeEmbedder.from_pretrained(work / "lora").encode([QUESTION, "red"])
     assert torch.isfinite(rows).all()
+    adapter = RimeEmbedder.from_pretrained(work / "lora" / "adapter").encode([QUESTION, "red"])
+    torch.testing.assert_close(adapter, rows, rtol=0, atol=1e-5)
     names_on_disk = load_file(work / "lora" / "model.safetensors").keys()
     assert not [name for name in names_on_disk if "lora" in name or "base_model" in name]
 
