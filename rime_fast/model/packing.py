@@ -62,7 +62,7 @@ class PackedLayout:
         groups = group_by_length(self.lengths, _BLOCK_COST.get(device.type, 0) if causal else 0)
         self.blocks: list[tuple[int, int]] = [(len(g), max(self.lengths[i] for i in g)) for g in groups]
         self.padded = sum(n * s for n, s in self.blocks)
-        self._take, self._slot = self._index([i for g in groups for i in g])
+        self.take, self.slot = self._index([i for g in groups for i in g])
 
     def _index(self, order: list[int]) -> tuple[Tensor | None, Tensor | None]:
         """take [padded]: the packed row of each block slot; slot [T]: the block slot of each packed row.
@@ -91,8 +91,8 @@ class PackedLayout:
         """Attention inside each sequence. query [T, heads, D], key and value [T, kv heads, D] -> [T, heads, D]."""
         if query.shape[0] != self.total:
             raise ValueError(f"query has {query.shape[0]} rows; expected {self.total}, the sum of lengths")
-        if self._take is not None:
-            query, key, value = (_ToBlocks.apply(x, self._take, self._slot) for x in (query, key, value))
+        if self.take is not None:
+            query, key, value = (_ToBlocks.apply(x, self.take, self.slot) for x in (query, key, value))
         shared = query.shape[1] != key.shape[1]
         sizes = [n * s for n, s in self.blocks]
         parts = []
@@ -103,7 +103,7 @@ class PackedLayout:
             )
             parts.append(out.transpose(1, 2).flatten(0, 1))
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return rows if self._take is None else _FromBlocks.apply(rows, self._take, self._slot)
+        return rows if self.take is None else _FromBlocks.apply(rows, self.take, self.slot)
 
     def attention(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float

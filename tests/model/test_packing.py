@@ -44,7 +44,7 @@ def test_attend_equals_separate_sequences(lengths, causal, shared):
 @pytest.mark.parametrize("lengths", [[7] * 5, [7, 7, 3, 3, 3], [12]])
 def test_equal_neighbours_are_views(lengths):
     layout = PackedLayout(lengths, CPU, causal=False)
-    assert layout._take is None
+    assert layout.take is None
     assert layout.padded == sum(lengths)
 
 
