@@ -7,7 +7,8 @@ A batch is a plain dict. N sequences, T rows in all:
     targets [T] int64: the token scored AT row t, which stands at t + 1; -100 where nothing is scored (responses only)
     disc_index, gen_index [N] int64: row of the embedding token; gen_index is -1 for a sequence without a response,
         and the key is absent when none has one (as `targets` is)
-    pixel_values, image_grid_thw, image_grids (host); pixel_values_videos, video_grid_thw, video_grids: when there are
+    pixel_values, image_grid_thw, image_grids (host); pixel_values_videos, video_grid_thw, video_grids: when there are;
+        with them image_counts / video_counts: list[int] of N, how many each sequence has
     side [N] int64 (0 query, 1 target, 2 hard negative); query_ids, key_ids [n], negative_ids int64: for the masks of
         false negatives; negative_of: the pair each hard negative belongs to (pairs only)
 """
@@ -283,6 +284,10 @@ class Collator:
             "position_ids": self._positions(sides, kinds, lengths, visual),
             **visual,
         }
+        if "image_grids" in visual:
+            batch["image_counts"] = [len(side.images) for side in sides]
+        if "video_grids" in visual:
+            batch["video_counts"] = [int(bool(side.video)) for side in sides]
         starts = np.cumsum([0, *lengths])
         disc = [s + _last(p, self.disc_id) for s, p in zip(starts.tolist(), prompts, strict=False)]
         batch["disc_index"] = torch.tensor(disc)

@@ -75,8 +75,9 @@ class _Slot:
 
 @dataclass
 class FirstPass:
-    """State between the passes: slots, cached gradients by name, the batch's loss (0-d, detached)."""
+    """State between the passes: micro-batches, cached gradients by name, the batch's loss (0-d, detached)."""
 
+    encode: Encoder
     slots: list[_Slot]
     gradients: dict[str, list[Tensor]]
     loss: Tensor
@@ -102,7 +103,7 @@ class GradCache:
 
     def __init__(
         self,
-        encode: Encoder,
+        encode: Encoder | None = None,
         loss: BatchLoss | None = None,
         *,
         sync: GradSync | None = None,
@@ -120,23 +121,35 @@ class GradCache:
         self.bytes_per_cost = 0.0
 
     def step(
-        self, micro_batches: Sequence[Any], *, loss: BatchLoss | None = None, scale: float = 1.0,
+        self,
+        micro_batches: Sequence[Any],
+        *,
+        encode: Encoder | None = None,
+        loss: BatchLoss | None = None,
+        scale: float = 1.0,
         synchronise: bool = True,
-    ) -> CachedStep:  # fmt: skip
+    ) -> CachedStep:
         """Both passes: adds the gradients of ``scale`` x (loss + sum of the encoder's losses) into ``.grad``.
 
-        loss: of this batch, in place of the one given at construction. scale: 1 / accumulation steps. synchronise:
-        False for all but the last batch of an accumulated step. Raises ValueError for no micro-batch, or without a
-        loss.
+        encode, loss: of this batch, in place of those given at construction. scale: 1 / accumulation steps.
+        synchronise: False for all but the last batch of an accumulated step. Raises ValueError for no micro-batch, or
+        without an encoder or a loss.
         """
-        first = self.first_pass(micro_batches, loss=loss, scale=scale)
+        first = self.first_pass(micro_batches, encode=encode, loss=loss, scale=scale)
         return self.second_pass(first, synchronise=synchronise)
 
     def first_pass(
-        self, micro_batches: Sequence[Any], *, loss: BatchLoss | None = None, scale: float = 1.0
+        self,
+        micro_batches: Sequence[Any],
+        *,
+        encode: Encoder | None = None,
+        loss: BatchLoss | None = None,
+        scale: float = 1.0,
     ) -> FirstPass:
         """Embeddings of every micro-batch, the loss over all of them, and its gradients."""
-        loss = loss or self.loss
+        encode, loss = encode or self.encode, loss or self.loss
+        if encode is None:
+            raise ValueError("encode is None; expected an encoder, here or at construction")
         if loss is None:
             raise ValueError("loss is None; expected a function of the embeddings, here or at construction")
         slots, kept = self._plan(micro_batches)
@@ -146,15 +159,15 @@ class GradCache:
                 if i < len(slots) - kept:
                     slot.rng = RngState()
                     with torch.no_grad():
-                        out = self.encode(slot.data, False)
+                        out = encode(slot.data, False)
                 else:
-                    out = slot.graph = self._encode_kept(slot.data, last=i == len(slots) - 1)
+                    out = slot.graph = self._encode_kept(encode, slot.data, last=i == len(slots) - 1)
                 slot.rows = next(iter(out.embeddings.values())).shape[0]
                 if not slot.idle:
                     rows.append({name: x.detach() for name, x in out.embeddings.items()})
         value, gradients = _batch_gradients(rows, loss, scale)
         counts = [0 if slot.idle else slot.rows for slot in slots]
-        return FirstPass(slots, {name: list(g.split(counts)) for name, g in gradients.items()}, value, scale)
+        return FirstPass(encode, slots, {name: list(g.split(counts)) for name, g in gradients.items()}, value, scale)
 
     def second_pass(
         self, first: FirstPass, *, upstream: Tensor | None = None, synchronise: bool = True
@@ -173,7 +186,7 @@ class GradCache:
                 if out is None:
                     encoded += 1
                     with self.sync.local():
-                        out = self.encode(slot.data, True)
+                        out = first.encode(slot.data, True)
                 else:
                     kept += 1
                 gradients = {name: parts[i] for name, parts in first.gradients.items()}
@@ -213,14 +226,14 @@ class GradCache:
             kept += 1
         return kept
 
-    def _encode_kept(self, data: Any, last: bool) -> Encoded:
+    def _encode_kept(self, encode: Encoder, data: Any, last: bool) -> Encoded:
         # autocast caches cast weights, also those cast without a graph; a graph built on these reaches no parameter
         torch.clear_autocast_cache()
         with torch.enable_grad():
             if not last or self.keep_bytes == 0 or math.isinf(self.keep_bytes):
-                return self.encode(data, True)
+                return encode(data, True)
             with measured_graph(self.sync.parameters()) as graph:
-                out = self.encode(data, True)
+                out = encode(data, True)
             self.bytes_per_cost = max(self.bytes_per_cost, graph.value / max(self.cost(data), 1e-9))
             return out
 

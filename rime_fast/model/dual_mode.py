@@ -23,6 +23,7 @@ from rime_fast.model.head import ScoringHead, make_scoring
 from rime_fast.model.outputs import DualModeOutput
 from rime_fast.model.packing import PACKED_SDPA, AttentionLayout, packed_layout
 from rime_fast.model.vision import segment_attention, vision_features
+from rime_fast.model.vision_cache import VisionCache
 
 # What a caller of the stock signature may pass along with a packed batch as long as it says nothing (peft does).
 _STOCK_ONLY = {"attention_mask", "labels", "inputs_embeds", "past_key_values", "mm_encoder_outputs"}
@@ -141,6 +142,7 @@ class DualModeModel:
         image_grids: Sequence[Sequence[int]] | None = None,
         video_grids: Sequence[Sequence[int]] | None = None,
         layout: AttentionLayout | None = None,
+        vision_cache: VisionCache | None = None,
     ) -> Tensor:
         """Last hidden states (after the final norm) of a packed batch, [T, H].
 
@@ -148,6 +150,7 @@ class DualModeModel:
         packed SDPA). ``mm_token_type_ids`` [T] tells image (1) and video (2) placeholders from text (0); without it
         the token ids do, and a response that happens to contain such a token is an error. ``image_grids`` /
         ``video_grids``: the grids as host integers; a grid tensor on a device is read back, which waits for it.
+        ``vision_cache``: see rime_fast/model/vision_cache.py.
         """
         rows = int(input_ids.shape[0]) if input_ids.dim() == 1 else -1
         if sum(lengths) != rows:
@@ -160,7 +163,7 @@ class DualModeModel:
         pixels, grids, n_image = _visual_input(pixel_values, image_grids, pixel_values_videos, video_grids)
         extra: dict[str, Any] = {}
         if pixels is not None:
-            features, deepstack = vision_features(self.model.visual, pixels, grids)
+            features, deepstack = vision_features(self.model.visual, pixels, grids, vision_cache)
             n_image //= self.model.visual.spatial_merge_size**2
             where, mask = self._placeholders(input_ids, mm_token_type_ids, n_image, features.shape[0])
             embeds = torch.where(mask, features.to(embeds.dtype).index_select(0, where), embeds)
@@ -332,7 +335,7 @@ def _visual_input(
 
 _ENCODER_KEYS = set(inspect.signature(DualModeModel.encode_hidden).parameters) - {"self", "input_ids", "lengths"}
 _DUAL_KEYS = ["lengths", "targets", "token_weight", "pools", "disc_index", "gen_index", "entropy", "temperature"]
-_DUAL_KEYS += ["normalize", "return_hidden", "logprob_backend", "image_grids", "video_grids", "side"]
+_DUAL_KEYS += ["normalize", "return_hidden", "logprob_backend", "image_grids", "video_grids", "side", "vision_cache"]
 
 
 def _make_forward(stock: type[nn.Module]) -> Any:

@@ -52,7 +52,8 @@ def score_rows(
     rows = {name: index.clamp(min=0) for name, index in pools.items()}
     found: dict[str, Tensor | None] = {}
     if targets is None:
-        embeddings = {name: hidden.index_select(0, index).float() for name, index in rows.items()}
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # fp64 stays, as in the operator
+        embeddings = {name: hidden.index_select(0, index).to(wide) for name, index in rows.items()}
         if normalize:
             embeddings = {name: F.normalize(x, dim=-1) for name, x in embeddings.items()}
     else:

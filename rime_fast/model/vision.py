@@ -22,6 +22,7 @@ from transformers.vision_utils import (
 )
 
 from rime_fast.model.packing import PACKED_SDPA, PackedLayout, packed_layout
+from rime_fast.model.vision_cache import VisionCache, cacheable, trunk_is_frozen
 
 Grids = tuple[tuple[int, int, int], ...]
 
@@ -57,7 +58,9 @@ def _segmented(stock: Any) -> Any:
 
 
 def segment_attention(tower: nn.Module) -> None:
-    """Give the tower's blocks the segmented attention, in place; parameters and their names stay."""
+    """Give the tower's blocks the segmented attention, and its forward a cache to use, in place; parameters and their
+    names stay."""
+    cacheable(tower)
     full = getattr(tower, "fullatt_block_indexes", None)
     blocks: Any = tower.blocks
     for i, block in enumerate(blocks):
@@ -91,10 +94,13 @@ def _geometry(
     return {name: t.to(device, non_blocking=True) for name, t in tensors.items()} | {"rime_layouts": tuple(layouts)}
 
 
-def vision_features(tower: Any, pixels: Tensor, grids: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor]]:
+def vision_features(
+    tower: Any, pixels: Tensor, grids: Sequence[Sequence[int]], cache: VisionCache | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Features of all images and videos of a batch, and Qwen3-VL's deepstack features (else an empty list).
 
     pixels [patches, channels * patch volume]; grids: (t, h, w) in patches, on the host, in the order of ``pixels``.
+    cache: of a frozen tower's features between two passes over these pixels (a trained tower ignores it).
     Returns [sum t * h * w / merge^2, H] each.
     """
     config: Any = tower.config
@@ -112,5 +118,7 @@ def vision_features(tower: Any, pixels: Tensor, grids: Sequence[Sequence[int]]) 
         known["max_seqlen"] = max(layouts[0].lengths)
         if window is not None:
             known["max_window_seqlen"] = max(layouts[1].lengths)
+    if cache is not None and trunk_is_frozen(tower):
+        known["rime_cache"] = cache
     out = tower(pixels.to(tower.dtype), grid_thw=torch.tensor(grids, device="cpu"), **known)
     return out.pooler_output, list(getattr(out, "deepstack_features", None) or [])

@@ -49,6 +49,8 @@ def test_images_and_tokens_equal_the_stock_processor(template):
     assert [row.tolist() for row in rows(batch, "mm_token_type_ids")] == expected["mm_token_type_ids"]
     assert torch.equal(batch["pixel_values"], torch.as_tensor(expected["pixel_values"]))
     assert batch["image_grids"] == batch["image_grid_thw"].tolist() == expected["image_grid_thw"].tolist()
+    assert sum(batch["image_counts"]) == len(batch["image_grids"])
+    assert len(batch["image_counts"]) == len(batch["lengths"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
