@@ -157,7 +157,8 @@ struct Tile {
   const int64_t* positive;
   const uint8_t* mask;
   double* state;
-  float anchor_norm, tau;
+  float anchor_norm;
+  double inverse_tau;
   int64_t columns, width, group_size, positives, first, mask_stride;
   int negative;
 };
@@ -174,7 +175,7 @@ void add_chunk(const Tile& t, int64_t row, int64_t begin, int64_t size, float ba
   state[0] += count;
   if (t.negative == kMean) state[1] += sum(run.values, run.size);
   if (t.negative == kMax) add_max(run, band, state);
-  if (t.negative == kSoftmax) add_softmax(run, 1.0 / t.tau, state);
+  if (t.negative == kSoftmax) add_softmax(run, t.inverse_tau, state);
 }
 
 // A row's columns without its own anchors: the part before them and the part behind.
@@ -205,7 +206,7 @@ void add_row_exact(const Tile& t, const double* sims, int64_t row) {
     state[0] += 1.0;
     if (t.negative == kMean) state[1] += s;
     if (t.negative == kMax && s > state[1]) state[1] = s;
-    if (t.negative == kSoftmax) softmax_merge(state, s, 1.0, s, 1.0 / t.tau);
+    if (t.negative == kSoftmax) softmax_merge(state, s, 1.0, s, t.inverse_tau);
   }
 }
 
@@ -226,7 +227,7 @@ void rank_own(const Tensor& gen, const Tensor& own_anchors, Tensor own, Tensor n
   });
 }
 
-void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const Tensor& tile_norms,
+void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const Tensor& tile_norm,
                const Tensor& norms, const Tensor& own, const Tensor& positive, std::optional<Tensor> mask,
                int64_t first, int64_t negative, double tau, Tensor state) {
   Tile t{};
@@ -242,7 +243,7 @@ void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const 
   t.positives = own.size(1);
   t.first = first;
   t.negative = static_cast<int>(negative);
-  t.tau = static_cast<float>(tau);
+  t.inverse_tau = 1.0 / tau;
   if (mask.has_value()) {
     t.mask = reinterpret_cast<const uint8_t*>(mask->const_data_ptr<bool>());
     t.mask_stride = mask->stride(0);
@@ -255,9 +256,7 @@ void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const 
     return;
   }
   t.sims = sims.const_data_ptr<float>();
-  const float* anchor_norms = tile_norms.const_data_ptr<float>();
-  for (int64_t j = 0; j < t.columns; ++j)
-    if (anchor_norms[j] <= kLargest && anchor_norms[j] > t.anchor_norm) t.anchor_norm = anchor_norms[j];
+  t.anchor_norm = *tile_norm.const_data_ptr<float>();
   torch::stable::parallel_for(0, gen.size(0), 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) add_row(t, row);
   });

@@ -42,7 +42,7 @@ def test_chunked_equals_reference(
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_bank_of_many_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Own groups that straddle tile borders, a last tile that is not full, and one row at a time of buffer."""
-    monkeypatch.setattr(chunked, "BUFFER_BYTES", 1)
+    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 1)
     monkeypatch.setattr(chunked, "MIN_COLUMNS", 7)
     weights = WEIGHTS[kind]
     case = make_case(9, 4, 24, 1000, positives=weights.positives, ties=True)
@@ -246,7 +246,7 @@ def test_keeps_no_similarity_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: (sizes.append(out.numel()), product(a, b, out=out))[1])
     score(make_case(32, 16, 8, 40_000, masked=False), backend="chunked")
-    assert max(sizes) * 4 <= chunked.BUFFER_BYTES
+    assert max(sizes) * 4 <= chunked.BUFFER_BYTES["cpu"]
     assert sum(sizes) == 32 * 16 * 40_000
 
 

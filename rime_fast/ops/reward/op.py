@@ -10,14 +10,20 @@ from torch import Tensor
 
 from rime_fast.ops._checks import FLOATS, INDICES, check_tensor, describe, require_range
 from rime_fast.ops.dispatch import BackendTable
-from rime_fast.ops.reward import chunked, reference, sharded
+from rime_fast.ops.reward import chunked, compiled, reference, sharded, triton_backend
 from rime_fast.ops.reward.weights import TERM_NAMES, RewardWeights
 
 TABLE = BackendTable(
     op="reward",
-    probes={"reference": lambda _: None, "chunked": chunked.why_not},
-    order={"cpu": ("chunked", "reference"), "cuda": ("chunked", "reference")},
+    probes={
+        "reference": lambda _: None,
+        "chunked": compiled.why_not_cpu,
+        "triton": triton_backend.why_not,
+        "cuda": compiled.why_not_cuda,
+    },
+    order={"cpu": ("chunked", "reference"), "cuda": ("cuda", "triton", "reference")},
 )
+ENGINES: dict[str, chunked.Engine] = {"chunked": compiled, "cuda": compiled, "triton": triton_backend}
 
 
 @torch.no_grad()
@@ -73,7 +79,7 @@ def score_rewrites_(
     per_item = disc_similarity if disc_similarity is None or disc_similarity.dim() == 2 else disc_similarity[:, None]
     wanted = terms or {}
     torch.ops.rime_fast.score_rewrites_(
-        rewards, advantages, list(wanted.values()), [chunked.PLANES.index(name) for name in wanted],
+        rewards, advantages, list(wanted.values()), [compiled.PLANES.index(name) for name in wanted],
         gen, anchors, positive, format_ok, lengths, per_item, negatives_mask,
         weights.encode(), "" if group is None else group.group_name, backend,
     )  # fmt: skip
@@ -107,9 +113,9 @@ def _score_rewrites(
     if chosen == "reference":
         found = reference.statistics(gen, anchors.to(gen.device), positive, negatives_mask, weights)
         result = reference.rewards(found, format_ok, lengths, disc_similarity, weights)
-        values = [result[name] for name in chunked.PLANES]
+        values = [result[name] for name in compiled.PLANES]
     else:
-        call = (gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights)
+        call = (ENGINES[chosen], gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights)
         values = list(chunked.score(*call) if group is None else sharded.score(*call, group))
     rewards.copy_(values[0])
     advantages.copy_(values[1])

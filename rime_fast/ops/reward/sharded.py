@@ -58,6 +58,7 @@ def layout(
 
 
 def score(
+    engine: chunked.Engine,
     gen: Tensor,
     anchors: Tensor,
     positive: Tensor,
@@ -76,19 +77,19 @@ def score(
         require_range("positive", everyones, 0, bank.total - weights.positives + 1)
     local = everyones - bank.offset
 
-    own, norms = chunked.own_similarities(rows, chunked.own_anchors(anchors, local, weights, gen.device))
+    own, norms = engine.own_similarities(rows, chunked.own_anchors(anchors, local, weights, gen.device))
     own = _own_from_holders(own, local, anchors.shape[0], weights, group)
     mask = None if negatives_mask is None else _mask_columns(negatives_mask, bank, group)
     exact = bank.total <= chunked.EXACT_ANCHORS
-    states = chunked.scan(rows, norms, own, anchors, local, mask, weights, exact=exact)
+    states = chunked.scan(engine, rows, norms, own, anchors, local, mask, weights, exact=exact)
 
     parts = torch.empty_like(states)
     dist.all_to_all_single(parts, states, group=group)
     n_local = format_ok.numel()
     state = chunked.initial_state(rows[:n_local], weights)
-    chunked.merge(parts.view(group.size(), n_local, -1), state, weights)
+    engine.merge(parts.view(group.size(), n_local, -1), state, weights)
     mine = own[group.rank() * n_local : (group.rank() + 1) * n_local].contiguous()
-    return chunked.finish(state, mine, format_ok, lengths, disc_similarity, weights)
+    return engine.finish(state, mine, format_ok, lengths, disc_similarity, weights)
 
 
 def gather_bank(anchors: Tensor, bank: Layout, group: dist.ProcessGroup) -> Tensor:

@@ -86,6 +86,11 @@ class RewardWeights:
         other side, laid out group by group, and ``positive`` points at the first of the item's own group."""
         return cls(w_fmt=w_fmt, w_refine=0.0, w_len=0.0, mode="ume_r1", positives=group_size)
 
+    @property
+    def negative_code(self) -> int:
+        """Index into ``NEGATIVES`` of the kind that is computed, as the kernels take it."""
+        return 0 if self.mode == "ume_r1" else NEGATIVES.index(self.negative)
+
     def encode(self) -> list[float]:
         """All fields as numbers (choices as their index), the form that passes through an operator's schema."""
         return [
