@@ -71,9 +71,9 @@ def _whole(table: torch.Tensor) -> AbstractContextManager:
     """Where ZeRO-3 has partitioned ``table``: a context with all of it, written back from rank 0."""
     if not hasattr(table, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([table], modifier_rank=0)
+    return deepspeed.zero.GatheredParameters([table], modifier_rank=0)
 
 
 def _tables(model: PreTrainedModel) -> list[torch.Tensor]:

@@ -2,54 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rime_fast.data.collate import Collator
+from rime_fast.engine.anchor_bank import AnchorBank, data_fingerprint, model_fingerprint
 from rime_fast.trainers.rollout_batch import side_ids
-
-
-@dataclass
-class AnchorBank:
-    """rows [A, D] fp32 unit: d of item j of one side. ids [A, 2] int64: ``side_ids`` of the items."""
-
-    rows: Tensor
-    ids: Tensor
-
-    def to(self, device: torch.device) -> AnchorBank:
-        return AnchorBank(self.rows.to(device), self.ids.to(device))
-
-    def save(self, path: Path) -> None:
-        """Write as safetensors; the data's fingerprint goes along."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"rows": self.rows.cpu().contiguous(), "ids": self.ids.cpu().contiguous()}
-        save_file(tensors, path, metadata={"data": fingerprint(self.ids)})
-
-    @classmethod
-    def load(cls, path: Path, ids: Tensor) -> AnchorBank:
-        """Read a bank made for the items ``ids``. Raises ValueError when it was made for others."""
-        with safe_open(path, framework="pt") as file:
-            if file.metadata()["data"] != fingerprint(ids):
-                raise ValueError(f"{path} holds the anchors of other data than this run's; remove it to make new ones")
-            return cls(file.get_tensor("rows"), file.get_tensor("ids"))
-
-
-def fingerprint(ids: Tensor) -> str:
-    """Equal for equal items in equal order."""
-    return hashlib.blake2b(ids.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+from rime_fast.trainers.setup import whole_parameters
 
 
 def item_ids(pairs: Any, side: str) -> Tensor:
     """``side_ids`` of one side of every pair, [A, 2] int64."""
     return side_ids([getattr(pairs[i], side) for i in range(len(pairs))])
+
+
+def anchor_bank(
+    path: Path, model: Any, ids: Tensor, side: str, encode: Callable[[], Tensor], *, resuming: bool, save: bool,
+    group: dist.ProcessGroup | None = None,
+) -> AnchorBank:  # fmt: skip
+    """The bank of one side: read from ``path`` where it fits, else made by ``encode`` and written there.
+
+    ids: ``item_ids``, the data's fingerprint. encode: gives all rows [A, D] (every rank calls it, or none). resuming:
+    take the file whatever model made it (the weights at hand may be a checkpoint's), but for this data only: another
+    run's file is a ValueError. save: whether this rank writes.
+    """
+    data = data_fingerprint(ids)
+    with whole_parameters(model):
+        name = model_fingerprint(model)
+    found = torch.tensor(float(path.is_file()), device=next(model.parameters()).device)
+    if group is not None:
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=group)
+    there = bool(found)
+    if there and resuming:
+        return AnchorBank.open(path, model=None, data=data)
+    if there:
+        try:
+            return AnchorBank.open(path, model=name, data=data)
+        except ValueError:
+            pass  # of an earlier run with another model or other data: made anew below
+    rows = encode()
+    if save:
+        AnchorBank.make(path, rows, lambda part: part, ids, model=name, data=data, side=side)
+    return AnchorBank(rows, ids, 0, len(ids), name, data, side)
 
 
 @torch.no_grad()
@@ -59,7 +58,7 @@ def discriminative_rows(
 ) -> Tensor:  # fmt: skip
     """d of one side of every pair, [A, D] fp32 on ``device``; the work is shared by the ranks of ``group``.
 
-    Every rank makes the same number of forwards (FSDP and ZeRO-3 gather parameters in step).
+    Every rank makes the same number of forwards (ZeRO-3 gathers parameters in step).
     """
     world = 1 if group is None else dist.get_world_size(group)
     rank = 0 if group is None else dist.get_rank(group)

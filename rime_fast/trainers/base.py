@@ -87,6 +87,10 @@ class DualModeTrainer(Trainer):
         with self.clock.paused():
             super()._save_checkpoint(*args, **kwargs)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As transformers', but lists stay as they are: ours hold host numbers (lengths, grids) and sides."""
+        return data if isinstance(data, list) else super()._prepare_input(data)
+
     # --- metrics -----------------------------------------------------------------------------------------------------
 
     def observe(self, values: dict[str, torch.Tensor], *, samples: int, tokens: int) -> None:

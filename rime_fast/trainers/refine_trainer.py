@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rime_fast.data.collate import Collator
+from rime_fast.engine.anchor_bank import AnchorBank
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.recipe.group_rewards import OPPOSITE, Rewarder
 from rime_fast.recipe.refine import policy_loss
-from rime_fast.trainers.anchors import AnchorBank, discriminative_rows, item_ids, to_device
+from rime_fast.trainers.anchors import anchor_bank, discriminative_rows, item_ids, to_device
 from rime_fast.trainers.base import DualModeTrainer
 from rime_fast.trainers.config import RefineConfig
 from rime_fast.trainers.reference import Reference
@@ -28,7 +28,7 @@ from rime_fast.trainers.rollout_batch import (
     sampled_responses,
     token_rows,
 )
-from rime_fast.trainers.setup import as_pairs, prepare_model
+from rime_fast.trainers.setup import as_pairs, prepare_model, whole_parameters
 
 
 class RefineRLTrainer(DualModeTrainer):
@@ -62,22 +62,19 @@ class RefineRLTrainer(DualModeTrainer):
         if not isinstance(args, RefineConfig):
             raise TypeError(f"args is {type(args).__name__}; expected RefineConfig")
         model, processor, tokens = prepare_model(model, processing_class or processor, args, peft_config)
+        if args.fsdp:
+            raise ValueError("fsdp is set: rollouts need whole parameters; use one process, DDP or DeepSpeed ZeRO")
         _no_dropout(model)
         self.tokenizer, self.gen_id = processor.tokenizer, tokens.gen_id
         self.trained = ("query", "target") if args.trained_sides == "both" else (args.trained_sides,)
         chosen = args.template if template is None else template
         self.collator = Collator(processor, chosen, model.config, max_length=args.max_length, ids=False)
 
-        def opened(source: Any, name: str) -> Any:
-            pairs, bad = as_pairs(source, name, args, self.collator, rewrites=False)
-            self.bad_rows += bad
-            return None if pairs is None else IndexedPairs(pairs, name)
-
-        self.bad_rows = 0
-        train = opened(train_dataset, "train")
-        evaluation: Any = opened(None if isinstance(eval_dataset, dict) else eval_dataset, "eval")
+        self.args, self.bad_rows = args, 0
+        train = self._opened(train_dataset, "train")
+        evaluation: Any = self._opened(None if isinstance(eval_dataset, dict) else eval_dataset, "eval")
         if isinstance(eval_dataset, dict):
-            evaluation = {name: opened(part, f"eval-{name}") for name, part in eval_dataset.items()}
+            evaluation = {name: self._opened(part, f"eval-{name}") for name, part in eval_dataset.items()}
         opposite = args.reward_mode == "anchor" and args.anchors == "policy" and len(self.trained) == 1
         super().__init__(
             model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=processor,
@@ -91,6 +88,11 @@ class RefineRLTrainer(DualModeTrainer):
         self.rewarder = Rewarder(args.reward_weights(), self.trained, args.num_generations)
         self.add_callback(_BanksAtStart(self))
 
+    def _opened(self, source: Any, name: str) -> Any:
+        pairs, bad = as_pairs(source, name, self.args, self.collator, rewrites=False)
+        self.bad_rows += bad
+        return None if pairs is None else IndexedPairs(pairs, name)
+
     # --- anchors -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -101,22 +103,27 @@ class RefineRLTrainer(DualModeTrainer):
             self.make_banks(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As ``RimeTrainer.evaluate``: rewards and rewrite lengths of sampled rewrites on the evaluation pairs."""
-        self.make_banks(self.model)
-        return super().evaluate(*args, **kwargs)
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers' ``evaluate``: rewards and lengths of sampled rewrites on the evaluation pairs.
+
+        The anchors of a dataset that the trainer was not made with are the current model's.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, IndexedPairs)):
+            eval_dataset = self._opened(eval_dataset, f"given-{len(self.banks)}")
+        self.make_banks(self.model, eval_dataset if isinstance(eval_dataset, IndexedPairs) else None)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     @property
     def _sharded(self) -> bool:
         """Whether a wrapper owns the parameters: a forward before training begins is then impossible."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
-    def make_banks(self, model: Any) -> None:
+    def make_banks(self, model: Any, more: IndexedPairs | None = None) -> None:
         """Compute the anchors that are not there yet, with ``model`` as it is now."""
         if self.args.anchors != "sft" or self.args.reward_mode != "anchor":
             return
         many = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for pairs in (self.train_dataset, *many.values()):
+        for pairs in (self.train_dataset, *many.values(), more):
             if pairs is None:
                 continue
             for side in {OPPOSITE[name] for name in self.trained} - {s for n, s in self.banks if n == pairs.name}:
@@ -124,18 +131,17 @@ class RefineRLTrainer(DualModeTrainer):
 
     def _make_bank(self, model: Any, pairs: IndexedPairs, side: str) -> AnchorBank:
         path = Path(self.args.output_dir) / "anchors" / f"{pairs.name}-{side}.safetensors"
-        ids = item_ids(pairs.pairs, side)
-        if self.resuming and path.exists():
-            return AnchorBank.load(path, ids)
-        if self.resuming and self._sharded:
+        if self.resuming and self._sharded and not path.is_file():
             raise ValueError(f"{path} is missing: the anchors of the start cannot be made from a resumed policy")
         batch = max(self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
+
+        def encode() -> Tensor:
+            return discriminative_rows(model, pairs.pairs, side, self.collator, batch, self.args.device, self.group)
+
+        policy, ids = self.accelerator.unwrap_model(self.model), item_ids(pairs.pairs, side)
         with self.clock.paused():
-            rows = discriminative_rows(model, pairs.pairs, side, self.collator, batch, self.args.device, self.group)
-        bank = AnchorBank(rows, ids)
-        if self.args.should_save:
-            bank.save(path)
-        return bank
+            return anchor_bank(path, policy, ids, side, encode, resuming=self.resuming, save=self.args.should_save,
+                               group=self.group)  # fmt: skip
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -215,8 +221,8 @@ class RefineRLTrainer(DualModeTrainer):
         if self.args.anchors == "sft":
             bank = self.banks[inputs["split"], side]
             if self.args.negatives == "bank":
-                return bank.rows, index, bank.ids
-            rows, ids = bank.rows.index_select(0, index), bank.ids.index_select(0, index)
+                return bank.anchors, index, bank.ids
+            rows, ids = bank.anchors.index_select(0, index), bank.ids.index_select(0, index)
         else:
             count, ids = len(index), inputs["ids"]
             if "opposite" in inputs:
@@ -306,13 +312,3 @@ def _gathered(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     everyone = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
     dist.all_gather_into_tensor(everyone, rows.contiguous(), group=group)
     return everyone
-
-
-def whole_parameters(model: nn.Module) -> AbstractContextManager[Any]:
-    """All parameters on every rank for as long as a rollout takes, where ZeRO-3 has partitioned them."""
-    parameters = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if not parameters:
-        return nullcontext()
-    from deepspeed.zero import GatheredParameters
-
-    return GatheredParameters(parameters)

@@ -70,8 +70,8 @@ def test_anchors_stay_those_of_the_start(tiny, tmp_path):
                 m.eval()(**run.collator.collate_prompts(sides, mode="disc")).embeddings["disc"]
                 for m in (start, run.model)
             )
-        torch.testing.assert_close(bank.rows, want, rtol=1e-5, atol=1e-6)
-        assert (bank.rows - moved).abs().max() > 1e-3
+        torch.testing.assert_close(bank.anchors, want, rtol=1e-5, atol=1e-6)
+        assert (bank.anchors - moved).abs().max() > 1e-3
         assert (tmp_path / "anchors" / f"train-{side}.safetensors").exists()
 
 
@@ -143,7 +143,9 @@ def test_the_adapter_off_is_the_reference(tiny, tmp_path):
 def test_evaluation_reports_rewards(tiny, tmp_path):
     run = trainer(tiny, tmp_path, max_steps=1, more={"eval_dataset": tiny.pairs(4, seed=9)})
     found = run.evaluate()
-    assert {"eval_reward/total", "eval_rewrite_tokens", "eval_reward/hit"} <= set(found)
+    names = {"eval_reward/total", "eval_rewrite_tokens", "eval_reward/hit"}
+    assert names <= set(found)
+    assert names <= set(run.evaluate(tiny.pairs(3, seed=8)))
 
 
 def test_bfloat16_autocast_on_the_cpu(tiny, tmp_path):
@@ -156,7 +158,7 @@ def test_a_stale_bank_is_an_error(tiny, tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer(tiny, tmp_path, **settings).train()
     other = trainer(tiny, tmp_path, tiny.pairs(8, seed=4), **settings)
-    with pytest.raises(ValueError, match="anchors of other data"):
+    with pytest.raises(ValueError, match="stale anchor bank: its data fingerprint"):
         other.train(resume_from_checkpoint=str(Path(tmp_path) / "checkpoint-1"))
 
 
