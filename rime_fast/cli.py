@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("evaluate", "the 2 x 2 table of mutual retrieval; report.json and report.html"),
     "embed": ("embed", "embed a file of items; safetensors and JSONL"),
     "data check": ("data_check", "name file, row and field of every bad row; write the good ones"),
+    "demo": ("demo", "the whole recipe on digit scans, from random weights to a report"),
     "doctor": ("doctor", "what is active here, what is missing, what that costs"),
     "bench": ("bench", "the benchmarks (in a source checkout)"),
 }

@@ -7,7 +7,7 @@ running value
 
 is followed step by step, and the target is the text of the last two values: "41". A small model cannot compute that
 in one pass, but it can write the five values one after the other. Rewrite: the five values. Chain of thought: the same
-as equations. Control: as many tokens as the rewrite, which say nothing. One sign is one token everywhere.
+as equations. Control: as many tokens as the longest rewrite, which say nothing. One sign is one token everywhere.
 
 Train, validation and test use disjoint SCANS, so that a test image never holds a digit the model has seen.
 Needs scikit-learn (the ``demo`` extra); nothing is downloaded.
@@ -33,8 +33,9 @@ OPERATORS = "+-×"
 _SPLIT_SEED = 1234
 _TEST, _VAL = 360, 240  # scans; the other 1,197 are for training
 _STREAM = {"train": 1, "val": 2, "test": 3}
-# As many words as the rewrite has values: on a query's side and on a target's.
-CONTROL_TEXTS = ("here are five small digits", "two digits")
+_STYLES = 4  # the stream that decides which rewrites are wordy
+# As many words as a wordy rewrite, and as a target's, has tokens between its tags: ten and two.
+CONTROL_TEXTS = ("here are five small digits in a row of scans", "two digits")
 
 
 class Chain(NamedTuple):
@@ -112,11 +113,11 @@ def _disturb(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (bright + 0.1 * rng.standard_normal(pixels.shape)).clip(0, 1)
 
 
-def query_side(chain: Chain, style: Style = "rewrite", id: str | None = None) -> Side:
-    """The image and the operators, with the response of that style."""
+def query_side(chain: Chain, style: Style = "rewrite", *, wordy: bool = False, id: str | None = None) -> Side:
+    """The image and the operators, with the response of that style. wordy: the rewrite ends with its answer again."""
     values = "".join(map(str, chain.values))
     if style == "rewrite":
-        response = values
+        response = f"{values} and so {chain.answer}" if wordy else values
     elif style == "control":
         response = CONTROL_TEXTS[0]
     else:
@@ -139,16 +140,24 @@ def target_side(answer: str, style: Style = "rewrite") -> Side:
 class DigitChains(Sequence[Pair]):
     """``size`` training pairs, each made when it is asked for; the same ones for the same arguments.
 
-    style: what the rewrites are. augment: see ``make_chain`` (default: only in training).
+    style: what the rewrites are. wordy: share of the queries' rewrites that say the answer twice ("72441 and so 41"),
+    the slack that a length reward can take out. augment: see ``make_chain`` (default: only in training).
     """
 
     def __init__(
-        self, split: Split, size: int, *, seed: int = 0, style: Style = "rewrite", augment: bool | None = None
+        self,
+        split: Split,
+        size: int,
+        *,
+        seed: int = 0,
+        style: Style = "rewrite",
+        wordy: float = 0.0,
+        augment: bool | None = None,
     ) -> None:
         if style not in get_args(Style):
             raise ValueError(f"style is {style!r}; expected one of {', '.join(map(repr, get_args(Style)))}")
         scan_indices(split)
-        self.split, self.size, self.seed, self.style = split, size, seed, style
+        self.split, self.size, self.seed, self.style, self.wordy = split, size, seed, style, wordy
         self.augment = split == "train" if augment is None else augment
 
     def __len__(self) -> int:
@@ -159,7 +168,8 @@ class DigitChains(Sequence[Pair]):
             raise IndexError(f"index is {index}; expected 0 to {self.size - 1}")
         chain = make_chain(self.split, self.seed, index, augment=self.augment)
         name = f"{self.split}-{self.seed}-{index}"
-        return Pair(query_side(chain, self.style, name), target_side(chain.answer, self.style), id=name)
+        wordy = bool(np.random.default_rng((_STYLES, self.seed, index)).random() < self.wordy)
+        return Pair(query_side(chain, self.style, wordy=wordy, id=name), target_side(chain.answer, self.style), id=name)
 
 
 def retrieval_set(split: Split, size: int, *, seed: int = 0, style: Style = "rewrite") -> RetrievalSet:

@@ -73,8 +73,9 @@ def test_sides_of_each_style() -> None:
     assert digits.query_side(chain, "cot").rewrite == "<think>7;7+5=2;2-8=4;4×1=4;4-3=1</think><answer>41</answer>"
     assert digits.target_side("41").rewrite == "41"
     assert digits.target_side("41", "cot").rewrite == "<think>41</think><answer>41</answer>"
-    for control, rewrite in zip(digits.CONTROL_TEXTS, ("72441", "41"), strict=True):
-        assert len(control.split()) == len(rewrite)
+    assert digits.query_side(chain, wordy=True).rewrite == "72441 and so 41"
+    assert digits.query_side(chain, "control").rewrite == digits.CONTROL_TEXTS[0]
+    assert digits.target_side("41", "control").rewrite == digits.CONTROL_TEXTS[1]
     with pytest.raises(ValueError, match="style is 'poem'"):
         DigitChains("train", 1, style="poem")  # type: ignore[arg-type]
 
@@ -88,6 +89,13 @@ def test_pairs_agree_with_their_chain() -> None:
         assert pair.target.text == chain.answer == pair.query.rewrite[-2:]  # type: ignore[index]
     with pytest.raises(IndexError, match="index is 3"):
         pairs[3]
+
+
+def test_the_share_of_wordy_rewrites() -> None:
+    pairs = DigitChains("train", 400, wordy=0.7)
+    wordy = [(pair.query.rewrite or "").endswith(f" and so {pair.target.text}") for pair in pairs]
+    assert 240 < sum(wordy) < 320
+    assert not any(" " in (pair.query.rewrite or "") for pair in DigitChains("train", 20))
 
 
 def test_retrieval_set_points_at_the_answer() -> None:

@@ -1,0 +1,178 @@
+"""`make ablation`: the demo's claims over three seeds, against the recipe without its parts.
+
+    python -m rime_fast.demo.ablation --output_dir runs/ablation [--fast]
+
+Cells, each for every seed, every one a process of its own with one thread, two at a time:
+
+    full      joint training, measured; then Refine-RL on it, measured again
+    no_cma    joint training without Cross-Mode Alignment
+    cot       chains of thought (the equations spelled out) in place of rewrites
+    control   a fixed free text of as many tokens in place of the rewrite
+
+A cell writes ``cells/<name>-<seed>.json``; one that is there with the same settings is not run again, so a stopped
+ablation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rime_fast.demo.phases import FAST, FULL, TEST_SEED, Sizes, joint_training, measure, query_tokens, refine
+from rime_fast.demo.task import demo_model
+
+SEEDS = (0, 1, 2)
+# Seed by seed, the longest first.
+CELLS = ("cot", "full", "no_cma", "control")
+WORKERS = 2
+
+
+def run_ablation(
+    out: str | Path = "runs/ablation", *, seeds: Sequence[int] = SEEDS, fast: bool = False
+) -> dict[str, Any]:
+    """Run what is missing and write ``report.json`` and ``ablation.png`` into ``out``; returns the report.
+
+    The report has ``run_demo``'s keys with every number as {"mean", "std", "values"} (std: of a sample, over seeds;
+    values in the order of ``seeds``), ``no_cma``, ``cot`` and ``control`` beside ``sft`` and ``refine``, and
+    ``claims``: the four differences the demo is there to show, each with its threshold. Raises RuntimeError naming
+    the cells that failed.
+    """
+    from rime_fast.demo.ablation_plot import plot_ablation
+    from rime_fast.demo.ablation_report import summarise
+
+    out, begin = Path(out), time.perf_counter()
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    sizes = FAST if fast else FULL
+    jobs = [(name, seed) for seed in seeds for name in CELLS]
+    waiting = [job for job in jobs if _done(out, *job, sizes) is None]
+    print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are there; running {len(waiting)}", flush=True)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        codes = list(pool.map(lambda job: _spawn(out, *job, fast), waiting))
+    failed = [f"{name}-{seed}" for (name, seed), code in zip(waiting, codes, strict=True) if code]
+    if failed:
+        raise RuntimeError(f"cells failed: {', '.join(failed)}; see {out / 'cells'}/<cell>.log")
+    cells = {(name, seed): _done(out, name, seed, sizes) for name, seed in jobs}
+    report = summarise(cells, seeds, sizes.n_test) | {
+        "settings": sizes.as_dict() | {"test_seed": TEST_SEED},
+        "wall_seconds": round(time.perf_counter() - begin, 1),
+        "environment": _environment(),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plot_ablation(report, out / "ablation.png")
+    return report
+
+
+def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
+    """One cell, in this process. Returns and writes hit@1, tokens and seconds."""
+    if name not in CELLS:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(CELLS)}")
+    style = "cot" if name == "cot" else "control" if name == "control" else "rewrite"
+    result: dict[str, Any] = {"cell": name, "seed": seed, "settings": sizes.as_dict(), "seconds": {}}
+    work = out / "work" / f"{name}-{seed}"
+    model, processor = demo_model(seed)
+
+    def phase(label: str, done: Any, begin: float) -> Any:
+        result["seconds"][label] = round(time.perf_counter() - begin, 2)
+        return done
+
+    def table(label: str) -> None:
+        begin = time.perf_counter()
+        found = phase(f"eval_{label}", measure(model, processor, sizes=sizes, style=style), begin)
+        result[label] = {
+            "hit@1": found.hit_at_1(),
+            "query_tokens": query_tokens(found),
+            "target_tokens": found.cost["gen"]["target_tokens"],
+            "missing_gen": found.missing_gen,
+            "format_errors": found.format_errors,
+        }
+
+    begin = time.perf_counter()
+    log = joint_training(
+        model, processor, work, seed=seed, sizes=sizes, style=style, cross_modes=name != "no_cma"
+    )
+    phase("sft", log, begin)
+    result["sft_log"] = log
+    table("sft")
+    if name == "full":
+        model.save_pretrained(work / "sft")
+        processor.save_pretrained(work / "sft")
+        begin = time.perf_counter()
+        result["refine_log"] = phase("refine", refine(model, processor, work, seed=seed, sizes=sizes), begin)
+        table("refine")
+    path = _path(out, name, seed)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _path(out: Path, name: str, seed: int) -> Path:
+    return out / "cells" / f"{name}-{seed}.json"
+
+
+def _done(out: Path, name: str, seed: int, sizes: Sizes) -> dict[str, Any] | None:
+    """A finished cell with these settings, else None."""
+    path = _path(out, name, seed)
+    if not path.exists():
+        return None
+    cell = json.loads(path.read_text(encoding="utf-8"))
+    return cell if cell["settings"] == sizes.as_dict() else None
+
+
+def _spawn(out: Path, name: str, seed: int, fast: bool) -> int:
+    """Run one cell in a process with one thread; its output goes to ``cells/<cell>.log``. Returns the exit code."""
+    command = [sys.executable, "-m", "rime_fast.demo.ablation", "--output_dir", str(out), "--cell", name]
+    command += ["--seed", str(seed)] + (["--fast"] if fast else [])
+    begin = time.perf_counter()
+    with (out / "cells" / f"{name}-{seed}.log").open("w", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    state = "done" if code == 0 else f"FAILED with exit code {code}"
+    print(f"{name}-{seed}: {state} after {time.perf_counter() - begin:.0f} s", flush=True)
+    return code
+
+
+def _environment() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    import rime_fast
+
+    return {
+        "command": "python -m rime_fast.demo.ablation",
+        "rime_fast": rime_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {WORKERS} processes of one thread",
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(prog="rime_fast.demo.ablation", description="The demo's claims over 3 seeds.")
+    parser.add_argument("--output_dir", default="runs/ablation")
+    parser.add_argument("--fast", action="store_true", help="a smoke run: a dozen steps a cell, nothing is learned")
+    parser.add_argument("--cell", choices=CELLS, help="run this one cell only, in this process")
+    parser.add_argument("--seed", type=int, default=0, help="of --cell")
+    options = parser.parse_args(argv)
+    out = Path(options.output_dir)
+    if options.cell:
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+        run_cell(options.cell, options.seed, out, FAST if options.fast else FULL)
+        return 0
+    report = run_ablation(out, fast=options.fast)
+    for claim in report["claims"]:
+        print(f"{'holds' if claim['holds'] else 'FAILS'}  {claim['claim']}: {claim['value']:.3f} ({claim['needs']})")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

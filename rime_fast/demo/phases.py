@@ -1,0 +1,145 @@
+"""The demo's phases, shared by `make demo` and `make ablation`: joint training, Refine-RL, measuring.
+
+The settings below were chosen on the validation scans (docs/demo.md has the figures); the test scans are only read by
+``measure``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rime_fast.data.digits import DigitChains, Split, Style, retrieval_set
+from rime_fast.demo.task import MAX_NEW_TOKENS, demo_template
+from rime_fast.eval.embedder import RimeEmbedder
+from rime_fast.eval.mutual import MutualResult, evaluate_mutual
+from rime_fast.trainers.config import RefineConfig, RimeConfig
+from rime_fast.trainers.refine_trainer import RefineRLTrainer
+from rime_fast.trainers.rime_trainer import RimeTrainer
+
+# Tokens of a terse rewrite, tags, newline and <gen_emb> included: what is free of the length penalty.
+TERSE_TOKENS = 9
+# The seed of every test set: all cells and seeds are measured on the same queries.
+TEST_SEED = 7
+# Refine-RL's training chains: another stream than joint training's.
+_REFINE_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything. wordy: share of joint training's rewrites that say the answer twice.
+
+    Seven in ten, so that greedy decoding is wordy and sampling finds the terse form now and then: the slack that
+    Refine-RL's length term is there to take out.
+    """
+
+    sft_steps: int = 1400
+    sft_batch: int = 32
+    refine_steps: int = 80
+    refine_batch: int = 24
+    n_test: int = 512
+    wordy: float = 0.7
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for reports and for telling runs apart."""
+        return asdict(self)
+
+
+FULL = Sizes()
+FAST = Sizes(sft_steps=12, sft_batch=8, refine_steps=2, refine_batch=4, n_test=24)
+
+
+def joint_training(
+    model: Any,
+    processor: Any,
+    out: Path,
+    *,
+    seed: int,
+    sizes: Sizes,
+    style: Style = "rewrite",
+    cross_modes: bool = True,
+) -> list[dict[str, Any]]:
+    """Train ``model`` in place on the training scans; returns the log. cross_modes: with Cross-Mode Alignment.
+
+    The contrastive terms weigh 0.05 each, not 1: a million fresh weights have to learn to see and to reckon first,
+    and the discriminative terms, which they can never satisfy, would drown the cross-entropy's gradient.
+    """
+    decay = sizes.sft_steps * 3 // 10
+    args = RimeConfig(
+        output_dir=str(out),
+        seed=seed,
+        max_steps=sizes.sft_steps,
+        per_device_train_batch_size=sizes.sft_batch,
+        learning_rate=1e-3,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
+        warmup_steps=min(50, sizes.sft_steps // 4),
+        adam_beta2=0.98,
+        temperature=0.05,
+        disc_weight=0.05,
+        gen_weight=0.05,
+        cross_weight=0.05 if cross_modes else 0.0,
+        **_common(sizes.sft_steps),
+    )
+    pairs = DigitChains(
+        "train",
+        sizes.sft_steps * sizes.sft_batch,
+        seed=seed,
+        style=style,
+        wordy=sizes.wordy if style == "rewrite" else 0.0,
+    )
+    trainer = RimeTrainer(model, args, train_dataset=pairs, processor=processor, template=demo_template(style))
+    trainer.train()
+    return trainer.state.log_history
+
+
+def refine(model: Any, processor: Any, out: Path, *, seed: int, sizes: Sizes) -> list[dict[str, Any]]:
+    """Refine-RL on ``model`` in place: the queries' rewrites against the frozen disc embeddings of the targets."""
+    args = RefineConfig(
+        output_dir=str(out),
+        seed=seed,
+        max_steps=sizes.refine_steps,
+        per_device_train_batch_size=sizes.refine_batch,
+        learning_rate=1e-4,
+        warmup_steps=min(5, sizes.refine_steps // 2),
+        adam_beta2=0.98,
+        trained_sides="query",
+        num_generations=8,
+        max_completion_length=MAX_NEW_TOKENS["rewrite"],
+        rank_reward="hit",
+        length_weight=0.2,
+        length_limit=TERSE_TOKENS,
+        loss_type="token_mean",
+        **_common(sizes.refine_steps),
+    )
+    pairs = DigitChains("train", sizes.refine_steps * sizes.refine_batch, seed=seed + _REFINE_SEED)
+    trainer = RefineRLTrainer(model, args, train_dataset=pairs, processor=processor, template=demo_template())
+    trainer.train()
+    return trainer.state.log_history
+
+
+def measure(
+    model: Any, processor: Any, *, sizes: Sizes, style: Style = "rewrite", split: Split = "test", n_examples: int = 0
+) -> MutualResult:
+    """The 2 x 2 table on ``sizes.n_test`` queries of ``split`` against all 100 targets, greedy decoding."""
+    model.eval()
+    embedder = RimeEmbedder(model, processor, demo_template(style), max_new_tokens=MAX_NEW_TOKENS[style])
+    data = retrieval_set(split, sizes.n_test, seed=TEST_SEED, style=style)
+    return evaluate_mutual(embedder, data, n_examples=n_examples)
+
+
+def query_tokens(result: MutualResult) -> float:
+    """Mean decoded tokens of a query's response, tags and ``<gen_emb>`` included."""
+    return result.cost["gen"]["query_tokens"]
+
+
+def _common(steps: int) -> dict[str, Any]:
+    """Everything is trained (the weights are random), and the rows, made on the fly, need no check."""
+    return {
+        "freeze_vision": False,
+        "check_data": False,
+        "save_strategy": "no",
+        "logging_steps": max(1, min(20, steps // 4)),
+        "dataloader_num_workers": 0,
+    }
