@@ -120,6 +120,12 @@ class CommonConfig(TrainingArguments):
             in_range("max_length", self.max_length, 8)
         if self.max_pixels is not None:
             in_range("max_pixels", self.max_pixels, 1)
+        if self.use_liger_kernel:
+            if self.use_cpu:
+                raise ValueError("use_liger_kernel is True; Liger's kernels need a CUDA device, this run is on the CPU")
+            # RMSNorm, RoPE and SwiGLU only: the cross-entropy is our own operator's
+            own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **own}
         # our own bar replaces tqdm's; transformers' printer is replaced as well (trainers/progress.py)
         self.disable_tqdm = True
         super().__post_init__()

@@ -35,6 +35,12 @@ def test_the_cpu_needs_no_setting(tmp_path):
     assert RimeConfig(output_dir=str(tmp_path), bf16=True).device.type == "cpu"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's answer")
+def test_liger_says_that_it_needs_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="use_liger_kernel"):
+        RimeConfig(output_dir=str(tmp_path), use_liger_kernel=True)
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("cross_weight", -1.0), ("temperature", 0.0), ("temperature", float("nan")), ("on_bad_row", "ignore"),
     ("progress", "fancy"), ("hard_negatives", -1), ("false_negative_margin", 3.0), ("remove_unused_columns", True),
