@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rime_fast.engine.decode_cache import DecodeCache, PrefillRecorder
-from rime_fast.engine.sampling import check_sampling, draw_tokens
+from rime_fast.engine.sampling import LoopGuard, check_sampling, draw_tokens
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.packing import PACKED_SDPA
 
@@ -78,6 +78,7 @@ def generate_rollouts(
     stop_ids: Sequence[int] | None = None,
     pad_id: int = 0,
     suppress_ids: Sequence[int] = (),
+    repetition_limit: int = 0,
     check_every: int | None = None,
 ) -> Rollout:
     """Decode ``group_size`` responses to each prompt of a packed batch (see the collator), each up to ``<gen_emb>``.
@@ -86,6 +87,8 @@ def generate_rollouts(
     ``stop_ids``: other tokens that end a response, unfinished; default the generation config's ends of sequence.
     ``suppress_ids``: tokens that are never drawn, such as the placeholders of images, which only a prompt may hold;
     ``logp`` stays that of the model itself.
+    ``repetition_limit``: a response that says the same 1 to 16 tokens this many times in a row ends there, unfinished;
+    0: off. What is drawn before that is untouched, so log-probabilities stay the policy's own.
     A response has at most ``max_new_tokens`` tokens, the stop token included.
     ``check_every``: the host asks every so many steps which rows are done (the only wait for the device), and drops
     them then; default 1 on the CPU, 8 elsewhere. It changes the draws, since dropped rows draw nothing, never the
@@ -103,6 +106,7 @@ def generate_rollouts(
         state = _prefill(policy, prompt_batch, group_size, max_new_tokens, pad_id)
         check_every = check_every or (1 if state.tokens.device.type == "cpu" else 8)
         stops = torch.tensor([gen_id, *stop_ids]).to(state.tokens.device, non_blocking=True)
+        guard = LoopGuard(len(state.done), repetition_limit, stops.device) if repetition_limit else None
         never = torch.tensor(list(suppress_ids), dtype=torch.int64).to(stops.device, non_blocking=True)
         for step in range(max_new_tokens):
             logits = policy.lm_head(state.hidden).float()
@@ -111,7 +115,9 @@ def generate_rollouts(
             state.write(step, token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0], pad_id)
             state.feed(policy, token)
             state.close(token, stops)
-            if (step + 1) % check_every == 0 and state.all_done():
+            if guard is not None:
+                state.done = state.done | guard.looping(token)
+            if (step + 1) % check_every == 0 and state.all_done(guard):
                 break
     return state.rollout(gen_id)
 
@@ -185,7 +191,7 @@ class _State:
         self.gen_states[rows] = torch.where(self.done[:, None], self.gen_states[rows], self.hidden.float())
         self.done = self.done | (token[:, None] == stops).any(dim=1)
 
-    def all_done(self) -> bool:
+    def all_done(self, guard: LoopGuard | None) -> bool:
         """The one place where the host waits: reads which rows are done, drops them from the cache."""
         done = self.done.tolist()
         if all(done):
@@ -195,6 +201,8 @@ class _State:
             self.hidden, self.position, self.done = (
                 x.index_select(0, kept) for x in (self.hidden, self.position, self.done)
             )
+            if guard is not None:
+                guard.keep(kept)
         return False
 
     def rollout(self, gen_id: int) -> Rollout:

@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-k, top-p, without waiting for the device."""
+"""Drawing the next token (temperature, top-k, top-p) and seeing loops, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -47,3 +47,44 @@ def draw_tokens(
     probs = filter_logits(logits / temperature, top_p, top_k).softmax(dim=-1)
     race = torch.empty_like(probs).exponential_(generator=generator)
     return (probs / race).argmax(dim=-1)
+
+
+class LoopGuard:
+    """Sees responses that have fallen into a loop: the same 1 to ``PERIODS`` tokens, ``limit`` times in a row.
+
+    One row a response; ``limit`` 0 sees none. Memory [N, PERIODS]: tokens that agree with the one a period earlier,
+    in a row, up to now, for every period.
+    """
+
+    PERIODS = 16
+
+    def __init__(self, rows: int, limit: int, device: torch.device) -> None:
+        if limit == 1 or limit < 0:
+            raise ValueError(f"repetition_limit is {limit}; expected 0 (off) or at least 2 repetitions")
+        self.limit = limit
+        self.recent = torch.full((rows, self.PERIODS), -1, device=device)  # the newest first
+        self.agree = torch.zeros((rows, self.PERIODS), dtype=torch.int64, device=device)
+        # a period of p tokens stands `limit` times when p * (limit - 1) tokens in a row equal the one p before
+        self.enough = torch.arange(1, self.PERIODS + 1).mul(limit - 1).to(device, non_blocking=True)
+
+    def looping(self, token: Tensor) -> Tensor:
+        """Take in one more token a row, [N] int64; which rows are in a loop now, [N] bool."""
+        self.agree = torch.where(self.recent == token[:, None], self.agree + 1, 0)
+        self.recent = torch.cat([token[:, None], self.recent[:, :-1]], dim=1)
+        return (self.agree >= self.enough).any(dim=1)
+
+    def keep(self, kept: Tensor) -> None:
+        """Go on with the rows ``kept``."""
+        self.recent, self.agree = self.recent.index_select(0, kept), self.agree.index_select(0, kept)
+
+
+def cut_loops(tokens: Tensor, lengths: Tensor, limit: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Whole responses [N, R] cut where ``LoopGuard`` would have ended them; (tokens, lengths [N]), padded anew."""
+    if limit == 0:
+        return tokens, lengths
+    guard, ends = LoopGuard(len(tokens), limit, tokens.device), lengths
+    for step in range(tokens.shape[1]):
+        seen = guard.looping(tokens[:, step])
+        ends = torch.where(seen & (ends > step + 1), step + 1, ends)
+    outside = torch.arange(tokens.shape[1], device=tokens.device) >= ends[:, None]
+    return tokens.masked_fill(outside, pad_id), ends

@@ -1,0 +1,132 @@
+"""Who decodes the rollouts: the policy itself, or a server that stands in for it.
+
+A backend gives the tokens of G responses a prompt. Embeddings come from the update's own forward, so a backend that
+knows nothing but text generation will do. ``LocalBackend`` is ``generate_rollouts``; ``rime_fast.engine.vllm_backend``
+hands the decoding to vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rime_fast.data.records import Side
+from rime_fast.engine.rollout import generate_rollouts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is drawn; the fields are the arguments of ``generate_rollouts``."""
+
+    gen_id: int
+    max_new_tokens: int
+    group_size: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_limit: int = 0
+    stop_ids: tuple[int, ...] | None = None
+    suppress_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+
+class Samples(Protocol):
+    """What a backend gives; ``Rollout`` is one. Row b * G + g is the g-th response to prompt b.
+
+    tokens [B*G, R] int64, padded with the pad id, the stop token included; lengths [B*G] int64; logp [B*G, R] fp32, of
+    the sampling policy at temperature 1 without filters, 0 in the padding; finished [B*G] bool: ended by ``<gen_emb>``.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    logp: Tensor
+    finished: Tensor
+
+
+@dataclass
+class SampledTokens:
+    """``Samples`` as plain tensors."""
+
+    tokens: Tensor
+    lengths: Tensor
+    logp: Tensor
+    finished: Tensor
+
+
+class RolloutBackend(Protocol):
+    """Generates responses with the policy's current weights."""
+
+    def refresh(self, policy: nn.Module) -> None:
+        """The policy's weights are whole on this rank and may have changed since the last call."""
+
+    def generate(
+        self, policy: nn.Module, sides: Sequence[Side], prompts: dict[str, Any], sampling: Sampling
+    ) -> Samples:
+        """G responses to each of the B prompts: ``sides`` and the packed batch ``prompts`` of the same prompts."""
+
+
+class LocalBackend:
+    """The policy decodes by itself. at_once: rollouts decoded together (memory); None: all."""
+
+    def __init__(self, at_once: int | None = None) -> None:
+        if at_once is not None and at_once < 1:
+            raise ValueError(f"at_once is {at_once}; expected a positive number of rollouts")
+        self.at_once = at_once
+
+    def refresh(self, policy: nn.Module) -> None:
+        """Nothing to do: the policy is the sampler."""
+
+    def generate(
+        self, policy: nn.Module, sides: Sequence[Side], prompts: dict[str, Any], sampling: Sampling
+    ) -> Samples:
+        """See ``RolloutBackend``; a prompt's G rollouts are never decoded apart."""
+        options = dict(vars(sampling))
+        count = len(prompts["lengths"])
+        step = count if self.at_once is None else max(1, self.at_once // sampling.group_size)
+        if step >= count:
+            return generate_rollouts(policy, prompts, **options)
+        images = [len(side.images) for side in sides]
+        videos = [int(bool(side.video)) for side in sides]
+        parts = [
+            generate_rollouts(policy, take_prompts(prompts, first, min(count, first + step), images, videos), **options)
+            for first in range(0, count, step)
+        ]
+        longest = max(part.tokens.shape[1] for part in parts)
+
+        def joined(name: str, value: float) -> Tensor:
+            rows = [getattr(part, name) for part in parts]
+            return torch.cat([F.pad(x, (0, longest - x.shape[1]), value=value) for x in rows])
+
+        return SampledTokens(
+            tokens=joined("tokens", sampling.pad_id),
+            lengths=torch.cat([part.lengths for part in parts]),
+            logp=joined("logp", 0.0),
+            finished=torch.cat([part.finished for part in parts]),
+        )
+
+
+def take_prompts(
+    prompts: dict[str, Any], first: int, stop: int, images: Sequence[int], videos: Sequence[int]
+) -> dict[str, Any]:
+    """Prompts ``first`` to ``stop`` of a packed batch; images, videos: how many each prompt of the batch has (host)."""
+    lengths = prompts["lengths"]
+    rows = slice(sum(lengths[:first]), sum(lengths[:stop]))
+    part: dict[str, Any] = {
+        "input_ids": prompts["input_ids"][rows],
+        "lengths": list(lengths[first:stop]),
+        "position_ids": prompts["position_ids"][:, rows],
+        "mm_token_type_ids": prompts["mm_token_type_ids"][rows],
+    }
+    for kind, pixels, counts in (("image", "pixel_values", images), ("video", "pixel_values_videos", videos)):
+        if pixels not in prompts or not sum(counts[first:stop]):
+            continue
+        sizes = [t * h * w for t, h, w in prompts[f"{kind}_grids"]]
+        a, b = sum(counts[:first]), sum(counts[:stop])
+        part[pixels] = prompts[pixels][sum(sizes[:a]) : sum(sizes[:b])]
+        part[f"{kind}_grids"] = list(prompts[f"{kind}_grids"][a:b])
+    return part
