@@ -119,7 +119,7 @@ def _backward(
 
 
 def _fold(rows: Tensor, kv: int) -> Tensor:
-    """[Q, heads, ...] -> [1, kv, Q * shared, ...]: query heads that share keys become rows (no mask: rows are alike)."""
+    """[Q, heads, ...] -> [1, kv, Q * shared, ...]: heads that share keys become rows (no mask tells rows apart)."""
     return rows.unflatten(1, (kv, -1)).transpose(0, 1).flatten(1, 2)[None]
 
 
@@ -234,7 +234,8 @@ def _varlen_backward(
 
 
 def _prefix_cuts(bounds: PrefixBounds) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    assert bounds.device_group is not None and bounds.device_prefix is not None
+    assert bounds.device_group is not None
+    assert bounds.device_prefix is not None
     return (bounds.device_group, bounds.device_prefix), (_longest(bounds.group), _longest(bounds.prefix))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,12 +222,12 @@ def test_masked_form_where_no_flash_kernel_serves(monkeypatch):
 def varlen_stand_in(query, key, value, cuts, longest, causal, scale, grad=None, out=None, lse=None):
     """Flash-attention's varlen interface in plain arithmetic: forward, or the backward with a given lse and out."""
     bounds = [cut.tolist() for cut in cuts]
-    assert [max(b - a for a, b in zip(c, c[1:], strict=False)) for c in bounds] == list(longest)
+    assert [max(b - a for a, b in pairwise(c)) for c in bounds] == list(longest)
     shared = query.shape[1] // key.shape[1]
     results = [torch.zeros_like(query), query.new_zeros(query.shape[:2])]
     if grad is not None:
         results = [torch.zeros_like(x) for x in (query, key, value)]
-    for (a, b), (s, e) in zip(*(zip(c, c[1:], strict=False) for c in bounds), strict=True):
+    for (a, b), (s, e) in zip(*(pairwise(c) for c in bounds), strict=True):
         q = query[a:b].transpose(0, 1)
         k, v = (x[s:e].repeat_interleave(shared, 1).transpose(0, 1) for x in (key, value))
         scores = q @ k.mT * scale
