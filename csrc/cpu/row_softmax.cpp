@@ -72,7 +72,7 @@ RIME_FN Partial tile_partial(const Lanes* z, int64_t vectors, float top) {
 }
 
 RIME_CLONES void row_forward(
-    const float* x, int64_t vocabulary, int64_t target, const float* bias, const Scale& scale, float* lse, float* hit,
+    const float* x, int64_t vocabulary, int64_t target, const float* bias, const Scale& scale, Pair* lse, float* hit,
     float* entropy) {
   Lanes z[kTile / kLanes];
   Partial all{-HUGE_VALF, 0.0f, 0.0f};
@@ -84,7 +84,7 @@ RIME_CLONES void row_forward(
     if (target >= first && target < first + count) found = z[(target - first) / kLanes][(target - first) % kLanes];
     all = merge(all, entropy ? tile_partial<true>(z, vectors, top) : tile_partial<false>(z, vectors, top));
   }
-  *lse = all.top + std::log(all.sum);
+  *lse = two_sum(all.top, std::log(all.sum));
   *hit = found;
   if (entropy) *entropy = std::log(all.sum) - all.weighted / all.sum;
 }
@@ -92,11 +92,11 @@ RIME_CLONES void row_forward(
 // One tile's gradient over its logits; the sum of dz (z - centre). kPlain: no entropy gradient and no softcap.
 template <bool kPlain>
 RIME_FN float tile_gradient(
-    float* x, const Lanes* z, int64_t count, float lse, float entropy, float centre, float g, float h,
+    float* x, const Lanes* z, int64_t count, Pair lse, float entropy, float centre, float g, float h,
     const Scale& scale) {
   Lanes sum{};
   for (int64_t v = 0; v < count; v += kLanes, ++z) {
-    const Lanes dz = kPlain ? exp32(*z - lse) * -g : dscore(*z, lse, entropy, g, h);
+    const Lanes dz = kPlain ? exp32((*z - lse.high) - lse.low) * -g : dscore(*z, lse, entropy, g, h);
     sum += product(dz, *z - centre);
     store(x + v, count - v, kPlain ? dz * scale.inv_temperature : dz * scale.slope(*z));
   }
@@ -104,7 +104,7 @@ RIME_FN float tile_gradient(
 }
 
 RIME_CLONES float row_backward(
-    float* x, int64_t vocabulary, int64_t target, float lse, float entropy, float centre, float g, float h,
+    float* x, int64_t vocabulary, int64_t target, Pair lse, float entropy, float centre, float g, float h,
     const float* bias, const Scale& scale) {
   Lanes z[kTile / kLanes];
   double products = 0.0;
@@ -144,8 +144,12 @@ void row_softmax_forward(
   auto* ent = entropy.has_value() ? static_cast<float*>(entropy->mutable_data_ptr()) : nullptr;
   const float* b = maybe(bias);
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      row_forward(x + r * stride, vocabulary, t[r], b, scale, l + r, hits + r, ent ? ent + r : nullptr);
+    for (int64_t r = begin; r < end; ++r) {
+      Pair pair;
+      row_forward(x + r * stride, vocabulary, t[r], b, scale, &pair, hits + r, ent ? ent + r : nullptr);
+      l[r] = pair.high;
+      l[rows + r] = pair.low;
+    }
   });
 }
 
@@ -167,7 +171,7 @@ void row_softmax_backward(
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       sums[r] = row_backward(
-          x + r * stride, vocabulary, t[r], l[r], ent ? ent[r] : 0.0f, c[r], g[r], h ? h[r] : 0.0f, b, scale);
+          x + r * stride, vocabulary, t[r], Pair{l[r], l[rows + r]}, ent ? ent[r] : 0.0f, c[r], g[r], h ? h[r] : 0.0f, b, scale);
   });
 }
 

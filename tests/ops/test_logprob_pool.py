@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,6 +111,8 @@ def test_logp_is_batch_invariant(vocabulary: int, dtype: torch.dtype) -> None:
         part = fused_logprob_pool(hidden[rows], lm_head, targets[rows], **options)
         assert torch.equal(part.logp, whole.logp[rows])
         assert torch.equal(part.entropy, whole.entropy[rows])
+        plain = fused_logprob_pool(hidden[rows], lm_head, targets[rows], **(options | {"entropy": False}))
+        assert torch.equal(plain.logp, whole.logp[rows])
         _, trained = fused_linear_ce(hidden[rows].requires_grad_(), lm_head, targets[rows], **options)
         assert torch.equal(trained.logp, whole.logp[rows])
 
@@ -228,6 +232,39 @@ def test_token_weight_gets_a_gradient() -> None:
     weight = torch.rand(9, requires_grad=True)
     loss, out = fused_linear_ce(hidden, lm_head, torch.randint(0, 50, (9,)), token_weight=weight)
     torch.testing.assert_close(torch.autograd.grad(loss * 2, weight)[0], -2 * out.logp)
+
+
+def test_memory_is_bounded_whatever_the_rows() -> None:
+    """One block of logits at V 151,936 is within 64 MiB, and the buffer is all that grows with the vocabulary."""
+    for rows in (64, 4096):
+        blocks = chunked._Blocks(torch.zeros(rows, 4), torch.zeros(151_936, 4), torch.zeros(rows), torch.arange(rows))
+        assert blocks.buffer.nbytes <= 48 << 20
+    assert chunked.block_rows(10**9) == chunked.STEP
+    assert chunked.block_rows(1) == chunked.BLOCK_ROWS
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_step() -> None:
+    """Peak resident memory of a step beyond its gradients, at a real vocabulary and all rows scored."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    hidden, lm_head = torch.randn(1024, 64, requires_grad=True), torch.randn(151_936, 64, requires_grad=True)
+    targets = torch.randint(0, 151_936, (1024,))
+    outputs = hidden.nbytes + lm_head.nbytes
+    for backward in (True, False):
+        for _ in range(2):  # the first call also counts what libraries keep
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _resident(status, "VmRSS")
+            loss, _ = fused_linear_ce(hidden, lm_head, targets)
+            grads = torch.autograd.grad(loss, (hidden, lm_head)) if backward else None
+            peak = _resident(status, "VmHWM") - before
+            del loss, grads
+        assert peak <= outputs + (64 << 20), f"{peak >> 20} MiB"
+
+
+def _resident(status: Path, key: str) -> int:
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 //
 //   z_v = softcap(x_v + b_v) / temperature
 //   forward:  m = max z, S = sum e^(z-m), E = sum e^(z-m) (z-m), hit = z[target]; two partial results merge by `merge`
-//             lse = m + log S,  entropy = log S - E / S (m is left out: it would cancel)
-//   backward: dz_v = g ([v = target] - p_v) - h p_v (z_v - lse + entropy),  p_v = e^(z_v - lse)
+//             lse + low = m + log S (two floats: at scores of 100 one float's rounding would show in every p),
+//             entropy = log S - E / S (m is left out: it would cancel)
+//   backward: dz_v = g ([v = target] - p_v) - h p_v (z_v - lse + entropy),  p_v = e^(z_v - lse - low)
 //             dx_v = dz_v (1 - tanh^2) / temperature,  products = sum dz_v (z_v - centre)
 //             = sum dz_v z_v, as sum dz = 0; a centre near the target's score keeps the sum from cancelling
 #pragma once
@@ -56,10 +57,22 @@ RIME_FN Partial merge(Partial a, Partial b) {
   return {top, fa * a.sum + fb * b.sum, product(fa, a.weighted + da * a.sum) + product(fb, b.weighted + db * b.sum)};
 }
 
+// a + b, and what its rounding lost.
+struct Pair {
+  float high;
+  float low;
+};
+
+RIME_FN Pair two_sum(float a, float b) {
+  const float high = a + b;
+  const float part = high - a;
+  return {high, (a - (high - part)) + (b - part)};
+}
+
 // dz of a column that is not the target.
 template <class V>
-RIME_FN V dscore(V z, float lse, float entropy, float g, float h) {
-  const V d = z - lse;
+RIME_FN V dscore(V z, Pair lse, float entropy, float g, float h) {
+  const V d = (z - lse.high) - lse.low;
   const V p = exp32(d);
   return p * -g - product(p, d + entropy) * h;
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rime_fast.ops.dispatch import BackendTable
-from rime_fast.ops.logprob_pool import chunked, vocab_parallel
+from rime_fast.ops.logprob_pool import chunked, triton_backend, vocab_parallel
 from rime_fast.ops.logprob_pool.chunked import Gradients, Needs, Statistics
 from rime_fast.ops.logprob_pool.pooling import pool_backward_, pool_forward
 
@@ -21,9 +23,10 @@ def _no_fp64(tensor: Tensor) -> str | None:
 
 TABLE = BackendTable(
     op="logprob",
-    probes={"reference": _any, "chunked": _no_fp64},
-    order={"cpu": ("chunked", "reference"), "cuda": ("chunked", "reference")},
+    probes={"reference": _any, "chunked": _no_fp64, "triton": triton_backend.why_not},
+    order={"cpu": ("chunked", "reference"), "cuda": ("triton", "chunked", "reference")},
 )
+ENGINES: dict[str, Any] = {"chunked": chunked, "triton": triton_backend}
 
 
 def _plain(bias: Tensor | None) -> Tensor | None:
@@ -48,9 +51,10 @@ def forward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Body of rime_fast::logprob_pool."""
-    scored = chunked.scored_rows(targets, ignore_index)
+    engine = ENGINES[backend]
+    scored = engine.scored_rows(targets, ignore_index)
     local = targets - vocab_start
-    stats = chunked.forward(hidden, lm_head, local, scored, _plain(bias), temperature, softcap, entropy)
+    stats = engine.forward(hidden, lm_head, local, scored, _plain(bias), temperature, softcap, entropy)
     if group:
         stats = vocab_parallel.merge(stats, group)
     logp, row_entropy = _finish_rows(stats, targets, ignore_index)
@@ -61,7 +65,7 @@ def forward(
 def _finish_rows(stats: Statistics, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """logp and entropy (empty if not asked for) from the rows' statistics."""
     ignored = targets == ignore_index
-    logp = (stats.hit - stats.lse).masked_fill_(ignored, 0.0)
+    logp = ((stats.hit - stats.lse[0]) - stats.lse[1]).masked_fill_(ignored, 0.0)
     return logp, stats.entropy.masked_fill_(ignored, 0.0) if stats.entropy.shape == logp.shape else stats.entropy
 
 
@@ -90,13 +94,15 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Body of rime_fast::logprob_pool_backward."""
-    scored = chunked.scored_rows(targets, ignore_index)
+    engine = ENGINES[backend]
     if grad_logp is None and grad_entropy is None:
-        scored = scored[:0]  # only read-outs were used: the head has no part in it
-    rows_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
-    found = chunked.backward(
-        hidden, lm_head, targets - vocab_start, scored, lse, logp + lse, None if grad_entropy is None else row_entropy,
-        rows_logp, grad_entropy, _plain(bias), temperature, softcap, needs,
+        targets = torch.full_like(targets, ignore_index)  # only read-outs were used: the head has no part in it
+    scored = engine.scored_rows(targets, ignore_index)
+    rows_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
+    found = engine.backward(
+        hidden, lm_head, targets - vocab_start, scored, lse, logp + lse[0],
+        None if grad_entropy is None else row_entropy, rows_logp, grad_entropy, _plain(bias), temperature, softcap,
+        needs,
     )  # fmt: skip
     if group:
         found = vocab_parallel.reduce_gradients(found, group)
@@ -136,8 +142,9 @@ def linear_ce(
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Body of rime_fast::linear_ce."""
-    scored = chunked.scored_rows(targets, ignore_index)
-    stats, found = chunked.forward_with_gradient(
+    engine = ENGINES[backend]
+    scored = engine.scored_rows(targets, ignore_index)
+    stats, found = engine.forward_with_gradient(
         hidden, lm_head, targets, scored, token_weight, _plain(bias), temperature, softcap, entropy, needs
     )
     logp, row_entropy = _finish_rows(stats, targets, ignore_index)

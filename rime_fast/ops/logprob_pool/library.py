@@ -40,7 +40,7 @@ def logprob_pool(
     vocab_start: int,
     group: str,
 ) -> Outputs:
-    """(logp [T], lse [T], entropy [T] or [0], read-outs [K, H], inv_norm [K]), fp32."""
+    """(logp [T], lse [2, T], entropy [T] or [0], read-outs [K, H], inv_norm [K]), fp32."""
     return backends.forward(
         hidden, lm_head, targets, starts, ends, bias, temperature, softcap, ignore_index, entropy, normalize,
         backend, vocab_start, group,
@@ -71,7 +71,8 @@ def _fake_outputs(hidden: Tensor, starts: Tensor, entropy: bool) -> Outputs:
     row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     read_outs = hidden.new_empty(starts.shape[0], hidden.shape[1], dtype=torch.float32)
     inv_norm = hidden.new_empty(starts.shape[0], dtype=torch.float32)
-    return row, torch.empty_like(row), torch.empty_like(row) if entropy else row.new_empty(0), read_outs, inv_norm
+    row_entropy = torch.empty_like(row) if entropy else row.new_empty(0)
+    return row, row.new_empty(2, hidden.shape[0]), row_entropy, read_outs, inv_norm
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -74,7 +74,8 @@ def _(
 
     row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return (
-        row.new_empty(()), row, torch.empty_like(row), torch.empty_like(row) if entropy else row.new_empty(0),
+        row.new_empty(()), row, row.new_empty(2, hidden.shape[0]),
+        torch.empty_like(row) if entropy else row.new_empty(0),
         row.new_empty(starts.shape[0], hidden.shape[1]), row.new_empty(starts.shape[0]),
         like(hidden, need_hidden), like(lm_head, need_lm_head), like(bias, need_bias),
         like(temperature, need_temperature),

@@ -2,7 +2,8 @@
 
 Forward: m = mean(hidden[start:end]) in fp32, e = m * inv_norm, inv_norm = 1 / max(|m|, 1e-12) (1 without
 normalisation). Backward, with g the gradient of e: dm = inv_norm * (g - e (e . g)), and every row of the span gets
-dm / (end - start). Compiled: csrc/cpu/pool.cpp, csrc/cuda/pool.cu; otherwise the torch code below.
+dm / (end - start). Compiled: csrc/cpu/pool.cpp, csrc/cuda/pool.cu; on CUDA without csrc triton_pool.py; otherwise the
+torch code below.
 """
 
 from __future__ import annotations
@@ -11,16 +12,23 @@ import torch
 from torch import Tensor
 
 from rime_fast.ops import native
+from rime_fast.ops.logprob_pool import triton_backend
 from rime_fast.ops.logprob_pool.reference import EPSILON
 
 
 def pool_forward(hidden: Tensor, starts: Tensor, ends: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """(embeddings [K, H] fp32, inv_norm [K] fp32) of hidden [T, H]."""
-    if native.available(cuda=hidden.is_cuda):
+    compiled = native.available(cuda=hidden.is_cuda)
+    if compiled or _on_triton(hidden):
         hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         pooled = torch.empty(starts.shape[0], hidden.shape[1], dtype=torch.float32, device=hidden.device)
         inv_norm = pooled.new_empty(starts.shape[0])
-        torch.ops.rime_fast_C.pool_forward(hidden, starts, ends, normalize, pooled, inv_norm)
+        if compiled:
+            torch.ops.rime_fast_C.pool_forward(hidden, starts, ends, normalize, pooled, inv_norm)
+        else:
+            from rime_fast.ops.logprob_pool import triton_pool
+
+            triton_pool.pool_forward(hidden, starts, ends, normalize, pooled, inv_norm, EPSILON)
         return pooled, inv_norm
     owner, rows, counts = _members(starts, ends)
     sums = torch.zeros(starts.shape[0], hidden.shape[1], dtype=torch.float32, device=hidden.device)
@@ -42,6 +50,13 @@ def pool_backward_(
             grad_hidden, grad.contiguous(), pooled, inv_norm, starts, ends, normalize
         )
         return
+    if _on_triton(grad_hidden):
+        from rime_fast.ops.logprob_pool import triton_pool
+
+        triton_pool.pool_backward(
+            grad_hidden, grad.contiguous(), pooled, inv_norm, starts, ends, normalize, EPSILON
+        )
+        return
     if normalize:
         # At |m| < 1e-12 the norm is a constant, so e's own direction is not taken out.
         along = (pooled * grad).sum(dim=1, keepdim=True) * (inv_norm < 1.0 / EPSILON).unsqueeze(1)
@@ -49,6 +64,10 @@ def pool_backward_(
     owner, rows, counts = _members(starts, ends)
     grad = grad / counts.unsqueeze(1)
     grad_hidden.index_add_(0, rows, grad.index_select(0, owner).to(grad_hidden.dtype))
+
+
+def _on_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and triton_backend.why_not(tensor) is None
 
 
 def _members(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,10 +29,11 @@ def _group(name: str) -> dist.ProcessGroup:
 def merge(stats: Statistics, name: str) -> Statistics:
     """The whole vocabulary's statistics from every rank's own."""
     group = _group(name)
-    top = stats.lse.clone()
+    own = stats.lse[0]
+    top = own.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     # With w_i = exp(lse_i - lse), the whole entropy is sum_i w_i (entropy_i + lse - lse_i).
-    below = stats.lse - top
+    below = (own - top) + stats.lse[1]
     share = below.exp()
     parts = [share, stats.hit]
     if stats.entropy.shape[0]:
@@ -41,7 +42,8 @@ def merge(stats: Statistics, name: str) -> Statistics:
     dist.all_reduce(whole, group=group)
     log_sum = whole[0].log()
     entropy = whole[2] / whole[0] + log_sum if stats.entropy.shape[0] else stats.entropy
-    return Statistics(top + log_sum, whole[1], entropy)
+    high = top + log_sum
+    return Statistics(torch.stack([high, (top - high) + log_sum]), whole[1], entropy)
 
 
 def reduce_gradients(found: Gradients, name: str) -> Gradients:

@@ -1,0 +1,276 @@
+"""Operator A's Triton kernels: tiles over (scored rows, vocabulary), no logits in memory.
+
+Rows are taken through `order`, the scored rows' numbers, and their number M is read on the device: programs are
+persistent and walk the units of work there are, so the cost follows M without the host knowing it.
+
+forward_kernel     unit = BM rows x one split (SPLIT tiles of BN columns): X W^T tile by tile in fp32, an online
+                   max / sum / entropy sum and the target's score; one partial result per row and split.
+merge_kernel       a row's splits in ascending order -> lse, target score, entropy (fixed order: same bits always).
+dlogits_kernel     unit = BM x BN: the tile again, then its gradient, into a panel [M, P] in the operands' dtype.
+dhead_kernel       unit = BN columns of the panel x BK2 of H: dW = dlogits^T X over all M rows, written once; dbias.
+dhidden_kernel     unit = BM rows x BK2 of H: dX += dlogits W over the panel, fp32, each element owned by one program.
+No atomics. FLOP: 2MHV each for forward, dlogits, dhead, dhidden. Bytes: W once per row-block wave through L2, the
+panel (bounded, triton_backend.py) written once and read twice, dX (fp32) read and written once per panel.
+
+The bodies are free of autotuning, libdevice and inline assembly, so that they run in the interpreter; there
+``WIDEN`` casts the operands to fp32, as its bf16 dot is wrong.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x):
+    """exp-based; the Taylor series near 0 keeps the relative accuracy (csrc/include/rime/math.h has the same)."""
+    s = x * x
+    series = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _scores(
+    x, w, bias, at, live, columns, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """z [BM, BN] fp32 of rows ``at`` and ``columns``; columns past the vocabulary come out as -inf."""
+    inside = columns < vocabulary
+    depth = tl.arange(0, BK)
+    x_at = x + at[:, None] * stride_x + depth[None, :]
+    w_at = w + columns.to(tl.int64)[None, :] * stride_w + depth[:, None]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, width, BK):
+        deep = depth < width - k
+        a = tl.load(x_at + k, mask=live[:, None] & deep[None, :], other=0.0)
+        b = tl.load(w_at + k, mask=inside[None, :] & deep[:, None], other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
+    if HAS_CAP:
+        acc = softcap * _tanh(acc / softcap)
+    return tl.where(inside[None, :], acc * inv_temperature, float("-inf"))
+
+
+@triton.jit
+def forward_kernel(
+    x, w, bias, targets, order, count, temperature, partial, capacity, width, vocabulary, stride_x, stride_w, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """partial [4, splits, capacity]: top, sum, weighted sum (with ENTROPY), the target's score (0 if elsewhere)."""
+    rows_live = tl.load(count)
+    inv_temperature = 1.0 / tl.load(temperature)
+    row_blocks = tl.cdiv(rows_live, BM)
+    splits = tl.cdiv(vocabulary, BN * SPLIT)
+    plane = splits * capacity
+    # Row blocks vary fastest: programs that run together share a split of W in L2.
+    for unit in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
+        rows = (unit % row_blocks) * BM + tl.arange(0, BM)
+        split = unit // row_blocks
+        live = rows < rows_live
+        at = tl.load(order + rows, mask=live, other=0)
+        target = tl.load(targets + at, mask=live, other=-1)
+        top = tl.full((BM,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BM,), dtype=tl.float32)
+        weighted = tl.zeros((BM,), dtype=tl.float32)
+        hit = tl.zeros((BM,), dtype=tl.float32)
+        for j in range(SPLIT):
+            columns = (split * SPLIT + j) * BN + tl.arange(0, BN)
+            z = _scores(
+                x, w, bias, at, live, columns, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
+                BM, BN, BK, HAS_BIAS, HAS_CAP, WIDEN,
+            )  # fmt: skip
+            hit += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), axis=1)
+            new_top = tl.maximum(top, tl.max(z, axis=1))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            d = z - base[:, None]
+            e = tl.exp(d)
+            old = tl.exp(top - base)
+            if ENTROPY:
+                drop = tl.where(old == 0.0, 0.0, old * (weighted + (top - base) * total))
+                weighted = drop + tl.sum(e * tl.maximum(d, -1e30), axis=1)  # 0 * -inf would be NaN
+            total = old * total + tl.sum(e, axis=1)
+            top = new_top
+        out = partial + split * capacity + rows
+        tl.store(out, top, mask=live)
+        tl.store(out + plane, total, mask=live)
+        if ENTROPY:
+            tl.store(out + 2 * plane, weighted, mask=live)
+        tl.store(out + 3 * plane, hit, mask=live)
+
+
+@triton.jit
+def merge_kernel(
+    partial, order, count, lse, hit, entropy, capacity, splits, BM: tl.constexpr, ENTROPY: tl.constexpr
+):  # fmt: skip
+    """Statistics at the rows' own places in lse, hit, entropy [T]."""
+    rows_live = tl.load(count)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = rows < rows_live
+    plane = splits * capacity
+    top = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    weighted = tl.zeros((BM,), dtype=tl.float32)
+    found = tl.zeros((BM,), dtype=tl.float32)
+    for split in range(splits):
+        at = partial + split * capacity + rows
+        here = tl.load(at, mask=live, other=0.0)
+        new_top = tl.maximum(top, here)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        old, new = tl.exp(top - base), tl.exp(here - base)
+        part = tl.load(at + plane, mask=live, other=1.0)
+        if ENTROPY:
+            own = tl.load(at + 2 * plane, mask=live, other=0.0)
+            kept = tl.where(old == 0.0, 0.0, old * (weighted + (top - base) * total))
+            weighted = kept + tl.where(new == 0.0, 0.0, new * (own + (here - base) * part))
+        total = old * total + new * part
+        top = new_top
+        found += tl.load(at + 3 * plane, mask=live, other=0.0)
+    row = tl.load(order + rows, mask=live, other=0)
+    # What the rounding of lse loses is kept beside it (rows.py).
+    log_total = tl.log(total)
+    high = top + log_total
+    part = high - top
+    tl.store(lse + row, high, mask=live)
+    tl.store(lse + capacity + row, (top - (high - part)) + (log_total - part), mask=live)
+    tl.store(hit + row, found, mask=live)
+    if ENTROPY:
+        tl.store(entropy + row, log_total - weighted / total, mask=live)
+
+
+@triton.jit
+def dlogits_kernel(
+    x, w, bias, targets, order, count, temperature, lse, hit, entropy, grad_logp, grad_entropy, panel, products,
+    first, columns_in_panel, capacity, width, vocabulary, stride_x, stride_w, stride_panel, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """panel[r, v - first] = dlogits of scored row r and column v; products [tile, capacity] = sum_v dz (z - hit)."""
+    rows_live = tl.load(count)
+    inv_temperature = 1.0 / tl.load(temperature)
+    row_blocks = tl.cdiv(rows_live, BM)
+    tiles = tl.cdiv(columns_in_panel, BN)
+    for unit in range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0)):
+        rows = (unit % row_blocks) * BM + tl.arange(0, BM)
+        tile = unit // row_blocks
+        live = rows < rows_live
+        at = tl.load(order + rows, mask=live, other=0)
+        local = tile * BN + tl.arange(0, BN)
+        columns = first + local
+        z = _scores(
+            x, w, bias, at, live, columns, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
+            BM, BN, BK, HAS_BIAS, HAS_CAP, WIDEN,
+        )  # fmt: skip
+        target = tl.load(targets + at, mask=live, other=-1)
+        g = tl.load(grad_logp + at, mask=live, other=0.0)
+        shifted = z - tl.load(lse + at, mask=live, other=0.0)[:, None]
+        shifted -= tl.load(lse + capacity + at, mask=live, other=0.0)[:, None]
+        p = tl.exp(shifted)
+        dz = tl.where(columns[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
+        if ENTROPY:
+            h = tl.load(grad_entropy + at, mask=live, other=0.0)
+            mean = tl.load(entropy + at, mask=live, other=0.0)
+            dz -= tl.where(p == 0.0, 0.0, h[:, None] * p * (shifted + mean[:, None]))
+        if PRODUCTS:
+            centre = tl.load(hit + at, mask=live, other=0.0)
+            share = tl.sum(tl.where(dz == 0.0, 0.0, dz * (z - centre[:, None])), axis=1)
+            tl.store(products + tile * capacity + rows, share, mask=live)
+        if HAS_CAP:
+            t = z / (inv_temperature * softcap)
+            dz = tl.where(dz == 0.0, 0.0, dz * (1.0 - t * t))
+        keep = live[:, None] & (local < columns_in_panel)[None, :]
+        out = panel + rows.to(tl.int64)[:, None] * stride_panel + local[None, :]
+        tl.store(out, (dz * inv_temperature).to(panel.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def dhead_kernel(
+    panel, x, order, count, dhead, dbias, first, columns_in_panel, width, stride_panel, stride_x, stride_head,
+    BV: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """dW[first + v, h] = sum_r panel[r, v] x[order[r], h]; dbias[first + v] = sum_r panel[r, v]."""
+    rows_live = tl.load(count)
+    v_blocks = tl.cdiv(columns_in_panel, BV)
+    h_blocks = tl.cdiv(width, BH)
+    for unit in range(tl.program_id(0), v_blocks * h_blocks, tl.num_programs(0)):
+        # Neighbouring programs share columns of the panel.
+        local = (unit // h_blocks) * BV + tl.arange(0, BV)
+        h_block = unit % h_blocks
+        h = h_block * BH + tl.arange(0, BH)
+        v_in, h_in = local < columns_in_panel, h < width
+        acc = tl.zeros((BV, BH), dtype=tl.float32)
+        column = tl.zeros((BV,), dtype=tl.float32)
+        for r in range(0, rows_live, BR):
+            rows = r + tl.arange(0, BR)
+            live = rows < rows_live
+            at = tl.load(order + rows, mask=live, other=0)
+            a = tl.load(
+                panel + rows.to(tl.int64)[None, :] * stride_panel + local[:, None], mask=v_in[:, None] & live[None, :],
+                other=0.0,
+            )  # fmt: skip
+            b = tl.load(x + at[:, None] * stride_x + h[None, :], mask=live[:, None] & h_in[None, :], other=0.0)
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+            if BIAS:
+                column += tl.sum(a.to(tl.float32), axis=1)
+        v = first + local.to(tl.int64)
+        out = dhead + v[:, None] * stride_head + h[None, :]
+        tl.store(out, acc.to(dhead.dtype.element_ty), mask=v_in[:, None] & h_in[None, :])
+        if BIAS:  # noqa: SIM102  (one is known when compiling, the other is not)
+            if h_block == 0:
+                tl.store(dbias + v, column, mask=v_in)
+
+
+@triton.jit
+def dhidden_kernel(
+    panel, w, count, dx, first, columns_in_panel, width, stride_panel, stride_w, ADD: tl.constexpr, BM: tl.constexpr,
+    BH: tl.constexpr, BV: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """dx[r, h] (+)= sum_v panel[r, v] W[first + v, h], fp32; added to what is there with ADD."""
+    rows_live = tl.load(count)
+    row_blocks = tl.cdiv(rows_live, BM)
+    h_blocks = tl.cdiv(width, BH)
+    for unit in range(tl.program_id(0), row_blocks * h_blocks, tl.num_programs(0)):
+        rows = (unit // h_blocks) * BM + tl.arange(0, BM)
+        h = (unit % h_blocks) * BH + tl.arange(0, BH)
+        live, h_in = rows < rows_live, h < width
+        acc = tl.zeros((BM, BH), dtype=tl.float32)
+        for v in range(0, columns_in_panel, BV):
+            local = v + tl.arange(0, BV)
+            v_in = local < columns_in_panel
+            a = tl.load(
+                panel + rows.to(tl.int64)[:, None] * stride_panel + local[None, :], mask=live[:, None] & v_in[None, :],
+                other=0.0,
+            )  # fmt: skip
+            b = tl.load(
+                w + (first + local.to(tl.int64))[:, None] * stride_w + h[None, :], mask=v_in[:, None] & h_in[None, :],
+                other=0.0,
+            )  # fmt: skip
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        keep = live[:, None] & h_in[None, :]
+        out = dx + rows.to(tl.int64)[:, None] * width + h[None, :]
+        if ADD:
+            acc += tl.load(out, mask=keep, other=0.0)
+        tl.store(out, acc, mask=keep)
+
+
+@triton.jit
+def scatter_kernel(dx, order, count, grad_hidden, width, BM: tl.constexpr, BH: tl.constexpr):
+    """grad_hidden[order[r]] = dx[r], cast; the rows that are not scored keep their zeros."""
+    rows_live = tl.load(count)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    keep = (rows < rows_live)[:, None] & (h < width)[None, :]
+    at = tl.load(order + rows, mask=rows < rows_live, other=0)
+    value = tl.load(dx + rows.to(tl.int64)[:, None] * width + h[None, :], mask=keep, other=0.0)
+    tl.store(grad_hidden + at[:, None] * width + h[None, :], value.to(grad_hidden.dtype.element_ty), mask=keep)

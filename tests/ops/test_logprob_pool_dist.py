@@ -1,0 +1,101 @@
+"""Operator A over process groups (gloo): a head split by vocabulary, and a head sharded by FSDP2."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
+from tests.ops.logprob_cases import Case, relative
+
+pytestmark = pytest.mark.dist
+
+
+def _start(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+
+
+def _spawn(worker, world: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, args=(world, folder), nprocs=world)
+        assert len(list(Path(folder).glob("done*"))) == world
+
+
+def _vocabulary_worker(rank: int, world: int, folder: str) -> None:
+    """Each rank holds V/p columns; outputs and gradients must be those of the whole head."""
+    _start(rank, world, folder)
+    try:
+        for schedule, softcap in (("recompute", None), ("recompute", 5.0), ("forward", None)):
+            case = Case(37, 16, 24 * world, softcap=softcap)
+            truth = case.eager(torch.float64, schedule)
+            mine = slice(24 * rank, 24 * (rank + 1))
+            t, leaves = case.tensors, case.leaves()
+            for name in ("lm_head", "bias"):
+                leaves[name] = leaves[name].detach()[mine].clone().requires_grad_()
+            options = case.options(leaves, vocab_group=dist.group.WORLD, entropy=True)
+            args = leaves["hidden"], leaves["lm_head"], t["targets"]
+            if schedule == "recompute":
+                out = fused_logprob_pool(*args, **options)
+                loss = -(out.logp * t["token_weight"]).sum() + (out.entropy * t["grad_entropy"]).sum()
+            else:
+                loss, out = fused_linear_ce(*args, token_weight=t["token_weight"], **options)
+            found = case.collect(leaves, loss, out)
+            for name in ("d_lm_head", "d_bias"):
+                truth[name] = truth[name][mine]
+            for name, value in found.items():
+                assert relative(value, truth[name]) < 1e-5, (rank, schedule, name)
+            assert (found["entropy"][t["targets"] == -100] == 0).all()
+    finally:
+        dist.destroy_process_group()
+    Path(folder, f"done{rank}").touch()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_head_split_by_vocabulary(world: int) -> None:
+    _spawn(_vocabulary_worker, world)
+
+
+class _Scorer(nn.Module):
+    """A model whose head is applied inside its forward, where FSDP has gathered it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Linear(16, 16)
+        self.lm_head = nn.Linear(16, 48, bias=False)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor, plain: bool = False) -> torch.Tensor:
+        hidden = torch.tanh(self.body(x))
+        if plain:
+            return nn.functional.cross_entropy(self.lm_head(hidden), targets, reduction="sum")
+        return fused_linear_ce(hidden, self.lm_head.weight, targets)[0]
+
+
+def _fsdp_worker(rank: int, world: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    _start(rank, world, folder)
+    try:
+        x, targets = torch.randn(12, 16), torch.randint(0, 48, (12,))
+        plain, model = _Scorer(), _Scorer()
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        plain(x, targets, plain=True).backward()
+        model(x, targets).backward()
+        for (name, expected), found in zip(plain.named_parameters(), model.parameters(), strict=True):
+            # Every rank saw the same rows, so the mean over ranks is the one rank's gradient.
+            assert relative(found.grad.full_tensor(), expected.grad) < 1e-5, name
+    finally:
+        dist.destroy_process_group()
+    Path(folder, f"done{rank}").touch()
+
+
+def test_head_sharded_by_fsdp2() -> None:
+    _spawn(_fsdp_worker, 2)
