@@ -190,17 +190,20 @@ def test_group_with_a_choice_of_fields():
 
 
 @pytest.mark.parametrize(("name", "config"), [("train", "sft.yaml"), ("refine", "refine.yaml")])
-def test_example_files_build_their_configs(name, config, tmp_path):
-    """The YAML files in examples/ are options that exist, with values that fit and pass the config's own checks."""
+def test_example_files_are_options_that_fit(name, config):
+    """Every key of examples/*.yaml exists and its value has the declared type (tests/trainers builds the configs)."""
     from importlib import import_module
     from pathlib import Path
+    from typing import get_type_hints
 
     from rime_fast.commands.training import TrainingOptions
     from rime_fast.trainers import config as configs
 
-    path = Path(__file__).parents[2] / "examples" / config
-    values = import_module(f"rime_fast.commands.{name}").COMMAND.read(["--config", str(path), "--bf16", "false"])
-    assert build(TrainingOptions, values).train_data == ["data/pairs.jsonl"]
-    made = build(configs.RimeConfig if name == "train" else configs.RefineConfig, values | {"output_dir": str(tmp_path)})
-    assert made.gradient_checkpointing
-    assert made.learning_rate == (5e-5 if name == "train" else 1e-6)
+    values = import_module(f"rime_fast.commands.{name}").COMMAND.read(
+        ["--config", str(Path(__file__).parents[2] / "examples" / config)]
+    )
+    assert build(TrainingOptions, values).train_data
+    hints = get_type_hints(configs.RimeConfig if name == "train" else configs.RefineConfig)
+    for key, value in values.items():
+        if key in hints:
+            coerce(value, hints[key], key)
