@@ -47,7 +47,8 @@ def anchor_bank(
             pass  # of an earlier run with another model or other data: made anew below
     rows = encode()
     if save:
-        AnchorBank.make(path, rows, lambda part: part, ids, model=name, data=data, side=side)
+        made: Any = rows  # a tensor is a sequence of its rows
+        AnchorBank.make(path, made, torch.as_tensor, ids, model=name, data=data, side=side)
     return AnchorBank(rows, ids, 0, len(ids), name, data, side)
 
 

@@ -26,6 +26,8 @@ class DualModeTrainer(Trainer):
 
     title = "training"
     args: CommonConfig
+    model: Any
+    optimizer: Any
 
     def __init__(self, model: Any, args: CommonConfig, callbacks: list[TrainerCallback] | None = None,
                  **kwargs: Any) -> None:  # fmt: skip
@@ -114,17 +116,24 @@ class DualModeTrainer(Trainer):
         """The loss of one evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
+            loss: Any = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As transformers' loop, plus every metric of the step under ``metric_key_prefix``."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         gathered = self.eval_sums.drain(self.args.device, self.group)
         for name in ("samples", "tokens"):
             gathered.pop(name, None)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in gathered.items()})
-        return output
+        metrics = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in gathered.items()}
+        return output._replace(metrics=metrics)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 x parameters x tokens of the packed batch (transformers counts the parameters anew each step)."""

@@ -48,7 +48,7 @@ def prepare_model(
         dtype = torch.float32 if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
         model = DualModeModel.from_pretrained(source, attn_implementation=args.attn_implementation, dtype=dtype)
     else:
-        base = model.get_base_model() if adapted else model
+        base: Any = model.get_base_model() if adapted else model  # type: ignore[operator]
         if not isinstance(base, DualModeModel):
             DualModeModel.from_model(base, attn_implementation=args.attn_implementation)
     processor = load_processor(processor, source, args.max_pixels)
