@@ -13,12 +13,18 @@ from transformers import TrainerCallback
 
 from rime_fast.data.collate import Collator
 from rime_fast.engine.anchor_bank import AnchorBank
-from rime_fast.engine.rollout import generate_rollouts
+from rime_fast.engine.rollout_backend import LocalBackend, RolloutBackend, Sampling
 from rime_fast.recipe.group_rewards import OPPOSITE, Rewarder
 from rime_fast.recipe.refine import policy_loss
-from rime_fast.trainers.anchors import anchor_bank, discriminative_rows, item_ids, to_device
+from rime_fast.trainers.anchors import anchor_bank, discriminative_rows, item_ids
 from rime_fast.trainers.base import DualModeTrainer
 from rime_fast.trainers.config import RefineConfig
+from rime_fast.trainers.policy_batch import (
+    PolicyBatch,
+    separate_policy_batch,
+    shared_policy_batch,
+    use_packed_attention,
+)
 from rime_fast.trainers.reference import Reference
 from rime_fast.trainers.rollout_batch import (
     IndexedPairs,
@@ -26,7 +32,6 @@ from rime_fast.trainers.rollout_batch import (
     RepeatedBatches,
     Replay,
     sampled_responses,
-    token_rows,
 )
 from rime_fast.trainers.setup import as_pairs, prepare_model, whole_parameters
 
@@ -36,9 +41,10 @@ class RefineRLTrainer(DualModeTrainer):
 
         RefineRLTrainer("runs/sft", RefineConfig(output_dir="runs/rl"), train_dataset="rl.json").train()
 
-    Arguments as ``RimeTrainer``; the pairs need no rewrites. Start from a jointly trained model: its discriminative
-    embeddings are the anchors, computed once for the whole set and kept in ``output_dir``. A step is: rollout, one
-    reference forward, one policy forward whose g is scored and whose log-probs are reinforced, one backward.
+    Arguments as ``RimeTrainer``, and ``rollout_backend``: who decodes (default: the policy). The pairs need no
+    rewrites. Start from a jointly trained model: its discriminative embeddings are the anchors, computed once for the
+    whole set and kept in ``output_dir``. A step is: rollout, one reference forward, one policy forward whose g is
+    scored and whose log-probs are reinforced, one backward; a prompt's rows stand once for its G rewrites.
     """
 
     title = "Refine-RL"
@@ -56,6 +62,7 @@ class RefineRLTrainer(DualModeTrainer):
         template: Any = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        rollout_backend: RolloutBackend | None = None,
         **kwargs: Any,
     ) -> None:
         args = RefineConfig(output_dir="refine-output") if args is None else args
@@ -65,6 +72,9 @@ class RefineRLTrainer(DualModeTrainer):
         if args.fsdp:
             raise ValueError("fsdp is set: rollouts need whole parameters; use one process, DDP or DeepSpeed ZeRO")
         _no_dropout(model)
+        if args.shared_prefix:
+            use_packed_attention(model)
+        self.rollout_backend = rollout_backend or LocalBackend(args.rollout_batch)
         self.tokenizer, self.gen_id = processor.tokenizer, tokens.gen_id
         self.trained = ("query", "target") if args.trained_sides == "both" else (args.trained_sides,)
         chosen = args.template if template is None else template
@@ -130,7 +140,7 @@ class RefineRLTrainer(DualModeTrainer):
                 self.banks[pairs.name, side] = self._make_bank(model, pairs, side).to(self.args.device)
 
     def _make_bank(self, model: Any, pairs: IndexedPairs, side: str) -> AnchorBank:
-        path = Path(self.args.output_dir) / "anchors" / f"{pairs.name}-{side}.safetensors"
+        path = Path(str(self.args.output_dir)) / "anchors" / f"{pairs.name}-{side}.safetensors"
         if self.resuming and self._sharded and not path.is_file():
             raise ValueError(f"{path} is missing: the anchors of the start cannot be made from a resumed policy")
         batch = max(self.args.per_device_eval_batch_size, self.args.per_device_train_batch_size)
@@ -151,27 +161,27 @@ class RefineRLTrainer(DualModeTrainer):
         forward and loss on stored rollouts (later updates)."""
         replay = self._stored(inputs)
         responses = self._roll_out(inputs) if replay is None else replay.responses
-        batch = to_device(self.collator.collate_responses(inputs["sides"], responses), self.args.device)
-        pools = {name: batch.pop(f"{name}_index") for name in ("disc", "gen")}
+        batch = self._policy_batch(inputs, responses)
         temperature = self.args.sampling_temperature
         policy = self.accelerator.unwrap_model(self.model)
-        ref_logp = self.reference.logp(policy, batch, temperature) if replay is None else replay.ref_logp
-        out = model(**batch, pools=pools if replay is None else {}, temperature=temperature)
+        ref_logp = self.reference.logp(policy, batch.inputs, temperature) if replay is None else replay.ref_logp
+        out = model(**batch.inputs, pools=batch.pools if replay is None else {}, temperature=temperature)
         metrics: dict[str, Tensor] = {}
         if replay is None:
-            advantages = self._score(inputs, out.embeddings, responses, metrics)
+            disc = batch.per_rollout(out.embeddings["disc"].detach())
+            advantages = self._score(inputs, disc, out.embeddings["gen"].detach(), responses, metrics)
             if self.model.training and self.args.num_iterations > 1:
                 self.replays.append(Replay(responses, out.logp.detach(), ref_logp, advantages))
         else:
             advantages = replay.advantages
-        mask = batch["targets"] >= 0
+        mask = batch.inputs["targets"] >= 0
         loss, found = policy_loss(
             out.logp,
             None if replay is None else replay.old_logp,
             ref_logp,
             advantages,
             mask,
-            row=token_rows(batch),
+            row=batch.rows,
             n_tokens=self._global_tokens(mask),
             clip_low=self.args.epsilon,
             clip_high=self.args.epsilon_high,
@@ -180,23 +190,31 @@ class RefineRLTrainer(DualModeTrainer):
             max_completion_length=self.args.max_completion_length,
         )
         metrics |= {"policy_loss" if name == "policy" else name: value for name, value in found.items()}
-        self.observe(metrics, samples=len(responses), tokens=batch["input_ids"].shape[0])
+        self.observe(metrics, samples=len(responses), tokens=batch.inputs["input_ids"].shape[0])
         return (loss, out) if return_outputs else loss
+
+    def _policy_batch(self, inputs: dict[str, Any], responses: list[list[int]]) -> PolicyBatch:
+        if self.args.shared_prefix:
+            return shared_policy_batch(inputs["prompts"], responses)
+        return separate_policy_batch(self.collator, inputs["sides"], responses, self.args.device)
 
     def _roll_out(self, inputs: dict[str, Any]) -> list[list[int]]:
         """G sampled rewrites of every prompt of the batch, as token lists."""
         args = self.args
+        sampling = Sampling(
+            gen_id=self.gen_id, group_size=args.num_generations, max_new_tokens=args.max_completion_length,
+            temperature=args.sampling_temperature, top_p=args.top_p, top_k=args.top_k,
+            repetition_limit=args.repetition_limit, pad_id=self.tokenizer.pad_token_id or 0,
+            suppress_ids=(self.collator.image_id, self.collator.video_id),
+        )  # fmt: skip
         policy = self.accelerator.unwrap_model(self.model)
         with whole_parameters(policy), self.accelerator.autocast():
-            rollout = generate_rollouts(
-                policy, inputs["prompts"], gen_id=self.gen_id, group_size=args.num_generations,
-                max_new_tokens=args.max_completion_length, temperature=args.sampling_temperature, top_p=args.top_p,
-                top_k=args.top_k, pad_id=self.tokenizer.pad_token_id or 0,
-                suppress_ids=(self.collator.image_id, self.collator.video_id),
-            )  # fmt: skip
-        return sampled_responses(rollout)
+            self.rollout_backend.refresh(policy)
+            return sampled_responses(
+                self.rollout_backend.generate(policy, inputs["sides"], inputs["prompts"], sampling)
+            )
 
-    def _score(self, inputs: dict[str, Any], embeddings: dict[str, Tensor], responses: list[list[int]],
+    def _score(self, inputs: dict[str, Any], disc: Tensor, gen: Tensor, responses: list[list[int]],
                metrics: dict[str, Tensor]) -> Tensor:  # fmt: skip
         """Rewards and advantages [rows] fp32 of this step's g, written in place by the operator; fills ``metrics``."""
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=False)
@@ -204,7 +222,6 @@ class RefineRLTrainer(DualModeTrainer):
         unfinished = sum(response[-1] != self.gen_id for response in responses)
         sums = self.sums if self.model.training else self.eval_sums
         sums.count(format_failed=len(format_ok) - sum(format_ok), unfinished=unfinished)
-        disc, gen = embeddings["disc"].detach(), embeddings["gen"].detach()
         anchors = None
         if self.args.reward_mode == "anchor":
             anchors = {
@@ -262,7 +279,7 @@ class RefineRLTrainer(DualModeTrainer):
         return self.replays[at % per_step]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.num_iterations == 1 or dataset is None:
             return super()._get_train_sampler(train_dataset)
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * max(self.args.world_size, 1)

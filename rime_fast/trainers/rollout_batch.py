@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from rime_fast.data.collate import Collator
 from rime_fast.data.records import Pair, Side, stable_hash
-from rime_fast.engine.rollout import Rollout
+from rime_fast.engine.rollout_backend import Samples
 from rime_fast.recipe.group_rewards import OPPOSITE
 
 
@@ -101,7 +101,7 @@ class Replay:
         )
 
 
-def sampled_responses(rollout: Rollout) -> list[list[int]]:
+def sampled_responses(rollout: Samples) -> list[list[int]]:
     """The tokens of each rollout without padding, on the host (decoding waits for the host anyway)."""
     lengths = rollout.lengths.tolist()
     return [row[:length] for row, length in zip(rollout.tokens.tolist(), lengths, strict=True)]

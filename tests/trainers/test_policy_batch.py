@@ -1,0 +1,143 @@
+"""The prompt once or G times, decoding here or elsewhere: the same step. And the step does not wait for the device."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rime_fast
+from rime_fast.engine.rollout_backend import LocalBackend
+from rime_fast.trainers.config import RefineConfig
+from rime_fast.trainers.refine_trainer import RefineRLTrainer
+
+QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 2,
+         "learning_rate": 5e-3, "warmup_steps": 0, "num_generations": 3, "max_completion_length": 5}  # fmt: skip
+
+
+def trainer(tiny, folder, *, more=None, **settings):
+    args = RefineConfig(output_dir=str(folder), **(QUIET | settings))
+    processor = tiny.processor()
+    return RefineRLTrainer(tiny.model(processor), args, tiny.pairs(4), processing_class=processor,
+                           template=tiny.template, **(more or {}))  # fmt: skip
+
+
+def trained(*args, **settings):
+    run = trainer(*args, max_steps=2, **settings)
+    run.train()
+    return run
+
+
+def numbers(log):
+    return {k: v for k, v in log.items() if not any(t in k for t in ("second", "runtime", "flos", "step", "epoch"))}
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"reward_mode": "ume_r1"}, {"anchors": "policy"}],
+                         ids=str)  # fmt: skip
+def test_the_step_is_that_of_separate_sequences(tiny, tmp_path, settings):
+    shared, separate = (trained(tiny, tmp_path, shared_prefix=shared, **settings) for shared in (True, False))
+    # The second step's rollouts come from updated weights: a last bit may change a draw, so only the first is compared.
+    a, b = (numbers(run.state.log_history[0]) for run in (shared, separate))
+    assert a["ratio"] == b["ratio"] == 1.0
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        assert math.isclose(a[name], value, rel_tol=1e-3, abs_tol=1e-6), name
+
+
+class Elsewhere(LocalBackend):
+    """A backend that counts what it is told and gives more than it has to."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def refresh(self, policy):
+        self.calls.append("refresh")
+
+    def generate(self, policy, sides, prompts, sampling):
+        self.calls.append("generate")
+        assert len(sides) == len(prompts["lengths"])
+        return super().generate(policy, sides, prompts, sampling)
+
+
+def test_another_backend_decodes_with_fresh_weights(tiny, tmp_path):
+    backend = Elsewhere()
+    run = trained(tiny, tmp_path, more={"rollout_backend": backend})
+    assert backend.calls == ["refresh", "generate"] * 2
+    plain = trained(tiny, tmp_path)
+    assert numbers(run.state.log_history[0]) == numbers(plain.state.log_history[0])
+
+
+def test_rollouts_in_parts_and_without_loops(tiny, tmp_path):
+    run = trained(tiny, tmp_path, rollout_batch=3, repetition_limit=2, max_completion_length=12)
+    log = run.state.log_history[0]
+    assert log["ratio"] == 1.0
+    assert all(math.isfinite(value) for value in log.values())
+    with pytest.raises(ValueError, match="repetition_limit"):
+        RefineConfig(output_dir=str(tmp_path), repetition_limit=1)
+
+
+# Where a host read on the CPU is not one on a device: (file, function) and why.
+HOST_ONLY = {
+    ("model/prefix_attention.py", "make"): "bounds of host tensors",
+    ("model/packing.py", "_index"): "layouts of host tensors",
+    ("model/shared_prefix.py", "_places"): "row arithmetic on host tensors",
+    ("model/vision.py", "_geometry"): "grids are host tensors",
+    ("model/vision.py", "vision_features"): "grids are host tensors",
+    ("model/dual_mode.py", "_placeholders"): "checks the numbers of image tokens on the CPU only; asynchronous on CUDA",
+    ("ops/_checks.py", "require"): "value checks, on the CPU only; asynchronous on CUDA",
+    ("ops/_checks.py", "require_range"): "the same",
+    ("ops/logprob_pool/arguments.py", "_check_targets"): "the same",
+    ("ops/logprob_pool/chunked.py", "scored_rows"): "the CPU's backend numbers its scored rows; Triton's does not",
+}
+
+
+class HostReads(TorchDispatchMode):
+    """Collects where the host reads values of tensors: item, bool, float, nonzero, and by a patch tolist."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = set()
+
+    def note(self):
+        frame, package = sys._getframe(1), str(Path(rime_fast.__file__).parent)
+        while frame is not None and not frame.f_code.co_filename.startswith(package):
+            frame = frame.f_back
+        if frame is None:
+            self.places.add(("outside", "the package"))
+        else:
+            self.places.add((frame.f_code.co_filename.removeprefix(package + "/"), frame.f_code.co_name))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.note()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_step_waits_for_no_device(tiny, tmp_path, monkeypatch, shared):
+    run = trained(tiny, tmp_path, shared_prefix=shared)
+    inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
+    responses = run._roll_out(inputs)
+    monkeypatch.setattr(run, "_roll_out", lambda inputs: responses)
+    reads = HostReads()
+    tolist = torch.Tensor.tolist
+
+    def noted(self):
+        reads.note()
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", noted)
+    run.model.train()
+    with reads:
+        loss = run.compute_loss(run.model, inputs)
+        loss.backward()
+    found = {place for place in reads.places if not place[0].startswith("data/")}  # collation is host work
+    assert found <= HOST_ONLY.keys()
+    with reads:  # the count can fail
+        bool(loss.detach() > 0)
+    assert ("outside", "the package") in reads.places
