@@ -28,7 +28,7 @@ def measured_graph(parameters: Iterable[Tensor]) -> Iterator[GraphBytes]:
         yield found
         found.value = max(0, torch.cuda.memory_allocated() - before)
         return
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    own = {_local(parameter).untyped_storage().data_ptr() for parameter in parameters}
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -41,3 +41,9 @@ def measured_graph(parameters: Iterable[Tensor]) -> Iterator[GraphBytes]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
     found.value = sum(seen.values())
+
+
+@torch.no_grad()
+def _local(parameter: Tensor) -> Tensor:
+    """A sharded parameter's own part (a DTensor has no storage itself)."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -183,6 +183,28 @@ class RimeConfig(CommonConfig):
         metadata=_help("A pair's first listed negatives that join the keys: None all of them, 0 none. [ours]"),
     )
 
+    contrastive_batch_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "Pairs in one contrast, all ranks together: any number, through the gradient cache. Sets "
+            "per_device_train_batch_size to each rank's share. None: what the ranks' batches add up to. [ours]"
+        ),
+    )
+    micro_batch_tokens: int | None = field(
+        default=None,
+        metadata=_help(
+            "Tokens that go through the model at a time (gradient cache); the batch may be larger. None: the whole "
+            "batch, or 16384 where contrastive_batch_size is set. [ours]"
+        ),
+    )
+    kept_graphs_gib: float = field(
+        default=0.0,
+        metadata=_help(
+            "Memory (GiB a rank) for graphs that the gradient cache keeps from its first pass, so that these "
+            "micro-batches are not encoded twice. 0: only the last one's, which costs nothing. [ours]"
+        ),
+    )
+
     learning_rate: float = field(default=5e-5, metadata=_help("Peak learning rate. [known, UME-R1: 5e-5]"))
     per_device_train_batch_size: int = field(default=8, metadata=_help("Pairs per device and step."))
 
@@ -196,9 +218,27 @@ class RimeConfig(CommonConfig):
             in_range("false_negative_margin", self.false_negative_margin, -2, 2)
         if self.learnable_temperature and self.fp16:
             raise ValueError("learnable_temperature with fp16=True: the loss scale would distort it; use bf16")
+        in_range("kept_graphs_gib", self.kept_graphs_gib, 0)
+        if self.micro_batch_tokens is not None:
+            in_range("micro_batch_tokens", self.micro_batch_tokens, 1)
         super().__post_init__()
+        if self.contrastive_batch_size is not None:
+            self._share_contrast()
         if not any(vars(self.weights()).values()):
             raise ValueError("all loss weights are 0; nothing would be trained")
+
+    def _share_contrast(self) -> None:
+        ranks = max(self.world_size, 1)
+        in_range("contrastive_batch_size", self.contrastive_batch_size, ranks)
+        assert self.contrastive_batch_size is not None
+        share, rest = divmod(self.contrastive_batch_size, ranks)
+        if rest:
+            raise ValueError(
+                f"contrastive_batch_size is {self.contrastive_batch_size}; expected a multiple of the {ranks} ranks"
+            )
+        self.per_device_train_batch_size = share
+        if self.micro_batch_tokens is None:
+            self.micro_batch_tokens = 16384
 
     def weights(self) -> JointWeights:
         """The loss weights as the recipe takes them."""
@@ -229,14 +269,6 @@ class RefineConfig(CommonConfig):
     top_k: int = field(default=0, metadata=_help("Top-k of the rollouts; 0: off. [ours]"))
     rollout_batch: int | None = field(
         default=None, metadata=_help("Sequences decoded at once (memory); None: all of the step's.")
-    )
-    repetition_limit: int = field(
-        default=0,
-        metadata=_help("A rewrite that says the same 1-16 tokens this often in a row ends there; 0: off. [ours]"),
-    )
-    shared_prefix: bool = field(
-        default=True,
-        metadata=_help("Score a prompt and its G rewrites as P + G R rows; False: as G whole sequences. [ours]"),
     )
 
     anchors: str = field(
@@ -316,8 +348,6 @@ class RefineConfig(CommonConfig):
         in_range("num_iterations", self.num_iterations, 1)
         if self.rollout_batch is not None:
             in_range("rollout_batch", self.rollout_batch, 1)
-        if self.repetition_limit != 0:
-            in_range("repetition_limit", self.repetition_limit, 2)
         if self.num_generations == 1 and self.scale_rewards:
             raise ValueError("num_generations is 1: a group of one has no advantage; use at least 2")
         if self.reward_mode == "ume_r1" and self.trained_sides != "both":

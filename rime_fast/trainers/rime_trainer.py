@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rime_fast.data.collate import Collator
-from rime_fast.recipe.joint import joint_loss, scored_tokens, side_cross_entropy, token_weights
+from rime_fast.recipe.joint import side_cross_entropy
 from rime_fast.trainers.base import DualModeTrainer
+from rime_fast.trainers.cached_step import CachedTraining
 from rime_fast.trainers.config import RimeConfig
+from rime_fast.trainers.pair_loss import PairBatch, joint_metrics
 from rime_fast.trainers.setup import as_pairs, prepare_model
 from rime_fast.trainers.temperature import LearnableTemperature
-
-# Batch entries that are for the loss, not for the model.
-LOSS_KEYS = ("side", "query_ids", "key_ids", "negative_ids", "negative_of", "prompt_lengths", "dropped")
 
 
 class RimeTrainer(DualModeTrainer):
@@ -33,8 +32,10 @@ class RimeTrainer(DualModeTrainer):
     processing_class (or ``processor``): with ``tokenizer`` and ``image_processor``; default: the one beside the model.
     template: a Template, in place of ``args.template``. peft_config: train an adapter. Everything else goes to Trainer.
 
-    One forward a step serves both sides, both modes and the cross-entropy. Checkpoints, resume, callbacks, loggers,
-    DDP, FSDP and DeepSpeed work as in Trainer; ``save_model`` writes a directory that stock transformers loads.
+    One forward a step serves both sides, both modes and the cross-entropy; with ``args.contrastive_batch_size`` and
+    ``args.micro_batch_tokens`` the contrast runs over any number of pairs (docs/grad_cache.md). Checkpoints, resume,
+    callbacks, loggers, DDP, FSDP and DeepSpeed work as in Trainer; ``save_model`` writes a directory that stock
+    transformers loads.
     """
 
     title = "joint training"
@@ -81,51 +82,35 @@ class RimeTrainer(DualModeTrainer):
         if args.learnable_temperature:
             self.temperature = LearnableTemperature(args.temperature, args.temperature_learning_rate, args.device)
             self.add_callback(_TemperatureSteps(self))
+        # without a contrast a batch's parts have nothing to do with each other: a plain step serves
+        cached = args.micro_batch_tokens is not None and bool(self.weights.modes())
+        self.cached = CachedTraining(self) if cached else None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         """The joint loss of one packed batch: one forward, and the recipe's functions on what it returns."""
         group, world = self.group, max(self.args.world_size, 1)
-        loss_inputs = {key: inputs.pop(key) for key in LOSS_KEYS if key in inputs}
-        negatives = loss_inputs["negative_of"].shape[0] if "negative_of" in loss_inputs else 0
-        n = (len(inputs["lengths"]) - negatives) // 2
-        query_rows = sum(inputs["lengths"][:n])
-        modes = self.weights.modes()
-        pools = {mode: inputs.pop(f"{mode}_index") for mode in ("disc", "gen")}
-        targets = inputs.pop("targets")
-        scored = self.weights.ce_query > 0 or self.weights.ce_target > 0
+        pairs = PairBatch.of(inputs, self.args, group)
+        out = model(**pairs.model_inputs, pools=pairs.pools)
         metrics: dict[str, Tensor] = {}
-        if scored:
-            counts = scored_tokens(targets, query_rows, group)
-            weight = token_weights(targets, query_rows, counts, self.weights, world)
-            inputs |= {"targets": targets, "token_weight": weight}
-        out = model(**inputs, pools={mode: pools[mode] for mode in modes})
-        if scored:
-            for name, value in side_cross_entropy(out.logp.detach(), query_rows, counts, world).items():
-                metrics[name.replace("_", "/")] = value
-        queries, keys = _sides(out.embeddings, pools["gen"] if negatives else None, n)
-        ids = loss_inputs.get("key_ids")
+        if pairs.counts is not None:
+            found = side_cross_entropy(out.logp.detach(), pairs.query_rows, pairs.counts, world)
+            metrics = {name.replace("_", "/"): value for name, value in found.items()}
+        ce = inputs["targets"].new_zeros((), dtype=torch.float32) if pairs.counts is None else out.loss
         tau = self.args.temperature if self.temperature is None else self.temperature.value()
-        joint = joint_loss(
-            out.loss if scored else targets.new_zeros((), dtype=torch.float32),
-            queries,
-            keys,
-            weights=self.weights,
-            temperature=tau,
-            symmetric=self.args.symmetric,
-            detach_disc=self.args.detach_disc_in_cross,
-            # a key is no negative when it equals the query's own positive
-            query_ids=ids,
-            key_ids=torch.cat([ids, loss_inputs["negative_ids"]]) if ids is not None and negatives else ids,
-            margin=self.args.false_negative_margin,
-            group=group,
-        )
-        metrics |= {f"contrast/{name}": value for name, value in joint.terms.items()}
-        metrics |= {f"hit@1/{name}": value for name, value in joint.accuracy.items()}
-        if isinstance(tau, Tensor):
-            metrics["temperature"] = tau
-        self.observe(metrics, samples=n, tokens=inputs["input_ids"].shape[0])
+        joint = pairs.joint(ce, out.embeddings, self.args, tau, group)
+        metrics |= joint_metrics(joint, tau)
+        self.observe(metrics, samples=pairs.n, tokens=inputs["input_ids"].shape[0])
         return (joint.total, out) if return_outputs else joint.total
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As transformers', or through the gradient cache (``micro_batch_tokens``)."""
+        if self.cached is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        return self.cached.step(model, self._prepare_inputs(inputs))
 
     # --- the temperature is part of a checkpoint ---------------------------------------------------------------------
 
@@ -151,19 +136,6 @@ class PairBatches:
             few = self.hard_negatives
             pairs = [replace(p, negatives=p.negatives[:few]) if len(p.negatives) > few else p for p in pairs]
         return self.collator.collate_pairs(pairs)
-
-
-Rows = dict[str, Tensor]
-
-
-def _sides(embeddings: Rows, gen_index: Tensor | None, n: int) -> tuple[Rows, Rows]:
-    """Queries' and keys' rows per mode. gen_index is given where there are hard negatives: one without a rewrite has
-    no g, and its d stands in as a candidate of the generative terms [ours]."""
-    queries = {mode: rows[:n] for mode, rows in embeddings.items()}
-    keys = {mode: rows[n:] for mode, rows in embeddings.items()}
-    if gen_index is not None and "gen" in keys and "disc" in keys:
-        keys["gen"] = torch.where((gen_index[n:] >= 0)[:, None], keys["gen"], keys["disc"])
-    return queries, keys
 
 
 class _TemperatureSteps(TrainerCallback):
