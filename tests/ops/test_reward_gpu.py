@@ -39,6 +39,15 @@ def test_equals_the_reference(kind: str, dtype: torch.dtype, group_size: int, n_
         assert_same(score(_on_gpu(case), weights, backend=backend), want)
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_smoke(kind: str) -> None:
+    """Small enough for compute-sanitizer."""
+    weights = WEIGHTS[kind]
+    case = make_case(2, 3, 40, 300, positives=weights.positives, ties=True)
+    for backend in _backends():
+        assert_same(score(_on_gpu(case), weights, backend=backend), score(case, weights, backend="reference"))
+
+
 def test_a_bank_in_pinned_host_memory_streams() -> None:
     case = make_case(6, 8, 64, 50_000)
     want = score(case, backend="reference")

@@ -19,10 +19,12 @@ def why_not(gen: Tensor) -> str | None:
 
 
 def why_not_cpu(gen: Tensor) -> str | None:
+    """``why_not`` of the backend "chunked"."""
     return why_not(gen) if gen.device.type == "cpu" else f"it needs CPU tensors, got {gen.device.type}"
 
 
 def why_not_cuda(gen: Tensor) -> str | None:
+    """``why_not`` of the backend "cuda"."""
     return why_not(gen) if gen.device.type == "cuda" else f"it needs CUDA tensors, got {gen.device.type}"
 
 

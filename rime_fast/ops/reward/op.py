@@ -81,7 +81,7 @@ def score_rewrites_(
     torch.ops.rime_fast.score_rewrites_(
         rewards, advantages, list(wanted.values()), [compiled.PLANES.index(name) for name in wanted],
         gen, anchors, positive, format_ok, lengths, per_item, negatives_mask,
-        weights.encode(), "" if group is None else group.group_name, backend,
+        weights.encode(), "" if group is None or group.size() == 1 else group.group_name, backend,
     )  # fmt: skip
 
 

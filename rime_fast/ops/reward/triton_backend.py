@@ -33,6 +33,7 @@ def why_not(gen: Tensor) -> str | None:
 
 
 def own_similarities(rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Like compiled.own_similarities."""
     n_items, positives, width = own.shape
     grouped = rows.view(n_items, -1, width).double()
     found = grouped @ own.double().transpose(1, 2)
@@ -52,6 +53,7 @@ def add_tile(
     weights: RewardWeights,
     state: Tensor,
 ) -> None:
+    """Like compiled.add_tile."""
     from rime_fast.ops.reward.triton_kernels import rank_tile_kernel
 
     n_rows, width = rows.shape
@@ -67,6 +69,7 @@ def add_tile(
 
 
 def merge(parts: Tensor, state: Tensor, weights: RewardWeights) -> None:
+    """Like compiled.merge; one step a rank."""
     kind = NEGATIVES[weights.negative_code]
     for part in parts:
         state[:, 0] += part[:, 0]
@@ -92,6 +95,7 @@ def finish(
     disc_similarity: Tensor | None,
     weights: RewardWeights,
 ) -> Tensor:
+    """Like compiled.finish."""
     shape = format_ok.shape
     seen = state[:, 0] > 0
     kind = NEGATIVES[weights.negative_code]
