@@ -270,6 +270,14 @@ class RefineConfig(CommonConfig):
     rollout_batch: int | None = field(
         default=None, metadata=_help("Sequences decoded at once (memory); None: all of the step's.")
     )
+    repetition_limit: int = field(
+        default=0,
+        metadata=_help("A rewrite that says the same 1-16 tokens this often in a row ends there; 0: off. [ours]"),
+    )
+    shared_prefix: bool = field(
+        default=True,
+        metadata=_help("Score a prompt and its G rewrites as P + G R rows; False: as G whole sequences. [ours]"),
+    )
 
     anchors: str = field(
         default="sft",
@@ -348,6 +356,8 @@ class RefineConfig(CommonConfig):
         in_range("num_iterations", self.num_iterations, 1)
         if self.rollout_batch is not None:
             in_range("rollout_batch", self.rollout_batch, 1)
+        if self.repetition_limit != 0:
+            in_range("repetition_limit", self.repetition_limit, 2)
         if self.num_generations == 1 and self.scale_rewards:
             raise ValueError("num_generations is 1: a group of one has no advantage; use at least 2")
         if self.reward_mode == "ume_r1" and self.trained_sides != "both":
