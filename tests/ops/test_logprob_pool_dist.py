@@ -84,6 +84,7 @@ def _fsdp_worker(rank: int, world: int, folder: str) -> None:
 
     _start(rank, world, folder)
     try:
+        torch.manual_seed(1)
         x, targets = torch.randn(12, 16), torch.randint(0, 48, (12,))
         plain, model = _Scorer(), _Scorer()
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
