@@ -35,9 +35,10 @@ class VllmBackend:
     def __init__(self, llm: Any, template: Template, sampling_params: Any = None) -> None:
         if sampling_params is None:
             try:
-                from vllm import SamplingParams as sampling_params
+                from vllm import SamplingParams
             except ImportError as error:
                 raise ImportError('VllmBackend needs vLLM: pip install "rime-fast[vllm]"') from error
+            sampling_params = SamplingParams
         self.llm, self.template, self.sampling_params = llm, template, sampling_params
 
     def refresh(self, policy: nn.Module) -> None:
@@ -90,9 +91,9 @@ def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     The policy's parameters must be whole (gathered).
     """
-    merged = hasattr(policy, "merge_adapter")
-    if merged:
-        policy.merge_adapter()
+    adapted: Any = policy if hasattr(policy, "merge_adapter") else None
+    if adapted is not None:
+        adapted.merge_adapter()
     try:
         for name, parameter in dual_mode_of(policy).named_parameters():
             if ".lora_" in name or ".original_module." in name or ".base_layer.lora" in name:
@@ -100,8 +101,8 @@ def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             name = name.replace(".base_layer", "").replace(".modules_to_save.default", "")
             yield name, parameter.detach()
     finally:
-        if merged:
-            policy.unmerge_adapter()
+        if adapted is not None:
+            adapted.unmerge_adapter()
 
 
 def _as_tensors(completions: Sequence[Any], sampling: Sampling, device: torch.device) -> SampledTokens:

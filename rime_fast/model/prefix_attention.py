@@ -196,7 +196,7 @@ def _cpu_own_backward(
         grad = grad.new_zeros(own.padded, *grad.shape[1:]).index_copy_(0, own.slot, grad)
     sizes = [n * s for n, s in own.blocks]
     grads = [g.unflatten(0, shape).transpose(1, 2) for g, shape in zip(grad.split(sizes), own.blocks, strict=True)]
-    done = [_backward(g, *rest, True, scale) for g, *rest in zip(grads, *inputs, strict=True)]
+    done = [_backward(g, q, k, v, o, sums, True, scale) for g, q, k, v, o, sums in zip(grads, *inputs, strict=True)]
     d_query, d_key, d_value = (_rows([parts[i] for parts in done], own) for i in range(3))
     if key.shape[1] != heads:
         d_key, d_value = (d.unflatten(1, (key.shape[1], -1)).sum(2) for d in (d_key, d_value))
