@@ -202,4 +202,4 @@ def _write_head(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, ids:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.view(torch.uint8).numpy()).cast("B")
+    return values.view(torch.uint8).numpy().data.cast("B")

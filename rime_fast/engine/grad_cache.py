@@ -177,7 +177,8 @@ class GradCache:
         upstream: 0-d, multiplies every gradient.
         """
         slots, encoded, kept = first.slots, len(first.slots), 0
-        loss, metrics = first.loss, {}
+        loss = first.loss
+        metrics: dict[str, Tensor] = {}
         order = sorted(range(len(slots)), key=lambda i: (slots[i].graph is None, -i if slots[i].graph else i))
         for turn, i in enumerate(order):
             slot = slots[i]

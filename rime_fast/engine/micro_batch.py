@@ -64,7 +64,8 @@ class PackedBatch:
         runs = _runs(sequences)
         lengths = [self.lengths[i] for i in sequences]
         rows = [(self.starts[a], self.starts[b]) for a, b in runs]
-        batch, out = self.batch, {"lengths": lengths}
+        batch = self.batch
+        out: dict[str, Any] = {"lengths": lengths}
         for key in _PER_TOKEN:
             if batch.get(key) is not None:
                 out[key] = _cut(batch[key], rows)

@@ -65,7 +65,7 @@ class PackedEncoder:
         """The part's embeddings, and with ``scored`` its cross-entropy."""
         batch = self.packed.take(part.sequences)
         pools = {mode: batch.pop(f"{mode}_index") for mode in ("disc", "gen") if f"{mode}_index" in batch}
-        scoring = {key: batch.pop(key) for key in ("targets", "token_weight") if key in batch}
+        scoring: dict[str, Any] = {key: batch.pop(key) for key in ("targets", "token_weight") if key in batch}
         if scored and self.scored:
             batch |= scoring
         # A kept graph needs no features later: only a pass without graph fills the cache, only its repetition uses it.

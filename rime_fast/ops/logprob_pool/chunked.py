@@ -233,6 +233,7 @@ class _Sums:
         """One block: its logits' gradient [R, V] and sum_v dz (z - centre) [R]. Padding rows are left out."""
         count = rows.shape[0]
         x, dlogits = x[:count], dlogits[:count]
+        dx: Tensor | None
         if self.hidden is not None and self.blocks.mixed:
             dx = torch.mm(dlogits, self.blocks.lm_head, torch.float32)
             self.hidden.index_copy_(0, rows, dx.to(self.hidden.dtype))

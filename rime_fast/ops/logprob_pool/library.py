@@ -205,7 +205,7 @@ def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     saved = ctx.saved_tensors
     wanted = [i for i in (0, 1, 2, 3, 4, 8, 9) if ctx.needs_input_grad[i] and saved[i] is not None]
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in saved]
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in saved]
         up, (hidden, lm_head, targets, starts, ends, bias, temperature) = leaves[:3], leaves[3:]
         logp, entropy, pooled = reference(
             hidden, lm_head, targets, starts, ends, bias, temperature, ctx.softcap, ctx.ignore_index, ctx.entropy,

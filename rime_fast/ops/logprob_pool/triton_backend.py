@@ -32,10 +32,10 @@ class Tiles(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The scored rows, on the device: their numbers, ascending, in the first ``count`` places of ``order`` [T]."""
+    """The scored rows, on the device: their numbers, ascending, in the first ``number`` places of ``order`` [T]."""
 
     order: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def interpreted() -> bool:
@@ -244,17 +244,17 @@ class _Sums:
                 **shared,
             )  # fmt: skip
         elif self.bias is not None:
-            live = torch.arange(panel.shape[0], device=panel.device) < scored.count
+            live = torch.arange(panel.shape[0], device=panel.device) < scored.number
             part = panel[:, :columns].float().masked_fill_(~live.unsqueeze(1), 0.0)
             self.bias[first : first + columns] = part.sum(dim=0)
         if self.dx is not None:
             units = _cdiv(run.rows, t.BM) * _cdiv(run.width, t.BN)
             kernels.dhidden_kernel[_programs(run.hidden, units)](
-                panel, run.lm_head, scored.count, self.dx, first, columns, run.width, panel.stride(0),
+                panel, run.lm_head, scored.number, self.dx, first, columns, run.width, panel.stride(0),
                 run.lm_head.stride(0), ADD=not self.first, BM=t.BM, BH=t.BN, BV=t.BK // 2, **shared,
             )  # fmt: skip
         if self.products is not None and products is not None:
-            live = torch.arange(products.shape[1], device=products.device) < scored.count
+            live = torch.arange(products.shape[1], device=products.device) < scored.number
             self.products += torch.where(live, products, 0.0).sum(dtype=torch.float64)
         self.first = False
 

@@ -7,6 +7,8 @@ them those of the whole vocabulary. In the backward every rank makes its own dW,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +25,8 @@ def shard(lm_head: Tensor, group: dist.ProcessGroup) -> tuple[int, int, str]:
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    return resolve(name)
 
 
 def merge(stats: Statistics, name: str) -> Statistics:

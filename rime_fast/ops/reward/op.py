@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,8 @@ def _score_rewrites(
     backend: str,
 ) -> None:
     weights = RewardWeights.decode(numbers)
-    group = dist.distributed_c10d._resolve_process_group(group_name) if group_name else None
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    group = resolve(group_name) if group_name else None
     chosen = TABLE.choose(backend, gen)
     if chosen == "reference" and group is not None:
         anchors = sharded.gather_bank(anchors, sharded.layout(gen, anchors, negatives_mask, weights, group), group)
