@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rime_fast.data.digits import Style
 from rime_fast.demo.phases import FAST, FULL, TEST_SEED, Sizes, joint_training, measure, query_tokens, refine
 from rime_fast.demo.task import demo_model
 
@@ -56,7 +57,7 @@ def run_ablation(
     waiting = [job for job in jobs if _done(out, *job, sizes) is None]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are there; running {len(waiting)}", flush=True)
     with ThreadPoolExecutor(WORKERS) as pool:
-        codes = list(pool.map(lambda job: _spawn(out, *job, fast), waiting))
+        codes = list(pool.map(lambda job: _spawn(out, job[0], job[1], fast), waiting))
     failed = [f"{name}-{seed}" for (name, seed), code in zip(waiting, codes, strict=True) if code]
     if failed:
         raise RuntimeError(f"cells failed: {', '.join(failed)}; see {out / 'cells'}/<cell>.log")
@@ -75,7 +76,8 @@ def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
     """One cell, in this process. Returns and writes hit@1, tokens and seconds."""
     if name not in CELLS:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(CELLS)}")
-    style = "cot" if name == "cot" else "control" if name == "control" else "rewrite"
+    styles: dict[str, Style] = {"cot": "cot", "control": "control"}
+    style = styles.get(name, "rewrite")
     result: dict[str, Any] = {"cell": name, "seed": seed, "settings": sizes.as_dict(), "seconds": {}}
     work = out / "work" / f"{name}-{seed}"
     model, processor = demo_model(seed)
@@ -96,9 +98,7 @@ def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
         }
 
     begin = time.perf_counter()
-    log = joint_training(
-        model, processor, work, seed=seed, sizes=sizes, style=style, cross_modes=name != "no_cma"
-    )
+    log = joint_training(model, processor, work, seed=seed, sizes=sizes, style=style, cross_modes=name != "no_cma")
     phase("sft", log, begin)
     result["sft_log"] = log
     table("sft")

@@ -41,9 +41,7 @@ def run_demo(out: str | Path = "runs/demo", seed: int = 0, fast: bool = False) -
     out, sizes = Path(out), FAST if fast else FULL
     seconds: dict[str, float] = {}
     model, processor = demo_model(seed)
-    sft_log = _timed(
-        "sft", seconds, lambda: joint_training(model, processor, out / "sft", seed=seed, sizes=sizes)
-    )
+    sft_log = _timed("sft", seconds, lambda: joint_training(model, processor, out / "sft", seed=seed, sizes=sizes))
     _save(model, processor, out / "sft")
     sft = _timed("eval_sft", seconds, lambda: measure(model, processor, sizes=sizes, n_examples=24))
     _say("joint training", sft)

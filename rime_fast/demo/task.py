@@ -42,13 +42,13 @@ def demo_tokenizer() -> Any:
     return tiny_tokenizer(texts)
 
 
-def demo_model(seed: int) -> tuple[DualModeModel, RimeProcessor]:
+def demo_model(seed: int) -> tuple[Any, RimeProcessor]:
     """A randomly initialised dual-mode Qwen2-VL (4 layers, width 128, a 2-layer vision tower) and its processor.
 
     One scan is 2 x 2 patches of 4 pixels, merged into one visual token: an image is five tokens.
     """
     tokenizer = demo_tokenizer()
-    config = tiny_config(
+    config: Any = tiny_config(
         "qwen2_vl",
         vocab_size=-(-(len(tokenizer) + 2) // 64) * 64,
         hidden=128,
@@ -70,7 +70,7 @@ def demo_model(seed: int) -> tuple[DualModeModel, RimeProcessor]:
     config.text_config.rope_parameters |= {"rope_theta": 100.0, "mrope_section": [0, 0, 16]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DualModeModel.from_config(config, dtype=torch.float32)
+        model: Any = DualModeModel.from_config(config, dtype=torch.float32)
     processor = tiny_processor(tokenizer, patch_size=SIDE // 2, temporal_patch_size=1)
-    add_embedding_tokens(model, tokenizer)  # type: ignore[arg-type]
+    add_embedding_tokens(model, tokenizer)
     return model, processor
