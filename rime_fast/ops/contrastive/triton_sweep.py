@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -188,9 +189,9 @@ def _stacked(modes: list[Tensor]) -> Tensor:
     return _dense(modes[0])[None] if len(modes) == 1 else torch.stack(modes)
 
 
-def _word(modes: object) -> int:
+def _word(modes: Iterable[int]) -> int:
     """Modes of the terms, four bits each."""
-    return sum(mode << (4 * term) for term, mode in enumerate(modes))  # type: ignore[call-overload]
+    return sum(mode << (4 * term) for term, mode in enumerate(modes))
 
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
