@@ -35,8 +35,9 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# One thread: the cases are small, and threads that wait for each other cost minutes on a busy machine.
 test: lint
-	$(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
 bench: setup
 	$(PY) -m pytest benchmarks --rime-json benchmarks/results/cpu/bench.json
