@@ -100,7 +100,8 @@ def test_read_outs(dtype: torch.dtype, normalize: bool) -> None:
     grad[3] *= 1e-12  # the zero row's factor is 1e12
     pooling.pool_backward_(wanted, grad, expected, norms, starts, ends, normalize)
     triton_pool.pool_backward(found, grad, expected, norms, starts, ends, normalize, pooling.EPSILON)
-    torch.testing.assert_close(found, wanted)
+    # The interpreter cuts to bf16 where the hardware rounds: 1/64 for values in [2, 4), in each of two additions.
+    torch.testing.assert_close(found, wanted, **({} if dtype == torch.float32 else {"rtol": 0.0, "atol": 0.04}))
 
 
 def test_compaction_keeps_the_order() -> None:
