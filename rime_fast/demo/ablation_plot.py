@@ -35,14 +35,13 @@ def plot_ablation(report: Mapping[str, Any], path: str | Path) -> None:
             bars.plot([x] * len(one["values"]), one["values"], ".", color="black", markersize=3)
         tokens = report["rewrite_tokens"][key]["mean"]
         cost.errorbar(tokens, means[-1], yerr=spread[-1], fmt="o", capsize=2, color=COLOURS[i], label=label)
-        cost.annotate(label, (tokens, means[-1]), xytext=(5, 5), textcoords="offset points", fontsize=8)
     bars.set_xticks(range(len(CELLS)), CELLS)
     title = f"hit@1 of 100, {report['n_test']} queries of unseen scans, {len(report['seeds'])} seeds"
     bars.set_title(title, fontsize=10)
     bars.legend(frameon=False, fontsize=8)
     cost.set_title("gen-gen against decoded tokens a query", fontsize=10)
     cost.set_xlabel("tokens")
-    cost.set_xlim(0, None)
+    cost.set_xlim(0, 1.1 * max(one["mean"] for one in report["rewrite_tokens"].values()))
     for axes in (bars, cost):
         axes.set_ylim(0, 1.05)
         axes.spines[["top", "right"]].set_visible(False)
