@@ -26,18 +26,21 @@ import triton.language as tl
 @triton.jit
 def _similarities(
     q, k, rows, cols, n, n_keys, width, stride_q, stride_k,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q . k [BM, BN] fp32; rows and columns past the end come out as 0."""
+    """q . k [BM, BN] fp32. Rows and columns past the end repeat the last one: loads need no mask for them."""
     depth = tl.arange(0, BK)
-    q_at = q + rows.to(tl.int64)[:, None] * stride_q + depth[None, :]
-    k_at = k + cols.to(tl.int64)[None, :] * stride_k + depth[:, None]
-    q_in, k_in = (rows < n)[:, None], (cols < n_keys)[None, :]
+    q_at = q + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * stride_q + depth[None, :]
+    k_at = k + tl.minimum(cols, n_keys - 1).to(tl.int64)[None, :] * stride_k + depth[:, None]
     x = tl.zeros((BM, BN), dtype=tl.float32)
     for start in range(0, width, BK):
-        deep = depth < width - start
-        a = tl.load(q_at + start, mask=q_in & deep[None, :], other=0.0)
-        b = tl.load(k_at + start, mask=k_in & deep[:, None], other=0.0)
+        if EVEN:
+            a, b = tl.load(q_at + start), tl.load(k_at + start)
+        else:
+            deep = depth < width - start
+            a = tl.load(q_at + start, mask=deep[None, :], other=0.0)
+            b = tl.load(k_at + start, mask=deep[:, None], other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         x = tl.dot(a, b, x, input_precision=PRECISION)
@@ -55,7 +58,7 @@ def statistics_kernel(
     q, k, labels, row_ids, col_ids, row_limit, col_limit, scale2, bounded, positive, row_part, col_part,
     n, n_keys, width, stride_q, stride_k, plane_q, plane_k, n_terms, query_modes, key_modes, SM, SN,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IDS: tl.constexpr, MARGIN: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """row_part [terms, 3, key superblocks, n]: maximum, sum, largest rival. col_part [terms, 2, row superblocks,
     n_keys]. positive [terms, n], written where the label is met. query_modes, key_modes: 4 bits a term."""
@@ -77,50 +80,57 @@ def statistics_kernel(
         first_label = tl.min(tl.where(live, label, n_keys), axis=0)
         last_label = tl.max(label, axis=0)
         own_logit = tl.zeros((BM,), dtype=tl.float32)
-        top = tl.full((BM,), float("-inf"), dtype=tl.float32)
         rival = tl.full((BM,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BM,), dtype=tl.float32)
         for col0 in range(b * SN, tl.minimum((b + 1) * SN, n_keys), BN):
             cols = col0 + tl.arange(0, BN)
             inside = cols < n_keys
-            x = _similarities(q, k, rows, cols, n, n_keys, width, stride_q, stride_k, BM, BN, BK, WIDEN, PRECISION)
-            s = x * scale
+            s = scale * _similarities(
+                q, k, rows, cols, n, n_keys, width, stride_q, stride_k, BM, BN, BK, WIDEN, EVEN, PRECISION
+            )
             if (row0 + BM > n) | (col0 + BN > n_keys) | ((last_label >= col0) & (first_label < col0 + BN)):
                 own = cols[None, :] == label[:, None]
                 own_logit += tl.sum(tl.where(own, s, 0.0), axis=1)
                 s = tl.where(live[:, None] & inside[None, :] & (own == 0), s, float("-inf"))
-            by_row, by_col = s, s
             if IDS:
                 row_id = tl.load(row_ids + rows, mask=live, other=0)
                 col_id = tl.load(col_ids + cols, mask=inside, other=0)
-                by_row = tl.where(row_id[:, None] == col_id[None, :], float("-inf"), by_row)
-                by_col = by_row
+                s = tl.where(row_id[:, None] == col_id[None, :], float("-inf"), s)
+            before = rival
             if MARGIN:
-                highest = tl.load(row_limit + term * n + rows, mask=live, other=float("inf"))
-                highest_col = tl.load(col_limit + term * n_keys + cols, mask=inside, other=float("inf"))
-                by_row = tl.where(x > highest[:, None], float("-inf"), by_row)
-                by_col = tl.where(x > highest_col[None, :], float("-inf"), by_col)
+                row_high = tl.load(row_limit + term * n + rows, mask=live, other=float("inf")) * scale
+                col_high = tl.load(col_limit + term * n_keys + cols, mask=inside, other=float("inf")) * scale
+                rival = tl.maximum(rival, tl.max(tl.where(s > row_high[:, None], float("-inf"), s), axis=1))
+            else:
+                rival = tl.maximum(rival, tl.max(s, axis=1))
             begun = inside & (cols < tl.where(row0 > a * SM, n_keys, 0))  # this program wrote here before
             col_total = tl.load(col_out + col_plane + cols, mask=begun, other=0.0)
-            rival = tl.maximum(rival, tl.max(by_row, axis=1))
             if one_exponential:
                 e = tl.exp2(s)
-                top = tl.zeros((BM,), dtype=tl.float32)
-                total += tl.sum(tl.where(by_row == float("-inf"), 0.0, e), axis=1)
-                col_total += tl.sum(tl.where(by_col == float("-inf"), 0.0, e), axis=0)
                 col_top = tl.zeros((BN,), dtype=tl.float32)
+                if MARGIN:
+                    total += tl.sum(tl.where(s > row_high[:, None], 0.0, e), axis=1)
+                    col_total += tl.sum(tl.where(s > col_high[None, :], 0.0, e), axis=0)
+                else:
+                    total += tl.sum(e, axis=1)
+                    col_total += tl.sum(e, axis=0)
             else:
-                total *= tl.exp2(top - _finite(rival))
-                top = rival
-                total += tl.sum(tl.exp2(by_row - _finite(top)[:, None]), axis=1)
-                before = tl.load(col_out + cols, mask=begun, other=float("-inf"))
-                col_top = tl.maximum(before, tl.max(by_col, axis=0))
-                col_total *= tl.exp2(before - _finite(col_top))
+                total *= tl.exp2(before - _finite(rival))
+                by_row = s - _finite(rival)[:, None]
+                if MARGIN:
+                    by_row = tl.where(s > row_high[:, None], float("-inf"), by_row)
+                total += tl.sum(tl.exp2(by_row), axis=1)
+                by_col = s
+                if MARGIN:
+                    by_col = tl.where(s > col_high[None, :], float("-inf"), s)
+                col_before = tl.load(col_out + cols, mask=begun, other=float("-inf"))
+                col_top = tl.maximum(col_before, tl.max(by_col, axis=0))
+                col_total *= tl.exp2(col_before - _finite(col_top))
                 col_total += tl.sum(tl.exp2(by_col - _finite(col_top)[None, :]), axis=0)
             tl.store(col_out + cols, col_top, mask=inside)
             tl.store(col_out + col_plane + cols, col_total, mask=inside)
             tl.debug_barrier()  # the next row of tiles reads what other threads of this program wrote
-        tl.store(row_out + rows, top, mask=live)
+        tl.store(row_out + rows, tl.where(one_exponential, 0.0, rival), mask=live)
         tl.store(row_out + row_plane + rows, total, mask=live)
         tl.store(row_out + 2 * row_plane + rows, rival, mask=live)
         met = live & (label >= b * SN) & (label < tl.minimum((b + 1) * SN, n_keys))
@@ -132,36 +142,34 @@ def gradient_kernel(
     q, k, labels, row_ids, col_ids, row_limit, col_limit, scale2, bounded, ratio, row_shift, row_coef, col_shift,
     col_coef, positive_slope, panel, row_first, col_first, n, n_keys, width, stride_q, stride_k, stride_panel,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IDS: tl.constexpr, MARGIN: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """panel [rows, columns] <- ratio x (row_coef 2^(s - row_shift) + col_coef 2^(s - col_shift)), and
     ratio x positive_slope at the positives, for rows row_first .. n - 1 and columns col_first .. n_keys - 1."""
     row0, col0 = row_first + tl.program_id(0) * BM, col_first + tl.program_id(1) * BN
     rows, cols = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)
     live, inside = rows < n, cols < n_keys
-    x = _similarities(q, k, rows, cols, n, n_keys, width, stride_q, stride_k, BM, BN, BK, WIDEN, PRECISION)
-    s = x * tl.load(scale2)
+    scale = tl.load(scale2)
+    s = scale * _similarities(
+        q, k, rows, cols, n, n_keys, width, stride_q, stride_k, BM, BN, BK, WIDEN, EVEN, PRECISION
+    )
     factor = tl.load(ratio)
-    a = tl.load(row_coef + rows, mask=live, other=0.0) * factor
-    b = tl.load(col_coef + cols, mask=inside, other=0.0) * factor
+    a = (tl.load(row_coef + rows, mask=live, other=0.0) * factor)[:, None]
+    b = (tl.load(col_coef + cols, mask=inside, other=0.0) * factor)[None, :]
+    if MARGIN:
+        row_high = tl.load(row_limit + rows, mask=live, other=float("inf")) * scale
+        col_high = tl.load(col_limit + cols, mask=inside, other=float("inf")) * scale
+        a, b = tl.where(s > row_high[:, None], 0.0, a), tl.where(s > col_high[None, :], 0.0, b)
     if tl.load(bounded) != 0:
-        by_row = tl.exp2(s)
-        by_col = by_row * b[None, :]
-        by_row = by_row * a[:, None]
-    else:
-        by_row = tl.exp2(s - tl.load(row_shift + rows, mask=live, other=0.0)[:, None]) * a[:, None]
-        by_col = tl.exp2(s - tl.load(col_shift + cols, mask=inside, other=0.0)[None, :]) * b[None, :]
+        g = tl.exp2(s) * (a + b)
+    else:  # a zero coefficient goes with a masked, perhaps overflowing, exponential
+        g = tl.where(a == 0.0, 0.0, tl.exp2(s - tl.load(row_shift + rows, mask=live, other=0.0)[:, None]) * a)
+        f = tl.exp2(s - tl.load(col_shift + cols, mask=inside, other=0.0)[None, :]) * b
+        g += tl.where(b == 0.0, 0.0, f)
     if IDS:
         row_id = tl.load(row_ids + rows, mask=live, other=0)
         col_id = tl.load(col_ids + cols, mask=inside, other=0)
-        same = row_id[:, None] == col_id[None, :]
-        by_row, by_col = tl.where(same, 0.0, by_row), tl.where(same, 0.0, by_col)
-    if MARGIN:
-        highest = tl.load(row_limit + rows, mask=live, other=float("inf"))
-        highest_col = tl.load(col_limit + cols, mask=inside, other=float("inf"))
-        by_row = tl.where(x > highest[:, None], 0.0, by_row)
-        by_col = tl.where(x > highest_col[None, :], 0.0, by_col)
-    g = by_row + by_col
+        g = tl.where(row_id[:, None] == col_id[None, :], 0.0, g)
     label = tl.load(labels + rows, mask=live, other=-1)
     slope = tl.load(positive_slope + rows, mask=live, other=0.0) * factor
     g = tl.where(cols[None, :] == label[:, None], slope[:, None], g)
