@@ -170,8 +170,12 @@ void add_chunk(const Tile& t, int64_t row, int64_t begin, int64_t size, float ba
   if (count == 0) return;
   const Run run{values, size, t.gen + row * t.width, t.anchors + begin * t.width, t.width};
   double* state = t.state + row * (kRanks + t.positives);
-  for (int64_t p = 0; p < t.positives; ++p)
-    state[kRanks + p] += count_rank(run, static_cast<float>(t.own[row * t.positives + p]), band);
+  // Of several own anchors most beat the whole chunk, which one pass for its maximum shows.
+  const float peak = t.positives > 1 ? maximum(values, size) : kLargest;
+  for (int64_t p = 0; p < t.positives; ++p) {
+    const float threshold = static_cast<float>(t.own[row * t.positives + p]);
+    if (!(peak < threshold - band)) state[kRanks + p] += count_rank(run, threshold, band);
+  }
   state[0] += count;
   if (t.negative == kMean) state[1] += sum(run.values, run.size);
   if (t.negative == kMax) add_max(run, band, state);
