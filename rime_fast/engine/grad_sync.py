@@ -130,6 +130,11 @@ class DeepSpeedSync(GradSync):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         engine: Any = self.model
+        # ZeRO-3 counts a finished backward at the next forward; of two backwards in a row (kept graphs) the second
+        # would overwrite the first one's gradients instead of adding to them
+        count = getattr(engine.optimizer, "clear_backward_seen_flag", None)
+        if count is not None:
+            count()
         if last and self.last is not None:
             self.last(loss)
             return
