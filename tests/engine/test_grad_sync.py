@@ -34,7 +34,7 @@ def run_ranks(world: int, folder: Path, *scenarios: str) -> None:
         for rank in range(world)
     ]
     try:
-        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=900)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -54,6 +54,7 @@ class TestRanks:
     def test_ddp_and_fsdp2(self, tmp_path: Path) -> None:
         run_ranks(2, tmp_path, "ddp", "fsdp2")
 
+    @pytest.mark.slow
     def test_deepspeed(self, tmp_path: Path) -> None:
         pytest.importorskip("deepspeed")
         run_ranks(2, tmp_path, "zero1", "zero2", "zero3")

@@ -161,4 +161,6 @@ if __name__ == "__main__":
     for name in names:
         SCENARIOS[name](rank, world)
     dist.barrier()
-    dist.destroy_process_group()
+    # Leave without tearing gloo down: a rank that is quicker to go can make the other abort.
+    sys.stdout.flush()
+    os._exit(0)
