@@ -1,21 +1,13 @@
-"""One rank of the gradient synchronisation tests: ``python grad_sync_worker.py RANK WORLD STORE SCENARIO...``.
-
-Prints nothing when all is well; exits with a traceback otherwise. Run by test_grad_sync.py.
-"""
+"""What each rank of the gradient synchronisation tests does; run by test_grad_sync.py."""
 
 from __future__ import annotations
 
 import copy
-import datetime
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
@@ -233,19 +225,6 @@ SCENARIOS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    rank, world, store, *names = sys.argv[1:]
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
-    limit = datetime.timedelta(seconds=300)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world), timeout=limit)
+def run_scenarios(rank: int, world: int, *names: str) -> None:
     for name in names:
         SCENARIOS[name]()
-    dist.barrier()
-    # Leave without tearing gloo down: a rank that is quicker to go can make the other abort.
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

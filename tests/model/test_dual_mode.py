@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from rime_fast.model.dual_mode import DualModeModel, resolve_attention
 from rime_fast.model.tiny import FAMILIES, tiny_config, tiny_model
 from rime_fast.model.tiny_batch import tiny_batch
+from tests.ranks import run_ranks
 
 VOCAB = 160
 # Text only; one image; images of two sizes and text between; a video; image and video; a single token.
@@ -231,37 +232,21 @@ def test_a_batch_without_images_can_touch_the_vision_tower(monkeypatch):
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.model.visual.parameters())
 
 
-DDP_RANK = """
-import os, sys, torch, torch.distributed as dist
-from rime_fast.model.dual_mode import DualModeModel
-from rime_fast.model.tiny import tiny_model
-from rime_fast.model.tiny_batch import tiny_batch
-
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-model = DualModeModel.from_model(tiny_model("qwen2_vl", init_std=0.12))
-wrapped = torch.nn.parallel.DistributedDataParallel(model)
-batch = tiny_batch(model.config, [[2, ("image", 4, 4), 5]] if rank == 0 else [[9]], seed=rank)
-for _ in range(2):  # a parameter without gradient fails the second forward
-    wrapped(**batch).embeddings["gen"][:, 0].sum().backward()
-print(float(model.model.visual.patch_embed.proj.weight.grad.norm()), flush=True)
-dist.destroy_process_group()
-"""
+def ddp_rank(rank: int, world: int) -> None:
+    model = DualModeModel.from_model(tiny_model("qwen2_vl", init_std=0.12))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    batch = tiny_batch(model.config, [[2, ("image", 4, 4), 5]] if rank == 0 else [[9]], seed=rank)
+    for _ in range(2):  # a parameter without gradient fails the second forward
+        wrapped(**batch).embeddings["gen"][:, 0].sum().backward()
+    norm = model.model.visual.patch_embed.proj.weight.grad.norm()
+    norms = [torch.empty_like(norm) for _ in range(world)]
+    torch.distributed.all_gather(norms, norm)
+    assert norms[0] == norms[1] > 0
 
 
 @pytest.mark.dist
-def test_ddp_with_images_on_one_rank(tmp_path):
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-c", DDP_RANK]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    norms = [p.communicate(timeout=400)[0] for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0]
-    assert float(norms[0]) == float(norms[1]) > 0
+def test_ddp_with_images_on_one_rank():
+    run_ranks(ddp_rank, 2)
 
 
 def test_missing_token_gives_a_zero_row():

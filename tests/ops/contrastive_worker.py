@@ -1,17 +1,9 @@
-"""One rank of the grouped contrastive tests: ``python contrastive_worker.py RANK WORLD STORE SCENARIO``.
-
-Prints nothing when all is well; exits with a traceback otherwise. Run by test_contrastive_group.py.
-"""
+"""What each rank of the grouped contrastive tests does; run by test_contrastive_group.py."""
 
 from __future__ import annotations
 
-import datetime
 import os
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pytest
 import torch
@@ -152,15 +144,6 @@ def errors(rank: int, world: int) -> None:
 
 SCENARIOS = {f.__name__: f for f in (equality, default_labels, ddp_scaling, partly_frozen, errors)}
 
-if __name__ == "__main__":
-    rank, world, store, names = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=300)
-    )
+def run_scenarios(rank: int, world: int, *names: str) -> None:
     for name in names:
         SCENARIOS[name](rank, world)
-    dist.barrier()
-    # Leave without tearing gloo down: a rank that is quicker to go can make the other abort.
-    sys.stdout.flush()
-    os._exit(0)

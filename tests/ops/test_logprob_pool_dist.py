@@ -2,64 +2,45 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
 from tests.ops.logprob_cases import Case, relative
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
 
-def _start(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-
-
-def _spawn(worker, world: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(world, folder), nprocs=world)
-        assert len(list(Path(folder).glob("done*"))) == world
-
-
-def _vocabulary_worker(rank: int, world: int, folder: str) -> None:
+def _vocabulary_worker(rank: int, world: int) -> None:
     """Each rank holds V/p columns; outputs and gradients must be those of the whole head."""
-    _start(rank, world, folder)
-    try:
-        for schedule, softcap in (("recompute", None), ("recompute", 5.0), ("forward", None)):
-            case = Case(37, 16, 24 * world, softcap=softcap)
-            truth = case.eager(torch.float64, schedule)
-            mine = slice(24 * rank, 24 * (rank + 1))
-            t, leaves = case.tensors, case.leaves()
-            for name in ("lm_head", "bias"):
-                leaves[name] = leaves[name].detach()[mine].clone().requires_grad_()
-            options = case.options(leaves, vocab_group=dist.group.WORLD, entropy=True)
-            args = leaves["hidden"], leaves["lm_head"], t["targets"]
-            if schedule == "recompute":
-                out = fused_logprob_pool(*args, **options)
-                loss = -(out.logp * t["token_weight"]).sum() + (out.entropy * t["grad_entropy"]).sum()
-            else:
-                loss, out = fused_linear_ce(*args, token_weight=t["token_weight"], **options)
-            found = case.collect(leaves, loss, out)
-            for name in ("d_lm_head", "d_bias"):
-                truth[name] = truth[name][mine]
-            for name, value in found.items():
-                assert relative(value, truth[name]) < 1e-5, (rank, schedule, name)
-            assert (found["entropy"][t["targets"] == -100] == 0).all()
-    finally:
-        dist.destroy_process_group()
-    Path(folder, f"done{rank}").touch()
+    for schedule, softcap in (("recompute", None), ("recompute", 5.0), ("forward", None)):
+        case = Case(37, 16, 24 * world, softcap=softcap)
+        truth = case.eager(torch.float64, schedule)
+        mine = slice(24 * rank, 24 * (rank + 1))
+        t, leaves = case.tensors, case.leaves()
+        for name in ("lm_head", "bias"):
+            leaves[name] = leaves[name].detach()[mine].clone().requires_grad_()
+        options = case.options(leaves, vocab_group=dist.group.WORLD, entropy=True)
+        args = leaves["hidden"], leaves["lm_head"], t["targets"]
+        if schedule == "recompute":
+            out = fused_logprob_pool(*args, **options)
+            loss = -(out.logp * t["token_weight"]).sum() + (out.entropy * t["grad_entropy"]).sum()
+        else:
+            loss, out = fused_linear_ce(*args, token_weight=t["token_weight"], **options)
+        found = case.collect(leaves, loss, out)
+        for name in ("d_lm_head", "d_bias"):
+            truth[name] = truth[name][mine]
+        for name, value in found.items():
+            assert relative(value, truth[name]) < 1e-5, (rank, schedule, name)
+        assert (found["entropy"][t["targets"] == -100] == 0).all()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_head_split_by_vocabulary(world: int) -> None:
-    _spawn(_vocabulary_worker, world)
+    run_ranks(_vocabulary_worker, world)
 
 
 class _Scorer(nn.Module):
@@ -78,25 +59,20 @@ class _Scorer(nn.Module):
         return fused_linear_ce(hidden, self.lm_head.weight, targets)[0]
 
 
-def _fsdp_worker(rank: int, world: int, folder: str) -> None:
+def _fsdp_worker(rank: int, world: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    _start(rank, world, folder)
-    try:
-        torch.manual_seed(1)
-        x, targets = torch.randn(12, 16), torch.randint(0, 48, (12,))
-        plain, model = _Scorer(), _Scorer()
-        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-        plain(x, targets, plain=True).backward()
-        model(x, targets).backward()
-        for (name, expected), found in zip(plain.named_parameters(), model.parameters(), strict=True):
-            # Every rank saw the same rows, so the mean over ranks is the one rank's gradient.
-            assert relative(found.grad.full_tensor(), expected.grad) < 1e-5, name
-    finally:
-        dist.destroy_process_group()
-    Path(folder, f"done{rank}").touch()
+    torch.manual_seed(1)
+    x, targets = torch.randn(12, 16), torch.randint(0, 48, (12,))
+    plain, model = _Scorer(), _Scorer()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    plain(x, targets, plain=True).backward()
+    model(x, targets).backward()
+    for (name, expected), found in zip(plain.named_parameters(), model.parameters(), strict=True):
+        # Every rank saw the same rows, so the mean over ranks is the one rank's gradient.
+        assert relative(found.grad.full_tensor(), expected.grad) < 1e-5, name
 
 
 def test_head_sharded_by_fsdp2() -> None:
-    _spawn(_fsdp_worker, 2)
+    run_ranks(_fsdp_worker, 2)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rime_fast.ops import native
 from rime_fast.ops.reward import RewardWeights
 from tests.ops.reward_cases import Case, assert_same, make_case, score
+from tests.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.dist,
@@ -85,16 +83,11 @@ def _refusals(rank: int, world: int) -> None:
             score(arguments, weights, backend="chunked", group=dist.group.WORLD)
 
 
-def _process(rank: int, world: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def _worker(rank: int, world: int) -> None:
     _compare(rank, world)
     _refusals(rank, world)
-    dist.barrier()
-    # Leave without tearing gloo down: a rank that is quicker to go can make the other's threads abort.
-    os._exit(0)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_sharded_equals_whole(world: int, tmp_path: Path) -> None:
-    mp.spawn(_process, args=(world, str(tmp_path / "store")), nprocs=world)
+def test_sharded_equals_whole(world: int) -> None:
+    run_ranks(_worker, world)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rime_fast.recipe.joint import JointWeights, joint_loss, scored_tokens, side_cross_entropy, token_weights
+from tests.ranks import run_ranks
 
 MODES = ("disc", "gen")
 
@@ -237,10 +236,7 @@ def split(world: int) -> list[tuple[Tensor, ...]]:
     return [first, second][:world]
 
 
-def rank_main(rank: int, world: int, address: str, folder: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world)
+def rank_main(rank: int, world: int, folder: str) -> None:
     model, tau = DistributedDataParallel(Encoder()), torch.tensor(0.1, requires_grad=True)
     loss = step(model, *split(world)[rank], tau, dist.group.WORLD, world)
     loss.backward()
@@ -250,13 +246,11 @@ def rank_main(rank: int, world: int, address: str, folder: str) -> None:
     if rank == 0:
         grads = {name: p.grad for name, p in model.module.named_parameters()}
         torch.save((mean, grads, tau.grad / world), f"{folder}/out.pt")
-    dist.barrier()
-    os._exit(0)  # gloo teardown may abort the slower rank
 
 
 @pytest.mark.dist
 def test_two_ranks_under_ddp_give_the_gradients_of_one(tmp_path):
-    mp.spawn(rank_main, args=(2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_ranks(rank_main, 2, str(tmp_path))
     loss, grads, tau_grad = torch.load(tmp_path / "out.pt")
     want_loss, want_grads, want_tau = reference(split(2))
     torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)

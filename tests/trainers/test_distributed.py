@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import TEMPLATE, make_model, make_pairs, make_processor
@@ -18,6 +16,7 @@ from conftest import TEMPLATE, make_model, make_pairs, make_processor
 from rime_fast.trainers.config import RefineConfig, RimeConfig
 from rime_fast.trainers.refine_trainer import RefineRLTrainer
 from rime_fast.trainers.rime_trainer import RimeTrainer
+from tests.ranks import run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLANS = {"ddp": None, "zero1": "zero1.json", "zero2": "zero2.json", "zero3": "zero3.json"}
@@ -69,10 +68,8 @@ def fresh_state() -> None:
     GradientState._reset_state()
 
 
-def rank_main(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # fmt: skip
+def rank_main(rank: int, world: int, folder: str) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     deepspeed.init_distributed("gloo")
@@ -85,22 +82,16 @@ def rank_main(rank: int, port: int, folder: str) -> None:
         found[name] = logs, saved, refine(Path(folder) / f"{name}-rl", path)
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
-    dist.barrier()
-    dist.barrier()
-    os._exit(0)  # gloo teardown may abort the slower rank
 
 
 @pytest.mark.dist
 def test_ranks_and_zero_stages_equal_one_process(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     processor = make_processor()
     model = make_model(processor)
     start = {name: p.detach().clone() for name, p in model.state_dict().items()}
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
-    mp.spawn(rank_main, args=(port, str(tmp_path)), nprocs=2)
+    run_ranks(rank_main, 2, str(tmp_path))
     logs, want = joint(tmp_path / "one", 4)
     for plan, (got_logs, got, rl) in torch.load(tmp_path / "found.pt").items():
         for a, b in zip(got_logs, logs, strict=True):
