@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import FLOOR, compare
 from torch import Tensor
 
+from rime_fast.bench.harness import FLOOR, compare
 from rime_fast.engine.grad_cache import GradCache
 from rime_fast.engine.grad_sync import GradSync
 from rime_fast.engine.packed_encoder import PackedEncoder, part_tokens

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Results, compare, relative_error
 from torch import Tensor
 
+from rime_fast.bench.harness import Results, compare, relative_error
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.shared_prefix import shared_prefix_batch

@@ -1,4 +1,4 @@
-"""pytest-benchmark cases share one Results object; ``--rime-json PATH`` writes it, and a table ends the run.
+"""The cases share one Results object; ``--rime-json PATH`` writes it, and a table ends the run.
 
     pytest benchmarks --rime-json out.json            CPU sizes, all peers that are installed
     pytest benchmarks --rime-device cuda ...          GPU sizes
@@ -8,9 +8,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import Results, print_table
+import torch
+
+from rime_fast.bench.harness import Results, Row, print_table
 
 
 def pytest_addoption(parser):
@@ -21,7 +24,32 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.rime_results = Results(device=config.getoption("--rime-device"))
+    device = config.getoption("--rime-device")
+    config.rime_results = Results(device=device)
+    config.rime_size = "tiny" if config.getoption("--rime-tiny") else device
+
+
+class Run:
+    """Calls a ``measure`` of rime_fast.bench with this run's device, its dtype and results; one round when tiny."""
+
+    def __init__(self, config) -> None:
+        self.results, self.device = config.rime_results, config.getoption("--rime-device")
+        self.tiny = config.rime_size == "tiny"
+        self.dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
+    def exact(self) -> bool:
+        """Whether the inputs are fp32."""
+        return self.dtype == torch.float32
+
+    def __call__(self, measure, shape: Any, *, rounds: int, dtype: str = "") -> dict[str, Row]:
+        kind = getattr(torch, dtype) if dtype else self.dtype
+        return measure(shape, self.device, kind, self.results, 1 if self.tiny else rounds)
+
+
+@pytest.fixture
+def run(request) -> Run:
+    return Run(request.config)
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 A benchmark hands ``compare`` a dict of callables that do the same work (ours, the peers, and the bare library GEMMs as
 ``floor``) and gets one ``Row`` per callable. Rounds go A B C A B C, so that a change of clock or load hits all of them;
 ``rotate`` gives each round the next of several input sets, so that a GPU's cache does not hold the inputs.
+
+A callable returns the tensor that its error is taken of (a gradient, the advantages); a peer that cannot run here
+raises RuntimeError or ImportError with the reason, which becomes a ``Skipped`` entry.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ import torch
 
 FLOOR = "floor"
 SCHEMA = 1
+PACKAGES = (
+    "rime-fast", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "sentence-transformers",
+)  # fmt: skip
 
 
 @dataclass
@@ -86,6 +92,8 @@ def compare(
     rounds: int = 7,
     flops: float | None = None,
     nbytes: float | None = None,
+    truth: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+    error: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
     errors: Mapping[str, float] | None = None,
     rotate: Callable[[int], None] | None = None,
     results: Results | None = None,
@@ -96,18 +104,26 @@ def compare(
     what the task needs (not what an implementation does), for TFLOP/s and GB/s. A callable that raises
     RuntimeError/ImportError on its first call becomes a Skipped entry with the message, except our own ("ours*"),
     which must run.
+
+    truth: what the callables should return, in fp64 (one for all, or by name); ``error(value, truth)`` of the first
+    call (relative_error unless given) goes into the rows. errors: such figures by name, taken elsewhere.
     """
-    first, alive = {}, {}
+    first, alive, known = {}, {}, dict(errors or {})
     for name, call in impls.items():
         try:
             start = time.perf_counter()
-            call()
+            value = call()
             _sync(device)
             first[name], alive[name] = time.perf_counter() - start, call
-        except (RuntimeError, ImportError, NotImplementedError) as error:
+        except (RuntimeError, ImportError, NotImplementedError) as reason:
             if name.startswith("ours"):
                 raise
-            _skip(results, bench, case, name, str(error).splitlines()[0][:200])
+            _skip(results, bench, case, name, (str(reason).splitlines() or [type(reason).__name__])[0][:200])
+            continue
+        wanted = truth.get(name) if isinstance(truth, Mapping) else truth
+        if wanted is not None and name != FLOOR:
+            known[name] = (error or relative_error)(value, wanted)
+        del value
     for call in alive.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in alive}
@@ -126,13 +142,17 @@ def compare(
             ratio_to_floor=median / floor if floor else None,
             tflops=flops / median / 1e9 if flops else None,
             gbytes_s=nbytes / median / 1e6 if nbytes else None,
-            peak_mib=peak_memory(call, device) / 2**20,
-            error_fp64=(errors or {}).get(name),
+            peak_mib=_mib(peak_memory(call, device)),
+            error_fp64=known.get(name),
             first_call_s=first[name],
         )  # fmt: skip
     if results is not None:
         results.rows += rows.values()
     return rows
+
+
+def _mib(count: int) -> float | None:
+    return None if count < 0 else count / 2**20
 
 
 def _skip(results: Results | None, bench: str, case: str, impl: str, reason: str) -> None:
@@ -204,9 +224,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _run("git", "rev-parse", "--short", "HEAD"),
+        "commit": _commit(),
     }
-    for package in ("triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "sentence-transformers"):
+    for package in PACKAGES:
         try:
             info[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -226,12 +246,28 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def _commit() -> str | None:
+    """The checkout's commit; None for an installed package, even inside somebody else's repository."""
+    tracked = _run("git", "ls-files", Path(__file__).name)
+    return _run("git", "rev-parse", "--short", "HEAD") if tracked else None
+
+
 def _run(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """"float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def max_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """max |value - truth| in fp64."""
+    return float((value.detach().double().cpu() - truth.detach().double().cpu()).abs().max())
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:

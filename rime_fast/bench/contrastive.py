@@ -1,0 +1,204 @@
+"""Operator B: forward and backward of the contrastive loss against its bare GEMMs and the usual ways to write it.
+
+The floor is four products a term (the similarities twice, dq, dk: 8 N^2 D FLOP) into ready buffers. "eager" is
+symmetric cross-entropy over the whole matrix, as GradCache's loss computes it; "open_clip" is ClipLoss's form, both
+matrices made; "cached loop" is the form of sentence-transformers' cached loss: row blocks, each with a backward of its
+own into the embeddings; "inf_cl" is Inf-CL's package (one direction, CUDA). Errors: relative, of dq against fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name
+from rime_fast.ops.contrastive import contrastive_loss
+
+TAU = 0.02
+TERMS = [("disc", "disc", 1.0), ("gen", "gen", 1.0), ("gen", "disc", 0.5), ("disc", "gen", 0.5)]
+EXACT = 4096  # pairs up to which fp64 is run for the errors
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One batch of pairs with both embeddings of both sides."""
+
+    pairs: int = field(default=16_384, metadata={"help": "Pairs N: the similarities are N x N."})
+    width: int = field(default=1536, metadata={"help": "Width of the embeddings."})
+    terms: int = field(default=1, metadata={"help": "1: disc-disc; 4: with gen-gen and both of Cross-Mode Alignment."})
+    peaked: bool = field(default=False, metadata={"help": "Positives at a cosine of about 0.9, as after training."})
+
+    def __post_init__(self) -> None:
+        if min(self.pairs, self.width) < 1 or not 1 <= self.terms <= 4:
+            raise ValueError("expected --pairs, --width >= 1 and --terms 1 to 4")
+
+    def __str__(self) -> str:
+        return f"{self.pairs}x{self.width}x{self.terms}-{'peaked' if self.peaked else 'random'}"
+
+
+_SIZES = {
+    "tiny": [(64, 16, 1), (64, 16, 4)],
+    "cpu": [(1024, 256, 1), (4096, 256, 1), (4096, 256, 4)],
+    "cuda": [(4096, 1536, 1), (16_384, 1536, 1), (16_384, 1536, 4), (65_536, 1536, 1), (65_536, 3584, 1)],
+}
+SHAPES = {size: [Shape(*one, peaked=p) for one in table for p in (False, True)] for size, table in _SIZES.items()}
+# measured alone, against N
+GROWTH = {
+    "tiny": [Shape(128, 16)],
+    "cpu": [Shape(1024, 64), Shape(4096, 64), Shape(16_384, 64)],
+    "cuda": [Shape(16_384, 1536), Shape(65_536, 1536), Shape(262_144, 1536), Shape(1_048_576, 1536)],
+}
+Sides = tuple[dict[str, Tensor], dict[str, Tensor]]
+Terms = list[tuple[str, str, float]]
+
+
+def make(shape: Shape, device: str, dtype: torch.dtype) -> Sides:
+    """Unit-norm leaves of queries and keys."""
+    random = torch.Generator().manual_seed(0)
+    size = shape.pairs, shape.width
+    rows = {name: F.normalize(torch.randn(size, generator=random), dim=-1) for name in ("qd", "qg", "kd", "kg")}
+    if shape.peaked:
+        rows["qd"] = F.normalize(rows["kd"] + 0.5 * rows["qd"], dim=-1)
+        rows["qg"] = F.normalize(rows["kg"] + 0.5 * rows["qg"], dim=-1)
+    leaf = {name: value.to(device, dtype).requires_grad_() for name, value in rows.items()}
+    return {"disc": leaf["qd"], "gen": leaf["qg"]}, {"disc": leaf["kd"], "gen": leaf["kg"]}
+
+
+def _step(sides: Sides, backward: Callable[[], None]) -> Callable[[], Tensor]:
+    """Clears the gradients, runs ``backward`` and returns the gradient of the discriminative queries."""
+
+    def call() -> Tensor:
+        for side in sides:
+            for rows in side.values():
+                rows.grad = None
+        backward()
+        grad = sides[0]["disc"].grad
+        assert grad is not None
+        return grad
+
+    return call
+
+
+def _own(sides: Sides) -> Tensor:
+    return torch.arange(sides[0]["disc"].shape[0], device=sides[0]["disc"].device)
+
+
+def floor(sides: Sides, terms: Terms) -> Callable[[], None]:
+    """The products alone."""
+    q, k = sides[0]["disc"].detach(), sides[1]["disc"].detach()
+    slopes = torch.randn(q.shape[0], k.shape[0], device=q.device, dtype=q.dtype) / q.shape[0]
+    logits, dq, dk = torch.empty_like(slopes), torch.empty_like(q), torch.empty_like(k)
+
+    def call() -> None:
+        for _ in terms:
+            torch.mm(q, k.T, out=logits)
+            torch.mm(q, k.T, out=logits)
+            torch.mm(slopes, k, out=dq)
+            torch.mm(slopes.T, q, out=dk)
+
+    return call
+
+
+def ours(sides: Sides, terms: Terms, **options: Any) -> Callable[[], Tensor]:
+    """Ours with ``options`` of contrastive_loss."""
+    return _step(sides, lambda: contrastive_loss(*sides, terms=terms, temperature=TAU, **options).loss.backward())
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def eager(sides: Sides, terms: Terms) -> None:
+    own, total = _own(sides), torch.zeros((), device=sides[0]["disc"].device)
+    for q, k, weight in terms:
+        logits = (sides[0][q] @ sides[1][k].T).float() / TAU
+        total = total + weight * 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+    total.backward()
+
+
+def open_clip(sides: Sides, terms: Terms) -> None:
+    own, total = _own(sides), torch.zeros((), device=sides[0]["disc"].device)
+    for q, k, weight in terms:
+        there, back = (sides[0][q] @ sides[1][k].T) / TAU, (sides[1][k] @ sides[0][q].T) / TAU
+        total = total + weight * 0.5 * (F.cross_entropy(there.float(), own) + F.cross_entropy(back.float(), own))
+    total.backward()
+
+
+def cached_loop(sides: Sides, terms: Terms, rows: int = 512) -> None:
+    own = _own(sides)
+    for q, k, weight in terms:
+        for a, b in ((sides[0][q], sides[1][k]), (sides[1][k], sides[0][q])):
+            for start in range(0, len(own), rows):
+                logits = (a[start : start + rows] @ b.T).float() / TAU
+                loss = F.cross_entropy(logits, own[start : start + rows], reduction="sum")
+                (0.5 * weight / len(own) * loss).backward()
+
+
+def inf_cl(sides: Sides, terms: Terms) -> None:
+    from inf_cl import cal_inf_loss  # type: ignore[import-not-found]
+
+    scale = torch.tensor(1 / TAU, device=sides[0]["disc"].device)
+    total = torch.zeros((), device=scale.device)
+    for q, k, weight in terms:
+        there, back = cal_inf_loss(sides[0][q], sides[1][k], scale), cal_inf_loss(sides[1][k], sides[0][q], scale)
+        total = total + weight * 0.5 * (there + back)
+    total.backward()
+
+
+PEERS: dict[str, Callable[[Sides, Terms], None]] = {
+    "eager": eager, "open_clip": open_clip, "cached loop": cached_loop, "inf_cl": inf_cl,
+}  # fmt: skip
+
+
+# --- the measurement -------------------------------------------------------------------------------------------------
+
+
+def truth(sides: Sides, terms: Terms) -> Tensor:
+    """dq of the discriminative queries by the reference in fp64."""
+    exact = [{m: v.detach().double().requires_grad_() for m, v in side.items()} for side in sides]
+    return ours((exact[0], exact[1]), terms, backend="reference")()
+
+
+def measure(
+    shape: Shape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    results: Results | None = None,
+    rounds: int = 5,
+) -> dict[str, Row]:
+    """Rows of the floor, ours and every peer that runs here."""
+    sides, terms = make(shape, device, dtype), TERMS[: shape.terms]
+    ids = _own(sides)
+    impls: dict[str, Callable[[], Any]] = {
+        FLOOR: floor(sides, terms),
+        "ours": ours(sides, terms),
+        "ours_masked": ours(sides, terms, query_ids=ids, key_ids=ids, margin=2.0),  # masks that mask nothing
+    }
+    for name, peer in PEERS.items():
+        impls[name] = _step(sides, lambda peer=peer: peer(sides, terms))  # type: ignore[misc]
+    return compare(
+        "contrastive", str(shape), impls, device=device, rounds=rounds, results=results,
+        shape={"pairs": shape.pairs, "width": shape.width, "terms": shape.terms, "dtype": dtype_name(dtype)},
+        truth=truth(sides, terms) if shape.pairs <= EXACT else None,
+        flops=8.0 * shape.pairs**2 * shape.width * shape.terms, nbytes=4.0 * shape.pairs * shape.width * dtype.itemsize,
+    )  # fmt: skip
+
+
+def measure_growth(
+    shape: Shape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    results: Results | None = None,
+    rounds: int = 3,
+) -> dict[str, Row]:
+    """Ours alone: against N, time should grow as N^2 and memory as N."""
+    call = ours(make(shape, device, dtype), TERMS[: shape.terms])
+    return compare(
+        "contrastive_growth", f"{shape.pairs}x{shape.width}", {"ours": call}, device=device, results=results,
+        rounds=rounds, flops=8.0 * shape.pairs**2 * shape.width * shape.terms,
+        shape={"pairs": shape.pairs, "width": shape.width, "terms": shape.terms, "dtype": dtype_name(dtype)},
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Operator A: loss and all gradients of the head, against the bare GEMMs on the scored rows and against the peers.
+
+The floor is three library products on the M scored rows, logits, dX and dW (6MHV FLOP); "ours_forward" is
+fused_linear_ce (6MHV), "ours_recompute" fused_logprob_pool with a gradient for every token (8MHV: 1.33 x the floor's
+FLOP). Peers: eager torch with full logits, F.linear_cross_entropy with its chunks, TRL's chunked log-probs, Liger's
+fused linear cross-entropy, cut-cross-entropy, torch.compile of the eager form. Errors: relative, of the head's
+gradient (the hidden states' where the head is frozen), against fp64. Data: random logits and peaked ones (the target
+leads by about 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name
+from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
+
+EXACT = 1 << 25  # logits up to which fp64 is run for the errors
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One head and one packed batch."""
+
+    tokens: int = field(default=8192, metadata={"help": "Tokens of the packed batch, scored or not."})
+    hidden: int = field(default=1536, metadata={"help": "Width of the hidden states."})
+    vocab: int = field(default=151_936, metadata={"help": "Rows of the head."})
+    ignored: float = field(default=0.9, metadata={"help": "Share of tokens that are not scored."})
+    peaked: bool = field(default=False, metadata={"help": "The target's logit leads by about 10, as late in training."})
+    frozen: bool = field(default=False, metadata={"help": "The head is not trained."})
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.hidden, self.vocab) < 1 or not 0 <= self.ignored < 1:
+            raise ValueError("expected --tokens, --hidden, --vocab >= 1 and 0 <= --ignored < 1")
+
+    def __str__(self) -> str:
+        tail = ("-peaked" if self.peaked else "") + ("-frozen" if self.frozen else "")
+        return f"T{self.tokens}-H{self.hidden}-V{self.vocab}-ign{round(100 * self.ignored)}{tail}"
+
+
+SHAPES = {
+    "tiny": [Shape(32, 16, 200, 0.5)],
+    "cpu": [
+        Shape(1024, 256, 32_000, 0.9), Shape(1024, 256, 32_000, 0.0), Shape(1024, 256, 32_000, 0.9, peaked=True),
+        Shape(1024, 256, 32_000, 0.9, frozen=True), Shape(512, 256, 151_936, 0.9),
+    ],
+    "cuda": [
+        Shape(8192, H, V, ignored)
+        for H, V in ((1536, 151_936), (2048, 151_936), (3584, 151_936), (4096, 151_936), (4096, 248_320))
+        for ignored in (0.0, 0.9)
+    ] + [Shape(16_384, 4096, 151_936, 0.0), Shape(8192, 4096, 151_936, 0.0, peaked=True),
+         Shape(8192, 4096, 151_936, 0.9, frozen=True)],
+}  # fmt: skip
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Inputs:
+    """Leaves and targets of one shape; ``step`` is one forward and backward of a loss, returning the last gradient."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        random = torch.Generator().manual_seed(0)
+        hidden = torch.randn(shape.tokens, shape.hidden, generator=random)
+        lm_head = torch.randn(shape.vocab, shape.hidden, generator=random) / shape.hidden**0.5
+        self.targets = torch.randint(0, shape.vocab, (shape.tokens,), generator=random)
+        if shape.peaked:
+            hidden += 10 * lm_head[self.targets] / lm_head[self.targets].norm(dim=1, keepdim=True)
+        self.targets[torch.rand(shape.tokens, generator=random) < shape.ignored] = -100
+        self.targets = self.targets.to(device)
+        self.hidden = hidden.to(device, dtype).requires_grad_()
+        self.lm_head = lm_head.to(device, dtype).requires_grad_(not shape.frozen)
+        self.rows = self.hidden.detach()[self.targets != -100]
+
+    def step(self, loss: Loss) -> Callable[[], Tensor]:
+        leaves = [t for t in (self.hidden, self.lm_head) if t.requires_grad]
+        return lambda: torch.autograd.grad(loss(self.hidden, self.lm_head, self.targets), leaves)[-1]
+
+    def truth(self) -> Tensor:
+        """The last leaf's gradient by eager torch in fp64."""
+        leaves = [t.detach().double().requires_grad_(t.requires_grad) for t in (self.hidden, self.lm_head)]
+        loss = F.cross_entropy(leaves[0] @ leaves[1].t(), self.targets, reduction="sum")
+        return torch.autograd.grad(loss, [t for t in leaves if t.requires_grad])[-1]
+
+
+def floor(inputs: Inputs) -> Callable[[], object]:
+    """Logits, dX, dW of the scored rows by the library, and nothing else."""
+    head = inputs.lm_head.detach()
+
+    def call() -> object:
+        logits = torch.mm(inputs.rows, head.t())
+        dx = torch.mm(logits, head)
+        return dx, torch.mm(logits.t(), inputs.rows) if inputs.lm_head.requires_grad else None
+
+    return call
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def ours_forward(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    return fused_linear_ce(hidden, lm_head, targets)[0]
+
+
+def ours_recompute(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    return -fused_logprob_pool(hidden, lm_head, targets).logp.sum()
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def eager(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, lm_head).float(), targets, reduction="sum")
+
+
+def compiled() -> Loss:
+    """torch.compile of the eager form, compiled once a shape."""
+    program = torch.compile(eager, dynamic=False)
+
+    def loss(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+        if not hidden.is_cuda:
+            raise RuntimeError("torch.compile takes minutes on a CPU; GPU runs have it")
+        return program(hidden, lm_head, targets)
+
+    return loss
+
+
+def torch_chunked(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise RuntimeError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, lm_head, targets, reduction="sum", options=options)
+
+
+def trl_chunked(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    scored = targets != -100
+    logp = ChunkedLogProbFunction.apply(hidden, lm_head, None, targets.clamp_min(0), 1.0, 8192, None, 1.0, ())[0]
+    return -(logp * scored).sum()
+
+
+def liger(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    if not hidden.is_cuda:
+        raise RuntimeError("Liger's kernels need a GPU")
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(lm_head, hidden, targets)
+
+
+def cut_cross_entropy(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    if not hidden.is_cuda:
+        raise RuntimeError("cut-cross-entropy's kernels need a GPU")
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, lm_head, targets, reduction="sum", filter_eps=None)
+
+
+def peers() -> dict[str, Loss]:
+    """Name of the row -> the peer's loss."""
+    return {
+        "eager": eager, "compile": compiled(), "F.linear_cross_entropy": torch_chunked, "trl_chunked": trl_chunked,
+        "liger": liger, "cce": cut_cross_entropy,
+    }  # fmt: skip
+
+
+# --- the measurement -------------------------------------------------------------------------------------------------
+
+
+def measure(
+    shape: Shape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    results: Results | None = None,
+    rounds: int = 5,
+) -> dict[str, Row]:
+    """Rows of the floor, ours and every peer that runs here."""
+    inputs = Inputs(shape, device, dtype)
+    losses = {"ours_forward": ours_forward, "ours_recompute": ours_recompute, **peers()}
+    scored = inputs.rows.shape[0]
+    return compare(
+        "logprob_pool", str(shape),
+        {FLOOR: floor(inputs)} | {name: inputs.step(loss) for name, loss in losses.items()},
+        shape={"T": shape.tokens, "M": scored, "H": shape.hidden, "V": shape.vocab, "dtype": dtype_name(dtype)},
+        device=device, rounds=rounds, results=results,
+        truth=inputs.truth() if shape.tokens * shape.vocab <= EXACT else None,
+        flops=(4.0 if shape.frozen else 6.0) * scored * shape.hidden * shape.vocab,
+    )  # fmt: skip

@@ -1,0 +1,200 @@
+"""Operator C: rewards and advantages in place, against its bare similarity product, eager torch and a row loop.
+
+The floor is the fp32 product rollouts x bank into a ready buffer. "ours_*" differ in the negatives' statistic and in
+the bank's mask; "ume_r1 loop" is UME-R1's reward as its paper describes it, row by row with a top-k, written anew, and
+"ours_ume_r1" the same reward here. Errors: largest difference of an advantage from the fp64 reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, max_error
+from rime_fast.ops.reward import RewardWeights, score_rewrites_
+
+EXACT = 1 << 24  # similarities up to which fp64 is run for the errors: its reference makes the whole matrix
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One batch of rollouts and one anchor bank."""
+
+    items: int = field(default=64, metadata={"help": "Items (prompts) of the batch."})
+    group: int = field(default=8, metadata={"help": "Rollouts of each item."})
+    anchors: int = field(default=65_536, metadata={"help": "Anchors in the bank."})
+    width: int = field(default=1536, metadata={"help": "Width of the embeddings."})
+
+    def __post_init__(self) -> None:
+        if min(self.items, self.width) < 1 or self.group < 2 or self.anchors < self.items:
+            raise ValueError("expected --items, --width >= 1, --group >= 2 and --anchors >= --items")
+
+    @property
+    def rows(self) -> int:
+        return self.items * self.group
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.anchors}x{self.width}" + ("" if self.group == 8 else f"-G{self.group}")
+
+
+SHAPES = {
+    "tiny": [Shape(4, 8, 32, 16)],
+    "cpu": [Shape(128, 8, 1024, 256), Shape(8, 8, 4096, 1536), Shape(32, 8, 16_384, 256), Shape(32, 8, 65_536, 256)],
+    "cuda": [
+        Shape(128, 8, 1024, 256), Shape(64, 8, 65_536, 1536), Shape(1024, 8, 16_384, 2048),
+        Shape(64, 8, 1_000_000, 1536),
+    ],
+}  # fmt: skip
+# UME-R1's bank is the other side's rollouts, as many as rows
+UME_SHAPES = {size: [shape for shape in table if shape.anchors == shape.rows] for size, table in SHAPES.items()}
+KINDS = {
+    "ours_mean": RewardWeights(),
+    "ours_softmax": RewardWeights(negative="softmax"),
+    "ours_max": RewardWeights(negative="max"),
+}
+Inputs = dict[str, Tensor]
+
+
+def make(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Groups of in-group cosine 0.95 near their positive (peaked data), the other anchors at random."""
+    random = torch.Generator().manual_seed(0)
+    item = F.normalize(torch.randn(shape.items, 1, shape.width, generator=random), dim=-1)
+    noise = F.normalize(torch.randn(shape.items, shape.group, shape.width, generator=random), dim=-1)
+    anchors = F.normalize(torch.randn(shape.anchors, shape.width, generator=random), dim=-1)
+    anchors[: shape.items] = F.normalize(item[:, 0] + 0.8 * anchors[: shape.items], dim=-1)
+    return {
+        "gen": F.normalize(item + 0.23 * noise, dim=-1).to(device, dtype),
+        "anchors": anchors.to(device, dtype),
+        "positive": torch.arange(shape.items, device=device),
+        "format_ok": torch.ones(shape.items, shape.group, dtype=torch.bool, device=device),
+    }
+
+
+def others_generations(inputs: Inputs) -> Inputs:
+    """UME-R1's bank: the other side's G generations of every item."""
+    n_items, group, width = inputs["gen"].shape
+    noise = F.normalize(torch.randn(n_items, group, width, generator=torch.Generator().manual_seed(1)), dim=-1)
+    bank = F.normalize(inputs["gen"][:, :1] + 0.5 * noise.to(inputs["gen"]), dim=-1).view(-1, width)
+    first = group * torch.arange(n_items, device=bank.device)
+    return inputs | {"anchors": bank, "positive": first}
+
+
+def floor(inputs: Inputs) -> Callable[[], Tensor]:
+    """The similarities alone, in fp32."""
+    rows, bank = inputs["gen"].flatten(0, 1).float(), inputs["anchors"].float()
+    out = torch.empty(rows.shape[0], bank.shape[0], device=rows.device)
+    return lambda: torch.mm(rows, bank.T, out=out)
+
+
+def ours(inputs: Inputs, weights: RewardWeights, mask: Tensor | None = None, **options: str) -> Callable[[], Tensor]:
+    """Ours with ``options`` of score_rewrites_; returns the advantages."""
+    shape = inputs["format_ok"].shape
+    rewards, advantages = (torch.empty(shape, device=inputs["gen"].device) for _ in range(2))
+
+    def call() -> Tensor:
+        score_rewrites_(rewards, advantages, weights=weights, negatives_mask=mask, **inputs, **options)
+        return advantages
+
+    return call
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def eager(inputs: Inputs) -> Callable[[], Tensor]:
+    """The default reward as vectorised torch over the whole [B, G, A] matrix."""
+
+    def call() -> Tensor:
+        gen, anchors, positive = inputs["gen"].float(), inputs["anchors"].float(), inputs["positive"]
+        sims = gen @ anchors.T
+        column = positive[:, None, None].expand(-1, gen.shape[1], 1)
+        own = sims.gather(2, column)
+        negative = torch.ones_like(sims, dtype=torch.bool).scatter_(2, column, False)
+        rank = 1 + ((sims > own) & negative).sum(2) + 0.5 * ((sims == own) & negative).sum(2)
+        mean = (sims * negative).sum(2) / (sims.shape[2] - 1)
+        reward = inputs["format_ok"] + (own[..., 0] - mean) / torch.log2(1 + rank)
+        return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
+
+    return call
+
+
+def ume_loop(inputs: Inputs) -> Callable[[], Tensor]:
+    """For every rollout: its similarities, the top G of them, how many are its own group's, the two means."""
+
+    def call() -> Tensor:
+        n_items, group, width = inputs["gen"].shape
+        rows, bank = inputs["gen"].reshape(-1, width), inputs["anchors"]
+        rewards = []
+        for i, row in enumerate(rows):
+            first = i // group * group
+            sims = bank @ row
+            own = set(range(first, first + group))
+            hits = len(own.intersection(sims.topk(group).indices.tolist()))
+            positive = sims[first : first + group].mean().item()
+            negative = torch.cat([sims[:first], sims[first + group :]]).mean().item()
+            rewards.append(1.0 + hits / group * (positive - negative))
+        reward = torch.tensor(rewards).view(n_items, group)
+        return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
+
+    return call
+
+
+# --- the measurement -------------------------------------------------------------------------------------------------
+
+
+def measure(
+    shape: Shape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    results: Results | None = None,
+    rounds: int = 9,
+) -> dict[str, Row]:
+    """Rows of the floor, ours and every peer that runs here."""
+    inputs = make(shape, device, dtype)
+    impls = {FLOOR: floor(inputs), **{name: ours(inputs, weights) for name, weights in KINDS.items()}}
+    mask = torch.ones(shape.items, shape.anchors, dtype=torch.bool, device=device)
+    impls["ours_masked"] = ours(inputs, RewardWeights(), mask)
+    impls["eager"] = eager(inputs)
+    truth = {}
+    if shape.rows * shape.anchors <= EXACT:
+        exact = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+        truth = {name: ours(exact, weights, backend="reference")() for name, weights in KINDS.items()}
+        truth |= {"ours_masked": truth["ours_mean"], "eager": truth["ours_mean"]}
+    return _compare("reward", shape, dtype, impls, truth, device, results, rounds)
+
+
+def measure_ume_r1(
+    shape: Shape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    results: Results | None = None,
+    rounds: int = 5,
+) -> dict[str, Row]:
+    """UME-R1's reward, whose bank is as long as the batch (``anchors`` must equal items * group)."""
+    inputs = others_generations(make(shape, device, dtype))
+    weights = RewardWeights.ume_r1(shape.group)
+    impls = {FLOOR: floor(inputs), "ours_ume_r1": ours(inputs, weights), "ume_r1 loop": ume_loop(inputs)}
+    wanted = ours(inputs, weights, backend="reference")()
+    return _compare("reward_ume_r1", shape, dtype, impls, dict.fromkeys(impls, wanted), device, results, rounds)
+
+
+def _compare(
+    bench: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    impls: dict[str, Callable[[], Tensor]],
+    truth: dict[str, Tensor],
+    device: str,
+    results: Results | None,
+    rounds: int,
+) -> dict[str, Row]:
+    sizes = {"rows": shape.rows, "group": shape.group, "anchors": shape.anchors, "width": shape.width}
+    return compare(
+        bench, str(shape), impls, shape=sizes | {"dtype": dtype_name(dtype)}, device=device, rounds=rounds,
+        results=results, truth=truth, error=max_error, flops=2.0 * shape.rows * shape.anchors * shape.width,
+        nbytes=float(dtype.itemsize) * (shape.rows + shape.anchors) * shape.width,
+    )  # fmt: skip
