@@ -179,7 +179,7 @@ def measure(
         "ours_masked": ours(sides, terms, query_ids=ids, key_ids=ids, margin=2.0),  # masks that mask nothing
     }
     for name, peer in PEERS.items():
-        impls[name] = _step(sides, lambda peer=peer: peer(sides, terms))  # type: ignore[misc]
+        impls[name] = _step(sides, lambda peer=peer: peer(sides, terms))
     return compare(
         "contrastive", str(shape), impls, device=device, rounds=rounds, results=results,
         shape={"pairs": shape.pairs, "width": shape.width, "terms": shape.terms, "dtype": dtype_name(dtype)},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,13 +91,14 @@ def floor(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: torch.mm(rows, bank.T, out=out)
 
 
-def ours(inputs: Inputs, weights: RewardWeights, mask: Tensor | None = None, **options: str) -> Callable[[], Tensor]:
+def ours(inputs: Inputs, weights: RewardWeights, mask: Tensor | None = None, **options: Any) -> Callable[[], Tensor]:
     """Ours with ``options`` of score_rewrites_; returns the advantages."""
     shape = inputs["format_ok"].shape
     rewards, advantages = (torch.empty(shape, device=inputs["gen"].device) for _ in range(2))
+    given: dict[str, Any] = {"weights": weights, "negatives_mask": mask, **inputs, **options}
 
     def call() -> Tensor:
-        score_rewrites_(rewards, advantages, weights=weights, negatives_mask=mask, **inputs, **options)
+        score_rewrites_(rewards, advantages, **given)
         return advantages
 
     return call
