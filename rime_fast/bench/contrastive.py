@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def cached_loop(sides: Sides, terms: Terms, rows: int = 512) -> None:
 
 
 def inf_cl(sides: Sides, terms: Terms) -> None:
-    from inf_cl import cal_inf_loss  # type: ignore[import-not-found]
+    from inf_cl import cal_inf_loss
 
     scale = torch.tensor(1 / TAU, device=sides[0]["disc"].device)
     total = torch.zeros((), device=scale.device)
@@ -179,7 +180,7 @@ def measure(
         "ours_masked": ours(sides, terms, query_ids=ids, key_ids=ids, margin=2.0),  # masks that mask nothing
     }
     for name, peer in PEERS.items():
-        impls[name] = _step(sides, lambda peer=peer: peer(sides, terms))
+        impls[name] = _step(sides, partial(peer, sides, terms))
     return compare(
         "contrastive", str(shape), impls, device=device, rounds=rounds, results=results,
         shape={"pairs": shape.pairs, "width": shape.width, "terms": shape.terms, "dtype": dtype_name(dtype)},
