@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from rime_fast.bench.harness import Results, Row, print_table
+from rime_fast.bench.harness import Results, Row
+from rime_fast.bench.table import print_rows
 
 
 def pytest_addoption(parser):
@@ -74,4 +75,4 @@ def pytest_sessionfinish(session):
         results.write(Path(path))
     if results.rows:
         print()
-        print_table(results.rows)
+        print_rows(results.rows, results.skipped)

@@ -2,7 +2,7 @@
 
 A benchmark hands ``compare`` a dict of callables that do the same work (ours, the peers, and the bare library GEMMs as
 ``floor``) and gets one ``Row`` per callable. Rounds go A B C A B C, so that a change of clock or load hits all of them;
-``rotate`` gives each round the next of several input sets, so that a GPU's cache does not hold the inputs.
+on a GPU a buffer larger than the L2 cache is written before each timed call, so that no call finds its inputs there.
 
 A callable returns the tensor that its error is taken of (a gradient, the advantages); a peer that cannot run here
 raises RuntimeError or ImportError with the reason, which becomes a ``Skipped`` entry.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,16 @@ class Skipped:
 
 @dataclass
 class Results:
-    """Everything one run produced; ``write`` makes the JSON that plots and comparisons read."""
+    """Everything one run produced; ``write`` makes the JSON that plots and comparisons read.
+
+    seconds: time limit of one comparison: rounds are left out (down to one) where the first calls show that they would
+    take longer.
+    """
 
     device: str = "cpu"
     rows: list[Row] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    seconds: float = math.inf
 
     def write(self, path: Path) -> None:
         """Write the JSON (schema 1): environment, rows, skipped."""
@@ -95,7 +102,6 @@ def compare(
     truth: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
     error: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
     errors: Mapping[str, float] | None = None,
-    rotate: Callable[[int], None] | None = None,
     results: Results | None = None,
 ) -> dict[str, Row]:
     """Time ``impls`` interleaved and return a Row for each; they are also appended to ``results``.
@@ -108,6 +114,7 @@ def compare(
     truth: what the callables should return, in fp64 (one for all, or by name); ``error(value, truth)`` of the first
     call (relative_error unless given) goes into the rows. errors: such figures by name, taken elsewhere.
     """
+    begin = time.perf_counter()
     first, alive, known = {}, {}, dict(errors or {})
     for name, call in impls.items():
         try:
@@ -124,17 +131,18 @@ def compare(
         if wanted is not None and name != FLOOR:
             known[name] = (error or relative_error)(value, wanted)
         del value
-    for call in alive.values():
-        call()
+    warm = time.perf_counter()
+    memory = {name: _mib(peak_memory(call, device)) for name, call in alive.items()}  # this warms up too
+    now = time.perf_counter()
+    limit = results.seconds if results is not None else math.inf
+    rounds = max(1, min(rounds, int(min((limit - now + begin) / (now - warm), 1e9))))
     times: dict[str, list[float]] = {name: [] for name in alive}
-    for turn in range(rounds):
-        if rotate is not None:
-            rotate(turn)
+    for _ in range(rounds):
         for name, call in alive.items():
             times[name].append(_time_once(call, device))
     floor = statistics.median(times[FLOOR]) if FLOOR in times else None
     rows = {}
-    for name, call in alive.items():
+    for name in alive:
         median = statistics.median(times[name])
         rows[name] = Row(
             bench=bench, case=case, impl=name, shape=dict(shape), median_ms=median,
@@ -142,7 +150,7 @@ def compare(
             ratio_to_floor=median / floor if floor else None,
             tflops=flops / median / 1e9 if flops else None,
             gbytes_s=nbytes / median / 1e6 if nbytes else None,
-            peak_mib=_mib(peak_memory(call, device)),
+            peak_mib=memory[name],
             error_fp64=known.get(name),
             first_call_s=first[name],
         )  # fmt: skip
@@ -156,7 +164,6 @@ def _mib(count: int) -> float | None:
 
 
 def _skip(results: Results | None, bench: str, case: str, impl: str, reason: str) -> None:
-    print(f"skipped: {bench}/{case}/{impl}: {reason}")
     if results is not None:
         results.skipped.append(Skipped(bench, case, impl, reason))
 
@@ -169,6 +176,7 @@ def _sync(device: str) -> None:
 def _time_once(call: Callable[[], Any], device: str) -> float:
     """Milliseconds of one call: CUDA events on a GPU, the host clock on a CPU."""
     if device == "cuda":
+        _flush()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -178,6 +186,17 @@ def _time_once(call: Callable[[], Any], device: str) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+@lru_cache(maxsize=1)
+def _beyond_cache() -> torch.Tensor:
+    size = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 64 << 20)
+    return torch.empty(2 * size, dtype=torch.int8, device="cuda")
+
+
+def _flush() -> None:
+    """Push everything out of the L2 cache."""
+    _beyond_cache().zero_()
 
 
 def _quantile(values: Sequence[float], q: float) -> float:
@@ -203,16 +222,17 @@ def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return -1
-    before = _status_bytes("VmRSS")
+    before = _proc_bytes("/proc/self/status", "VmRSS")
     call()
-    return max(0, _status_bytes("VmHWM") - before)
+    return max(0, _proc_bytes("/proc/self/status", "VmHWM") - before)
 
 
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _proc_bytes(file: str, key: str) -> int:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -276,18 +296,20 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).norm() / truth.norm().clamp_min(1e-300))
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """A fixed-width table, the way kernel people read it: time, ratio to the floor, rate, memory, error."""
-    heads = ("ms", 9), ("x floor", 8), ("TFLOP/s", 8), ("MiB", 8), ("error", 9), ("first s", 8)
-    print(f"{'bench/case':44} {'impl':24}", *(head.rjust(width) for head, width in heads))
-    for row in rows:
-        cells = [
-            f"{row.bench}/{row.case}"[:44].ljust(44), row.impl[:24].ljust(24), f"{row.median_ms:9.2f}",
-            _cell(row.ratio_to_floor, 8, ".2f"), _cell(row.tflops, 8, ".2f"), _cell(row.peak_mib, 8, ".1f"),
-            _cell(row.error_fp64, 9, ".1e"), _cell(row.first_call_s, 8, ".2f"),
-        ]  # fmt: skip
-        print(" ".join(cells))
+def require_memory(nbytes: float, device: str | torch.device) -> None:
+    """Raise RuntimeError when ``nbytes`` more do not fit: a CPU that runs out kills the process instead of raising."""
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    else:
+        free = _proc_bytes("/proc/meminfo", "MemAvailable") or sys.maxsize
+    if nbytes > free:
+        raise RuntimeError(f"needs {nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
 
 
-def _cell(value: float | None, width: int, spec: str) -> str:
-    return "-".rjust(width) if value is None else format(value, spec).rjust(width)
+def add_parts(
+    results: Results, bench: str, case: str, impl: str, parts: Mapping[str, float], shape: Mapping[str, Any]
+) -> None:
+    """Rows "bench_parts", one a part of a step: impl "ours/head" and its milliseconds (docs/benchmarks.md)."""
+    results.rows += [
+        Row(f"{bench}_parts", case, f"{impl}/{part}", dict(shape), ms, ms, ms) for part, ms in parts.items()
+    ]
