@@ -2,7 +2,7 @@
 #   make demo      set up, train, evaluate, refine, evaluate, report  -> runs/demo/report.html
 #   make test      set up, lint, all tests
 #   make bench     the CPU benchmarks        make gpu   GPU tests and benchmarks (on a machine with a GPU)
-#   make ablation  the demo's claims over 3 seeds   make lint   ruff and mypy
+#   make ablation  the demo's claims over 3 seeds   make curves  Refine-RL step by step   make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -12,7 +12,7 @@ EXTRAS := dev,demo,peft,deepspeed,bench
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/rime/*.h)
 PYTEST_ARGS ?=
 
-.PHONY: setup demo test bench gpu lint ablation clean
+.PHONY: setup demo test bench gpu lint ablation curves clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -30,6 +30,9 @@ demo: setup
 
 ablation: setup
 	$(PY) -m rime_fast.demo.ablation --output_dir runs/ablation
+
+curves: setup
+	$(PY) -m rime_fast.demo.curves --output_dir runs/curves
 
 lint: setup
 	$(PY) -m ruff check .

@@ -66,7 +66,7 @@ def run_ablation(
         "settings": sizes.as_dict() | {"test_seed": TEST_SEED},
         # Not the wall clock: a resumed run's would leave out what was there before.
         "cell_seconds": round(sum(sum(cell["seconds"].values()) for cell in cells.values() if cell), 1),
-        "environment": _environment(),
+        "environment": environment("python -m rime_fast.demo.ablation", WORKERS),
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     plot_ablation(report, out / "ablation.png")
@@ -140,19 +140,20 @@ def _spawn(out: Path, name: str, seed: int, fast: bool) -> int:
     return code
 
 
-def _environment() -> dict[str, Any]:
+def environment(command: str, workers: int) -> dict[str, Any]:
+    """Where a report comes from: its command, versions, and the machine with its number of worker processes."""
     import torch
     import transformers
 
     import rime_fast
 
     return {
-        "command": "python -m rime_fast.demo.ablation",
+        "command": command,
         "rime_fast": rime_fast.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {WORKERS} processes of one thread",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores; processes of one thread at a time: {workers}",
     }
 
 

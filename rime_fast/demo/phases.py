@@ -1,4 +1,4 @@
-"""The demo's phases, shared by `make demo` and `make ablation`: joint training, Refine-RL, measuring.
+"""The demo's phases, shared by `make demo`, `make ablation` and `make curves`: joint training, Refine-RL, measuring.
 
 The settings below were chosen on the validation scans (docs/demo.md has the figures); the test scans are only read by
 ``measure``.
@@ -6,9 +6,12 @@ The settings below were chosen on the validation scans (docs/demo.md has the fig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerCallback
 
 from rime_fast.data.digits import DigitChains, Split, Style, retrieval_set
 from rime_fast.demo.task import MAX_NEW_TOKENS, demo_template
@@ -94,27 +97,35 @@ def joint_training(
     return trainer.state.log_history
 
 
-def refine(model: Any, processor: Any, out: Path, *, seed: int, sizes: Sizes) -> list[dict[str, Any]]:
-    """Refine-RL on ``model`` in place: the queries' rewrites against the frozen disc embeddings of the targets."""
-    args = RefineConfig(
-        output_dir=str(out),
-        seed=seed,
-        max_steps=sizes.refine_steps,
-        per_device_train_batch_size=sizes.refine_batch,
-        learning_rate=1e-4,
-        warmup_steps=min(5, sizes.refine_steps // 2),
-        adam_beta2=0.98,
-        trained_sides="query",
-        num_generations=8,
-        max_completion_length=MAX_NEW_TOKENS["rewrite"],
-        rank_reward="hit",
-        length_weight=0.2,
-        length_limit=TERSE_TOKENS,
-        loss_type="token_mean",
-        **_common(sizes.refine_steps),
-    )
+def refine(
+    model: Any, processor: Any, out: Path, *, seed: int, sizes: Sizes, callbacks: Sequence[TrainerCallback] = (),
+    **changes: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Refine-RL on ``model`` in place: the queries' rewrites against the frozen disc embeddings of the targets.
+
+    changes: fields of ``RefineConfig`` that are not to be the demo's.
+    """
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        "seed": seed,
+        "max_steps": sizes.refine_steps,
+        "per_device_train_batch_size": sizes.refine_batch,
+        "learning_rate": 1e-4,
+        "warmup_steps": min(5, sizes.refine_steps // 2),
+        "adam_beta2": 0.98,
+        "trained_sides": "query",
+        "num_generations": 8,
+        "max_completion_length": MAX_NEW_TOKENS["rewrite"],
+        "rank_reward": "hit",
+        "length_weight": 0.2,
+        "length_limit": TERSE_TOKENS,
+        "loss_type": "token_mean",
+    } | _common(sizes.refine_steps)
     pairs = DigitChains("train", sizes.refine_steps * sizes.refine_batch, seed=seed + _REFINE_SEED)
-    trainer = RefineRLTrainer(model, args, train_dataset=pairs, processor=processor, template=demo_template())
+    trainer = RefineRLTrainer(
+        model, RefineConfig(**settings | changes), train_dataset=pairs, processor=processor, template=demo_template(),
+        callbacks=list(callbacks),
+    )  # fmt: skip
     trainer.train()
     return trainer.state.log_history
 
@@ -124,9 +135,13 @@ def measure(
 ) -> MutualResult:
     """The 2 x 2 table on ``sizes.n_test`` queries of ``split`` against all 100 targets, greedy decoding."""
     model.eval()
-    embedder = RimeEmbedder(model, processor, demo_template(style), max_new_tokens=MAX_NEW_TOKENS[style])
     data = retrieval_set(split, sizes.n_test, seed=TEST_SEED, style=style)
-    return evaluate_mutual(embedder, data, n_examples=n_examples)
+    return evaluate_mutual(demo_embedder(model, processor, style), data, n_examples=n_examples)
+
+
+def demo_embedder(model: Any, processor: Any, style: Style = "rewrite") -> RimeEmbedder:
+    """The embedder of a style: its template, and room for its longest response."""
+    return RimeEmbedder(model, processor, demo_template(style), max_new_tokens=MAX_NEW_TOKENS[style])
 
 
 def query_tokens(result: MutualResult) -> float:
