@@ -18,7 +18,6 @@ from typing import Any
 
 from rime_fast import __version__
 
-OPERATORS = {"logprob": "logprob_pool", "contrastive": "contrastive", "reward": "reward"}
 VARIABLES = ("RIME_FAST_BACKEND", "RIME_FAST_BUILD", "RIME_FAST_CUDA_ARCHS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -161,36 +160,16 @@ def _operator_choices(cuda: bool) -> Iterator[Choice]:
     torch = _try_import("torch")
     if isinstance(torch, str):
         return
-    for operator, folder in OPERATORS.items():
+    from rime_fast.ops.dispatch import TABLES, explain
+
+    for operator in TABLES:
         for device in ("cpu", "cuda") if cuda else ("cpu",):
-            probe = torch.empty(1, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
             try:
-                table = _table(folder)
-                backend = table.choose("auto", probe)
+                found = explain(operator, device, torch.float32 if device == "cpu" else torch.bfloat16)
             except (ImportError, ValueError) as error:
                 yield Choice(operator, device, "none", {"all": str(error)})
                 continue
-            others = [name for name in ("cuda", "triton", "chunked", "reference") if name != backend]
-            order = table.order.get(device, ())
-            reasons = {}
-            for name in others:
-                reason = table.why_not(name, probe)
-                reasons[name] = reason or (f"{backend} comes first" if name in order else f"not chosen on {device}")
-            yield Choice(operator, device, backend, reasons)
-
-
-def _table(folder: str) -> Any:
-    """The operator's BackendTable, in whichever module of its folder holds it."""
-    from rime_fast.ops.dispatch import BackendTable
-
-    package = import_module(f"rime_fast.ops.{folder}")
-    for name in ("backends", "op"):
-        if find_spec(f"{package.__name__}.{name}") is not None:
-            module = import_module(f"{package.__name__}.{name}")
-            for value in vars(module).values():
-                if isinstance(value, BackendTable):
-                    return value
-    raise ImportError(f"rime_fast.ops.{folder} has no backend table")
+            yield Choice(operator, device, found.backend, dict(found.others))
 
 
 def _try_import(name: str) -> Any:

@@ -12,13 +12,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
 BACKENDS = ("auto", "reference", "chunked", "triton", "cuda")
 ENVIRONMENT = "RIME_FAST_BACKEND"
 
+TABLES = {  # operator -> the module with its TABLE
+    "logprob": "rime_fast.ops.logprob_pool.backends",
+    "contrastive": "rime_fast.ops.contrastive.backends",
+    "reward": "rime_fast.ops.reward.op",
+}
+
 Probe = Callable[[torch.Tensor], "str | None"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """backend: what "auto" takes. why: the rule that took it. others: backend -> why it was not taken."""
+
+    backend: str
+    why: str
+    others: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,26 @@ class BackendTable:
         """The reason ``backend`` cannot serve ``tensor``, or None when it can."""
         probe = self.probes.get(backend)
         return f"{self.op} has no {backend} backend" if probe is None else probe(tensor)
+
+
+    def explain(self, tensor: torch.Tensor) -> Explanation:
+        """What "auto" takes for ``tensor``, and why. Raises ValueError where ``choose`` does."""
+        backend = self.choose("auto", tensor)
+        kind = tensor.device.type
+        order = self.order.get(kind, ("reference",))
+        others = {}
+        for name in (name for name in ("cuda", "triton", "chunked", "reference") if name != backend):
+            reason = self.why_not(name, tensor)
+            others[name] = reason or (f"{backend} comes first" if name in order else f"not chosen on {kind}")
+        if _from_environment(self.op) not in (None, "auto"):
+            return Explanation(backend, f"{ENVIRONMENT} asks for it", others)
+        return Explanation(backend, f"the first that can serve, in the order {', '.join(order)} of {kind}", others)
+
+
+def explain(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Explanation:
+    """What "auto" takes for operator ``op`` (logprob, contrastive, reward) on such tensors, and why."""
+    table: BackendTable = import_module(TABLES[op]).TABLE
+    return table.explain(torch.empty(1, device=device, dtype=dtype))
 
 
 def _from_environment(op: str) -> str | None:

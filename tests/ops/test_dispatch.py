@@ -1,0 +1,60 @@
+"""The rule that picks a backend, and its explanation, on a table made for the test and on the operators' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rime_fast.ops import dispatch
+from rime_fast.ops.dispatch import BackendTable, explain
+
+TABLE = BackendTable(
+    op="made",
+    probes={"reference": lambda _: None, "chunked": lambda x: "fp32 only" if x.dtype != torch.float32 else None},
+    order={"cpu": ("chunked", "reference")},
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_override(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+
+
+def test_auto_takes_the_first_that_can_serve():
+    assert TABLE.choose("auto", torch.zeros(1)) == "chunked"
+    assert TABLE.choose("auto", torch.zeros(1, dtype=torch.float64)) == "reference"
+
+
+def test_explanation_says_why_each_other_was_not_taken():
+    found = TABLE.explain(torch.zeros(1, dtype=torch.float64))
+    assert found.backend == "reference"
+    assert "chunked, reference of cpu" in found.why
+    assert found.others == {"chunked": "fp32 only", "triton": "made has no triton backend",
+                            "cuda": "made has no cuda backend"}  # fmt: skip
+    assert TABLE.explain(torch.zeros(1)).others["reference"] == "chunked comes first"
+
+
+@pytest.mark.parametrize("value", ["reference", "made=reference,reward=chunked"])
+def test_environment_replaces_auto_and_is_named(value, monkeypatch):
+    monkeypatch.setenv(dispatch.ENVIRONMENT, value)
+    found = TABLE.explain(torch.zeros(1))
+    assert (found.backend, found.why) == ("reference", f"{dispatch.ENVIRONMENT} asks for it")
+    assert TABLE.choose("chunked", torch.zeros(1)) == "chunked"
+
+
+def test_impossible_choices_raise_with_the_reason(monkeypatch):
+    with pytest.raises(ValueError, match="backend='chunked' cannot run here: fp32 only"):
+        TABLE.choose("chunked", torch.zeros(1, dtype=torch.float16))
+    with pytest.raises(ValueError, match="backend is 'warp'; expected one of auto"):
+        TABLE.choose("warp", torch.zeros(1))
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
+    with pytest.raises(ValueError, match="RIME_FAST_BACKEND for made='triton' cannot run"):
+        TABLE.explain(torch.zeros(1))
+
+
+@pytest.mark.parametrize("op", dispatch.TABLES)
+def test_operators_explain_themselves(op):
+    found = explain(op)
+    assert found.backend in ("chunked", "reference")
+    assert {found.backend, *found.others} == {"reference", "chunked", "triton", "cuda"}
+    assert all(found.others.values())
