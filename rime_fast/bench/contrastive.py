@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name
+from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, require_memory
 from rime_fast.ops.contrastive import contrastive_loss
 
 TAU = 0.02
@@ -85,6 +85,12 @@ def _step(sides: Sides, backward: Callable[[], None]) -> Callable[[], Tensor]:
     return call
 
 
+def _require_matrices(sides: Sides, count: int) -> None:
+    """count matrices of similarities, with their gradients, in the dtype and in fp32."""
+    rows = sides[0]["disc"]
+    require_memory(count * rows.shape[0] ** 2 * (2 * rows.element_size() + 8), rows.device)
+
+
 def _own(sides: Sides) -> Tensor:
     return torch.arange(sides[0]["disc"].shape[0], device=sides[0]["disc"].device)
 
@@ -114,6 +120,7 @@ def ours(sides: Sides, terms: Terms, **options: Any) -> Callable[[], Tensor]:
 
 
 def eager(sides: Sides, terms: Terms) -> None:
+    _require_matrices(sides, len(terms))
     own, total = _own(sides), torch.zeros((), device=sides[0]["disc"].device)
     for q, k, weight in terms:
         logits = (sides[0][q] @ sides[1][k].T).float() / TAU
@@ -122,6 +129,7 @@ def eager(sides: Sides, terms: Terms) -> None:
 
 
 def open_clip(sides: Sides, terms: Terms) -> None:
+    _require_matrices(sides, 2 * len(terms))
     own, total = _own(sides), torch.zeros((), device=sides[0]["disc"].device)
     for q, k, weight in terms:
         there, back = (sides[0][q] @ sides[1][k].T) / TAU, (sides[1][k] @ sides[0][q].T) / TAU

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name
+from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, require_memory
 from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
 
 EXACT = 1 << 25  # logits up to which fp64 is run for the errors
@@ -113,6 +113,8 @@ def ours_recompute(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
 
 
 def eager(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    logits = hidden.shape[0] * lm_head.shape[0]
+    require_memory(logits * (2 * hidden.element_size() + 8), hidden.device)  # they, their gradient, both again in fp32
     return F.cross_entropy(F.linear(hidden, lm_head).float(), targets, reduction="sum")
 
 
@@ -188,4 +190,6 @@ def measure(
         device=device, rounds=rounds, results=results,
         truth=inputs.truth() if shape.tokens * shape.vocab <= EXACT else None,
         flops=(4.0 if shape.frozen else 6.0) * scored * shape.hidden * shape.vocab,
+        # hidden and head read, their gradients written
+        nbytes=(2.0 * scored + (1 if shape.frozen else 2) * shape.vocab) * shape.hidden * dtype.itemsize,
     )  # fmt: skip
