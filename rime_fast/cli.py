@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from rime_fast import __version__
+from rime_fast.commands.command import Command
 from rime_fast.commands.options import UsageError, suggestion
 
-# words typed -> (module with COMMAND, one line for the overview)
+# words typed -> (module, or module:NAME where it is not COMMAND; one line for the overview)
 COMMANDS = {
     "train": ("train", "joint training: rewrites, both embeddings, Cross-Mode Alignment"),
     "refine": ("refine", "Refine-RL: reinforce rewrites against stable discriminative anchors"),
@@ -22,7 +23,10 @@ COMMANDS = {
     "data check": ("data_check", "name file, row and field of every bad row; write the good ones"),
     "demo": ("demo", "the whole recipe on digit scans, from random weights to a report"),
     "doctor": ("doctor", "what is active here, what is missing, what that costs"),
-    "bench": ("bench", "the benchmarks (in a source checkout)"),
+    "bench": ("bench", "the benchmark suite (in a source checkout); compare and plot its results"),
+    "bench logprob": ("bench_micro:LOGPROB", "the head's log-probabilities and gradients beside their peers"),
+    "bench contrastive": ("bench_micro:CONTRASTIVE", "the contrastive loss beside its peers"),
+    "bench reward": ("bench_micro:REWARD", "rewards and advantages beside their peers"),
 }
 DEBUG = "RIME_FAST_DEBUG"
 
@@ -39,10 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = _command(words)
     try:
         if name not in COMMANDS:
-            known = [command.split()[0] for command in COMMANDS]
+            known = dict.fromkeys(command.split()[0] for command in COMMANDS)
             raise UsageError(f"no such command{suggestion(name, known, 'rime-fast ')}")
-        module = import_module(f"rime_fast.commands.{COMMANDS[name][0]}")
-        return module.COMMAND.main(rest)
+        return load(name).main(rest)
     except UsageError as error:
         return _fail(name, str(error), 2)
     except KeyboardInterrupt:
@@ -56,9 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, f"{_kind(error)}{error}\n({DEBUG}=1 shows the traceback)", 1)
 
 
+def load(name: str) -> Command:
+    """The command of that name in COMMANDS."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    return getattr(import_module(f"rime_fast.commands.{module}"), attribute or "COMMAND")
+
+
 def overview() -> str:
     """The help of ``rime-fast`` alone."""
-    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<19}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             f"rime-fast {__version__}: training and serving of rewrite-driven multimodal embeddings (RIME)",

@@ -39,10 +39,9 @@ def test_help_teaches(name, capsys):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_example_parses(name):
     """The options in the examples exist and have values (files are not opened)."""
-    from importlib import import_module
     from shlex import split
 
-    command = import_module(f"rime_fast.commands.{cli.COMMANDS[name][0]}").COMMAND
+    command = cli.load(name)
     for _, line in command.examples:
         words = split(line.split(" > ")[0])
         start = words.index("rime_fast.cli") + 1 if "rime_fast.cli" in words else words.index("rime-fast") + 1
@@ -187,12 +186,10 @@ def documented_lines() -> list[str]:
 @pytest.mark.parametrize("line", documented_lines())
 def test_documented_lines_are_accepted(line, monkeypatch):
     """The command exists and takes these options; configs (examples/) are read, data and models are not."""
-    from importlib import import_module
     from shlex import split
 
     monkeypatch.chdir(Path(__file__).parents[1])
     words = split(line.split(" > ")[0], comments=True)
     rest = words[words.index("rime_fast.cli" if "rime_fast.cli" in words else "rime-fast") + 1 :]
     name, rest = cli._command(rest)
-    command = import_module(f"rime_fast.commands.{cli.COMMANDS[name][0]}").COMMAND
-    command.read(rest)
+    cli.load(name).read(rest)

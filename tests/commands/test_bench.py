@@ -1,0 +1,127 @@
+"""rime-fast bench: one operator at the user's shape, comparison of two files, figures from a file."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from rime_fast import cli
+from rime_fast.bench.comparison import compare_files
+from rime_fast.bench.harness import Results, Row
+from rime_fast.bench.stored import load, merge
+
+
+def row(impl: str, median: float, **figures) -> Row:
+    values = {"bench": "op", "case": "a", "shape": {}, **figures}
+    return Row(impl=impl, median_ms=median, p20_ms=median, p80_ms=median, **values)
+
+
+def write(path, rows, **environment):
+    Results(rows=rows).write(path)
+    body = json.loads(path.read_text())
+    body["environment"] |= environment
+    path.write_text(json.dumps(body))
+    return path
+
+
+SIZES = {
+    "logprob": ["--tokens", "24", "--hidden", "8", "--vocab", "50", "--ignored", "0.5", "--peaked"],
+    "contrastive": ["--pairs", "32", "--width", "8", "--terms", "4"],
+    "reward": ["--items", "2", "--group", "4", "--anchors", "16", "--width", "8"],
+}
+
+
+@pytest.mark.parametrize("op", SIZES)
+def test_one_operator_at_a_shape(op, tmp_path, capsys):
+    output = tmp_path / "rows.json"
+    words = ["bench", op, *SIZES[op], "--device", "cpu", "--rounds", "1"]
+    assert cli.main(words + ["--output", str(output)] * (op == "reward")) == 0
+    text = capsys.readouterr().out
+    assert "auto takes " in text
+    assert "  not triton: " in text
+    assert "floor" in text
+    assert "eager" in text
+    if op == "contrastive":
+        assert "skipped: contrastive 32x8x4-random inf_cl: No module named 'inf_cl'" in text
+    if op == "reward":
+        stored = load(output)
+        assert {row.bench for row in stored.rows} == {"reward", "ceiling"}
+        assert all(row.error_fp64 < 1e-6 for row in stored.rows if row.impl.startswith("ours"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "logprob", "--dtype", "int8"], "--dtype is 'int8'; expected bf16, fp16, fp32 or auto"),
+        (["bench", "logprob", "--vocabulary", "7"], "unknown option --vocabulary; did you mean --vocab"),
+        (["bench", "logprob", "--ignored", "1"], "0 <= --ignored < 1"),
+        (["bench", "reward", "--group", "1"], "--group >= 2"),
+        (["bench", "reward", "--rounds", "0"], "--rounds is 0; expected at least 1"),
+        (["bench", "reward", "--device", "tpu"], "--device is 'tpu'"),
+        (["bench", "--compare", "a.json"], "--compare takes two JSON files, got 1"),
+        (["bench", "--compare", "a.json", "b.json", "--threshold", "0"], "--threshold is 0.0"),
+        (["bench", "--compare", "a.json", "b.json", "--plot", "a.json"], "give one"),
+    ],
+)
+def test_wrong_use(words, message, capsys):
+    assert cli.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_ratios_to_the_floor_hold_on_any_machine(tmp_path, capsys):
+    before = [row("ours", 10, ratio_to_floor=1.2), row("eager", 20, ratio_to_floor=2.4)]
+    after = [row("ours", 99, ratio_to_floor=1.25), row("eager", 99, ratio_to_floor=3.0)]
+    a, b = write(tmp_path / "a.json", before, device="x"), write(tmp_path / "b.json", after, device="y")
+    found = compare_files(a, b)
+    assert [(change.impl, change.figure) for change in found.worse] == [("eager", "x floor")]
+    assert found.same == 1
+    assert cli.main(["bench", "--compare", str(a), str(b)]) == 0  # a slower peer is not our regression
+    assert cli.main(["bench", "--compare", str(a), str(b), "--threshold", "0.03"]) == 1
+    assert "2 worse (1 ours)" in capsys.readouterr().out
+
+
+def test_steps_compare_to_the_plain_recipe_then_by_median(tmp_path):
+    before, after = [row("ours", 10), row("plain step", 40)], [row("ours", 40), row("plain step", 80)]
+    a, b = write(tmp_path / "a.json", before, device="x"), write(tmp_path / "b.json", after, device="y")
+    found = compare_files(a, b)
+    assert [(change.figure, change.factor) for change in found.worse] == [("x plain step", 2.0)]
+    assert found.without == [("op", "a", "plain step")]  # another machine: no median is comparable
+    same = write(tmp_path / "c.json", after, device="x")
+    assert {change.figure for change in compare_files(a, same).worse} == {"x plain step", "ms"}
+
+
+def test_memory_errors_and_rows_that_come_and_go(tmp_path):
+    a = [row("ours", 1, peak_mib=10, error_fp64=1e-5), row("ours_b", 1, peak_mib=1, error_fp64=1e-9), row("old", 1)]
+    b = [row("ours", 1, peak_mib=20, error_fp64=3e-5), row("ours_b", 1, peak_mib=2, error_fp64=5e-9), row("new", 1)]
+    found = compare_files(write(tmp_path / "a.json", a), write(tmp_path / "b.json", b))
+    assert {(change.impl, change.figure) for change in found.worse} == {("ours", "MiB"), ("ours", "error")}
+    assert found.gone == [("op", "a", "old")]
+    assert found.new == [("op", "a", "new")]
+    back = compare_files(tmp_path / "b.json", tmp_path / "a.json")
+    assert {(change.impl, change.figure) for change in back.better} == {("ours", "MiB"), ("ours", "error")}
+
+
+def test_nan_error_is_worse(tmp_path):
+    a, b = (write(tmp_path / f"{x}.json", [row("ours", 1, error_fp64=x)]) for x in (1e-5, math.nan))
+    assert [change.figure for change in compare_files(a, b).worse] == ["error"]
+
+
+def test_files_that_are_no_results_are_named(tmp_path, capsys):
+    good, bad, other = write(tmp_path / "a.json", [row("ours", 1)]), tmp_path / "b.json", tmp_path / "c.json"
+    bad.write_text("{")
+    other.write_text('{"schema": 9}')
+    for path, message in ((bad, "b.json is not JSON"), (other, "expected benchmark results of schema 1, got 9")):
+        assert cli.main(["bench", "--compare", str(good), str(path)]) == 1
+        assert message in capsys.readouterr().err
+    assert cli.main(["bench", "--compare", str(good), str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_merged_files_keep_every_row(tmp_path):
+    parts = [write(tmp_path / f"{i}.json", [row(f"ours{i}", i + 1)], device=f"d{i}") for i in range(2)]
+    merge(parts, tmp_path / "all.json")
+    found = load(tmp_path / "all.json")
+    assert [r.impl for r in found.rows] == ["ours0", "ours1"]
+    assert found.environment["device"] == "d0"
