@@ -114,6 +114,7 @@ def compare(
     truth: what the callables should return, in fp64 (one for all, or by name); ``error(value, truth)`` of the first
     call (relative_error unless given) goes into the rows. errors: such figures by name, taken elsewhere.
     """
+    gc.collect()  # the case before may have left cycles that hold memory
     begin = time.perf_counter()
     first, alive, known = {}, {}, dict(errors or {})
     for name, call in impls.items():
@@ -210,7 +211,7 @@ def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
     CUDA: the allocator's own peak. CPU: the process's high-water mark, reset through /proc/self/clear_refs (Linux), so
     it also counts what libraries allocate outside torch. Resolution is a page; -1 where the kernel offers neither.
     """
-    gc.collect()
+    gc.collect(1)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
