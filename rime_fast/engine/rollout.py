@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rime_fast.engine.decode_cache import DecodeCache, PrefillRecorder
+from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import LoopGuard, check_sampling, draw_tokens
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.packing import PACKED_SDPA
@@ -80,6 +81,7 @@ def generate_rollouts(
     suppress_ids: Sequence[int] = (),
     repetition_limit: int = 0,
     check_every: int | None = None,
+    out: RolloutBuffer | None = None,
 ) -> Rollout:
     """Decode ``group_size`` responses to each prompt of a packed batch (see the collator), each up to ``<gen_emb>``.
 
@@ -93,9 +95,11 @@ def generate_rollouts(
     ``check_every``: the host asks every so many steps which rows are done (the only wait for the device), and drops
     them then; default 1 on the CPU, 8 elsewhere. It changes the draws, since dropped rows draw nothing, never the
     distribution. With a seeded ``generator`` on the model's device the result is reproducible.
+    ``out``: a buffer of as many prompts, this group size and pad id, on the model's device; it is cleared and written
+    in place, and the rollout's tensors are views of it.
 
     Responses are text: their positions go on from the prompt's last row, as in training. The model runs in eval mode
-    and is left as it was. Under ZeRO-3 gather the parameters around the call.
+    and is left as it was. Where parameters are sharded call it in ``whole_parameters``.
     """
     check_sampling(temperature, top_p, top_k)
     _check_counts(group_size, max_new_tokens, gen_id, pad_id)
@@ -103,23 +107,43 @@ def generate_rollouts(
     if stop_ids is None:
         stop_ids = _end_ids(policy)
     with _decoding(policy):
-        state = _prefill(policy, prompt_batch, group_size, max_new_tokens, pad_id)
-        check_every = check_every or (1 if state.tokens.device.type == "cpu" else 8)
-        stops = torch.tensor([gen_id, *stop_ids]).to(state.tokens.device, non_blocking=True)
+        if out is None:
+            out = _own_buffer(policy, prompt_batch, group_size, max_new_tokens, pad_id)
+        else:
+            _check_buffer(out, len(prompt_batch["lengths"]), group_size, max_new_tokens, pad_id)
+        state = _prefill(policy, prompt_batch, out.clear(), max_new_tokens)
+        check_every = check_every or (1 if out.tokens.device.type == "cpu" else 8)
+        stops = torch.tensor([gen_id, *stop_ids]).to(out.tokens.device, non_blocking=True)
         guard = LoopGuard(len(state.done), repetition_limit, stops.device) if repetition_limit else None
         never = torch.tensor(list(suppress_ids), dtype=torch.int64).to(stops.device, non_blocking=True)
         for step in range(max_new_tokens):
             logits = policy.lm_head(state.hidden).float()
             allowed = logits.index_fill(1, never, float("-inf")) if suppress_ids else logits
             token = draw_tokens(allowed, temperature, top_p, top_k, generator)
-            state.write(step, token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0], pad_id)
+            state.write(step, token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0])
             state.feed(policy, token)
             state.close(token, stops)
             if guard is not None:
                 state.done = state.done | guard.looping(token)
             if (step + 1) % check_every == 0 and state.all_done(guard):
                 break
-    return state.rollout(gen_id)
+    return state.rollout(gen_id, prompt_batch.get("disc_index") is not None)
+
+
+def _own_buffer(policy: Any, prompts: dict[str, Any], group_size: int, cap: int, pad_id: int) -> RolloutBuffer:
+    hidden = policy.config.get_text_config().hidden_size
+    device = prompts["input_ids"].device
+    return RolloutBuffer.make(prompts=len(prompts["lengths"]), group_size=group_size, max_tokens=cap, hidden=hidden,
+                              device=device, pad_id=pad_id)  # fmt: skip
+
+
+def _check_buffer(out: RolloutBuffer, prompts: int, group_size: int, cap: int, pad_id: int) -> None:
+    found = (out.prompts, out.group_size, out.pad_id)
+    if found != (prompts, group_size, pad_id) or out.max_tokens < cap:
+        raise ValueError(
+            f"out has {found[0]} prompts, group size {found[1]}, pad id {found[2]} and room for {out.max_tokens} "
+            f"tokens; expected {prompts}, {group_size}, {pad_id} and at least {cap}"
+        )
 
 
 def _check_counts(group_size: int, max_new_tokens: int, gen_id: int, pad_id: int) -> None:
@@ -156,23 +180,19 @@ def _decoding(policy: Any) -> Iterator[None]:
 
 @dataclass
 class _State:
-    """Decoding in flight. Outputs have a row per rollout; the others have one per row still in the cache."""
+    """Decoding in flight. ``out`` has a row per rollout; the others have one per row still in the cache."""
 
     cache: DecodeCache
     hidden: Tensor  # [N, H], at the last token of each row
     position: Tensor  # [N], the position of the next token
     done: Tensor  # [N] bool
-    tokens: Tensor  # [B*G, cap]
-    logp: Tensor
-    lengths: Tensor  # [B*G]
-    gen_states: Tensor  # [B*G, H]
-    disc_states: Tensor | None  # [B, H]
+    out: RolloutBuffer
 
-    def write(self, step: int, token: Tensor, logp: Tensor, pad_id: int) -> None:
-        rows = self.cache.rows
-        self.tokens[rows, step] = torch.where(self.done, pad_id, token)
-        self.logp[rows, step] = torch.where(self.done, 0.0, logp)
-        self.lengths.index_add_(0, rows, (~self.done).to(self.lengths.dtype))
+    def write(self, step: int, token: Tensor, logp: Tensor) -> None:
+        rows, out = self.cache.rows, self.out
+        out.tokens[rows, step] = torch.where(self.done, out.pad_id, token)
+        out.logp[rows, step] = torch.where(self.done, 0.0, logp)
+        out.lengths.index_add_(0, rows, (~self.done).to(out.lengths.dtype))
 
     def feed(self, policy: Any, token: Tensor) -> None:
         """One step of the language model; afterwards ``hidden`` is the state AT ``token``."""
@@ -187,8 +207,8 @@ class _State:
 
     def close(self, token: Tensor, stops: Tensor) -> None:
         """Keep the state of every row that was still open; the last one kept is that of the row's last token."""
-        rows = self.cache.rows
-        self.gen_states[rows] = torch.where(self.done[:, None], self.gen_states[rows], self.hidden.float())
+        rows, states = self.cache.rows, self.out.gen_states
+        states[rows] = torch.where(self.done[:, None], states[rows], self.hidden.float())
         self.done = self.done | (token[:, None] == stops).any(dim=1)
 
     def all_done(self, guard: LoopGuard | None) -> bool:
@@ -205,36 +225,34 @@ class _State:
                 guard.keep(kept)
         return False
 
-    def rollout(self, gen_id: int) -> Rollout:
-        longest = int(self.lengths.max())
-        last = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
+    def rollout(self, gen_id: int, with_disc: bool) -> Rollout:
+        out = self.out
+        longest = int(out.lengths.max())
+        torch.eq(out.tokens.gather(1, out.lengths[:, None] - 1)[:, 0], gen_id, out=out.finished)
         return Rollout(
-            tokens=self.tokens[:, :longest].contiguous(),
-            lengths=self.lengths,
-            logp=self.logp[:, :longest].contiguous(),
-            gen_states=self.gen_states,
-            finished=last == gen_id,
-            disc_states=self.disc_states,
+            tokens=out.tokens[:, :longest],
+            lengths=out.lengths,
+            logp=out.logp[:, :longest],
+            gen_states=out.gen_states,
+            finished=out.finished,
+            disc_states=out.disc_states if with_disc else None,
         )
 
 
-def _prefill(policy: Any, prompt_batch: dict[str, Any], group_size: int, cap: int, pad_id: int) -> _State:
+def _prefill(policy: Any, prompt_batch: dict[str, Any], out: RolloutBuffer, cap: int) -> _State:
     """Read every prompt once, packed; then the state before the first token of every rollout."""
     prompt = {k: prompt_batch[k] for k in _PROMPT_KEYS if k in prompt_batch}
     lengths, device = prompt["lengths"], prompt["input_ids"].device
     recorder = PrefillRecorder(lengths, device)
     hidden = policy.encode_hidden(**prompt, layout=recorder)
-    ends = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(group_size).to(device, non_blocking=True)
-    n = len(lengths) * group_size
+    ends = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(out.group_size).to(device, non_blocking=True)
     disc = prompt_batch.get("disc_index")
+    if disc is not None:
+        out.disc_states.copy_(hidden.index_select(0, disc))
     return _State(
-        cache=DecodeCache(recorder, group_size, cap),
+        cache=DecodeCache(recorder, out.group_size, cap),
         hidden=hidden.index_select(0, ends),
         position=prompt["position_ids"].amax(dim=0).index_select(0, ends) + 1,
-        done=torch.zeros(n, dtype=torch.bool, device=device),
-        tokens=torch.full((n, cap), pad_id, device=device),
-        logp=torch.zeros(n, cap, device=device),
-        lengths=torch.zeros(n, dtype=torch.int64, device=device),
-        gen_states=torch.zeros(n, hidden.shape[1], device=device),
-        disc_states=None if disc is None else hidden.index_select(0, disc).float(),
+        done=torch.zeros(len(ends), dtype=torch.bool, device=device),
+        out=out,
     )

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rime_fast.data.records import Side
-from rime_fast.engine.rollout import generate_rollouts
+from rime_fast.engine.rollout import dual_mode_of, generate_rollouts
+from rime_fast.engine.rollout_buffer import RolloutBuffer
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,17 @@ class RolloutBackend(Protocol):
         """The policy's weights are whole on this rank and may have changed since the last call."""
 
     def generate(
-        self, policy: nn.Module, sides: Sequence[Side], prompts: dict[str, Any], sampling: Sampling
+        self,
+        policy: nn.Module,
+        sides: Sequence[Side],
+        prompts: dict[str, Any],
+        sampling: Sampling,
+        out: RolloutBuffer | None = None,
     ) -> Samples:
-        """G responses to each of the B prompts: ``sides`` and the packed batch ``prompts`` of the same prompts."""
+        """G responses to each of the B prompts: ``sides`` and the packed batch ``prompts`` of the same prompts.
+
+        ``out``: a buffer of B prompts to write tokens, lengths, logp and finished into; the samples may be its views.
+        """
 
 
 class LocalBackend:
@@ -82,32 +89,35 @@ class LocalBackend:
         """Nothing to do: the policy is the sampler."""
 
     def generate(
-        self, policy: nn.Module, sides: Sequence[Side], prompts: dict[str, Any], sampling: Sampling
+        self,
+        policy: nn.Module,
+        sides: Sequence[Side],
+        prompts: dict[str, Any],
+        sampling: Sampling,
+        out: RolloutBuffer | None = None,
     ) -> Samples:
-        """See ``RolloutBackend``; a prompt's G rollouts are never decoded apart."""
+        """See ``RolloutBackend``; a prompt's G rollouts are never decoded apart. ``out`` gets ``gen_states``, too,
+        and ``disc_states`` where the prompts have a ``disc_index``."""
         options = dict(vars(sampling))
-        count = len(prompts["lengths"])
-        step = count if self.at_once is None else max(1, self.at_once // sampling.group_size)
+        count, group = len(prompts["lengths"]), sampling.group_size
+        step = count if self.at_once is None else max(1, self.at_once // group)
         if step >= count:
-            return generate_rollouts(policy, prompts, **options)
+            return generate_rollouts(policy, prompts, out=out, **options)
+        if out is None:
+            hidden = dual_mode_of(policy).config.get_text_config().hidden_size
+            out = RolloutBuffer.make(
+                prompts=count, group_size=group, max_tokens=sampling.max_new_tokens, hidden=hidden,
+                device=prompts["input_ids"].device, pad_id=sampling.pad_id,
+            )  # fmt: skip
         images = [len(side.images) for side in sides]
         videos = [int(bool(side.video)) for side in sides]
-        parts = [
-            generate_rollouts(policy, take_prompts(prompts, first, min(count, first + step), images, videos), **options)
-            for first in range(0, count, step)
-        ]
-        longest = max(part.tokens.shape[1] for part in parts)
-
-        def joined(name: str, value: float) -> Tensor:
-            rows = [getattr(part, name) for part in parts]
-            return torch.cat([F.pad(x, (0, longest - x.shape[1]), value=value) for x in rows])
-
-        return SampledTokens(
-            tokens=joined("tokens", sampling.pad_id),
-            lengths=torch.cat([part.lengths for part in parts]),
-            logp=joined("logp", 0.0),
-            finished=torch.cat([part.finished for part in parts]),
-        )
+        longest = 0
+        for first in range(0, count, step):
+            stop = min(count, first + step)
+            part = take_prompts(prompts, first, stop, images, videos)
+            rollout = generate_rollouts(policy, part, out=out.part(first, stop - first), **options)
+            longest = max(longest, rollout.tokens.shape[1])
+        return SampledTokens(out.tokens[:, :longest], out.lengths, out.logp[:, :longest], out.finished)
 
 
 def take_prompts(
@@ -122,6 +132,8 @@ def take_prompts(
         "position_ids": prompts["position_ids"][:, rows],
         "mm_token_type_ids": prompts["mm_token_type_ids"][rows],
     }
+    if prompts.get("disc_index") is not None:
+        part["disc_index"] = prompts["disc_index"][first:stop] - rows.start
     for kind, pixels, counts in (("image", "pixel_values", images), ("video", "pixel_values_videos", videos)):
         if pixels not in prompts or not sum(counts[first:stop]):
             continue

@@ -19,6 +19,7 @@ from rime_fast.data.records import Side, load_image
 from rime_fast.data.templates import Template
 from rime_fast.engine.rollout import dual_mode_of
 from rime_fast.engine.rollout_backend import SampledTokens, Sampling
+from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import cut_loops
 
 # vLLM clamps a logit's bias to this.
@@ -48,7 +49,12 @@ class VllmBackend:
         self.llm.reset_prefix_cache()
 
     def generate(
-        self, policy: nn.Module, sides: Sequence[Side], prompts: dict[str, Any], sampling: Sampling
+        self,
+        policy: nn.Module,
+        sides: Sequence[Side],
+        prompts: dict[str, Any],
+        sampling: Sampling,
+        out: RolloutBuffer | None = None,
     ) -> SampledTokens:
         """See ``RolloutBackend``. Raises ValueError for a side with a video, which is not passed on to vLLM."""
         stops = sampling.stop_ids
@@ -75,7 +81,14 @@ class VllmBackend:
             raise ValueError(
                 f"vLLM gave {len(completions)} responses; expected {sampling.group_size} for each of {len(sides)} sides"
             )
-        return _as_tensors(completions, sampling, prompts["input_ids"].device)
+        found = _as_tensors(completions, sampling, prompts["input_ids"].device)
+        if out is not None:
+            longest = found.tokens.shape[1]
+            out.clear()
+            out.tokens[:, :longest], out.logp[:, :longest] = found.tokens, found.logp
+            out.lengths.copy_(found.lengths)
+            out.finished.copy_(found.finished)
+        return found
 
     def _request(self, side: Side) -> dict[str, Any]:
         if side.video:

@@ -14,6 +14,7 @@ from rime_fast.data.records import Side
 from rime_fast.data.templates import get_template
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.engine.rollout_backend import LocalBackend, RolloutBackend, Sampling
+from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import LoopGuard, cut_loops
 from rime_fast.engine.vllm_backend import VllmBackend, checkpoint_weights
 from rime_fast.model.dual_mode import DualModeModel
@@ -49,6 +50,11 @@ def greedy(setting, **more):
     return Sampling(**({"gen_id": setting.gen_id, "max_new_tokens": 12, "temperature": 0.0, "group_size": 2} | more))
 
 
+def buffer_for(setting, sampling):
+    return RolloutBuffer.make(prompts=len(setting.sides), group_size=sampling.group_size, hidden=64, device="cpu",
+                              max_tokens=sampling.max_new_tokens, pad_id=sampling.pad_id)  # fmt: skip
+
+
 def same(found, expected):
     for name in ("tokens", "lengths", "finished"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
@@ -61,6 +67,12 @@ def test_the_policy_decodes_in_parts(setting, at_once):
     sampling = greedy(setting)
     expected = generate_rollouts(setting.model, setting.prompts, **vars(sampling))
     same(backend.generate(setting.model, setting.sides, setting.prompts, sampling), expected)
+    buffer = buffer_for(setting, sampling)
+    same(backend.generate(setting.model, setting.sides, setting.prompts, sampling, buffer), expected)
+    longest = expected.tokens.shape[1]
+    assert torch.equal(buffer.tokens[:, :longest], expected.tokens)
+    torch.testing.assert_close(buffer.gen_states, expected.gen_states)
+    torch.testing.assert_close(buffer.disc_states, expected.disc_states)
 
 
 def test_at_once_is_checked():
@@ -118,6 +130,13 @@ def test_vllm_gets_the_weights_and_gives_the_samples(setting):
     backend.refresh(setting.model)
     assert engine.cache_resets == 1
     same(backend.generate(setting.model, setting.sides, setting.prompts, sampling), expected)
+    buffer = buffer_for(setting, sampling)
+    found = backend.generate(setting.model, setting.sides, setting.prompts, sampling, buffer)
+    longest = found.tokens.shape[1]
+    assert torch.equal(buffer.tokens[:, :longest], expected.tokens)
+    assert torch.equal(buffer.finished, expected.finished)
+    assert torch.equal(buffer.lengths, expected.lengths)
+    torch.testing.assert_close(buffer.logp[:, :longest], expected.logp, rtol=1e-5, atol=1e-5)
     requests, parameters = engine.seen[-1]
     assert [len(r.get("multi_modal_data", {}).get("image", [])) for r in requests] == [2, 0, 1]
     assert all(r["prompt"] == TEMPLATE.render_prompt(s) for r, s in zip(requests, setting.sides, strict=True))
