@@ -61,7 +61,7 @@ def check_positive(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a 0-d tensor, got {describe(value)}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:  # also what torch.compile can trace of a number that changes between calls
         raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
 
@@ -69,7 +69,7 @@ def check_number(name: str, value: object) -> None:
     """``value`` is a finite int or float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rime_fast.ops.logprob_pool import chunked, fused_linear_ce, fused_logprob_pool
+from rime_fast.ops.logprob_pool.statistics import Needs
 from tests.ops.logprob_cases import Case, assert_close_to_truth, relative
 
 SHAPES = [(1, 96, 123), (7, 1537, 123), (507, 96, 123), (7, 96, 32003), (3, 1, 1), (64, 16, 16)]
@@ -216,7 +217,7 @@ def test_frozen_head_makes_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     targets = torch.randint(0, 50, (9,))
     fused_linear_ce(hidden, lm_head, targets)[0].backward()
     fused_logprob_pool(hidden, lm_head, targets).logp.sum().backward()
-    assert asked == [chunked.Needs(True, False, False, False)] * 2
+    assert asked == [Needs(True, False, False, False)] * 2
 
 
 def test_no_grad_saves_nothing() -> None:

@@ -7,11 +7,42 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
+from rime_fast.ops.logprob_pool import chunked, fused_linear_ce, fused_logprob_pool
 from tests.ops.logprob_cases import Case, relative
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
+
+
+def _check_schedule(rank: int, world: int) -> None:
+    """With the gradient made in the forward a rank makes its logits once, and sums dX over the group once."""
+    made, summed = [], []
+    logits, all_reduce = chunked._Blocks.logits, dist.all_reduce
+    chunked._Blocks.logits = lambda blocks, x: made.append(1) or logits(blocks, x)
+    dist.all_reduce = lambda tensor, *args, **more: summed.append(tensor.shape) or all_reduce(tensor, *args, **more)
+    chunked.BLOCK_ROWS = 16
+    case = Case(37, 16, 24 * world, scored="all", bias=False, pools=False)
+    # One rank's columns are all banned: its share of every row is 0, not NaN.
+    bias = torch.zeros(24)
+    bias[:] = -torch.inf if rank == 1 else 0.0
+    targets = case.tensors["targets"] % 24
+    hidden = case.tensors["hidden"].requires_grad_()
+    lm_head = case.tensors["lm_head"][24 * rank : 24 * (rank + 1)].clone().requires_grad_()
+    options = {"bias": bias, "vocab_group": dist.group.WORLD, "entropy": True}
+    loss, out = fused_linear_ce(hidden, lm_head, targets, **options)
+    grads = torch.autograd.grad(loss, (hidden, lm_head))
+    assert len(made) == 3
+    assert sorted(summed) == sorted([(16,), (3, 16)] * 3 + [(37, 16)])
+    whole = case.tensors["lm_head"].double().requires_grad_()
+    x = hidden.detach().double().requires_grad_()
+    z = (x @ whole.t())[:, [v for v in range(24 * world) if v // 24 != 1]]
+    truth = nn.functional.cross_entropy(z, targets, reduction="sum")
+    expected = torch.autograd.grad(truth, (x, whole))
+    p = z.softmax(dim=1)
+    assert relative(loss, truth.detach()) < 1e-5
+    assert relative(out.entropy.detach(), -(p * p.log()).sum(dim=1).detach()) < 1e-5
+    assert relative(grads[0], expected[0]) < 1e-5
+    assert relative(grads[1], expected[1][24 * rank : 24 * (rank + 1)]) < 1e-5
 
 
 def _vocabulary_worker(rank: int, world: int) -> None:
@@ -36,6 +67,8 @@ def _vocabulary_worker(rank: int, world: int) -> None:
         for name, value in found.items():
             assert relative(value, truth[name]) < 1e-5, (rank, schedule, name)
         assert (found["entropy"][t["targets"] == -100] == 0).all()
+    if world == 2:
+        _check_schedule(rank, world)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -20,9 +20,10 @@ def _operator_arguments(case: Case, options: bool) -> tuple:
 @pytest.mark.parametrize("options", [False, True])
 def test_opcheck(options: bool) -> None:
     head, tail, weight = _operator_arguments(Case(13, 8, 30, bias=options), options)
-    torch.library.opcheck(torch.ops.rime_fast.logprob_pool.default, (*head, *tail, "chunked", 0, ""))
+    torch.library.opcheck(torch.ops.rime_fast.logprob_pool.default, (*head, *tail, "chunked", -1, 0, "", ""))
     torch.library.opcheck(
-        torch.ops.rime_fast.linear_ce.default, (*head, weight, *tail, "chunked", True, True, options, True)
+        torch.ops.rime_fast.linear_ce.default,
+        (*head, weight, *tail, "chunked", -1, 0, "", "", True, True, options, True),
     )
 
 

@@ -34,6 +34,7 @@ class Call(NamedTuple):
     sizes: tuple[int, ...]
     vocab_start: int  # the first column of this rank's head
     group: str  # name of the vocabulary group, "" = the head is whole
+    max_scored: int  # at most so many rows are scored; -1 = unknown
 
 
 def prepare(
@@ -48,6 +49,7 @@ def prepare(
     entropy: bool,
     normalize: bool,
     vocab_group: ProcessGroup | None,
+    max_scored: int | None,
 ) -> Call:
     """Check every argument of a call and bring it into the form the backends take."""
     check.check_tensor("hidden", hidden, shape=("T", "H"), dtypes=check.FLOATS)
@@ -78,10 +80,12 @@ def prepare(
         vocabulary, vocab_start, group = shard(lm_head, vocab_group)
     targets = targets.long()
     _check_targets(targets, vocabulary, ignore_index)
+    if max_scored is not None:
+        _check_max_scored(max_scored, targets, ignore_index)
     names, sizes, starts, ends = _pack_pools(pools, rows, device)
     return Call(
         hidden, lm_head, targets, starts, ends, bias, _temperature(temperature, hidden), float(softcap or 0.0),
-        ignore_index, entropy, normalize, names, sizes, vocab_start, group,
+        ignore_index, entropy, normalize, names, sizes, vocab_start, group, -1 if max_scored is None else max_scored,
     )  # fmt: skip
 
 
@@ -113,7 +117,7 @@ def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor:
     check.check_positive("temperature", temperature)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
-        return torch.full((), float(temperature), dtype=dtype, device=hidden.device)
+        return torch.full((), temperature, dtype=dtype, device=hidden.device)
     check.require(temperature.detach() > 0, "temperature: expected a value above 0")
     return temperature.to(device=hidden.device, dtype=dtype)
 
@@ -126,6 +130,16 @@ def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
         row = int((~good).to(torch.int8).argmax())
         raise ValueError(f"{message}, got {int(targets[row])} at row {row}")
     check.require(good, message)
+
+
+def _check_max_scored(max_scored: int, targets: Tensor, ignore_index: int) -> None:
+    """No more rows than ``max_scored`` are scored."""
+    check.check_int("max_scored", max_scored)
+    if max_scored < 0:
+        raise ValueError(f"max_scored: expected a number of rows, got {max_scored}")
+    if max_scored < targets.shape[0]:
+        scored = (targets != ignore_index).sum()
+        check.require(scored <= max_scored, f"max_scored: more than {max_scored} rows of targets are scored")
 
 
 def _pack_pools(

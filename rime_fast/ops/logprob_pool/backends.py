@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rime_fast.ops.dispatch import BackendTable
-from rime_fast.ops.logprob_pool import chunked, triton_backend, vocab_parallel
-from rime_fast.ops.logprob_pool.chunked import Gradients, Needs, Statistics
+from rime_fast.ops.logprob_pool import chunked, panels, triton_backend, vocab_parallel
 from rime_fast.ops.logprob_pool.pooling import pool_backward_, pool_forward
+from rime_fast.ops.logprob_pool.statistics import Gradients, Needs, Statistics, gradient_dtype
 
 
 def _any(_: Tensor) -> str | None:
@@ -26,7 +27,13 @@ TABLE = BackendTable(
     probes={"reference": _any, "chunked": _no_fp64, "triton": triton_backend.why_not},
     order={"cpu": ("chunked", "reference"), "cuda": ("triton", "chunked", "reference")},
 )
-ENGINES: dict[str, Any] = {"chunked": chunked, "triton": triton_backend}
+
+
+def engine_for(backend: str, hidden: Tensor) -> Any:
+    """The module that does the work; all have scored_rows, forward, backward and forward_with_gradient."""
+    if backend == "triton":
+        return triton_backend
+    return panels if hidden.is_cuda else chunked
 
 
 def _plain(bias: Tensor | None) -> Tensor | None:
@@ -47,12 +54,13 @@ def forward(
     entropy: bool,
     normalize: bool,
     backend: str,
+    max_scored: int,
     vocab_start: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Body of rime_fast::logprob_pool."""
-    engine = ENGINES[backend]
-    scored = engine.scored_rows(targets, ignore_index)
+    engine = engine_for(backend, hidden)
+    scored = engine.scored_rows(targets, ignore_index, max_scored)
     local = targets - vocab_start
     stats = engine.forward(hidden, lm_head, local, scored, _plain(bias), temperature, softcap, entropy)
     if group:
@@ -89,15 +97,16 @@ def backward(
     ignore_index: int,
     normalize: bool,
     backend: str,
+    max_scored: int,
     vocab_start: int,
     group: str,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Body of rime_fast::logprob_pool_backward."""
-    engine = ENGINES[backend]
+    engine = engine_for(backend, hidden)
     if grad_logp is None and grad_entropy is None:
         targets = torch.full_like(targets, ignore_index)  # only read-outs were used: the head has no part in it
-    scored = engine.scored_rows(targets, ignore_index)
+    scored = engine.scored_rows(targets, ignore_index, max_scored)
     rows_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
     found = engine.backward(
         hidden, lm_head, targets - vocab_start, scored, lse, logp + lse[0],
@@ -139,22 +148,30 @@ def linear_ce(
     entropy: bool,
     normalize: bool,
     backend: str,
+    max_scored: int,
+    vocab_start: int,
+    group: str,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Body of rime_fast::linear_ce."""
-    engine = ENGINES[backend]
-    scored = engine.scored_rows(targets, ignore_index)
+    engine = engine_for(backend, hidden)
+    scored = engine.scored_rows(targets, ignore_index, max_scored)
+    merge = partial(vocab_parallel.merge, name=group) if group else None
     stats, found = engine.forward_with_gradient(
-        hidden, lm_head, targets, scored, token_weight, _plain(bias), temperature, softcap, entropy, needs
-    )
+        hidden, lm_head, targets - vocab_start, scored, token_weight, _plain(bias), temperature, softcap, entropy,
+        needs, merge,
+    )  # fmt: skip
+    if group:
+        found = vocab_parallel.reduce_gradients(found, group)
     logp, row_entropy = _finish_rows(stats, targets, ignore_index)
     pooled, inv_norm = pool_forward(hidden, starts, ends, normalize)
-    loss = -(token_weight * logp).sum()
+    # Ignored rows are left out, not multiplied by 0: their weight may be anything, 1/0 as well.
+    loss = -torch.where(targets == ignore_index, 0.0, token_weight * logp).sum()
 
     def result(grad: Tensor | None, source: Tensor | None) -> Tensor:
         if grad is None or source is None:
             return hidden.new_empty(0)
-        return grad.to(chunked.gradient_dtype(source.dtype))
+        return grad.to(gradient_dtype(source.dtype))
 
     return (
         loss, logp, stats.lse, row_entropy, pooled, inv_norm, result(found.hidden, hidden),

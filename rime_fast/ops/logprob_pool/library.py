@@ -6,19 +6,35 @@
 
 The derivative of ``logprob_pool_backward`` (a second derivative of the operator) runs through reference.py. Optional
 results are empty tensors, since an operator's results cannot be None.
+
+Both forward operators take ``REVISION``, a digest of the traced code of this folder. torch.compile keeps compiled
+graphs on disk under a key made from the forward graph; a backward that another version of this code traced would
+otherwise be called with that version's arguments.
 """
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rime_fast.ops.logprob_pool import backends
-from rime_fast.ops.logprob_pool.chunked import Needs
 from rime_fast.ops.logprob_pool.reference import reference
+from rime_fast.ops.logprob_pool.statistics import Needs
 
+
+def _digest() -> str:
+    """Of the files whose functions torch.compile traces into its graphs."""
+    found = hashlib.sha256()
+    for name in ("library.py", "linear_ce.py"):
+        found.update(Path(__file__).with_name(name).read_bytes())
+    return found.hexdigest()[:12]
+
+
+REVISION = _digest()
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -37,13 +53,15 @@ def logprob_pool(
     entropy: bool,
     normalize: bool,
     backend: str,
+    max_scored: int,
     vocab_start: int,
     group: str,
+    revision: str,
 ) -> Outputs:
     """(logp [T], lse [2, T], entropy [T] or [0], read-outs [K, H], inv_norm [K]), fp32."""
     return backends.forward(
         hidden, lm_head, targets, starts, ends, bias, temperature, softcap, ignore_index, entropy, normalize,
-        backend, vocab_start, group,
+        backend, max_scored, vocab_start, group,
     )  # fmt: skip
 
 
@@ -61,8 +79,10 @@ def _(
     entropy: bool,
     normalize: bool,
     backend: str,
+    max_scored: int,
     vocab_start: int,
     group: str,
+    revision: str,
 ) -> Outputs:
     return _fake_outputs(hidden, starts, entropy)
 
@@ -77,7 +97,7 @@ def _fake_outputs(hidden: Tensor, starts: Tensor, entropy: bool) -> Outputs:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     hidden, lm_head, targets, starts, ends, bias, temperature = inputs[:7]
-    ctx.options = inputs[7:]
+    ctx.options = inputs[7:-1]
     logp, lse, entropy, pooled, inv_norm = output
     ctx.save_for_backward(
         hidden, lm_head, targets, starts, ends, bias, temperature, logp, lse, entropy, pooled, inv_norm
@@ -94,7 +114,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp, grad_entropy if entropy else None, grad_pooled, *ctx.saved_tensors, *ctx.options,
         needs[0], needs[1], needs[5], needs[6],
     )  # fmt: skip
-    return _spread(found, needs, len(ctx.options))
+    return _spread(found, needs, len(ctx.options) + 1)
 
 
 def _spread(found: Grads, needs: tuple[bool, ...], options: int) -> tuple[Tensor | None, ...]:
@@ -130,6 +150,7 @@ def logprob_pool_backward(
     entropy: bool,
     normalize: bool,
     backend: str,
+    max_scored: int,
     vocab_start: int,
     group: str,
     need_hidden: bool,
@@ -140,8 +161,8 @@ def logprob_pool_backward(
     """Gradients of hidden, lm_head, bias and temperature, in their dtypes; empty where not needed."""
     return backends.backward(
         grad_logp, grad_entropy, grad_pooled, hidden, lm_head, targets, starts, ends, bias, temperature,
-        logp, lse, row_entropy, pooled, inv_norm, softcap, ignore_index, normalize, backend, vocab_start, group,
-        Needs(need_hidden, need_lm_head, need_bias, need_temperature),
+        logp, lse, row_entropy, pooled, inv_norm, softcap, ignore_index, normalize, backend, max_scored, vocab_start,
+        group, Needs(need_hidden, need_lm_head, need_bias, need_temperature),
     )  # fmt: skip
 
 
@@ -179,6 +200,7 @@ def _(
     entropy: bool,
     normalize: bool,
     backend: str,
+    max_scored: int,
     vocab_start: int,
     group: str,
     need_hidden: bool,
@@ -193,8 +215,8 @@ def _(
 def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Grads) -> None:
     ctx.save_for_backward(*inputs[:10])
     ctx.softcap, ctx.ignore_index, ctx.entropy, ctx.normalize = inputs[15:19]
-    ctx.group = inputs[21]
-    ctx.needs = inputs[22:26]
+    ctx.group = inputs[22]
+    ctx.needs = inputs[23:27]
     ctx.set_materialize_grads(False)
 
 

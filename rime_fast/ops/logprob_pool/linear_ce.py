@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rime_fast.ops.logprob_pool import backends
-from rime_fast.ops.logprob_pool.chunked import Needs, gradient_dtype
 from rime_fast.ops.logprob_pool.pooling import pool_backward_
+from rime_fast.ops.logprob_pool.statistics import Needs, gradient_dtype
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -35,6 +35,10 @@ def linear_ce(
     entropy: bool,
     normalize: bool,
     backend: str,
+    max_scored: int,
+    vocab_start: int,
+    group: str,
+    revision: str,
     need_hidden: bool,
     need_lm_head: bool,
     need_bias: bool,
@@ -43,7 +47,8 @@ def linear_ce(
     """(loss, logp, lse, entropy, read-outs, inv_norm, d hidden, d lm_head, d bias, d temperature)."""
     return backends.linear_ce(
         hidden, lm_head, targets, token_weight, starts, ends, bias, temperature, softcap, ignore_index, entropy,
-        normalize, backend, Needs(need_hidden, need_lm_head, need_bias, need_temperature),
+        normalize, backend, max_scored, vocab_start, group,
+        Needs(need_hidden, need_lm_head, need_bias, need_temperature),
     )  # fmt: skip
 
 
@@ -62,6 +67,10 @@ def _(
     entropy: bool,
     normalize: bool,
     backend: str,
+    max_scored: int,
+    vocab_start: int,
+    group: str,
+    revision: str,
     need_hidden: bool,
     need_lm_head: bool,
     need_bias: bool,
@@ -84,7 +93,7 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     hidden, lm_head, targets, token_weight, starts, ends, bias, temperature = inputs[:8]
-    ctx.softcap, ctx.ignore_index, ctx.entropy, ctx.normalize, ctx.backend = inputs[8:13]
+    ctx.options = inputs[8:16]
     _, logp, lse, entropy, pooled, inv_norm, *made = output
     ctx.save_for_backward(
         hidden, lm_head, targets, token_weight, starts, ends, bias, temperature, logp, lse, entropy, pooled, inv_norm
@@ -101,23 +110,24 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
      logp, lse, entropy, pooled, inv_norm) = ctx.saved_tensors  # fmt: skip
     needs = ctx.needs_input_grad
     wanted = (needs[0], needs[1], needs[6], needs[7])
-    grad_entropy = grad_entropy if ctx.entropy else None
+    _, _, with_entropy, normalize, *_ = ctx.options
+    grad_entropy = grad_entropy if with_entropy else None
     made, ctx.made = ctx.made, None
     if made is not None and grad_logp is None and grad_entropy is None and not torch.is_grad_enabled():
         found = _finish(made, (hidden, lm_head, bias, temperature), wanted, grad_loss, grad_pooled,
-                        (pooled, inv_norm, starts, ends, ctx.normalize))  # fmt: skip
+                        (pooled, inv_norm, starts, ends, normalize))  # fmt: skip
     else:
         upstream = grad_logp
         if grad_loss is not None:
             upstream = -grad_loss * token_weight if grad_logp is None else grad_logp - grad_loss * token_weight
         found = torch.ops.rime_fast.logprob_pool_backward(
             upstream, grad_entropy, grad_pooled, hidden, lm_head, targets, starts, ends, bias, temperature, logp,
-            lse, entropy, pooled, inv_norm, ctx.softcap, ctx.ignore_index, ctx.entropy, ctx.normalize, ctx.backend,
-            0, "", *wanted,
+            lse, entropy, pooled, inv_norm, *ctx.options, *wanted,
         )  # fmt: skip
     d_hidden, d_head, d_bias, d_temperature = (g if need else None for g, need in zip(found, wanted, strict=True))
     d_weight = -logp * grad_loss if needs[3] and grad_loss is not None else None
-    return d_hidden, d_head, None, d_weight, None, None, d_bias, d_temperature, *([None] * 9)
+    rest = [None] * (len(ctx.options) + 5)  # the revision and the four needs
+    return d_hidden, d_head, None, d_weight, None, None, d_bias, d_temperature, *rest
 
 
 def _finish(

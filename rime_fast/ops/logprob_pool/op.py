@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rime_fast.ops.logprob_pool import backends, library  # noqa: F401  (library registers the operators)
-from rime_fast.ops.logprob_pool import linear_ce as _linear_ce  # noqa: F401
+from rime_fast.ops.logprob_pool import backends, library
+from rime_fast.ops.logprob_pool import linear_ce as _linear_ce  # noqa: F401  (registers the operator)
 from rime_fast.ops.logprob_pool.arguments import Call, Pool, check_weight, prepare
 from rime_fast.ops.logprob_pool.reference import reference
 
@@ -45,6 +45,7 @@ def fused_logprob_pool(
     normalize: bool = True,
     backend: str = "auto",
     vocab_group: ProcessGroup | None = None,
+    max_scored: int | None = None,
 ) -> LogprobPool:
     """Log-probabilities of given tokens, entropies and pooled embeddings, without the logits in memory.
 
@@ -60,13 +61,16 @@ def fused_logprob_pool(
     backend: "auto", "reference", "chunked", "triton", "cuda"; see rime_fast.ops.dispatch.
     vocab_group: process group over which lm_head and bias are split by vocabulary, V/p rows on each rank in rank
         order; everything else is the same on all ranks, targets are numbers in the whole vocabulary.
+    max_scored: a bound on the number of scored rows that the host knows (the collator counts them); on CUDA it bounds
+        the workspace, and the library backend's work, which otherwise follow T. The result does not depend on it.
 
     Raises TypeError or ValueError naming the argument. On an accelerator, values inside tensors are checked by an
     asynchronous device assertion instead.
     """
     call = prepare(
-        hidden, lm_head, targets, pools, bias, temperature, softcap, ignore_index, entropy, normalize, vocab_group
-    )
+        hidden, lm_head, targets, pools, bias, temperature, softcap, ignore_index, entropy, normalize, vocab_group,
+        max_scored,
+    )  # fmt: skip
     chosen = backends.TABLE.choose(backend, call.hidden)
     return _logprob_pool(call, chosen)
 
@@ -86,29 +90,34 @@ def fused_linear_ce(
     normalize: bool = True,
     backend: str = "auto",
     vocab_group: ProcessGroup | None = None,
+    max_scored: int | None = None,
 ) -> tuple[Tensor, LogprobPool]:
     """(sum_t token_weight_t * -logp_t, the pass's LogprobPool), the gradients made in the forward (6 M H V FLOP).
 
     token_weight: [T], 1 everywhere by default (divide it by the number of scored tokens for a mean); it gets a
     gradient if it asks for one. The loss is 0-d fp32. All other arguments as in ``fused_logprob_pool``. The returned
     LogprobPool is differentiable too; a gradient through its logp or entropy costs a recomputation, one through its
-    embeddings does not. With ``vocab_group`` the logits are recomputed in the backward.
+    embeddings does not. On CUDA, where the logits of enough rows to fill the chip exceed the workspace, the logits are
+    recomputed here as well (8 M H V): docs/logprob_pool.md says why.
     """
     call = prepare(
-        hidden, lm_head, targets, pools, bias, temperature, softcap, ignore_index, entropy, normalize, vocab_group
-    )
+        hidden, lm_head, targets, pools, bias, temperature, softcap, ignore_index, entropy, normalize, vocab_group,
+        max_scored,
+    )  # fmt: skip
     weight = check_weight(token_weight, call.hidden)
     chosen = backends.TABLE.choose(backend, call.hidden)
     trains = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (call.hidden, call.lm_head, call.bias, call.temperature)
     )
-    if chosen == "reference" or call.group or not trains:
+    if chosen == "reference" or not trains:
         found = _logprob_pool(call, chosen)
-        return -(weight * found.logp).sum(), found
+        # Ignored rows are left out, not multiplied by 0: their weight may be anything, 1/0 as well.
+        return -torch.where(call.targets == ignore_index, 0.0, weight * found.logp).sum(), found
     loss, logp, _, row_entropy, pooled, *_ = torch.ops.rime_fast.linear_ce(
         call.hidden, call.lm_head, call.targets, weight, call.starts, call.ends, call.bias, call.temperature,
-        call.softcap, call.ignore_index, call.entropy, call.normalize, chosen, call.hidden.requires_grad,
-        call.lm_head.requires_grad, call.bias is not None and call.bias.requires_grad, call.temperature.requires_grad,
+        call.softcap, call.ignore_index, call.entropy, call.normalize, chosen, call.max_scored, call.vocab_start,
+        call.group, library.REVISION, call.hidden.requires_grad, call.lm_head.requires_grad,
+        call.bias is not None and call.bias.requires_grad, call.temperature.requires_grad,
     )  # fmt: skip
     return loss, _as_output(call, logp, row_entropy, pooled)
 
@@ -124,7 +133,8 @@ def _logprob_pool(call: Call, backend: str) -> LogprobPool:
     else:
         logp, _, row_entropy, pooled, _ = torch.ops.rime_fast.logprob_pool(
             call.hidden, call.lm_head, call.targets, call.starts, call.ends, call.bias, call.temperature,
-            call.softcap, call.ignore_index, call.entropy, call.normalize, backend, call.vocab_start, call.group,
+            call.softcap, call.ignore_index, call.entropy, call.normalize, backend, call.max_scored, call.vocab_start,
+            call.group, library.REVISION,
         )  # fmt: skip
     return _as_output(call, logp, row_entropy, pooled)
 

@@ -9,12 +9,16 @@ once with the logits recomputed (8MHV): gradient-in-forward would need a row's w
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rime_fast.ops.logprob_pool.chunked import Gradients, Needs, Statistics, gradient_dtype, new_statistics
+from rime_fast.ops.logprob_pool.compaction import Scored, scored_rows
+from rime_fast.ops.logprob_pool.statistics import Gradients, Needs, Statistics, gradient_dtype, new_statistics
+
+__all__ = ["backward", "forward", "forward_with_gradient", "scored_rows", "tiles_for", "why_not"]
 
 PANEL_BYTES = 128 << 20
 SPLIT = 8  # tiles of one unit of the forward; part of what fixes a row's bits
@@ -29,13 +33,6 @@ class Tiles(NamedTuple):
     BK: int
     warps: int
     stages: int
-
-
-class Scored(NamedTuple):
-    """The scored rows, on the device: their numbers, ascending, in the first ``number`` places of ``order`` [T]."""
-
-    order: Tensor
-    number: Tensor
 
 
 def interpreted() -> bool:
@@ -95,17 +92,6 @@ def _programs(hidden: Tensor, units: int) -> tuple[int]:
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def scored_rows(targets: Tensor, ignore_index: int) -> Scored:
-    """Compaction without a synchronisation: every scored row is written to its rank's place."""
-    scored = targets != ignore_index
-    rank = scored.cumsum(0)
-    rows = targets.shape[0]
-    order = torch.zeros(rows + 1, dtype=torch.int64, device=targets.device)
-    # Ignored rows all write to the spare last place.
-    order.scatter_(0, torch.where(scored, rank - 1, rows), torch.arange(rows, device=targets.device))
-    return Scored(order[:rows], scored.sum().to(torch.int32))
 
 
 class _Launch:
@@ -209,9 +195,11 @@ def forward_with_gradient(
     softcap: float,
     entropy: bool,
     needs: Needs,
+    merge: Callable[[Statistics], Statistics] | None = None,
 ) -> tuple[Statistics, Gradients]:
-    """Statistics, and the gradients of sum_t token_weight_t * (-logp_t)."""
+    """Statistics (made whole by ``merge`` for a part of a vocabulary), and the gradients of the weighted -logp."""
     stats = forward(hidden, lm_head, targets, scored, bias, temperature, softcap, entropy)
+    stats = merge(stats) if merge else stats
     return stats, backward(
         hidden, lm_head, targets, scored, stats.lse, stats.hit, None, -token_weight, None, bias, temperature, softcap,
         needs,

@@ -1,19 +1,19 @@
 """A head split by vocabulary over the ranks of a process group (Megatron's layout): rank r holds columns
 [r V/p, (r + 1) V/p). Hidden states, targets and upstream gradients are the same on every rank.
 
-Each rank computes its columns' log-sum-exp, target score and entropy; two small all-reduces ([T] and [3, T]) make
-them those of the whole vocabulary. In the backward every rank makes its own dW, and dX is summed over the group.
+Each rank computes its columns' log-sum-exp, target score and entropy; two small all-reduces ([R] and [2 or 3, R] for R
+rows) make them those of the whole vocabulary. Where the gradient is made in the forward, that is done for every block
+of rows while its logits wait in their buffer. Every rank makes its own dW; dX is summed over the group, once a call.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rime_fast.ops.logprob_pool.chunked import Gradients, Statistics
+from rime_fast.ops.logprob_pool.statistics import Gradients, Statistics, share_of_part, whole_of_parts
 
 
 def shard(lm_head: Tensor, group: dist.ProcessGroup) -> tuple[int, int, str]:
@@ -32,21 +32,11 @@ def _group(name: str) -> dist.ProcessGroup:
 def merge(stats: Statistics, name: str) -> Statistics:
     """The whole vocabulary's statistics from every rank's own."""
     group = _group(name)
-    own = stats.lse[0]
-    top = own.clone()
+    top = stats.lse[0].clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    # With w_i = exp(lse_i - lse), the whole entropy is sum_i w_i (entropy_i + lse - lse_i).
-    below = (own - top) + stats.lse[1]
-    share = below.exp()
-    parts = [share, stats.hit]
-    if stats.entropy.shape[0]:
-        parts.append(share * stats.entropy - torch.where(share == 0, share, share * below))
-    whole = torch.stack(parts)
-    dist.all_reduce(whole, group=group)
-    log_sum = whole[0].log()
-    entropy = whole[2] / whole[0] + log_sum if stats.entropy.shape[0] else stats.entropy
-    high = top + log_sum
-    return Statistics(torch.stack([high, (top - high) + log_sum]), whole[1], entropy)
+    total = share_of_part(stats, top)
+    dist.all_reduce(total, group=group)
+    return whole_of_parts(total, top)
 
 
 def reduce_gradients(found: Gradients, name: str) -> Gradients:

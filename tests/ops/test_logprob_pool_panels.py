@@ -1,0 +1,172 @@
+"""Operator A's schedule for CUDA (library products over panels of the vocabulary), run on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rime_fast.ops.logprob_pool import backends, compaction, fused_linear_ce, fused_logprob_pool, panels
+from rime_fast.ops.logprob_pool.statistics import Needs
+from tests.ops.logprob_cases import Case, assert_close_to_truth
+
+SCHEDULES = ["recompute", "forward"]
+
+
+@pytest.fixture(autouse=True)
+def _on_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "engine_for", lambda backend, hidden: panels)
+
+
+def _small(monkeypatch: pytest.MonkeyPatch, limit: int, rows: int = 32) -> None:
+    """Blocks of ``rows`` rows and ``limit`` bytes of workspace."""
+    monkeypatch.setattr(panels, "ROWS", rows)
+    monkeypatch.setattr(panels, "workspace_limit", lambda: limit)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_close_to_truth(schedule: str, dtype: torch.dtype, softcap: float | None) -> None:
+    for shape in ((1, 96, 123), (7, 1537, 123), (507, 96, 123), (3, 1, 1)):
+        case = Case(*shape, dtype, scored="all" if shape[0] < 8 else "some", softcap=softcap)
+        assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("scored", ["all", "one", "none"])
+@pytest.mark.parametrize("spread", [1e-3, 30.0])
+def test_flat_and_peaked_logits(schedule: str, scored: str, spread: float) -> None:
+    case = Case(33, 64, 517, scored=scored, spread=spread, bias=spread > 1, temperature=1.3)
+    assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [60_000, 300_000])
+def test_several_blocks_panels_and_groups(limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    _small(monkeypatch, limit)
+    case = Case(201, 96, 517, dtype, scored="all")
+    cut = panels.plan(201, 96, 517, torch.finfo(dtype).bits // 8, limit)
+    assert cut.columns < 517
+    assert (cut.rows < 201) == (limit == 60_000)
+    assert panels.forward_columns(517, limit) < 517 or limit == 300_000
+    for schedule in SCHEDULES:
+        assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "lm_head", "bias", "temperature"])
+@pytest.mark.parametrize("limit", [60_000, 1 << 20])
+def test_frozen_inputs(trained: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _small(monkeypatch, limit)
+    case = Case(201, 96, 77, scored="all")
+    every = case.run("chunked", schedule="forward")
+    leaves = {n: t.detach().requires_grad_(n == trained) for n, t in case.leaves().items()}
+    loss, out = fused_linear_ce(
+        leaves["hidden"], leaves["lm_head"], case.tensors["targets"], token_weight=case.tensors["token_weight"],
+        **case.options(leaves, backend="chunked"),
+    )  # fmt: skip
+    found = case.collect({trained: leaves[trained]}, loss, out)
+    torch.testing.assert_close(found[f"d_{trained}"], every[f"d_{trained}"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_invariant_and_deterministic(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits alone, among 7, among 1,023 and for any capacity; two panels of columns."""
+    _small(monkeypatch, 300_000, rows=128)
+    hidden, lm_head = torch.randn(1023, 96).to(dtype), torch.randn(700, 96).to(dtype)
+    targets = torch.randint(0, 700, (1023,))
+    assert panels.forward_columns(700, 300_000) < 700
+    options = {"temperature": 0.9, "entropy": True, "backend": "chunked"}
+    whole = fused_logprob_pool(hidden, lm_head, targets, **options)
+    for rows in ([5], [1022], [3, 5, 9, 500, 501, 1000, 1022]):
+        part = fused_logprob_pool(hidden[rows], lm_head, targets[rows], **options)
+        assert torch.equal(part.logp, whole.logp[rows])
+        assert torch.equal(part.entropy, whole.entropy[rows])
+        few = torch.full_like(targets, -100)
+        few[rows] = targets[rows]
+        assert torch.equal(fused_logprob_pool(hidden, lm_head, few, max_scored=8, **options).logp[rows], part.logp)
+    case = Case(130, 96, 517, dtype)
+    first, second = case.run("chunked"), case.run("chunked")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_padding_is_harmless() -> None:
+    """Places past the scored rows: NaN in the rows there, scores whose exponential overflows, no gradient from them."""
+    case = Case(20, 16, 50, scored="some")
+    case.tensors["bias"] += 150.0
+    case.tensors["hidden"][case.tensors["targets"] == -100] = float("nan")
+    case.pools = False
+    assert (case.tensors["targets"] == -100).any()
+    found = case.run("chunked")
+    assert all(value.isfinite().all() for value in found.values())
+    truth = Case(20, 16, 50, scored="some", pools=False)
+    truth.tensors = case.tensors | {"hidden": case.tensors["hidden"].nan_to_num()}
+    assert_close_to_truth(truth, found)
+
+
+class _NoSync(TorchDispatchMode):
+    """Fails on whatever would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("nonzero", "_local_scalar_dense", "masked_select", "item")
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    case = Case(40, 16, 50)
+    t = case.tensors
+    bias = t["bias"].float()
+    with _NoSync():
+        scored = panels.scored_rows(t["targets"], -100, 30)
+        stats = panels.forward(t["hidden"], t["lm_head"], t["targets"], scored, bias, t["temperature"], 0.0, True)
+        found = panels.backward(
+            t["hidden"], t["lm_head"], t["targets"], scored, stats.lse, stats.hit, stats.entropy, t["token_weight"],
+            t["grad_entropy"], bias, t["temperature"], 0.0, Needs(True, True, True, True),
+        )  # fmt: skip
+    assert all(grad is not None and grad.isfinite().all() for grad in found)
+    with pytest.raises(AssertionError), _NoSync():
+        t["targets"].nonzero()
+
+
+def test_compaction() -> None:
+    targets = torch.tensor([-100, 4, -100, -100, 0, 2, -100])
+    every = [1, 4, 5, 7, 7, 7, 7]
+    for capacity, order in ((-1, every), (3, every[:3]), (4, every[:4]), (99, every)):
+        scored = compaction.scored_rows(targets, -100, capacity)
+        assert scored.order.tolist() == order
+        assert int(scored.number) == 3
+    part = compaction.scored_rows(targets, -100).part(2, 3)
+    assert (part.order.tolist(), int(part.number)) == ([5, 7, 7], 1)
+    assert int(compaction.scored_rows(targets, -100).part(4, 3).number) == 0
+    assert compaction.scored_rows(torch.empty(0, dtype=torch.long), -100).order.shape == (0,)
+
+
+@pytest.mark.parametrize("vocabulary", [32_003, 151_936, 248_320])
+@pytest.mark.parametrize("width", [96, 1536, 4096, 8192])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_workspace_stays_within_the_limit(vocabulary: int, width: int, itemsize: int) -> None:
+    limit = compaction.workspace_limit()
+    assert limit == 256 << 20
+    for capacity in (1, 507, 8192, 16_384, 65_536):
+        cut = panels.plan(capacity, width, vocabulary, itemsize, limit)
+        assert cut.workspace <= limit
+        assert cut.workspace >= cut.rows * cut.columns * 4 + cut.rows * width * 4
+        assert cut.rows >= min(capacity, 3072)
+        assert cut.columns >= min(vocabulary, 512)
+    block = panels.ROWS * (4 * panels.forward_columns(vocabulary, limit) + itemsize * width)
+    assert block <= limit
+
+
+def test_one_group_at_the_published_sizes() -> None:
+    """M 8192 and H up to 4096 keep to 8MHV: dX of all rows fits."""
+    for width in (1536, 2048, 3584, 4096):
+        assert panels.plan(8192, width, 151_936, 2, 256 << 20).rows == 8192
+
+
+def test_workspace_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RIME_FAST_WORKSPACE_MIB", "1024")
+    assert compaction.workspace_limit() == 1 << 30
+    for bad in ("", "4", "lots", "-256"):
+        monkeypatch.setenv("RIME_FAST_WORKSPACE_MIB", bad)
+        with pytest.raises(ValueError, match="RIME_FAST_WORKSPACE_MIB: expected a whole number"):
+            compaction.workspace_limit()
