@@ -16,8 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Models inside a block: a block within a block has nothing to do.
+# The modules inside a block.
 _WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Whether ``model`` is sharded and whole at the moment, by a ``whole_parameters`` block."""
+    return model in _WHOLE
 
 
 @contextmanager
@@ -34,7 +39,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise TypeError("model is wrapped by FSDP1 (FullyShardedDataParallel); expected FSDP2 (fsdp_version 2)")
-    if model in _WHOLE:
+    if is_gathered(model):
         yield
         return
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
@@ -42,12 +47,13 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     if not partitioned and not sharded:
         yield
         return
-    _WHOLE.add(model)
+    inside = list(model.modules())
+    _WHOLE.update(inside)
     try:
         with _zero3(partitioned), _fsdp2(sharded), _hooks_asleep(model):
             yield
     finally:
-        _WHOLE.discard(model)
+        _WHOLE.difference_update(inside)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rime_fast.engine.decode_cache import DecodeCache, PrefillRecorder
+from rime_fast.engine.gathered import is_gathered
 from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import LoopGuard, check_sampling, draw_tokens
 from rime_fast.model.dual_mode import DualModeModel
@@ -27,6 +28,7 @@ _PROMPT_KEYS = (
     "video_grid_thw",
     "image_grids",
     "video_grids",
+    "vision_cache",
 )
 
 
@@ -97,6 +99,9 @@ def generate_rollouts(
     distribution. With a seeded ``generator`` on the model's device the result is reproducible.
     ``out``: a buffer of as many prompts, this group size and pad id, on the model's device; it is cleared and written
     in place, and the rollout's tensors are views of it.
+
+    A ``vision_cache`` in the batch is filled (or used) by the prefill, so that a frozen tower runs once for rollout,
+    reference and policy: ``VisionCache(keep=True)``. Where parameters are sharded the prefill leaves it alone.
 
     Responses are text: their positions go on from the prompt's last row, as in training. The model runs in eval mode
     and is left as it was. Where parameters are sharded call it in ``whole_parameters``.
@@ -242,6 +247,9 @@ class _State:
 def _prefill(policy: Any, prompt_batch: dict[str, Any], out: RolloutBuffer, cap: int) -> _State:
     """Read every prompt once, packed; then the state before the first token of every rollout."""
     prompt = {k: prompt_batch[k] for k in _PROMPT_KEYS if k in prompt_batch}
+    if is_gathered(policy):
+        # A rank without images does not fill its cache here, where no forward must be in step; later it must be.
+        prompt.pop("vision_cache", None)
     lengths, device = prompt["lengths"], prompt["input_ids"].device
     recorder = PrefillRecorder(lengths, device)
     hidden = policy.encode_hidden(**prompt, layout=recorder)

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from rime_fast.data.records import Side
+from rime_fast.engine.gathered import is_gathered
 from rime_fast.engine.rollout import dual_mode_of, generate_rollouts
 from rime_fast.engine.rollout_buffer import RolloutBuffer
+from rime_fast.model.vision import vision_features
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class LocalBackend:
             )  # fmt: skip
         images = [len(side.images) for side in sides]
         videos = [int(bool(side.video)) for side in sides]
+        _see_once(policy, prompts)
         longest = 0
         for first in range(0, count, step):
             stop = min(count, first + step)
@@ -118,6 +122,17 @@ class LocalBackend:
             rollout = generate_rollouts(policy, part, out=out.part(first, stop - first), **options)
             longest = max(longest, rollout.tokens.shape[1])
         return SampledTokens(out.tokens[:, :longest], out.lengths, out.logp[:, :longest], out.finished)
+
+
+@torch.no_grad()
+def _see_once(policy: nn.Module, prompts: dict[str, Any]) -> None:
+    """Fill the batch's vision cache, which parts of the batch then take their share of."""
+    cache, model = prompts.get("vision_cache"), dual_mode_of(policy)
+    pixels = [prompts[name] for name in ("pixel_values", "pixel_values_videos") if name in prompts]
+    if cache is None or cache.filled or not pixels or is_gathered(model):
+        return
+    grids = [*prompts.get("image_grids", ()), *prompts.get("video_grids", ())]
+    vision_features(model.model.visual, torch.cat(pixels), grids, cache)
 
 
 def take_prompts(
@@ -134,11 +149,19 @@ def take_prompts(
     }
     if prompts.get("disc_index") is not None:
         part["disc_index"] = prompts["disc_index"][first:stop] - rows.start
+    seen, patches = 0, []
     for kind, pixels, counts in (("image", "pixel_values", images), ("video", "pixel_values_videos", videos)):
-        if pixels not in prompts or not sum(counts[first:stop]):
+        if pixels not in prompts:
             continue
         sizes = [t * h * w for t, h, w in prompts[f"{kind}_grids"]]
         a, b = sum(counts[:first]), sum(counts[:stop])
-        part[pixels] = prompts[pixels][sum(sizes[:a]) : sum(sizes[:b])]
-        part[f"{kind}_grids"] = list(prompts[f"{kind}_grids"][a:b])
+        if a < b:
+            start, end = sum(sizes[:a]), sum(sizes[:b])
+            part[pixels] = prompts[pixels][start:end]
+            part[f"{kind}_grids"] = list(prompts[f"{kind}_grids"][a:b])
+            patches.append((seen + start, seen + end))
+        seen += sum(sizes)
+    cache = prompts.get("vision_cache")
+    if cache is not None and cache.filled and patches:
+        part["vision_cache"] = cache.part(patches)
     return part

@@ -25,6 +25,7 @@ from rime_fast.model.prefix_attention import PrefixAttention, PrefixBounds, flas
 IGNORED = -100
 _VISUAL_KEYS = (
     "pixel_values", "image_grid_thw", "image_grids", "pixel_values_videos", "video_grid_thw", "video_grids",
+    "vision_cache",
 )  # fmt: skip
 
 

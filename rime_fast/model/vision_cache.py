@@ -1,11 +1,12 @@
-"""What a frozen vision tower computes, kept between two passes over the same images.
+"""What a frozen vision tower computes, kept between passes over the same images.
 
 Frozen is the trunk: patch embedding and blocks. The mergers behind it may be trained (UME-R1 does), so what is kept
-is the mergers' input: for Qwen3-VL also that of every deepstack merger. The second pass runs the mergers alone.
+is the mergers' input: for Qwen3-VL also that of every deepstack merger. Later passes run the mergers alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,12 +19,14 @@ from transformers.utils import ModelOutput
 class VisionCache:
     """The place for one batch's trunk features: filled by the first forward that is given it, emptied by the second.
 
-    host: keep them in (pinned) host memory, off the accelerator. The features are those of the first forward to the
-    bit; the towers have no dropout. A tower whose trunk is trained ignores the cache.
+    host: keep them in (pinned) host memory, off the accelerator. keep: do not empty it; every further forward over
+    these pixels uses the features (Refine-RL: prefill, reference and policy), until the cache is dropped. The features
+    are those of the first forward to the bit; the towers have no dropout. A tower whose trunk is trained ignores the
+    cache.
     """
 
-    def __init__(self, *, host: bool = False) -> None:
-        self.host = host
+    def __init__(self, *, host: bool = False, keep: bool = False) -> None:
+        self.host, self.keep = host, keep
         self._held: list[Tensor] | None = None
         self._device: torch.device | None = None
 
@@ -42,11 +45,21 @@ class VisionCache:
         self._held = features
 
     def take(self) -> list[Tensor]:
-        """The features, on the device they came from; the cache is empty afterwards."""
+        """The features, on the device they came from; the cache is empty afterwards unless it keeps them."""
         if self._held is None:
             raise RuntimeError("the vision cache is empty; expected a forward that filled it")
-        held, self._held = self._held, None
+        held = self._held
+        self._held = held if self.keep else None
         return [x.to(self._device, non_blocking=True) for x in held]
+
+    def part(self, patches: Sequence[tuple[int, int]]) -> VisionCache:
+        """A filled cache of some whole images and videos: of the given ranges of the rows of the pixels."""
+        if self._held is None:
+            raise RuntimeError("the vision cache is empty; expected a forward that filled it")
+        part = VisionCache(host=self.host, keep=self.keep)
+        part._held = [torch.cat([x[first:stop] for first, stop in patches]) for x in self._held]
+        part._device = self._device
+        return part
 
 
 @dataclass
@@ -67,7 +80,12 @@ class _CachedTower:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         mergers = _mergers(self)
         if rime_cache.filled:
-            return _merge(self, mergers, rime_cache.take(), kwargs.get("window_index"))
+            held = rime_cache.take()
+            if held[0].shape[0] != hidden_states.shape[0]:
+                raise ValueError(
+                    f"the vision cache holds {held[0].shape[0]} patches; the pixels have {hidden_states.shape[0]}"
+                )
+            return _merge(self, mergers, held, kwargs.get("window_index"))
         inputs: list[Tensor] = []
         hooks = [merger.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for merger in mergers]
         try:

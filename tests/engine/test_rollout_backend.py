@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +19,10 @@ from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import LoopGuard, cut_loops
 from rime_fast.engine.vllm_backend import VllmBackend, checkpoint_weights
 from rime_fast.model.dual_mode import DualModeModel
-from rime_fast.model.tiny import tiny_model, tiny_processor, tiny_tokenizer
+from rime_fast.model.shared_prefix import shared_prefix_batch
+from rime_fast.model.tiny import FAMILIES, tiny_model, tiny_processor, tiny_tokenizer
 from rime_fast.model.tokens import add_embedding_tokens
+from rime_fast.model.vision_cache import VisionCache
 
 TEMPLATE = get_template("rewrite", instruction="describe", system=None)
 
@@ -31,8 +34,12 @@ def picture(height, width, seed):
 
 @pytest.fixture
 def setting():
+    return make_setting("qwen2_vl")
+
+
+def make_setting(family):
     processor = tiny_processor(tiny_tokenizer(["red blue which one describe user assistant <rewrite> </rewrite>"]))
-    model = tiny_model("qwen2_vl", tokenizer=processor.tokenizer, seed=3, init_std=0.15)
+    model = tiny_model(family, tokenizer=processor.tokenizer, seed=3, init_std=0.15)
     model.config.tie_word_embeddings = True
     gen_id = add_embedding_tokens(model, processor.tokenizer).gen_id
     model = DualModeModel.from_model(model).eval()
@@ -73,6 +80,49 @@ def test_the_policy_decodes_in_parts(setting, at_once):
     assert torch.equal(buffer.tokens[:, :longest], expected.tokens)
     torch.testing.assert_close(buffer.gen_states, expected.gen_states)
     torch.testing.assert_close(buffer.disc_states, expected.disc_states)
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_tower_sees_every_image_once(family, at_once):
+    """Prefill, reference and policy: the trunk runs once, and values and the mergers' gradients stay the same."""
+    setting = make_setting(family)
+    model, frozen = setting.model, setting.model.model.visual
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_("merger" in name)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    sampling = greedy(setting)
+    found, seen = [], []
+    handles = [m.model.visual.blocks[0].register_forward_hook(lambda *_: seen.append(1)) for m in (model, reference)]
+    for cache in (None, VisionCache(keep=True)):
+        prompts = setting.prompts if cache is None else setting.prompts | {"vision_cache": cache}
+        buffer = buffer_for(setting, sampling)
+        rollout = LocalBackend(at_once).generate(model, setting.sides, prompts, sampling, buffer)
+        batch = shared_prefix_batch(prompts, buffer.responses())
+        with torch.no_grad():
+            first = reference(**batch, pools={}).logp
+        model.zero_grad()
+        out = model(**batch)
+        (out.logp.sum() + out.embeddings["gen"].square()[:, ::2].sum()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append([rollout.tokens, first, out.logp.detach(), out.embeddings["gen"].detach(), gradients])
+    for handle in handles:
+        handle.remove()
+    plain_calls = (2 if at_once else 1) + 2
+    assert len(seen) == plain_calls + 1
+    for plain, cached in zip(*found, strict=True):
+        torch.testing.assert_close(cached, plain, rtol=1e-5, atol=1e-6)
+    assert any("merger" in name for name in found[1][-1])
+
+
+def test_a_vision_cache_of_other_pixels_is_refused(setting):
+    for parameter in setting.model.model.visual.parameters():
+        parameter.requires_grad_(False)
+    cache = VisionCache(keep=True)
+    generate_rollouts(setting.model, setting.prompts | {"vision_cache": cache}, gen_id=setting.gen_id, max_new_tokens=2)
+    other = setting.collator.collate_prompts(setting.sides[2:])
+    with pytest.raises(ValueError, match="the vision cache holds"):
+        generate_rollouts(setting.model, other | {"vision_cache": cache}, gen_id=setting.gen_id, max_new_tokens=2)
 
 
 def test_at_once_is_checked():
