@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,15 +173,16 @@ class GradCache:
     def second_pass(
         self, first: FirstPass, *, upstream: Tensor | None = None, synchronise: bool = True
     ) -> CachedStep:
-        """One backward per micro-batch, kept graphs first (that frees them), gradients exchanged in the last.
+        """One backward per micro-batch, gradients exchanged in the last.
 
-        upstream: 0-d, multiplies every gradient.
+        From the last micro-batch to the first: the kept graphs go first, which frees them, and gradients add up in the
+        same order however many were kept, so that the budget changes no bit of them. upstream: 0-d, multiplies every
+        gradient.
         """
         slots, encoded, kept = first.slots, len(first.slots), 0
         loss = first.loss
         metrics: dict[str, Tensor] = {}
-        order = sorted(range(len(slots)), key=lambda i: (slots[i].graph is None, -i if slots[i].graph else i))
-        for turn, i in enumerate(order):
+        for i in reversed(range(len(slots))):
             slot = slots[i]
             out, slot.graph = slot.graph, None
             with nullcontext() if slot.rng is None else slot.rng.replayed(), torch.enable_grad():
@@ -197,7 +199,7 @@ class GradCache:
                     for name, metric in out.metrics.items():
                         metrics[name] = metrics[name] + metric if name in metrics else metric
                 del out  # the graph goes as the backward consumes it
-                self.sync.backward(total, last=synchronise and turn == len(order) - 1)
+                self.sync.backward(total, last=synchronise and i == 0)
         return CachedStep(loss, metrics, kept, encoded)
 
     def _plan(self, micro_batches: Sequence[Any]) -> tuple[list[_Slot], int]:
@@ -210,7 +212,8 @@ class GradCache:
         if self.sync.lockstep:
             count, kept = self.sync.agree(len(slots), EVERY if kept == len(slots) else kept)
             cheapest = slots[costs.index(min(costs))].data
-            slots = [_Slot(cheapest, idle=True) for _ in range(count - len(slots))] + slots
+            # copies: whatever an encoder notes on a micro-batch between the passes is not shared with the idle runs
+            slots = [_Slot(copy(cheapest), idle=True) for _ in range(count - len(slots))] + slots
         return slots, min(kept, len(slots))
 
     def _affordable(self, costs: list[float]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rime_fast.engine.grad_cache import Encoded
@@ -24,6 +25,10 @@ class Part:
     sequences: list[int]
     tokens: int
     vision: VisionCache
+
+    def __copy__(self) -> Part:
+        """The same sequences with features of its own."""
+        return replace(self, vision=VisionCache(host=self.vision.host))
 
 
 class PackedEncoder:
@@ -72,10 +77,13 @@ class PackedEncoder:
         keep = not torch.is_grad_enabled() or part.vision.filled
         out = self.model(
             **batch, pools={mode: pools[mode] for mode in self.modes}, vision_cache=part.vision if keep else None,
-            logprob_backend=self.logprob_backend,
+            normalize=False, logprob_backend=self.logprob_backend,
         )  # fmt: skip
         found = self.metrics(out, part, batch) if self.metrics is not None and out.loss is not None else {}
-        return Encoded(out.embeddings, out.loss, found)
+        # Here, not in the model: with scored tokens its operator normalises, without torch does, an ulp apart. So the
+        # embeddings of both passes are the same bits.
+        embeddings = {mode: F.normalize(rows, dim=-1) for mode, rows in out.embeddings.items()}
+        return Encoded(embeddings, out.loss, found)
 
     def in_order(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Embeddings as ``GradCache`` concatenates them, back in the order of the batch's sequences."""

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -26,7 +25,6 @@ from rime_fast.data.templates import Template
 from rime_fast.engine.rollout import dual_mode_of, generate_rollouts
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
-from rime_fast.model.tokens import add_embedding_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -147,9 +145,7 @@ class RimeEmbedder:
         if dtype == "auto" and device.type == "cpu":
             dtype = torch.float32
         processor = RimeProcessor.from_pretrained(name_or_path, min_pixels=min_pixels, max_pixels=max_pixels)
-        load: Any = partial(DualModeModel.from_pretrained, attn_implementation=attn_implementation, dtype=dtype)
-        adapter = Path(name_or_path, "adapter_config.json").is_file()
-        model = _merged_adapter(Path(name_or_path), load) if adapter else load(name_or_path)
+        model: Any = DualModeModel.from_pretrained(name_or_path, attn_implementation=attn_implementation, dtype=dtype)
         return cls(model.to(device), processor, **options)
 
     @property
@@ -278,18 +274,6 @@ class _Row:
     reached: bool = True
     well_formed: bool = True
     disc: torch.Tensor | None = None
-
-
-def _merged_adapter(path: Path, load: Callable[[str], Any]) -> Any:
-    """The base model of the adapter at ``path``, its embedding tokens made as for training, with the adapter merged."""
-    from peft import PeftConfig, PeftModel
-
-    base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-    if not base:
-        raise ValueError(f"{path / 'adapter_config.json'} names no base model; load it yourself and merge the adapter")
-    model = load(base)
-    add_embedding_tokens(model, RimeProcessor.from_pretrained(base).tokenizer)
-    return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
 
 
 def as_side(item: Item, where: str = "item") -> Side:

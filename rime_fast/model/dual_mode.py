@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from rime_fast.model.adapter import is_adapter, merged_adapter
 from rime_fast.model.head import ScoringHead, make_scoring
 from rime_fast.model.outputs import DualModeOutput
 from rime_fast.model.packing import PACKED_SDPA, AttentionLayout, packed_layout
@@ -67,13 +68,24 @@ class DualModeModel:
     ) -> DualModeModel:
         """Load a stock checkpoint (safetensors) of one of the three families as a dual-mode model.
 
+        A trained adapter's folder (LoRA) gives its base model with the adapter merged in.
+
         dtype: "auto" takes the checkpoint's. attn_implementation: see ``resolve_attention``. Everything else goes to
-        transformers' ``from_pretrained``. Raises ValueError for any other ``model_type``.
+        transformers' ``from_pretrained``. Raises ValueError for any other ``model_type``, and for a checkpoint without
+        some of the model's weights (tied ones aside), naming them: transformers would leave these at random values.
         """
         kwargs.setdefault("use_safetensors", True)
         options = {"attn_implementation": resolve_attention(attn_implementation), "dtype": dtype, **kwargs}
         if cls is not DualModeModel:
-            return super().from_pretrained(name_or_path, *args, **options)  # type: ignore[misc]
+            with_info = options.pop("output_loading_info", False)
+            found: Any = super().from_pretrained(  # type: ignore[misc]
+                name_or_path, *args, output_loading_info=True, **options
+            )
+            _require_all(found[1]["missing_keys"], name_or_path, cls.__name__)
+            return found if with_info else found[0]
+        if is_adapter(name_or_path):
+            same = options | {"attn_implementation": attn_implementation}
+            return merged_adapter(name_or_path, lambda base: cls.from_pretrained(base, *args, **same))
         config = kwargs.get("config")
         if config is None:
             passed = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
@@ -171,7 +183,7 @@ class DualModeModel:
                 dense = [torch.where(mask, x.to(embeds.dtype).index_select(0, where), 0.0) for x in deepstack]
                 extra = {"visual_pos_masks": None, "deepstack_visual_embeds": dense}
         elif self._must_touch_vision():
-            embeds = embeds + 0.0 * self._blank_image(embeds)
+            embeds = embeds + 0.0 * self._blank_image(embeds, vision_cache)
         extra |= self._attention_kwargs(lengths, input_ids.device, layout)
         out = self.model.language_model(
             input_ids=None, inputs_embeds=embeds[None], position_ids=position_ids[:, None], use_cache=False, **extra
@@ -224,13 +236,16 @@ class DualModeModel:
         sharded = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in parameters)
         return sharded or (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
 
-    def _blank_image(self, embeds: Tensor) -> Tensor:
-        """0-d: the sum of all features of one black image of one merged patch."""
+    def _blank_image(self, embeds: Tensor, cache: VisionCache | None) -> Tensor:
+        """0-d: the sum of all features of one black image of one merged patch.
+
+        Its features wait in ``cache`` as a real image's do: the ranks then run the same modules in both passes.
+        """
         vision = self.model.visual.config
         merge = vision.spatial_merge_size
         volume = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.zeros(merge * merge, volume, device=embeds.device)
-        features, deepstack = vision_features(self.model.visual, pixels, [(1, merge, merge)])
+        features, deepstack = vision_features(self.model.visual, pixels, [(1, merge, merge)], cache)
         return sum((x.sum() for x in deepstack), start=features.sum()).to(embeds.dtype)
 
     def _dual_forward(
@@ -303,6 +318,13 @@ class _DenseDeepstack:
 @cache
 def _dense(stock: Any) -> Any:
     return type(stock.__name__, (_DenseDeepstack, stock), {"__module__": __name__})
+
+
+def _require_all(missing: set[str] | list[str], source: str | Path, name: str) -> None:
+    if missing:
+        keys = sorted(missing)
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        raise ValueError(f"the checkpoint {source} lacks weights of {name}: {', '.join(keys[:8])}{more}")
 
 
 def _shape(tensor: Tensor | None) -> str:

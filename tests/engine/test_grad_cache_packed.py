@@ -51,9 +51,11 @@ def whole_batch(model, batch: dict, backend: str = "reference") -> Tensor:
     return out.loss + contrast(out.embeddings, backend)
 
 
-def cached(model, batch: dict, *, keep: float = 0, backend: str = "reference", tokens: int = TOKENS):
+def cached(model, batch: dict, *, keep: float = 0, backend: str = "reference", tokens: int = TOKENS,
+           bytes_per_token: float = 0.0):  # fmt: skip
     encoder = PackedEncoder(model, batch, tokens, logprob_backend=backend)
     cache = GradCache(sync=GradSync(model), keep_bytes=keep, cost=part_tokens)
+    cache.bytes_per_cost = bytes_per_token
     return cache.step(encoder.parts, encode=encoder, loss=lambda rows: contrast(encoder.in_order(rows), backend))
 
 
@@ -95,6 +97,27 @@ def test_fp32_with_the_fast_backends():
     whole_batch(wide, wide_batch).backward()
     cached(model, batch, backend="auto")
     assert_close(gradients(model), gradients(wide), 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_budget_for_kept_graphs_changes_no_bit(family):
+    """fp32, dropout, the fast backends: a resumed run that keeps another number of graphs takes the same step."""
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = make(family, torch.float32)
+    lora = LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "v_proj"], modules_to_save=["merger"])
+    model = get_peft_model(model, lora).train()
+    found, kept = [], []
+    for keep in (0, 60, math.inf):
+        torch.manual_seed(5)
+        step = cached(model, batch, keep=keep, backend="auto", bytes_per_token=1.0)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"": step.loss})
+        kept.append(step.kept)
+        model.zero_grad()
+    assert kept[0] == 1 < kept[1] < kept[2] == step.encoded
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[name], want) for name, want in found[0].items())
 
 
 def test_checkpointing_changes_nothing():

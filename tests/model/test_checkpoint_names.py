@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from rime_fast.model.dual_mode import DualModeModel
@@ -27,3 +27,21 @@ def test_stock_checkpoint_loads_whole_and_comes_back_whole(family, tmp_path):
     dual.save_pretrained(tmp_path / "old", save_original_format=True)
     names = [set(load_file(tmp_path / one / "model.safetensors")) for one in ("stock", "old")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_that_lacks_weights_is_refused_by_name(tied, tmp_path):
+    """Weights left at random values are an error; a tied head, which no checkpoint holds, is not."""
+    tiny_model("qwen2_vl", vocab_size=96, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    assert ("lm_head.weight" in whole) != tied
+    model, info = DualModeModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, DualModeModel)
+    assert not info["missing_keys"]
+    lost = {name for name in whole if name == "lm_head.weight" or "layers.1.mlp.up_proj" in name}
+    assert len(lost) == 2 - tied
+    save_file({name: x for name, x in whole.items() if name not in lost}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights of Qwen2VLFor.*: .*layers\.1\.mlp\.up_proj") as raised:
+        DualModeModel.from_pretrained(tmp_path)
+    assert ("lm_head.weight" in str(raised.value)) != tied

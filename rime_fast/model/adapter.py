@@ -1,0 +1,31 @@
+"""A LoRA's folder (``adapter_config.json``) read as the whole model it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rime_fast.model.processor import RimeProcessor
+from rime_fast.model.tokens import add_embedding_tokens
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether ``path`` is a folder that holds an adapter and no model of its own."""
+    return Path(path, "adapter_config.json").is_file() and not Path(path, "config.json").is_file()
+
+
+def merged_adapter(path: str | Path, load: Callable[[str], Any]) -> Any:
+    """The adapter's base model, as ``load`` gives it, with the adapter merged in.
+
+    The embedding tokens' rows are made from the base's tokenizer, as before the training: an adapter holds no rows of
+    the table. Raises ValueError for an adapter that names no base model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{Path(path, 'adapter_config.json')} names no base model; load it yourself and merge")
+    model = load(base)
+    add_embedding_tokens(model, RimeProcessor.from_pretrained(base).tokenizer)
+    return PeftModel.from_pretrained(model, str(path)).merge_and_unload()

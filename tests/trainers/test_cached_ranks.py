@@ -1,0 +1,93 @@
+"""RimeTrainer over ranks, by the gradient cache and plain: DDP, FSDP2 and ZeRO equal one process's plain step.
+
+Same logs, same weights on disk; and what is on disk is what stock transformers, or peft, loads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2VLForConditionalGeneration
+
+from rime_fast.model.dual_mode import DualModeModel
+from tests.ranks import run_ranks
+from tests.trainers.cached_ranks_worker import ONE, PAIRS, PLANS, run_plans, trained
+from tests.trainers.conftest import make_model, make_processor
+
+pytestmark = pytest.mark.dist
+QUICK = ("ddp-twice", "fsdp-plain-once", "fsdp-twice")
+
+
+def start_from(folder: Path) -> Path:
+    processor = make_processor()
+    model = make_model(processor)
+    model.save_pretrained(folder / "start")
+    processor.save_pretrained(folder / "start")
+    return folder / "start"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    file = next(name for name in ("model.safetensors", "adapter_model.safetensors") if (folder / name).exists())
+    return load_file(folder / file)
+
+
+def check(folder: Path, names: tuple[str, ...]) -> None:
+    """Logs and weights of every plan against one process."""
+    start = start_from(folder)
+    run_ranks(run_plans, 2, str(folder), *names)
+    before = weights(start)
+    for kind in {name.rsplit("-", 1)[1] for name in names}:
+        one = trained(start, folder / kind, per_device_train_batch_size=PAIRS, **ONE[kind])
+        want = weights(folder / kind)
+        for name in (name for name in names if name.endswith(kind)):
+            logs = torch.load(folder / f"{name}.logs")
+            for a, b in zip(logs, one.state.log_history[:-1], strict=True):
+                assert a.keys() == b.keys(), name
+                for key in (key for key in b if "per_second" not in key):
+                    assert a[key] == pytest.approx(b[key], rel=2e-4), (name, key)
+            got = weights(folder / name)
+            assert want.keys() <= got.keys() <= want.keys() | {"lm_head.weight"}, name  # a tied head may be there too
+            moved = 0
+            for key, value in want.items():
+                known = key in before and before[key].shape == value.shape
+                update = value - before[key] if known else value
+                assert (got[key] - value).norm() <= 2e-3 * update.norm().clamp(min=1e-6), (name, key)
+                moved += bool(update.norm() > 1e-4)
+            assert moved >= 8, name
+
+
+def check_stock(folder: Path) -> None:
+    """A saved directory is a stock checkpoint with the tokens."""
+    stock, info = Qwen2VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert stock.config.architectures == ["Qwen2VLForConditionalGeneration"]
+    saved = weights(folder)
+    for name, tensor in stock.state_dict().items():
+        assert name == "lm_head.weight" or torch.equal(tensor, saved[name]), name
+    assert torch.equal(stock.lm_head.weight, stock.get_input_embeddings().weight)
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    check(tmp_path, QUICK)
+    for name in QUICK:
+        check_stock(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_kept_graphs_adapters_and_zero_stages(tmp_path):
+    pytest.importorskip("deepspeed")
+    names = tuple(name for name in PLANS if name not in QUICK)
+    check(tmp_path, names)
+    for name in names:
+        if not name.endswith("lora"):
+            check_stock(tmp_path / name)
+            continue
+        # an adapter's folder is the whole model to us: the base, its tokens, the adapter merged
+        model = DualModeModel.from_pretrained(tmp_path / name)
+        one = DualModeModel.from_pretrained(tmp_path / "lora")
+        for key, value in one.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-4)
