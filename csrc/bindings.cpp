@@ -36,8 +36,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
   // score_rewrites_ (rank_reward): R = B G rollouts of width D, P own anchors an item, a tile of n anchors.
   // gen [R, D], own_anchors [B, P, D] -> own [R, P] fp64, norms [R]
   m.def("rank_own(Tensor gen, Tensor own_anchors, Tensor(a!) own, Tensor(b!) norms) -> ()");
-  // sims [R, n] fp32 or fp64, tile [n, D], tile_norm [1] the largest norm in it; first: the tile's place in the bank
-  // -> state [R, 4 + P]
+  // CPU. anchors [n, D] -> state [R, 4 + P]; mask [B, n]; first: the anchors' place in the bank; level: of the
+  // instruction set, 0 the plainest, 1 up to AVX2, 2 what there is
+  m.def("rank_scan(Tensor gen, Tensor anchors, Tensor norms, Tensor own, Tensor positive, Tensor? mask, int first, "
+        "int negative, float tau, int level, Tensor(a!) state) -> ()");
+  // The same from their products: sims [R, n] fp64 (CUDA: or fp32), tile [n, D], tile_norm [1] the largest norm in it
   m.def("rank_tile(Tensor sims, Tensor gen, Tensor tile, Tensor tile_norm, Tensor norms, Tensor own, "
         "Tensor positive, Tensor? mask, int first, int negative, float tau, Tensor(a!) state) -> ()");
   // parts [W, R, 4 + P]: states of disjoint parts of a bank, merged in order into state

@@ -1,21 +1,17 @@
-// CPU kernels of score_rewrites_ around the library's fp32 product of a block of rollouts with a tile of the bank.
+// CPU kernels of score_rewrites_ around the scan of the bank (rank_reward_scan.cpp).
 //
 //   rank_own    exact similarities of each rollout to its own anchors (fp64 dot products), and the rollouts' norms
-//   rank_tile   one pass over the product: ranks, count, and sum / softmax / maximum of the negatives into the state
+//   rank_tile   ranks, count, and sum / softmax / maximum of the negatives from an fp64 product, for small banks
+//   rank_merge  states of disjoint parts of a bank -> one
 //   rank_finish states -> reward terms, group mean and standard deviation, advantages
-//
-// The rank is exact although the product is fp32: only a similarity within the product's own error bound of the
-// threshold can be on the wrong side, and those few (about one in 10^4) are formed again as fp64 dot products. A small
-// bank comes as an fp64 product and needs no second look. Work: 2 to 3
-// passes over a row of the tile while it is in L1, vectorised by the compiler for several instruction sets.
-#include <rime/math.h>
+#include "rank_reward_dot.h"
+
 #include <rime/rank_reward.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -25,178 +21,28 @@
 #define RIME_CLONES
 #endif
 
-namespace {
-using torch::stable::Tensor;
-using namespace rime;
-
-constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr int64_t kChunk = 1024;  // columns looked at together: 4 KiB, so every pass but the first reads L1
-
-// Sum of x_i y_i in fp64; the order is fixed, so equal vectors give equal bits.
-RIME_CLONES double dot(const float* x, const float* y, int64_t n) {
+RIME_CLONES double rime::exact_dot(const float* x, const float* y, int64_t n) {
   double total = 0.0;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(y[i]);
   return total;
 }
 
-// The loops over a chunk take plain pointers and counts: GCC vectorises a reduction only when its bounds are locals.
-// values[j] where it is finite and the mask (null: all) lets it be a negative's, else NaN, which no comparison finds;
-// returns how many are left.
-RIME_CLONES int32_t clean(const float* __restrict values, const uint8_t* __restrict mask, int64_t n,
-                          float* __restrict out) {
-  int32_t count = 0;
-  if (mask != nullptr) {
-    for (int64_t j = 0; j < n; ++j) out[j] = mask[j] != 0 ? values[j] : kNaN;
-  } else {
-    for (int64_t j = 0; j < n; ++j) out[j] = values[j];
-  }
-#pragma omp simd reduction(+ : count)
-  for (int64_t j = 0; j < n; ++j) {
-    const bool finite = std::fabs(out[j]) <= kLargest;
-    out[j] = finite ? out[j] : kNaN;
-    count += finite ? 1 : 0;
-  }
-  return count;
-}
-
-struct Counts {
-  int32_t above, from_low;
-};
-
-RIME_CLONES Counts count_above(const float* v, int64_t n, float high, float low) {
-  int32_t above = 0, from_low = 0;
-#pragma omp simd reduction(+ : above, from_low)
-  for (int64_t j = 0; j < n; ++j) {
-    above += v[j] > high ? 1 : 0;
-    from_low += v[j] >= low ? 1 : 0;
-  }
-  return {above, from_low};
-}
-
-RIME_CLONES double sum(const float* v, int64_t n) {
-  double total = 0.0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < n; ++j) total += static_cast<double>(v[j] == v[j] ? v[j] : 0.0f);
-  return total;
-}
-
-RIME_CLONES float maximum(const float* v, int64_t n) {
-  float best = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : best)
-  for (int64_t j = 0; j < n; ++j) best = v[j] > best ? v[j] : best;
-  return best;
-}
-
-struct Weights {
-  double sum, weighted;
-};
-
-RIME_CLONES Weights softmax_weights(const float* v, int64_t n, float peak, float scale) {
-  double sum = 0.0, weighted = 0.0;
-#pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t j = 0; j < n; ++j) {
-    const bool negative = v[j] == v[j];
-    const float s = negative ? v[j] : 0.0f;
-    const float w = negative ? exp32((s - peak) * scale) : 0.0f;
-    sum += static_cast<double>(w);
-    weighted += static_cast<double>(w) * static_cast<double>(s);
-  }
-  return {sum, weighted};
-}
-
-// A piece of a row of similarities, everything that is not a negative's made NaN, and the vectors they came from.
-struct Run {
-  const float* values;
-  int64_t size;
-  const float* row;
-  const float* anchors;  // the run's first anchor
-  int64_t width;
-
-  double exact(int64_t j) const { return dot(row, anchors + j * width, width); }
-};
-
-// 1 for each negative above the threshold and 1/2 for each equal to it.
-double count_rank(const Run& run, float threshold, float band) {
-  const float high = threshold + band, low = threshold - band;
-  const Counts counts = count_above(run.values, run.size, high, low);
-  double rank = counts.above;
-  for (int64_t j = 0, left = counts.from_low - counts.above; left > 0; ++j) {
-    if (!(run.values[j] >= low && run.values[j] <= high)) continue;
-    rank += rank_step(static_cast<float>(run.exact(j)), threshold);
-    --left;
-  }
-  return rank;
-}
-
-// The exact maximum: whatever the fp32 product puts within its error of the top is formed again.
-void add_max(const Run& run, float band, double* state) {
-  const float peak = maximum(run.values, run.size);
-  if (static_cast<double>(peak) + band < state[1]) return;
-  const float low = peak - 2.0f * band;
-  for (int64_t j = 0; j < run.size; ++j) {
-    if (!(run.values[j] >= low) || static_cast<double>(run.values[j]) + band < state[1]) continue;
-    const double exact = run.exact(j);
-    if (exact > state[1]) state[1] = exact;
-  }
-}
-
-void add_softmax(const Run& run, double inverse_tau, double* state) {
-  const float peak = maximum(run.values, run.size);
-  const Weights found = softmax_weights(run.values, run.size, peak, static_cast<float>(inverse_tau));
-  softmax_merge(state, peak, found.sum, found.weighted, inverse_tau);
-}
+namespace {
+using torch::stable::Tensor;
+using namespace rime;
 
 struct Tile {
-  const float* sims;
-  const float* gen;
-  const float* anchors;
-  const float* norms;
   const double* own;
   const int64_t* positive;
   const uint8_t* mask;
   double* state;
-  float anchor_norm;
   double inverse_tau;
-  int64_t columns, width, group_size, positives, first, mask_stride;
+  int64_t columns, group_size, positives, first, mask_stride;
   int negative;
 };
 
-void add_chunk(const Tile& t, int64_t row, int64_t begin, int64_t size, float band) {
-  alignas(64) float values[kChunk];
-  const uint8_t* mask = t.mask == nullptr ? nullptr : t.mask + (row / t.group_size) * t.mask_stride + begin;
-  const int32_t count = clean(t.sims + row * t.columns + begin, mask, size, values);
-  if (count == 0) return;
-  const Run run{values, size, t.gen + row * t.width, t.anchors + begin * t.width, t.width};
-  double* state = t.state + row * (kRanks + t.positives);
-  // Of several own anchors most beat the whole chunk, which one pass for its maximum shows.
-  const float peak = t.positives > 1 ? maximum(values, size) : kLargest;
-  for (int64_t p = 0; p < t.positives; ++p) {
-    const float threshold = static_cast<float>(t.own[row * t.positives + p]);
-    if (!(peak < threshold - band)) state[kRanks + p] += count_rank(run, threshold, band);
-  }
-  state[0] += count;
-  if (t.negative == kMean) state[1] += sum(run.values, run.size);
-  if (t.negative == kMax) add_max(run, band, state);
-  if (t.negative == kSoftmax) add_softmax(run, t.inverse_tau, state);
-}
-
-// A row's columns without its own anchors: the part before them and the part behind.
-void add_row(const Tile& t, int64_t row) {
-  const int64_t item = row / t.group_size;
-  const int64_t own_begin = std::min(std::max<int64_t>(t.positive[item] - t.first, 0), t.columns);
-  const int64_t own_end = std::min(std::max<int64_t>(t.positive[item] + t.positives - t.first, 0), t.columns);
-  const float band = similarity_band(t.width, t.norms[row], t.anchor_norm);
-  const int64_t ends[2][2] = {{0, own_begin}, {own_end, t.columns}};
-  for (const auto& [begin, end] : ends) {
-    if (begin >= end) continue;
-    for (int64_t j = begin; j < end; j += kChunk) add_chunk(t, row, j, std::min(kChunk, end - j), band);
-  }
-}
-
-// The same from an fp64 product, for small banks; plain loops.
-void add_row_exact(const Tile& t, const double* sims, int64_t row) {
+void add_row(const Tile& t, const double* sims, int64_t row) {
   double* state = t.state + row * (kRanks + t.positives);
   const int64_t item = row / t.group_size;
   for (int64_t j = 0; j < t.columns; ++j) {
@@ -224,25 +70,21 @@ void rank_own(const Tensor& gen, const Tensor& own_anchors, Tensor own, Tensor n
   torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* g = x + row * width;
-      norm[row] = static_cast<float>(std::sqrt(dot(g, g, width)));
+      norm[row] = static_cast<float>(std::sqrt(exact_dot(g, g, width)));
       for (int64_t p = 0; p < positives; ++p)
-        out[row * positives + p] = dot(g, a + ((row / group_size) * positives + p) * width, width);
+        out[row * positives + p] = exact_dot(g, a + ((row / group_size) * positives + p) * width, width);
     }
   });
 }
 
-void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const Tensor& tile_norm,
-               const Tensor& norms, const Tensor& own, const Tensor& positive, std::optional<Tensor> mask,
+void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& /* tile */, const Tensor& /* tile_norm */,
+               const Tensor& /* norms */, const Tensor& own, const Tensor& positive, std::optional<Tensor> mask,
                int64_t first, int64_t negative, double tau, Tensor state) {
   Tile t{};
-  t.gen = gen.const_data_ptr<float>();
-  t.anchors = tile.const_data_ptr<float>();
-  t.norms = norms.const_data_ptr<float>();
   t.own = own.const_data_ptr<double>();
   t.positive = positive.const_data_ptr<int64_t>();
   t.state = state.mutable_data_ptr<double>();
   t.columns = sims.size(1);
-  t.width = gen.size(1);
   t.group_size = gen.size(0) / positive.size(0);
   t.positives = own.size(1);
   t.first = first;
@@ -252,17 +94,9 @@ void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const 
     t.mask = reinterpret_cast<const uint8_t*>(mask->const_data_ptr<bool>());
     t.mask_stride = mask->stride(0);
   }
-  if (sims.element_size() == sizeof(double)) {
-    const double* exact = sims.const_data_ptr<double>();
-    torch::stable::parallel_for(0, gen.size(0), 16, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) add_row_exact(t, exact, row);
-    });
-    return;
-  }
-  t.sims = sims.const_data_ptr<float>();
-  t.anchor_norm = *tile_norm.const_data_ptr<float>();
-  torch::stable::parallel_for(0, gen.size(0), 4, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) add_row(t, row);
+  const double* exact = sims.const_data_ptr<double>();
+  torch::stable::parallel_for(0, gen.size(0), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) add_row(t, exact, row);
   });
 }
 

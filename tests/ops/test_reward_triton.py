@@ -57,8 +57,9 @@ def test_states_of_parts_merge_into_the_whole(kind: str) -> None:
     want = score(case, weights, backend="reference")
 
     rows = case["gen"].flatten(0, 1)
-    own = chunked.own_anchors(case["anchors"], case["positive"], weights, rows.device)
-    similarities, norms = triton_backend.own_similarities(rows, own)
+    similarities, norms = chunked.own_similarities(
+        triton_backend, rows, case["anchors"], case["positive"], weights
+    )
     parts = []
     for first in (0, 300, 600):
         part = slice(first, first + 300)

@@ -1,4 +1,4 @@
-"""The streaming computation: library products of all rollouts with one tile of the bank, and a kernel over each tile.
+"""The streaming computation: similarities of all rollouts to one tile of the bank at a time, and a kernel over each.
 
     own        = gen . own anchors                                  fp64, one dot product per rollout
     for tile in bank:
@@ -6,9 +6,10 @@
         state += ranks, count and sum | softmax | maximum           one kernel over sims
     rewards, advantages, terms = finish(state, own)
 
-The kernels come from an engine: ``compiled`` (csrc, CPU or CUDA) or ``triton_backend``. The products stay fp32 whatever
-the input dtype and torch's matmul precision setting. A bank of up to EXACT_ANCHORS is multiplied in fp64: with so few
-negatives the product's rounding would not average out of their mean.
+On the CPU product and statistics are one kernel (csrc/cpu/rank_reward_scan.cpp) that keeps no similarities, and a bank
+in fp32 is one tile. The kernels come from an engine: ``compiled`` (csrc, CPU or CUDA) or ``triton_backend``. The
+products stay fp32 whatever the input dtype and torch's matmul precision setting. A bank of up to EXACT_ANCHORS is
+multiplied in fp64: with so few negatives the product's rounding would not average out of their mean.
 Memory: the buffer, one fp32 tile, and the state, 8 (4 + P) bytes a rollout. Work: 2 R A D FLOP and R A elements read.
 """
 
@@ -21,9 +22,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rime_fast.ops.reward import compiled
 from rime_fast.ops.reward.weights import NEGATIVES, RewardWeights
 
 BUFFER_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # a CPU's stays in its caches until the kernel has read it
+CAST_BYTES = 8 << 20  # of fp32 at a time, where the CPU's bank has another dtype or is strided
 EXACT_ANCHORS = 256
 MIN_COLUMNS, MAX_COLUMNS = 256, 16_384
 STATE = 4  # csrc rank_reward.h: what a state holds before its ranks
@@ -33,6 +36,8 @@ class Engine(Protocol):
     """What a set of kernels provides; shapes and meaning in compiled.py."""
 
     def own_similarities(self, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def scans(self, rows: Tensor) -> bool: ...
 
     def add_tile(
         self, sims: Tensor, rows: Tensor, tile: Tensor, tile_norm: Tensor, norms: Tensor, own: Tensor,
@@ -58,13 +63,17 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def own_anchors(anchors: Tensor, positive: Tensor, weights: RewardWeights, device: torch.device) -> Tensor:
-    """[B, P, D] fp32 anchors of each item's own group, NaN where one lies outside the bank."""
+def own_similarities(
+    engine: Engine, rows: Tensor, anchors: Tensor, positive: Tensor, weights: RewardWeights
+) -> tuple[Tensor, Tensor]:
+    """[R, P] fp64 similarities to each item's own anchors, NaN where one lies outside the bank; norms [R] of rows."""
     columns = positive[:, None] + torch.arange(weights.positives, device=positive.device)
     inside = (columns >= 0) & (columns < anchors.shape[0])
     index = columns.clamp(0, anchors.shape[0] - 1).to(anchors.device)
-    found = anchors[index].to(device, torch.float32)
-    return found.masked_fill(~inside[:, :, None].to(device), torch.nan)
+    found, norms = engine.own_similarities(rows, anchors[index].to(rows.device, torch.float32))
+    grouped = found.view(len(positive), -1, weights.positives)
+    grouped.masked_fill_(~inside[:, None, :], torch.nan)
+    return found, norms
 
 
 def score(
@@ -80,7 +89,7 @@ def score(
 ) -> Tensor:
     """[12, B, G] fp32: reward, advantage and the terms in the order of ``PLANES``; arguments as in score_rewrites_."""
     rows = gen.flatten(0, 1).float().contiguous()
-    own, norms = engine.own_similarities(rows, own_anchors(anchors, positive, weights, gen.device))
+    own, norms = own_similarities(engine, rows, anchors, positive, weights)
     exact = anchors.shape[0] <= EXACT_ANCHORS
     state = scan(engine, rows, norms, own, anchors, positive, negatives_mask, weights, exact=exact)
     return engine.finish(state, own, format_ok, lengths, disc_similarity, weights)
@@ -102,6 +111,13 @@ def scan(
     state = initial_state(rows, weights)
     if negatives_mask is not None and negatives_mask.stride(1) != 1:
         negatives_mask = negatives_mask.contiguous()
+    if not exact and engine.scans(rows):
+        whole = anchors.dtype == torch.float32 and anchors.is_contiguous()
+        columns = anchors.shape[0] if whole else max(1, CAST_BYTES // (4 * anchors.shape[1]))
+        for first, tile in tiles(anchors, columns, rows.device):
+            mask = None if negatives_mask is None else negatives_mask[:, first : first + tile.shape[0]]
+            compiled.add_anchors(rows, tile, norms, own, positive, mask, first, weights, state)
+        return state
     dtype = torch.float64 if exact else torch.float32
     columns = BUFFER_BYTES[rows.device.type] // (dtype.itemsize * rows.shape[0])
     columns = min(max(MIN_COLUMNS, min(MAX_COLUMNS, columns)), anchors.shape[0])

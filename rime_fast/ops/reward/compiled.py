@@ -9,6 +9,8 @@ from rime_fast.ops import native
 from rime_fast.ops.reward.weights import RANK_REWARDS, TERM_NAMES, RewardWeights
 
 PLANES = ("reward", "advantage", *TERM_NAMES)
+# Instruction set of the CPU's scan: 0 the plainest, 1 up to AVX2, 2 up to what the processor has.
+LEVEL = 2
 
 
 def why_not(gen: Tensor) -> str | None:
@@ -36,6 +38,27 @@ def own_similarities(rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     return found, norms
 
 
+def scans(rows: Tensor) -> bool:
+    """Whether ``add_anchors`` serves rows on this device: product and statistics in one kernel."""
+    return rows.device.type == "cpu"
+
+
+def add_anchors(
+    rows: Tensor,
+    anchors: Tensor,
+    norms: Tensor,
+    own: Tensor,
+    positive: Tensor,
+    mask: Tensor | None,
+    first: int,
+    weights: RewardWeights,
+    state: Tensor,
+) -> None:
+    """Add the negatives among contiguous fp32 anchors [n, D] to ``state``; see ``add_tile``."""
+    code, tau = weights.negative_code, weights.softmax_temperature
+    torch.ops.rime_fast_C.rank_scan(rows, anchors, norms, own, positive, mask, first, code, tau, LEVEL, state)
+
+
 def add_tile(
     sims: Tensor,
     rows: Tensor,
@@ -49,7 +72,7 @@ def add_tile(
     weights: RewardWeights,
     state: Tensor,
 ) -> None:
-    """Add the negatives of tile [n, D] to ``state``, by their similarities sims [R, n].
+    """Add the negatives of tile [n, D] to ``state``, by their similarities sims [R, n] (on the CPU: fp64).
 
     tile_norm [1]: the largest norm in the tile. mask [B, n] with unit column stride. first: the tile's place in the
     bank, of which ``positive`` speaks.

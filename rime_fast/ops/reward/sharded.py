@@ -77,7 +77,7 @@ def score(
         require_range("positive", everyones, 0, bank.total - weights.positives + 1)
     local = everyones - bank.offset
 
-    own, norms = engine.own_similarities(rows, chunked.own_anchors(anchors, local, weights, gen.device))
+    own, norms = chunked.own_similarities(engine, rows, anchors, local, weights)
     own = _own_from_holders(own, local, anchors.shape[0], weights, group)
     mask = None if negatives_mask is None else _mask_columns(negatives_mask, bank, group)
     exact = bank.total <= chunked.EXACT_ANCHORS

@@ -1,0 +1,175 @@
+// Dot products of a panel of rollouts with a block of anchors, and what the rewards need of them. rank_reward_scan.cpp
+// includes this file once for each instruction set, inside a namespace compiled for it (hence no include guard), with
+// Panel, Block and RIME_VECTOR_BYTES, the size of a vector register, defined there.
+//
+// A lane is a rollout: a vector holds one anchor's similarities to many rollouts, so that every sum, count and maximum
+// over anchors stays within its lane and nothing is summed across.
+
+typedef float Vector __attribute__((vector_size(RIME_VECTOR_BYTES), aligned(4), may_alias));
+constexpr int kVector = RIME_VECTOR_BYTES / 4;
+// Two vectors of lanes by this many anchors fill the registers: 32 of 64 bytes, or 16 of 32 or 16.
+constexpr int kStep = RIME_VECTOR_BYTES == 64 ? 8 : RIME_VECTOR_BYTES == 32 ? 6 : 4;
+
+// out[r][lane] = sum over k of panel[k][lane] anchors[r][k] for 2 kVector lanes and kRows anchors.
+template <int kRows>
+static void product(const float* __restrict panel, const float* __restrict anchors, int64_t width,
+                    float* __restrict out) {
+  Vector sums[kRows][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Vector{};
+  for (int64_t k = 0; k < width; ++k) {
+    const Vector left = *reinterpret_cast<const Vector*>(panel + k * kPanel);
+    const Vector right = *reinterpret_cast<const Vector*>(panel + k * kPanel + kVector);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const float feature = anchors[r * width + k];
+      sums[r][0] += left * feature;
+      sums[r][1] += right * feature;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    *reinterpret_cast<Vector*>(out + r * kPanel) = sums[r][0];
+    *reinterpret_cast<Vector*>(out + r * kPanel + kVector) = sums[r][1];
+  }
+}
+
+static void products(const float* panel, const float* anchors, int64_t n, int64_t width, float* out) {
+  for (int64_t lane = 0; lane < kPanel; lane += 2 * kVector) {
+    int64_t j = 0;
+    for (; j + kStep <= n; j += kStep)
+      product<kStep>(panel + lane, anchors + j * width, width, out + j * kPanel + lane);
+    for (; j < n; ++j) product<1>(panel + lane, anchors + j * width, width, out + j * kPanel + lane);
+  }
+}
+
+// Everything that is nobody's negative, or not finite, becomes NaN, which no comparison finds; the rest is counted.
+static void clean(float* __restrict sims, const uint32_t* __restrict open, int64_t n, int32_t* __restrict count) {
+  for (int64_t j = 0; j < n; ++j) {
+    float* v = sims + j * kPanel;
+    const uint32_t bits = open[j];
+#pragma omp simd
+    for (int l = 0; l < kPanel; ++l) {
+      const bool negative = ((bits >> l) & 1u) != 0 && std::fabs(v[l]) <= kLargest;
+      v[l] = negative ? v[l] : kNaN;
+      count[l] += negative ? 1 : 0;
+    }
+  }
+}
+
+// Is any lane's similarity above what its lowest threshold leaves open?
+static bool reaches(const float* __restrict v, const float* __restrict lowest) {
+  int32_t any = 0;
+#pragma omp simd reduction(| : any)
+  for (int l = 0; l < kPanel; ++l) any |= v[l] >= lowest[l] ? 1 : 0;
+  return any != 0;
+}
+
+// Counts the lanes above `high`; returns whether any lies between `low` and `high`.
+static bool count_above(const float* __restrict v, const float* __restrict high, const float* __restrict low,
+                        int32_t* __restrict above) {
+  int32_t near = 0;
+#pragma omp simd reduction(| : near)
+  for (int l = 0; l < kPanel; ++l) {
+    const bool over = v[l] > high[l];
+    above[l] += over ? 1 : 0;
+    near |= v[l] >= low[l] && !over ? 1 : 0;
+  }
+  return near != 0;
+}
+
+static void add_ranks(Panel& panel, const Block& block, const float* sims) {
+  for (int64_t j = 0; j < block.size; ++j) {
+    const float* v = sims + j * kPanel;
+    if (!reaches(v, panel.lowest)) continue;  // most of a bank lies below every own anchor
+    for (int64_t p = 0; p < panel.positives; ++p) {
+      const float *high = &panel.high[p * kPanel], *low = &panel.low[p * kPanel];
+      if (!count_above(v, high, low, &panel.above[p * kPanel])) continue;
+      for (int l = 0; l < kPanel; ++l)
+        if (v[l] >= low[l] && !(v[l] > high[l])) panel.add_near(block, p, l, j);
+    }
+  }
+}
+
+static void add_sums(const float* __restrict sims, int64_t n, double* __restrict sum) {
+  for (int64_t j = 0; j < n; ++j) {
+    const float* v = sims + j * kPanel;
+#pragma omp simd
+    for (int l = 0; l < kPanel; ++l) sum[l] += static_cast<double>(v[l] == v[l] ? v[l] : 0.0f);
+  }
+}
+
+static void peaks(const float* __restrict sims, int64_t n, float* __restrict peak) {
+  for (int l = 0; l < kPanel; ++l) peak[l] = -std::numeric_limits<float>::infinity();
+  for (int64_t j = 0; j < n; ++j) {
+    const float* v = sims + j * kPanel;
+#pragma omp simd
+    for (int l = 0; l < kPanel; ++l) peak[l] = v[l] > peak[l] ? v[l] : peak[l];
+  }
+}
+
+// The exact maximum: whatever the fp32 product puts within its error of the top is formed again.
+static void add_max(Panel& panel, const Block& block, const float* sims) {
+  float peak[kPanel];
+  peaks(sims, block.size, peak);
+  for (int l = 0; l < kPanel; ++l) {
+    const float band = panel.band[l];
+    if (!(static_cast<double>(peak[l]) + band >= panel.top[l]) || peak[l] < -kLargest) continue;
+    for (int64_t j = 0; j < block.size; ++j) {
+      const float v = sims[j * kPanel + l];
+      if (!(v >= peak[l] - 2.0f * band) || static_cast<double>(v) + band < panel.top[l]) continue;
+      const double exact = panel.exact(block, l, j);
+      if (exact > panel.top[l]) panel.top[l] = exact;
+    }
+  }
+}
+
+static void add_softmax(Panel& panel, const Block& block, const float* __restrict sims) {
+  float peak[kPanel];
+  double weight[kPanel] = {}, weighted[kPanel] = {};
+  peaks(sims, block.size, peak);
+  const float scale = static_cast<float>(panel.inverse_tau);
+  for (int64_t j = 0; j < block.size; ++j) {
+    const float* v = sims + j * kPanel;
+#pragma omp simd
+    for (int l = 0; l < kPanel; ++l) {
+      const bool negative = v[l] == v[l];
+      const float s = negative ? v[l] : 0.0f;
+      const float w = negative ? exp32((s - peak[l]) * scale) : 0.0f;
+      weight[l] += static_cast<double>(w);
+      weighted[l] += static_cast<double>(w) * static_cast<double>(s);
+    }
+  }
+  for (int l = 0; l < kPanel; ++l) {
+    double state[kRanks] = {0.0, panel.top[l], panel.sum[l], panel.weighted[l]};
+    softmax_merge(state, peak[l], weight[l], weighted[l], panel.inverse_tau);
+    panel.top[l] = state[1];
+    panel.sum[l] = state[2];
+    panel.weighted[l] = state[3];
+  }
+}
+
+// One block of anchors meets one panel. sims: room for block.size * kPanel numbers.
+static void meet(Panel& panel, const Block& block, const uint32_t* open, float* sims) {
+  products(panel.packed, block.anchors, block.size, panel.width, sims);
+  clean(sims, open, block.size, panel.count);
+  add_ranks(panel, block, sims);
+  if (panel.negative == kMean) add_sums(sims, block.size, panel.sum);
+  if (panel.negative == kMax) add_max(panel, block, sims);
+  if (panel.negative == kSoftmax) add_softmax(panel, block, sims);
+}
+
+// The largest squared norm of the block's anchors in fp32; NaN counts as 0.
+static float largest_square(const float* anchors, int64_t n, int64_t width) {
+  float largest = 0.0f;
+  for (int64_t j = 0; j < n; ++j) {
+    const float* a = anchors + j * width;
+    float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+    for (int64_t k = 0; k < width; ++k) total += a[k] * a[k];
+    largest = total > largest ? total : largest;
+  }
+  return largest;
+}
+
+constexpr Kernels kernels = {&meet, &largest_square};

@@ -1,0 +1,269 @@
+// rank_scan: rollouts against a bank of anchors, product and statistics in one pass that keeps no similarities.
+//
+// Rollouts are packed once into panels of 32, feature by feature; anchors stay as they lie in the bank. A task takes
+// four panels and a segment of the bank, block by block: a block's similarities to a panel, at most 24 KiB, are used up
+// while they are in L1 (rank_reward_kernels.h). A task owns its states, tasks merge in their order, and which tasks
+// there are depends on the shapes alone: the bits are the same for any number of threads.
+//
+// The rank is exact although the product is fp32: only a similarity within the product's own error bound of the
+// threshold can be on the wrong side, and those few (about one in 10^4) are formed again as fp64 dot products.
+#include "rank_reward_dot.h"
+
+#include <rime/math.h>
+#include <rime/rank_reward.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+using torch::stable::Tensor;
+using namespace rime;
+
+constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int kPanel = 32;            // rollouts of a panel
+constexpr int64_t kTaskPanels = 4;        // panels of a task: each block of anchors is read from memory once for them
+constexpr int64_t kSegment = 4096;    // anchors a task has at least
+constexpr int64_t kTasks = 64;        // as many as that, more only for more rollouts
+constexpr int64_t kBlock = 192;       // anchors of a block at most, a multiple of every kStep
+constexpr int64_t kBlockFloats = 65536;  // and no more than 256 KiB of them: they stay in L2 for the task's panels
+
+struct Block {
+  const float* anchors;
+  int64_t size;
+};
+
+// The lanes' thresholds, and what they have gathered so far; the states of rank_reward.h, lane by lane.
+struct Panel {
+  const float* packed;  // [width][kPanel]
+  const float* gen;     // [rows][width]
+  const float* norms;
+  const double* own;
+  int64_t row, rows, width, positives;
+  int negative;
+  double inverse_tau;
+  std::vector<float> high, low;   // [positives][kPanel]
+  std::vector<int32_t> above;     // [positives][kPanel]
+  std::vector<double> equal;      // [positives][kPanel]: what the exact second look added
+  alignas(64) float lowest[kPanel], band[kPanel];
+  alignas(64) int32_t count[kPanel] = {};
+  alignas(64) double sum[kPanel] = {}, weighted[kPanel] = {}, top[kPanel];
+
+  // Thresholds for anchors of norms up to anchor_norm. A lane without a rollout, or a NaN of its own, is never above.
+  void set_bands(float anchor_norm) {
+    for (int l = 0; l < kPanel; ++l) {
+      band[l] = l < rows ? similarity_band(width, norms[row + l], anchor_norm) : 0.0f;
+      lowest[l] = std::numeric_limits<float>::infinity();
+      for (int64_t p = 0; p < positives; ++p) {
+        const float threshold = l < rows ? static_cast<float>(own[(row + l) * positives + p]) : kNaN;
+        high[p * kPanel + l] = threshold + band[l];
+        low[p * kPanel + l] = threshold - band[l];
+        lowest[l] = std::fmin(lowest[l], low[p * kPanel + l]);
+      }
+    }
+  }
+
+  double exact(const Block& block, int lane, int64_t j) const {
+    return exact_dot(gen + (row + lane) * width, block.anchors + j * width, width);
+  }
+
+  void add_near(const Block& block, int64_t p, int lane, int64_t j) {
+    const float threshold = static_cast<float>(own[(row + lane) * positives + p]);
+    equal[p * kPanel + lane] += rank_step(static_cast<float>(exact(block, lane, j)), threshold);
+  }
+
+  void write(double* states) const {
+    const int64_t size = kRanks + positives;
+    for (int64_t l = 0; l < rows; ++l) {
+      double* state = states + l * size;
+      state[0] = count[l];
+      state[1] = negative == kMean ? sum[l] : top[l];
+      state[2] = negative == kSoftmax ? sum[l] : 0.0;
+      state[3] = weighted[l];
+      for (int64_t p = 0; p < positives; ++p) state[kRanks + p] = above[p * kPanel + l] + equal[p * kPanel + l];
+    }
+  }
+};
+
+struct Kernels {
+  void (*meet)(Panel&, const Block&, const uint32_t*, float*);
+  float (*largest_square)(const float*, int64_t, int64_t);
+};
+
+namespace baseline {
+#define RIME_VECTOR_BYTES 16
+#include "rank_reward_kernels.h"
+#undef RIME_VECTOR_BYTES
+}  // namespace baseline
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RIME_X86_LEVELS 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define RIME_VECTOR_BYTES 32
+#include "rank_reward_kernels.h"
+#undef RIME_VECTOR_BYTES
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+namespace avx512 {
+#define RIME_VECTOR_BYTES 64
+#include "rank_reward_kernels.h"
+#undef RIME_VECTOR_BYTES
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+// level: 0 the plainest kernels, 1 up to AVX2, 2 whatever the processor has.
+const Kernels& kernels_of(int64_t level) {
+#ifdef RIME_X86_LEVELS
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (level > 1 && wide) return avx512::kernels;
+  if (level > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+struct Scan {
+  const float* gen;
+  const float* anchors;
+  const float* norms;
+  const double* own;
+  const int64_t* positive;
+  const uint8_t* mask;
+  const float* packed;
+  int64_t rows, columns, width, group_size, positives, first, mask_stride;
+  int negative;
+  double inverse_tau;
+  const Kernels& kernels;
+};
+
+// Bit l of open[j]: the block's anchor j may be a negative of the panel's rollout l.
+void open_lanes(const Scan& s, const Panel& panel, int64_t begin, int64_t size, uint32_t* open) {
+  std::fill(open, open + size, panel.rows == kPanel ? ~0u : (1u << panel.rows) - 1u);
+  const int64_t first_item = panel.row / s.group_size, last_item = (panel.row + panel.rows - 1) / s.group_size;
+  for (int64_t item = first_item; item <= last_item; ++item) {
+    const int64_t from = std::max<int64_t>(item * s.group_size - panel.row, 0);
+    const int64_t to = std::min<int64_t>((item + 1) * s.group_size - panel.row, kPanel);
+    const uint32_t lanes = (to - from == kPanel ? ~0u : (1u << (to - from)) - 1u) << from;
+    if (s.mask != nullptr) {
+      const uint8_t* mask = s.mask + item * s.mask_stride + begin;
+#pragma omp simd
+      for (int64_t j = 0; j < size; ++j) open[j] &= mask[j] != 0 ? ~0u : ~lanes;
+    }
+    const int64_t own = s.positive[item] - s.first - begin;
+    const int64_t own_end = std::min(own + s.positives, size);
+    for (int64_t j = std::max<int64_t>(own, 0); j < own_end; ++j) open[j] &= ~lanes;
+  }
+}
+
+float largest_norm(const Scan& s, const Block& block) {
+  const float square = s.kernels.largest_square(block.anchors, block.size, s.width);
+  if (square <= kLargest) return std::sqrt(square);
+  double largest = 0.0;  // past fp32, or an anchor that is not finite: anchor by anchor
+  for (int64_t j = 0; j < block.size; ++j) {
+    const float* anchor = block.anchors + j * s.width;
+    const double exact = exact_dot(anchor, anchor, s.width);
+    if (is_finite(exact)) largest = std::max(largest, exact);
+  }
+  return static_cast<float>(std::sqrt(largest));
+}
+
+// The states [rows of the task][kRanks + positives] of up to kTaskPanels panels over one segment.
+void run_task(const Scan& s, int64_t first_panel, int64_t begin, int64_t end, double* states) {
+  std::vector<Panel> panels;
+  for (int64_t row = first_panel * kPanel; row < std::min(s.rows, (first_panel + kTaskPanels) * kPanel); row += kPanel) {
+    const size_t slots = static_cast<size_t>(s.positives) * kPanel;
+    Panel panel{s.packed + row * s.width, s.gen, s.norms, s.own, row, std::min<int64_t>(kPanel, s.rows - row), s.width,
+                s.positives, s.negative, s.inverse_tau, std::vector<float>(slots), std::vector<float>(slots),
+                std::vector<int32_t>(slots), std::vector<double>(slots), {}, {}};
+    std::fill(panel.top, panel.top + kPanel, -HUGE_VAL);
+    panels.push_back(std::move(panel));
+  }
+  const int64_t room = std::clamp<int64_t>(kBlockFloats / s.width / 24 * 24, 24, kBlock);
+  std::vector<float> sims(static_cast<size_t>(room * kPanel));
+  std::vector<uint32_t> open(static_cast<size_t>(room));
+  float norm = -1.0f;
+  for (int64_t at = begin; at < end; at += room) {
+    const Block block{s.anchors + at * s.width, std::min(room, end - at)};
+    const float found = largest_norm(s, block);
+    if (found > norm) {
+      norm = found;
+      for (Panel& panel : panels) panel.set_bands(norm);
+    }
+    for (Panel& panel : panels) {
+      open_lanes(s, panel, at, block.size, open.data());
+      s.kernels.meet(panel, block, open.data(), sims.data());
+    }
+  }
+  for (const Panel& panel : panels) panel.write(states + (panel.row - first_panel * kPanel) * (kRanks + s.positives));
+}
+
+// [rows, width] -> [panels][width][kPanel]; lanes without a rollout are 0.
+std::vector<float> packed(const float* gen, int64_t rows, int64_t width) {
+  const int64_t panels = (rows + kPanel - 1) / kPanel;
+  std::vector<float> out(static_cast<size_t>(panels * kPanel * width));
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      float* to = out.data() + panel * kPanel * width;
+      const int64_t lanes = std::min<int64_t>(kPanel, rows - panel * kPanel);
+      for (int64_t l = 0; l < lanes; ++l) {
+        const float* from = gen + (panel * kPanel + l) * width;
+        for (int64_t k = 0; k < width; ++k) to[k * kPanel + l] = from[k];
+      }
+    }
+  });
+  return out;
+}
+
+void rank_scan(const Tensor& gen, const Tensor& anchors, const Tensor& norms, const Tensor& own,
+               const Tensor& positive, std::optional<Tensor> mask, int64_t first, int64_t negative, double tau,
+               int64_t level, Tensor state) {
+  const int64_t rows = gen.size(0), width = gen.size(1), columns = anchors.size(0), positives = own.size(1);
+  const std::vector<float> panels = packed(gen.const_data_ptr<float>(), rows, width);
+  const Scan s{gen.const_data_ptr<float>(),
+               anchors.const_data_ptr<float>(),
+               norms.const_data_ptr<float>(),
+               own.const_data_ptr<double>(),
+               positive.const_data_ptr<int64_t>(),
+               mask.has_value() ? reinterpret_cast<const uint8_t*>(mask->const_data_ptr<bool>()) : nullptr,
+               panels.data(),
+               rows,
+               columns,
+               width,
+               rows / positive.size(0),
+               positives,
+               first,
+               mask.has_value() ? mask->stride(0) : 0,
+               static_cast<int>(negative),
+               1.0 / tau,
+               kernels_of(level)};
+  const int64_t stripe = kTaskPanels * kPanel, stripes = (rows + stripe - 1) / stripe;
+  const int64_t wanted = std::max<int64_t>(1, kTasks / stripes);
+  const int64_t segments = std::min(wanted, (columns + kSegment - 1) / kSegment);
+  const int64_t length = (columns + segments - 1) / segments, size = kRanks + positives;
+  std::vector<double> states(static_cast<size_t>(segments * rows * size));
+  torch::stable::parallel_for(0, stripes * segments, 1, [&](int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t segment = task / stripes, row = task % stripes * stripe;
+      run_task(s, row / kPanel, segment * length, std::min(columns, (segment + 1) * length),
+               states.data() + (segment * rows + row) * size);
+    }
+  });
+  double* into = state.mutable_data_ptr<double>();
+  for (int64_t segment = 0; segment < segments; ++segment)
+    for (int64_t row = 0; row < rows; ++row)
+      state_merge(into + row * size, states.data() + (segment * rows + row) * size, s.negative, positives,
+                  s.inverse_tau);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CPU, m) { m.impl("rank_scan", TORCH_BOX(&rank_scan)); }
