@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 FLOOR = "floor"
+PARTS = "_parts"  # how the bench of a breakdown's rows ends
 SCHEMA = 1
 PACKAGES = (
     "rime-fast", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "sentence-transformers",
@@ -310,7 +311,7 @@ def require_memory(nbytes: float, device: str | torch.device) -> None:
 def add_parts(
     results: Results, bench: str, case: str, impl: str, parts: Mapping[str, float], shape: Mapping[str, Any]
 ) -> None:
-    """Rows "bench_parts", one a part of a step: impl "ours/head" and its milliseconds (docs/benchmarks.md)."""
+    """Rows of "BENCH_parts", one a part of a step: impl "ours/head" and its milliseconds (docs/benchmarks.md)."""
     results.rows += [
-        Row(f"{bench}_parts", case, f"{impl}/{part}", dict(shape), ms, ms, ms) for part, ms in parts.items()
+        Row(f"{bench}{PARTS}", case, f"{impl}/{part}", dict(shape), ms, ms, ms) for part, ms in parts.items()
     ]
