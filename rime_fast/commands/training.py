@@ -76,7 +76,7 @@ def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, 
     trainer.train(resume_from_checkpoint=resume)
     if options.eval_data and args.eval_strategy == "no":
         trainer.evaluate()
-    _save(trainer, options, args, label)
+    save_outputs(trainer, options, args, label)
     return 0
 
 
@@ -111,14 +111,13 @@ def _lora(options: TrainingOptions) -> Any:
     )
 
 
-def _save(trainer: Any, options: TrainingOptions, args: Any, label: str) -> None:
+def save_outputs(trainer: Any, options: TrainingOptions, args: Any, label: str) -> None:
     """Model and processor as a plain checkpoint (a LoRA merged in, itself under adapter/), state, report."""
     directory = Path(args.output_dir)
     if options.lora_rank:
         trainer.save_model(str(directory / "adapter"))
-        if trainer.is_world_process_zero() and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
-            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-            merged.save_pretrained(directory)
+        if trainer.is_world_process_zero():
+            _merged(trainer, directory / "adapter").save_pretrained(directory)
             trainer.processing_class.save_pretrained(directory)
     else:
         trainer.save_model(str(directory))
@@ -132,3 +131,16 @@ def _save(trainer: Any, options: TrainingOptions, args: Any, label: str) -> None
             facts = {"model": options.model, "data": ", ".join(options.train_data), "steps": trainer.state.global_step}
             report = {"title": f"{label}: {directory.name}", "facts": facts | {"seed": args.seed}, "phases": [phase]}
             print(f"report: {write_report(directory, report)[1]}")
+
+
+def _merged(trainer: Any, adapter: Path) -> Any:
+    """The trained model with its adapter merged in: on this rank, or read anew where ranks share the parameters."""
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        return trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from rime_fast.model.dual_mode import DualModeModel
+    from rime_fast.trainers.setup import loading_dtype
+
+    unset_hf_deepspeed_config()  # or ZeRO-3 would have every rank take part in the loading
+    return DualModeModel.from_pretrained(adapter, dtype=loading_dtype(trainer.args))

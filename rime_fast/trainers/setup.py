@@ -45,8 +45,9 @@ def prepare_model(
     if adapted and peft_config is not None:
         raise ValueError("peft_config was given, but model already is a peft model; pass one or the other")
     if isinstance(model, (str, Path)):
-        dtype = torch.float32 if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
-        model = DualModeModel.from_pretrained(source, attn_implementation=args.attn_implementation, dtype=dtype)
+        model = DualModeModel.from_pretrained(
+            source, attn_implementation=args.attn_implementation, dtype=loading_dtype(args)
+        )
     else:
         base: Any = model.get_base_model() if adapted else model  # type: ignore[operator]
         if not isinstance(base, DualModeModel):
@@ -61,6 +62,11 @@ def prepare_model(
 
         model = get_peft_model(model, peft_config)
     return model, processor, tokens
+
+
+def loading_dtype(args: CommonConfig) -> torch.dtype:
+    """Of a model given as a path (``model_dtype``)."""
+    return torch.float32 if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
 
 
 def load_processor(processor: Any, source: str, max_pixels: int | None) -> Any:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import TEMPLATE, make_pairs
 
+from rime_fast.commands.training import TrainingOptions, save_outputs
 from rime_fast.trainers.config import RimeConfig
 from rime_fast.trainers.rime_trainer import RimeTrainer
 
@@ -72,7 +73,7 @@ def shard_on_the_cpu() -> None:
 
 
 def trained(start: Path, folder: Path, **settings: Any) -> RimeTrainer:
-    """A run from the checkpoint ``start``, its model saved in ``folder``."""
+    """A run from the checkpoint ``start``, its model saved in ``folder`` (as ``rime-fast train`` does with LoRA)."""
     lora = settings.pop("lora", None)
     if dist.is_initialized():
         settings["ddp_backend"] = "gloo"
@@ -87,7 +88,11 @@ def trained(start: Path, folder: Path, **settings: Any) -> RimeTrainer:
         more["peft_config"] = LoraConfig(init_lora_weights=False, **lora)
     run = RimeTrainer(str(start), args, make_pairs(24, negatives=1), template=TEMPLATE, **more)
     run.train()
-    run.save_model(str(folder))
+    if lora is None:
+        run.save_model(str(folder))
+    else:
+        options = TrainingOptions(model=str(start), train_data=[], output_dir=str(folder), lora_rank=1, report=False)
+        save_outputs(run, options, args, "SFT")
     return run
 
 
