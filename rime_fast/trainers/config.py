@@ -204,6 +204,12 @@ class RimeConfig(CommonConfig):
             "micro-batches are not encoded twice. 0: only the last one's, which costs nothing. [ours]"
         ),
     )
+    vision_features_on_host: bool = field(
+        default=False,
+        metadata=_help(
+            "Keep a frozen vision tower's features in (pinned) host memory between the gradient cache's passes. [ours]"
+        ),
+    )
 
     learning_rate: float = field(default=5e-5, metadata=_help("Peak learning rate. [known, UME-R1: 5e-5]"))
     per_device_train_batch_size: int = field(default=8, metadata=_help("Pairs per device and step."))

@@ -33,37 +33,90 @@ def assert_same(ours: RimeTrainer, plain: RimeTrainer) -> None:
         assert (parameter - other[name]).norm() <= 2e-3 * other[name].norm(), name
 
 
+# hard negatives, some without a rewrite; SGD, whose update is the gradient
+SGD = {"optim": "sgd", "learning_rate": 0.05}
+TWICE = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "learnable_temperature": True}
 SETTINGS = {
-    "small": {"micro_batch_tokens": 60},
-    "kept": {"micro_batch_tokens": 60, "kept_graphs_gib": math.inf},
-    "one_part": {"micro_batch_tokens": 10**6},
-    "accumulated": {"micro_batch_tokens": 60, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3,
-                    "learnable_temperature": True},
-    "checkpointed": {"micro_batch_tokens": 60, "gradient_checkpointing": True, "freeze_vision": False},
-    "no_tokens": {"micro_batch_tokens": 60, "ce_query_weight": 0.0, "ce_target_weight": 0.0},
-}  # fmt: skip
+    "small": ({}, {"micro_batch_tokens": 60}),
+    "kept": ({}, {"micro_batch_tokens": 60, "kept_graphs_gib": math.inf}),
+    "one_part": ({}, {"contrastive_batch_size": 6, "vision_features_on_host": True}),
+    "accumulated": (TWICE, {"micro_batch_tokens": 60}),
+    "checkpointed": ({"freeze_vision": False}, {"micro_batch_tokens": 60, "gradient_checkpointing": True}),
+    "no_tokens": ({"ce_query_weight": 0.0, "ce_target_weight": 0.0}, {"micro_batch_tokens": 60}),
+}
+plain_runs: dict[str, RimeTrainer] = {}
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_cached_steps_equal_plain_steps(tiny, tmp_path, settings):
-    """Hard negatives, some without a rewrite; SGD, whose update is the gradient."""
-    settings = settings | {"optim": "sgd", "learning_rate": 0.05}
-    cache_only = ("micro_batch_tokens", "kept_graphs_gib")
-    plain = trained(tiny, tmp_path, **{k: v for k, v in settings.items() if k not in cache_only})
-    ours = trained(tiny, tmp_path, **settings)
+def plain_run(tiny, folder, settings) -> RimeTrainer:
+    """Trained once for every set of settings."""
+    if str(settings) not in plain_runs:
+        plain_runs[str(settings)] = trained(tiny, folder, **(SGD | settings))
+    return plain_runs[str(settings)]
+
+
+@pytest.mark.parametrize(("settings", "cache"), SETTINGS.values(), ids=SETTINGS)
+def test_cached_steps_equal_plain_steps(tiny, tmp_path, settings, cache):
+    plain = plain_run(tiny, tmp_path, settings)
+    ours = trained(tiny, tmp_path, **(SGD | settings | cache))
     assert ours.cached is not None
     assert plain.cached is None
     assert_same(ours, plain)
 
 
-def test_lora_with_dropout_trains(tiny, tmp_path):
+def test_bf16_autocast_is_as_exact_as_the_plain_step(tiny, tmp_path):
+    """Both against the plain fp32 step: updates of all parameters, and the first loss."""
+    wide = plain_run(tiny, tmp_path, {})
+    start = tiny.model(tiny.processor()).state_dict()
+
+    def error(run: RimeTrainer) -> tuple[float, float]:
+        want = dict(wide.model.named_parameters())
+        off = [(p - want[name]).detach().norm() for name, p in run.model.named_parameters()]
+        size = [(p - start[name]).detach().norm() for name, p in want.items() if p.shape == start[name].shape]
+        losses = [one.state.log_history[0]["loss"] for one in (run, wide)]
+        return float(torch.stack(off).norm() / torch.stack(size).norm()), abs(losses[0] / losses[1] - 1)
+
+    plain = error(trained(tiny, tmp_path, bf16=True, **SGD))
+    ours = error(trained(tiny, tmp_path, bf16=True, micro_batch_tokens=60, **SGD))
+    assert 1e-5 < plain[0] < 0.1
+    assert ours[0] <= 2 * plain[0]
+    assert ours[1] <= 2 * plain[1] + 1e-2
+
+
+def test_resume_to_the_bit_with_another_number_of_kept_graphs(tiny, tmp_path):
+    """LoRA's dropout draws numbers; the first step after a start measures a graph and keeps one, later ones more."""
     from peft import LoraConfig
 
-    more = {"peft_config": LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj", "v_proj"])}
-    run = trained(tiny, tmp_path, more, micro_batch_tokens=60, max_steps=3)
-    assert all(math.isfinite(entry["loss"]) for entry in run.state.log_history if "loss" in entry)
-    moved = [p for n, p in run.model.named_parameters() if "lora_B" in n]
-    assert all(p.abs().max() > 0 for p in moved)
+    def run(folder: str, resume: str | None = None) -> RimeTrainer:
+        lora = LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj", "v_proj"])
+        args = RimeConfig(
+            output_dir=str(tmp_path / folder), micro_batch_tokens=60, kept_graphs_gib=0.0005, seed=3,
+            learnable_temperature=True,
+            **(QUIET | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}),
+        )  # fmt: skip
+        processor = tiny.processor()
+        made = RimeTrainer(tiny.model(processor), args, tiny.pairs(12), processing_class=processor,
+                           template=tiny.template, peft_config=lora)  # fmt: skip
+        step, kept = made.cached.cache.step, []
+
+        def counted(*args, **options):
+            kept.append(step(*args, **options))
+            return kept[-1]
+
+        made.cached.cache.step = counted
+        made.train(resume_from_checkpoint=resume)
+        made.kept = [done.kept for done in kept]
+        return made
+
+    straight = run("a")
+    resumed = run("b", str(tmp_path / "a" / "checkpoint-2"))
+    assert straight.kept[0] == resumed.kept[0] == 1 < straight.kept[2]
+    timed = ("per_second", "runtime", "flos", "train_loss")
+    curves = [[{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in one.state.log_history]
+              for one in (straight, resumed)]  # fmt: skip
+    assert curves[0] == curves[1]
+    other = dict(resumed.model.named_parameters())
+    for name, parameter in straight.model.named_parameters():
+        assert torch.equal(parameter, other[name]), name
 
 
 def test_the_contrast_is_sized_by_its_own_setting(tmp_path):
