@@ -23,15 +23,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
       "Tensor ends, bool normalize) -> ()");
 
   // Contrastive loss (csrc/*/contrast.*). Both read one tile of similarities q k^T whose corner is (row0, col0) of the
-  // whole; row and column arrays are those of the whole. Ids are int32, sums float64, everything else float32.
+  // whole; row and column arrays are those of the whole; labels, positive and positive_slope are [rows, positives].
+  // Ids are int32 on the CPU and int64 on CUDA, `bounded` is int32, sums are float64, everything else float32. parts:
+  // the parts of a tile's statistics (CUDA only). out: the memory of the tile, on CUDA also as bf16 or fp16.
   m.def(
-      "contrast_statistics(Tensor(a!) tile, float scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
-      "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, bool bounded, Tensor(b!) row_max, Tensor(c!) row_sum, "
-      "Tensor(d!) col_max, Tensor(e!) col_sum, Tensor(f!) positive, Tensor(g!) rival) -> ()");
+      "contrast_statistics(Tensor(a!) tile, Tensor scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
+      "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, Tensor bounded, Tensor(b!) row_max, Tensor(c!) row_sum, "
+      "Tensor(d!) col_max, Tensor(e!) col_sum, Tensor(f!) positive, Tensor(g!) rival, Tensor(h!)? parts) -> ()");
   m.def(
-      "contrast_gradient(Tensor(a!) tile, float scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
-      "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, bool bounded, Tensor row_shift, Tensor row_coef, "
-      "Tensor col_shift, Tensor col_coef, Tensor positive_slope, float factor) -> ()");
+      "contrast_gradient(Tensor(a!) tile, Tensor scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
+      "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, Tensor bounded, Tensor row_shift, Tensor row_coef, "
+      "Tensor col_shift, Tensor col_coef, Tensor positive_slope, Tensor factor, Tensor(b!) out) -> ()");
 
   // score_rewrites_ (rank_reward): R = B G rollouts of width D, P own anchors an item, a tile of n anchors.
   // gen [R, D], own_anchors [B, P, D] -> own [R, P] fp64, norms [R]

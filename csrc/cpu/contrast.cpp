@@ -1,5 +1,6 @@
 // Contrastive loss on the CPU: what happens to a tile of similarities between two library GEMMs (see
-// rime_fast/ops/contrastive/chunked.py for the tiling). Element maths: rime/contrast.h; loops: contrast_kernels.h.
+// rime_fast/ops/contrastive/chunked.py for the tiling). Element maths: rime/contrast.h; loops: contrast_kernels.h;
+// merges of parts: rime/contrast_patch.h, as on CUDA.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,14 +8,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <vector>
 
+#include "rime/contrast_patch.h"
+
 namespace rime::contrast {
 namespace {
-
-#include "rime/contrast.h"
 
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
@@ -26,7 +26,8 @@ struct Tile {
   float* x;
   int64_t rows, cols;
   float scale, hole;  // 1/tau; the value whose logit is -inf
-  const int64_t* label;  // column of the row's positive inside the tile, or outside [0, cols)
+  const int64_t* label;  // [rows, positives] columns of the positives inside the tile, or outside [0, cols)
+  int64_t positives;
   const int32_t* row_id;
   const int32_t* col_id;
   const float* row_limit;
@@ -40,7 +41,7 @@ struct Tile {
   const float* row_coef;
   const float* col_shift;
   const float* col_coef;
-  const float* positive_slope;  // the gradient at the row's positive
+  const float* positive_slope;  // [rows, positives] the gradient at the positives
   float factor;  // the term's common factor
 };
 
@@ -114,33 +115,28 @@ T* at(const Tensor& tensor, int64_t offset) {
 
 // Labels relative to the tile.
 std::vector<int64_t> tile_labels(const Tensor& labels, int64_t row0, int64_t rows, int64_t col0) {
-  const int64_t* from = at<int64_t>(labels, row0);
-  std::vector<int64_t> out(rows);
-  for (int64_t i = 0; i < rows; ++i) out[i] = from[i] - col0;
+  const int64_t count = rows * labels.size(1);
+  const int64_t* from = at<int64_t>(labels, row0 * labels.size(1));
+  std::vector<int64_t> out(count);
+  for (int64_t i = 0; i < count; ++i) out[i] = from[i] - col0;
   return out;
 }
 
 void check_tile(const Tensor& tile, const Tensor& labels, int64_t row0, const Tensor& columns, int64_t col0) {
   STD_TORCH_CHECK(tile.dim() == 2 && tile.is_contiguous() && tile.is_cpu(), "tile must be a contiguous CPU matrix");
   STD_TORCH_CHECK(tile.scalar_type() == torch::headeronly::ScalarType::Float, "tile must be float32");
+  STD_TORCH_CHECK(labels.dim() == 2, "labels must be [rows, positives]");
   STD_TORCH_CHECK(row0 >= 0 && row0 + tile.size(0) <= labels.size(0), "tile rows lie outside the row arrays");
   STD_TORCH_CHECK(col0 >= 0 && col0 + tile.size(1) <= columns.size(0), "tile columns lie outside the column arrays");
 }
 
-// Add (max, sum) of a part to a running (max, sum): sum counts exponentials below max.
-void merge(float part_max, double part_sum, float& running_max, double& running_sum) {
-  if (part_max > running_max) {
-    running_sum = running_max == -INFINITY ? 0.0 : running_sum * std::exp(double(running_max) - part_max);
-    running_max = part_max;
-  }
-  const double gap = double(part_max) - running_max;
-  running_sum += part_max == running_max || part_max == -INFINITY ? part_sum : part_sum * std::exp(gap);
-}
-
-void contrast_statistics(Tensor tile, double scale, int64_t row0, int64_t col0, Tensor labels, MaybeTensor row_ids,
-                         MaybeTensor col_ids, MaybeTensor row_limit, MaybeTensor col_limit, bool bounded,
-                         Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum, Tensor positive, Tensor rival) {
+void contrast_statistics(Tensor tile, Tensor scale_tensor, int64_t row0, int64_t col0, Tensor labels,
+                         MaybeTensor row_ids, MaybeTensor col_ids, MaybeTensor row_limit, MaybeTensor col_limit,
+                         Tensor is_bounded, Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum,
+                         Tensor positive, Tensor rival, MaybeTensor) {
   check_tile(tile, labels, row0, col_sum, col0);
+  const float scale = *at<float>(scale_tensor, 0);
+  const bool bounded = *at<int32_t>(is_bounded, 0) != 0;
   const int64_t rows = tile.size(0), cols = tile.size(1), stripes = (cols + kStripe - 1) / kStripe;
   const auto label = tile_labels(labels, row0, rows, col0);
   const auto ids = padded(at<int32_t>(col_ids, col0), cols, int32_t(-1));
@@ -149,8 +145,8 @@ void contrast_statistics(Tensor tile, double scale, int64_t row0, int64_t col0, 
   auto sums = padded<float>(nullptr, cols, 0.0f);
   Tile t{};
   t.x = at<float>(tile, 0), t.rows = rows, t.cols = cols;
-  t.scale = float(scale), t.hole = scale < 0 ? INFINITY : -INFINITY;
-  t.label = label.data(), t.positive = at<float>(positive, row0);
+  t.scale = scale, t.hole = scale < 0 ? INFINITY : -INFINITY;
+  t.label = label.data(), t.positives = labels.size(1), t.positive = at<float>(positive, row0 * t.positives);
   t.row_id = at<int32_t>(row_ids, row0), t.col_id = ids.data();
   t.row_limit = at<float>(row_limit, row0), t.col_limit = limits.data();
   t.col_max = maxima.data(), t.col_sum = sums.data();
@@ -166,18 +162,22 @@ void contrast_statistics(Tensor tile, double scale, int64_t row0, int64_t col0, 
     float* best = at<float>(rival, row0 + i);
     for (int64_t s = 0; s < stripes; ++s) {
       const Partial& part = parts[s * rows + i];
-      merge(part.max, part.sum, *at<float>(row_max, row0 + i), *at<double>(row_sum, row0 + i));
+      accumulate(part.max, part.sum, *at<float>(row_max, row0 + i), *at<double>(row_sum, row0 + i));
       *best = larger(*best, part.rival);
     }
   }
-  for (int64_t j = 0; j < cols; ++j) merge(maxima[j], sums[j], *at<float>(col_max, col0 + j), *at<double>(col_sum, col0 + j));
+  for (int64_t j = 0; j < cols; ++j)
+    accumulate(maxima[j], sums[j], *at<float>(col_max, col0 + j), *at<double>(col_sum, col0 + j));
 }
 
-void contrast_gradient(Tensor tile, double scale, int64_t row0, int64_t col0, Tensor labels, MaybeTensor row_ids,
-                       MaybeTensor col_ids, MaybeTensor row_limit, MaybeTensor col_limit, bool bounded,
+void contrast_gradient(Tensor tile, Tensor scale_tensor, int64_t row0, int64_t col0, Tensor labels, MaybeTensor row_ids,
+                       MaybeTensor col_ids, MaybeTensor row_limit, MaybeTensor col_limit, Tensor is_bounded,
                        Tensor row_shift, Tensor row_coef, Tensor col_shift, Tensor col_coef, Tensor positive_slope,
-                       double factor) {
+                       Tensor factor, Tensor out) {
   check_tile(tile, labels, row0, col_coef, col0);
+  STD_TORCH_CHECK(out.data_ptr() == tile.data_ptr(), "out must be the tile");
+  const float scale = *at<float>(scale_tensor, 0);
+  const bool bounded = *at<int32_t>(is_bounded, 0) != 0;
   const int64_t rows = tile.size(0), cols = tile.size(1);
   const auto label = tile_labels(labels, row0, rows, col0);
   const auto ids = padded(at<int32_t>(col_ids, col0), cols, int32_t(-1));
@@ -186,13 +186,13 @@ void contrast_gradient(Tensor tile, double scale, int64_t row0, int64_t col0, Te
   const auto coef = padded<float>(at<float>(col_coef, col0), cols, 0.0f);
   Tile t{};
   t.x = at<float>(tile, 0), t.rows = rows, t.cols = cols;
-  t.scale = float(scale), t.hole = scale < 0 ? INFINITY : -INFINITY;
-  t.label = label.data();
+  t.scale = scale, t.hole = scale < 0 ? INFINITY : -INFINITY;
+  t.label = label.data(), t.positives = labels.size(1);
   t.row_id = at<int32_t>(row_ids, row0), t.col_id = ids.data();
   t.row_limit = at<float>(row_limit, row0), t.col_limit = limits.data();
   t.row_shift = at<float>(row_shift, row0), t.row_coef = at<float>(row_coef, row0);
   t.col_shift = shift.data(), t.col_coef = coef.data();
-  t.positive_slope = at<float>(positive_slope, row0), t.factor = float(factor);
+  t.positive_slope = at<float>(positive_slope, row0 * t.positives), t.factor = *at<float>(factor, 0);
 
   const auto run = best_kernels().gradient[variant(bounded, row_ids.has_value(), row_limit.has_value())];
   torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) { run(t, begin, end); });

@@ -72,18 +72,15 @@ RIME_IN Masks<Ids, Margin> masks(const Tile& t, F16 x, int64_t i, int64_t j) {
   return m;
 }
 
-// Lifts the positive of a row out of the tile for as long as a sweep of that row lasts.
-struct Lifted {
-  float* at;
-  float value;
-};
-RIME_IN Lifted lift(const Tile& t, int64_t i, int64_t j0, int64_t j1) {
-  const int64_t own = t.label[i];
-  if (own < j0 || own >= j1) return {nullptr, 0.0f};
-  float* at = t.x + i * t.cols + own;
-  const float value = *at;
-  *at = t.hole;
-  return {at, value};
+// Lifts the positives of a row out of the tile (for good: nobody reads a tile after its statistics).
+RIME_IN void lift(const Tile& t, int64_t i, int64_t j0, int64_t j1) {
+  for (int64_t p = i * t.positives; p < (i + 1) * t.positives; ++p) {
+    const int64_t own = t.label[p];
+    if (own < j0 || own >= j1) continue;
+    float* at = t.x + i * t.cols + own;
+    t.positive[p] = *at * t.scale;
+    *at = t.hole;
+  }
 }
 
 template <bool Bounded, bool Ids, bool Margin>
@@ -91,7 +88,7 @@ RIME_IN void statistics_stripe(const Tile& t, int64_t j0, int64_t j1, Partial* p
   const F16 scale = fill(t.scale), low = fill(-INFINITY), zero = fill(0.0f);
   for (int64_t i = 0; i < t.rows; ++i) {
     const float* row = t.x + i * t.cols;
-    const Lifted positive = lift(t, i, j0, j1);
+    lift(t, i, j0, j1);
     F16 rival = low, sum = zero;
     for (int64_t j = j0; j < j1; j += 16) {
       const F16 x = load_row(row + j, j1 - j, t.hole), s = x * scale;
@@ -108,10 +105,6 @@ RIME_IN void statistics_stripe(const Tile& t, int64_t j0, int64_t j1, Partial* p
     part[i].rival = max_of(rival);
     part[i].max = Bounded ? 0.0f : part[i].rival;
     part[i].sum = sum_of(sum);
-    if (positive.at != nullptr) {
-      *positive.at = positive.value;
-      t.positive[i] = positive.value * t.scale;
-    }
   }
 }
 
@@ -121,7 +114,6 @@ RIME_IN void sums_stripe(const Tile& t, int64_t j0, int64_t j1, Partial* part) {
   const F16 scale = fill(t.scale), zero = fill(0.0f);
   for (int64_t i = 0; i < t.rows; ++i) {
     const float* row = t.x + i * t.cols;
-    const Lifted positive = lift(t, i, j0, j1);
     const float shift = part[i].max == -INFINITY ? 0.0f : part[i].max;  // nothing kept: every exponential is 0
     F16 sum = zero;
     for (int64_t j = j0; j < j1; j += 16) {
@@ -133,7 +125,6 @@ RIME_IN void sums_stripe(const Tile& t, int64_t j0, int64_t j1, Partial* part) {
       store(t.col_sum + j, load(t.col_sum + j) + keep(m.col, exponential(s - base), zero));
     }
     part[i].sum = sum_of(sum);
-    if (positive.at != nullptr) *positive.at = positive.value;
   }
 }
 
@@ -154,8 +145,10 @@ RIME_IN void gradient_row(const Tile& t, int64_t i) {
     const F16 g = at(load_row(row + whole, t.cols - whole, t.hole), whole);
     for (int64_t j = whole; j < t.cols; ++j) row[j] = g[j - whole];
   }
-  const int64_t own = t.label[i];
-  if (own >= 0 && own < t.cols) row[own] = t.positive_slope[i] * t.factor;
+  for (int64_t p = i * t.positives; p < (i + 1) * t.positives; ++p) {
+    const int64_t own = t.label[p];
+    if (own >= 0 && own < t.cols) row[own] = t.positive_slope[p] * t.factor;
+  }
 }
 
 template <bool Bounded, bool Ids, bool Margin>

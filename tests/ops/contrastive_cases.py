@@ -44,9 +44,13 @@ def make_case(
     margin: float | None = None,
     symmetric: bool = True,
     shuffled: bool = False,
+    positives: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Case:
-    """shuffled: random labels (some shared) instead of key i; peaked: positives close to their queries."""
+    """shuffled: random labels (some shared) instead of key i; peaked: positives close to their queries.
+
+    positives > 1: up to so many a query, in any of its columns, -1 in the others.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def rows(count: int) -> Tensor:
@@ -59,12 +63,25 @@ def make_case(
     settings: dict[str, Any] = {"symmetric": symmetric, "margin": margin}
     if shuffled:
         settings["labels"] = labels
+    if positives > 1:
+        settings["labels"] = several_labels(labels, k, positives, generator)
     if ids:
         classes = max(2, n // 2)
         settings["query_ids"] = torch.randint(0, classes, (n,), generator=generator) * 2**40
         settings["key_ids"] = torch.randint(0, classes, (k,), generator=generator) * 2**40
     exact = [{m: v.to(dtype).double() for m, v in side.items()} for side in (queries, keys)]
     return Case(exact[0], exact[1], temperature, settings)
+
+
+def several_labels(first: Tensor, k: int, positives: int, generator: torch.Generator) -> Tensor:
+    """[N, positives]: ``first`` and further keys, none twice, some left out, columns shuffled."""
+    n = first.shape[0]
+    order = torch.rand(n, k, generator=generator).scatter(1, first[:, None], -1.0).argsort(1)[:, :positives]
+    order = F.pad(order, (0, positives - order.shape[1]), value=-1)
+    keep = torch.rand(n, positives, generator=generator) < 0.6
+    keep[:, 0] = True
+    labels = torch.where(keep, order, -1)
+    return labels.gather(1, torch.rand(n, positives, generator=generator).argsort(1))
 
 
 def run(case: Case, dtype: torch.dtype, backend: str, **changes: Any) -> Result:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rime_fast.ops.contrastive import contrastive_loss
+from rime_fast.ops.contrastive import agreement, chunked, contrastive_loss
+from rime_fast.ops.contrastive import collectives as collective_module
 from rime_fast.ops.contrastive.agreement import GATHER_LIMIT
 from tests.ops.contrastive_cases import RIME_TERMS, Case, make_case, relative, run
 
@@ -59,13 +62,15 @@ def equality(rank: int, world: int) -> None:
     queries, keys = [3 + 2 * r for r in range(world)], [8 + world - r for r in range(world)]
     masked = make_case(sum(queries), sum(keys), 16, shuffled=True, ids=True, margin=0.1)
     one_way = make_case(sum(queries), sum(keys), 16, shuffled=True, symmetric=False)
+    several = make_case(sum(queries), sum(keys), 16, positives=3, ids=True, margin=0.1)
     for limit in ("8192", "0"):
         os.environ[GATHER_LIMIT] = limit
-        for case in (masked, one_way):
+        for case in (masked, one_way, several):
             check_against_one_process(case, queries, keys, torch.float64, "chunked")
             if limit != "0":
                 check_against_one_process(case, queries, keys, torch.float64, "reference")
-        check_against_one_process(masked, queries, keys, torch.float32, "chunked")
+        for case in (masked, several):
+            check_against_one_process(case, queries, keys, torch.float32, "chunked")
     os.environ.pop(GATHER_LIMIT)
     cold = make_case(sum(queries), sum(keys), 16, shuffled=True, temperature=0.004)  # the general kernels
     check_against_one_process(cold, queries, keys, torch.float32, "chunked")
@@ -137,12 +142,72 @@ def errors(rank: int, world: int) -> None:
     fails("on rank 0 of the group: backend is", backend="nonsense" if rank == 0 else "auto")
     trained = {"disc": rows.clone().requires_grad_(), "gen": rows}
     fails("requires grad differs", sides=(trained, trained) if last else None)
-    nan = torch.full((3, 4), float("nan")) if last else rows
-    out = contrastive_loss({"a": nan}, {"a": rows}, terms=[("a", "a", 1.0)], group=dist.group.WORLD)
-    assert out.loss.isnan()
+    for bad in (float("nan"), float("inf")):
+        broken = rows.clone()
+        broken[2, 1] = bad
+        for backend in ("chunked", "reference"):
+            text = rf"on rank {world - 1} of the group: queries\['gen'\] holds NaN or Inf in row 2"
+            sides = {"disc": rows, "gen": broken}, {"disc": rows, "gen": rows}
+            fails(text, sides=sides if last else None, backend=backend)
+            text = rf"on rank {world - 1} of the group: keys\['disc'\] holds NaN or Inf in row 2"
+            sides = {"disc": rows, "gen": rows}, {"disc": broken, "gen": rows}
+            fails(text, sides=sides if last else None, backend=backend)
+    empty = {"disc": rows[:0], "gen": rows[:0]}
+    fails(f"on rank {world - 1} of the group: queries.*has shape .0, 4.", sides=(empty, empty) if last else None)
+    mixed = {"disc": rows, "gen": rows}, {"disc": rows, "gen": rows[:, :3]}
+    fails(f"on rank {world - 1} of the group: term .* expected equal D", sides=mixed if last else None)
+    fails("the number of positives a query", labels=torch.tensor([[0, 1]] * 3) if last else None)
+    fails("got none in row 1", labels=torch.tensor([[0, 1], [-1, -1], [1, -1]]))
+    fails(f"labels on rank {world - 1} hold values from -1 to 99; expected -1 <=",
+          labels=torch.tensor([[0, 99 if last else 1], [1, -1], [2, -1]]))  # fmt: skip
+    fails("temperature is nan", temperature=torch.tensor(float("nan") if last else 1.0))
 
 
-SCENARIOS = {f.__name__: f for f in (equality, default_labels, ddp_scaling, partly_frozen, errors)}
+def collectives(rank: int, world: int) -> None:
+    """One gather of keys and one scatter of dk whatever the number of terms, modes and tiles; small rest."""
+    case = share(make_case(8 * world, 8 * world, 4, ids=True, margin=0.1), rank, [8] * world, [8] * world)
+    short = share(make_case(8 * world, 8 * world, 4), rank, [8] * world, [8] * world)
+    with pytest.MonkeyPatch.context() as patch:
+        counts: Counter[str] = Counter()
+
+        def count(module: Any, name: str) -> None:
+            inner = getattr(module, name)
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                counts[name] += 1
+                return inner(*args, **kwargs)
+
+            patch.setattr(module, name, counted)
+
+        for module in (agreement, collective_module):
+            count(module, "all_gather_single")
+        count(collective_module, "reduce_scatter_single")
+        count(dist, "all_reduce")
+        count(dist, "batch_isend_irecv")
+        for one, rest in ((short, (0, 3)), (case, (1, 4))):
+            for terms in (RIME_TERMS[:1], RIME_TERMS):
+                for tile in ((512, 2048), (3, 5)):
+                    patch.setattr(chunked, "CPU_TILE", tile)
+                    counts.clear()
+                    run(replace(one, terms=terms), torch.float32, "chunked", group=dist.group.WORLD)
+                    ids, reduced = rest  # one more gather for ids; maxima, sums and totals (and the margin's limits)
+                    assert counts == {"all_gather_single": 2 + ids, "reduce_scatter_single": 1, "all_reduce": reduced}
+
+
+def thousand_pairs(rank: int, world: int) -> None:
+    """1,024 pairs on all ranks are 1,024 pairs on one, gathered and ringed."""
+    case, counts = make_case(1024, 1024, 32, temperature=0.02, peaked=True), [1024 // world] * world
+    for limit in ("8192", "0"):
+        os.environ[GATHER_LIMIT] = limit
+        check_against_one_process(case, counts, counts, torch.float64, "chunked")
+        check_against_one_process(case, counts, counts, torch.float32, "chunked")
+    os.environ.pop(GATHER_LIMIT)
+
+
+SCENARIOS = {
+    f.__name__: f
+    for f in (equality, default_labels, ddp_scaling, partly_frozen, errors, collectives, thousand_pairs)
+}
 
 def run_scenarios(rank: int, world: int, *names: str) -> None:
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rime_fast.ops import native
-from rime_fast.ops.contrastive import chunked, contrastive_loss
+from rime_fast.ops.contrastive import chunked, contrastive_loss, local
 from rime_fast.ops.contrastive.rows import BOUNDED
 from tests.ops.contrastive_cases import RIME_TERMS, Case, check_rule, make_case, relative, run
 
@@ -193,8 +194,37 @@ def test_deterministic_and_independent_of_layout() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_row_that_is_not_finite_is_a_named_error(bad: float, backend: str) -> None:
+    for side, row in (("queries", 7), ("keys", 39)):
+        for fine in ("disc", "gen"):
+            case = make_case(40, 40, 8)
+            broken = {"disc": "gen", "gen": "disc"}[fine]
+            getattr(case, side)[broken][row, 3] = bad
+            with pytest.raises(ValueError, match=rf"{side}\['{broken}'\] holds NaN or Inf in row {row}; expected"):
+                run(case, torch.float32, backend)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_computed_temperature_that_is_not_finite_is_a_named_error(value: float) -> None:
+    for backend in ("reference", "chunked"):
+        with pytest.raises(ValueError, match=f"temperature is {value}"):
+            run(replace(make_case(4, 4, 3), temperature=value), torch.float32, backend)
+
+
+def test_finite_rows_whose_norm_overflows_pass_the_check() -> None:
+    case = make_case(4, 4, 3, temperature=1e38)
+    case.queries["disc"] *= 1e30
+    assert run(case, torch.float32, "chunked").out.loss.isfinite()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.02, 0.004])
-def test_a_nan_row_gives_nan_and_touches_no_other_query(bad: float, temperature: float) -> None:
+def test_unchecked_a_bad_row_gives_nan_and_touches_no_other_query(
+    bad: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, where nobody looks: the loss is NaN, the other queries' gradients are right."""
+    monkeypatch.setattr(local, "require_finite", lambda *_: None)
     queries, keys = unit(40, 8), unit(40, 8)
     queries[7, 3] = bad
     queries.requires_grad_()
@@ -320,7 +350,11 @@ WRONG = {
     "temperature is str": {"temperature": "0.1"},
     r"temperature is a torch.float32 tensor of shape \(1,\)": {"temperature": torch.ones(1)},
     "labels is None": {"keys": {"a": torch.ones(2, 2)}},
-    r"labels has shape \(2,\); expected \[3\]": {"labels": torch.zeros(2, dtype=torch.int64)},
+    r"labels has shape \(2,\); expected \[3\] or \[3, P\]": {"labels": torch.zeros(2, dtype=torch.int64)},
+    r"labels has shape \(3, 0\)": {"labels": torch.zeros(3, 0, dtype=torch.int64)},
+    "labels: expected values in .-1, 4., got 4": {"labels": torch.tensor([[0, -1], [1, 2], [4, 3]])},
+    "at least one positive .* got none in row 1": {"labels": torch.tensor([[0, -1], [-1, -1], [3, 3]])},
+    "row 2 names a key twice": {"labels": torch.tensor([[0, -1], [1, -1], [3, 3]])},
     "labels is torch.int32": {"labels": torch.zeros(3, dtype=torch.int32)},
     "labels: expected values in": {"labels": torch.tensor([0, 1, 4])},
     "labels: expected values": {"labels": torch.tensor([-1, 0, 1])},

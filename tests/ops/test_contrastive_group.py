@@ -17,12 +17,16 @@ pytestmark = [pytest.mark.dist, no_distributed]
 
 
 def test_two_ranks() -> None:
-    run_ranks(run_scenarios, 2, "equality", "default_labels", "ddp_scaling", "partly_frozen", "errors")
+    run_ranks(run_scenarios, 2, "equality", "default_labels", "ddp_scaling", "partly_frozen", "errors", "collectives")
+
+
+def test_four_ranks_hold_what_one_holds() -> None:
+    run_ranks(run_scenarios, 4, "thousand_pairs")
 
 
 @pytest.mark.slow
 def test_four_ranks() -> None:
-    run_ranks(run_scenarios, 4, "equality", "default_labels", "ddp_scaling", "partly_frozen", "errors")
+    run_ranks(run_scenarios, 4, "equality", "default_labels", "ddp_scaling", "partly_frozen", "errors", "collectives")
 
 
 def test_three_ranks_agree_on_errors() -> None:

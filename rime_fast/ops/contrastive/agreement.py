@@ -20,7 +20,9 @@ from torch import Tensor
 
 from rime_fast.ops.contrastive.chunked import largest_norm
 from rime_fast.ops.contrastive.collectives import all_gather_single
+from rime_fast.ops.contrastive.finite import NonFiniteRow, reason, require_finite, require_temperature
 from rime_fast.ops.contrastive.inputs import Problem, make_problem
+from rime_fast.ops.contrastive.positives import values_problem
 
 RECORD_BYTES = 2048
 # Keys of all ranks are gathered while they fit in this much memory, and ringed beyond it.
@@ -30,6 +32,7 @@ GATHER_LIMIT_MIB = 8192
 AGREED = {
     "terms": "terms",
     "dims": "the embedding size D of queries and keys",
+    "positives": "the number of positives a query (labels.shape[1])",
     "dtype": "the dtype of queries and keys",
     "temperature": "temperature",
     "ids": "query_ids and key_ids (given or not)",
@@ -46,7 +49,7 @@ class Agreement:
     """What the handshake settled: this rank's problem and backend, and what matters of every rank's.
 
     gather_limit: bytes of gathered keys beyond which they are ringed. keys_trained: some rank's keys require grad.
-    key_norm: the largest norm of any key, where looking is free (chunked.largest_norm).
+    query_norm, key_norm: the largest norm of any of this rank's queries and of any rank's key.
     """
 
     problem: Problem
@@ -56,6 +59,7 @@ class Agreement:
     n_keys: list[int]
     gather_limit: int
     keys_trained: bool
+    query_norm: float
     key_norm: float
 
     @property
@@ -84,9 +88,10 @@ def agree(arguments: tuple[Any, ...], group: Any, choose: Callable[[Tensor], str
     n_queries, n_keys = [r["n_queries"] for r in records], [r["n_keys"] for r in records]
     for rank, other in enumerate(records):
         low, high = other["labels"]
-        if low < 0 or high >= sum(n_keys):
+        least = 0 if other["positives"] == "one a query" else -1
+        if low < least or high >= sum(n_keys):
             raise ValueError(
-                f"labels on rank {rank} hold values from {low} to {high}; expected 0 <= label < {sum(n_keys)} "
+                f"labels on rank {rank} hold values from {low} to {high}; expected {least} <= label < {sum(n_keys)} "
                 "(the number of keys over all ranks)"
             )
     assert problem is not None  # a rank without one sent an error record
@@ -98,7 +103,8 @@ def agree(arguments: tuple[Any, ...], group: Any, choose: Callable[[Tensor], str
         n_keys=n_keys,
         gather_limit=record["gather_limit"],
         keys_trained=any(other["keys_trained"] for other in records),
-        key_norm=float(torch.tensor([other["key_norm"] for other in records]).amax()),  # NaN stays NaN
+        query_norm=record["query_norm"],
+        key_norm=max(other["key_norm"] for other in records),
     )
 
 
@@ -107,9 +113,10 @@ def _own_record(arguments: tuple[Any, ...], choose: Callable[[Tensor], str]) -> 
         problem = make_problem(*arguments)
         backend = choose(problem.queries[0])
         gather_limit = _gather_limit()
+        norms, labels = _host_facts(problem)
     except (TypeError, ValueError) as error:
         return None, {"error": str(error)[:400]}
-    labels, temperature = problem.labels, arguments[3]
+    temperature, several = arguments[3], problem.labels is not None and problem.labels.dim() == 2
     key_grad = torch.is_grad_enabled() and any(k.requires_grad for k in problem.keys)
     other_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*problem.queries, problem.temperature))
     return problem, {
@@ -123,12 +130,34 @@ def _own_record(arguments: tuple[Any, ...], choose: Callable[[Tensor], str]) -> 
         "backend": backend,
         "gradient": key_grad or other_grad,
         "keys_trained": key_grad,
-        "key_norm": largest_norm(problem.keys),
+        "query_norm": norms[0],
+        "key_norm": norms[1],
         "gather_limit": gather_limit,
         "n_queries": problem.n_queries,
         "n_keys": problem.n_keys,
-        "labels": [0, 0] if labels is None else [int(value) for value in torch.stack(torch.aminmax(labels)).tolist()],
+        "positives": problem.labels.shape[1] if problem.labels is not None and several else "one a query",
+        "labels": labels,
     }
+
+
+def _host_facts(problem: Problem) -> tuple[tuple[float, float], list[int]]:
+    """((largest query norm, largest key norm), [smallest, largest label]), or the error of a bad row.
+
+    Reads a few numbers from the device; the handshake waits for the host in any case.
+    """
+    sides = (("queries", problem.queries, problem.query_modes), ("keys", problem.keys, problem.key_modes))
+    norms = torch.stack([largest_norm(tensors) for _, tensors, _ in sides]).tolist()
+    for norm, (side, tensors, modes) in zip(norms, sides, strict=True):
+        try:
+            require_finite(side, tensors, norm)
+        except NonFiniteRow as error:
+            raise ValueError(f"{side}[{modes[error.mode]!r}] {reason(error.row)}") from None
+    require_temperature(problem.temperature.detach())
+    if problem.labels is None:
+        return (norms[0], norms[1]), [0, 0]
+    if (trouble := values_problem(problem.labels)) is not None:
+        raise ValueError(trouble)
+    return (norms[0], norms[1]), [int(value) for value in torch.stack(torch.aminmax(problem.labels)).tolist()]
 
 
 def _gather_limit() -> int:

@@ -33,7 +33,11 @@ class AnySweep(Protocol):
 
     queries: list[Tensor]
     keys: list[Tensor]
-    bounded: bool
+
+    @property
+    def bounded(self) -> bool:
+        """The statistics' shifts are 0, and known to be."""
+        ...
 
     def statistics(self, into: list[Statistics]) -> None: ...
 
@@ -41,10 +45,17 @@ class AnySweep(Protocol):
 
 
 def operands(backend: str, tensors: list[Tensor]) -> list[Tensor]:
-    """The rows as the backend multiplies them: in their own dtype on Triton, in fp32 or fp64 by library GEMM."""
+    """The rows as the backend multiplies them: in their own dtype on a GPU, in fp32 or fp64 by a CPU's library GEMM."""
     if backend == "triton":
         return [tensor.detach() for tensor in tensors]
+    if tensors[0].is_cuda:
+        return [tensor.detach().contiguous() for tensor in tensors]
     return [tensor.detach().to(accumulation_dtype(tensor.dtype)).contiguous() for tensor in tensors]
+
+
+def knows_bound(backend: str, tensor: Tensor) -> bool:
+    """True where the sweep's statistics are kept without shifts when no logit leaves the bound (rows.Statistics)."""
+    return backend == "chunked" and tensor.device.type == "cpu"
 
 
 def make_sweep(
@@ -57,10 +68,11 @@ def make_sweep(
     bounded: bool | None,
 ) -> AnySweep:
     """``queries`` and ``keys`` come from ``operands``. bounded: see chunked.is_bounded; None: look on the device."""
+    if bounded is None:
+        flag = triton_sweep.bounded_flag(queries, keys, scale)
+    else:
+        flag = torch.full((), int(bounded), dtype=torch.int32, device=scale.device)
     if backend == "triton":
-        if bounded is None:
-            flag = triton_sweep.bounded_flag(queries, keys, scale)
-        else:
-            flag = torch.full((), int(bounded), dtype=torch.int32, device=scale.device)
         return triton_sweep.TritonSweep(queries, keys, terms, scale, masks, flag)
-    return chunked.Sweep(queries, keys, terms, scale, masks, bool(bounded), chunked.has_native_rows(queries[0]))
+    shiftless = bool(bounded) and knows_bound(backend, queries[0])
+    return chunked.Sweep(queries, keys, terms, masks, shiftless, chunked.row_kernels(queries[0], scale, flag))

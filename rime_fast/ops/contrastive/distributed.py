@@ -16,12 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from rime_fast.ops.contrastive import softmax
 from rime_fast.ops.contrastive.agreement import Agreement, agree
-from rime_fast.ops.contrastive.backends import TABLE, AnySweep, make_sweep, operands
-from rime_fast.ops.contrastive.chunked import best_of_column, id_classes, is_bounded, largest_norm
+from rime_fast.ops.contrastive.backends import TABLE, AnySweep, knows_bound, make_sweep, operands
+from rime_fast.ops.contrastive.chunked import id_classes, is_bounded, pair_similarity
 from rime_fast.ops.contrastive.collectives import gather_rows
 from rime_fast.ops.contrastive.inputs import Problem, accumulation_dtype
 from rime_fast.ops.contrastive.key_source import KeySource
 from rime_fast.ops.contrastive.local import as_gradients, temperature_gradient
+from rime_fast.ops.contrastive.positives import Positives
+from rime_fast.ops.contrastive.products import scale_by, unit_of
 from rime_fast.ops.contrastive.reference import reference_terms
 from rime_fast.ops.contrastive.rows import Masks, Statistics
 from rime_fast.ops.contrastive.softmax import Solved
@@ -56,16 +58,13 @@ class _Grouped(torch.autograd.Function):
         work = _Work(settled, group, temperature.detach())
         states = work.statistics()
         hits = [softmax.hits(state).sum() for state in states]
-        solved, counts = work.solve(states)
-        losses = [term.row_loss().sum() for term in solved]
-        if problem.symmetric:
-            columns = [term.col_loss(work.labels).sum() for term in solved]
-            losses = [0.5 * (row + column) for row, column in zip(losses, columns, strict=True)]
+        solved, weights = work.solve(states)
+        losses = [term.total(work.positives, problem.symmetric) for term in solved]
         totals = torch.stack([*losses, *hits])
         dist.all_reduce(totals, group=group)
         loss, hit = (totals / sum(settled.n_queries)).to(temperature.dtype).view(2, -1).unbind()
         loss, hit = loss.clone(), hit.clone()
-        ctx.work, ctx.solved, ctx.counts = work, solved, counts
+        ctx.work, ctx.solved, ctx.weights = work, solved, weights
         ctx.save_for_backward(*rows)  # so that autograd sees a change in place between forward and backward
         ctx.mark_non_differentiable(hit)
         return loss, hit
@@ -74,7 +73,7 @@ class _Grouped(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         rows, work = ctx.saved_tensors, ctx.work
-        dq, dk = work.gradients(grad, ctx.solved, ctx.counts)
+        dq, dk = work.gradients(grad, ctx.solved, ctx.weights)
         key_rows = rows[len(dq) :]
         d_queries = as_gradients(dq, rows[: len(dq)])
         d_keys = as_gradients(dk, key_rows) if dk else [None] * len(key_rows)
@@ -88,45 +87,46 @@ class _Work:
         self.settled, self.group, self.problem = settled, group, settled.problem
         self.temperature, self.scale = temperature, temperature.reciprocal()
         self.queries = operands(settled.backend, self.problem.queries)
-        self.labels = global_labels(settled)
+        self.positives = Positives.of(global_labels(settled))
         self.n_keys = sum(settled.n_keys)
         self.source = KeySource(self.problem.keys, settled, group)
         self.masks = self._masks()
-        self.bounded = is_bounded(largest_norm(self.queries), settled.key_norm, self.scale)
-        self.shiftless = self.bounded and settled.backend == "chunked"
+        self.bounded = is_bounded(settled.query_norm, settled.key_norm, self.scale)
+        self.shiftless = self.bounded and knows_bound(settled.backend, self.queries[0])
 
     def statistics(self) -> list[Statistics]:
         """Of this rank's queries against all keys."""
-        n, dtype, device = self.problem.n_queries, accumulation_dtype(self.queries[0].dtype), self.labels.device
-        states = [Statistics.empty(n, self.n_keys, self.shiftless, dtype, device) for _ in self.problem.terms]
+        labels, dtype = self.positives.labels, accumulation_dtype(self.queries[0].dtype)
+        states = [Statistics.empty(labels, self.n_keys, self.shiftless, dtype) for _ in self.problem.terms]
         for start, stop, keys in self.source.blocks():
             self._sweep(start, stop, keys).statistics([state.columns(start, stop) for state in states])
         return states
 
     def solve(self, states: list[Statistics]) -> tuple[list[Solved], Tensor]:
-        """Complete every softmax; column sums and label counts are merged over ranks when they are needed."""
-        by_label = [softmax.lse_by_label(state.positive, self.labels, self.n_keys) for state in states]
-        solved = [softmax.solve(state, lse) for state, lse in zip(states, by_label, strict=True)]
-        counts = softmax.label_counts(self.labels, self.n_keys)
+        """Complete every softmax; column sums and key weights are merged over ranks when they are needed."""
+        solved = [softmax.solve(state, self.positives) for state in states]
+        weights = self.positives.key_weights(self.n_keys)
         if not self.problem.symmetric:
-            return solved, counts
+            return solved, weights
         local = torch.stack([term.cols[1:] for term in solved])  # [terms, 2, K] log-sum-exps over this rank's queries
         best = local.clone()
         dist.all_reduce(best, op=dist.ReduceOp.MAX, group=self.group)
         shift = torch.where(best == -torch.inf, 0, best)
-        merged = torch.cat([(local - shift).exp().flatten(0, 1), counts[None]])
+        merged = torch.cat([(local - shift).exp().flatten(0, 1), weights[None]])
         dist.all_reduce(merged, group=self.group)
         for term, total in zip(solved, shift + merged[:-1].view_as(shift).log(), strict=True):
             term.cols[1:] = total
         return solved, merged[-1]
 
-    def gradients(self, grad: Tensor, solved: list[Solved], counts: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(self, grad: Tensor, solved: list[Solved], weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """(dq, complete; dk of this rank's keys, summed over ranks, or [] when no rank trains its keys)."""
         symmetric, dtype = self.problem.symmetric, accumulation_dtype(self.queries[0].dtype)
         factors = grad.double() * (0.5 if symmetric else 1.0)
         factors = factors / (self.temperature.double() * sum(self.settled.n_queries))
+        unit = unit_of(factors, self.queries[0].dtype)
+        factors = factors if unit is None else factors / unit
         slopes = [
-            softmax.make_slopes(term, self.labels, counts, factor, symmetric, self.shiftless, dtype)
+            softmax.make_slopes(term, self.positives, weights, factor, symmetric, self.shiftless, dtype)
             for term, factor in zip(solved, factors.unbind(), strict=True)
         ]
         dq = [torch.zeros_like(q, dtype=dtype) for q in self.queries]
@@ -135,8 +135,11 @@ class _Work:
         def add(start: int, stop: int, keys: list[Tensor], dk: list[Tensor]) -> None:
             part = [slope.columns(start, stop) for slope in slopes]
             self._sweep(start, stop, keys).gradients(part, list(dq), list(dk) if wanted else [None] * len(dk))
+            scale_by(unit, list(dk))
 
-        return dq, self.source.gradients(add, wanted)
+        home = self.source.gradients(add, wanted)
+        scale_by(unit, list(dq))
+        return dq, home
 
     def _sweep(self, start: int, stop: int, keys: list[Tensor]) -> AnySweep:
         backend, masks = self.settled.backend, [masks.columns(start, stop) for masks in self.masks]
@@ -148,25 +151,25 @@ class _Work:
         problem = self.problem
         key_ids = None if problem.key_ids is None else gather_rows(problem.key_ids, self.settled.n_keys, self.group)
         row_ids, col_ids = id_classes(problem.query_ids, key_ids)
-        masks = [Masks(self.labels, row_ids, col_ids) for _ in problem.terms]
+        masks = [Masks(self.positives.labels, row_ids, col_ids) for _ in problem.terms]
         if problem.margin is None:
             return masks
         similarity = self._pair_similarities()
-        best = torch.stack([best_of_column(row, self.labels, self.n_keys) for row in similarity])
+        best = torch.stack([self.positives.best_by_key(term, self.n_keys) for term in similarity])
         dist.all_reduce(best, op=dist.ReduceOp.MAX, group=self.group)
-        for mask, row_limit, col_limit in zip(masks, similarity + problem.margin, best + problem.margin, strict=True):
-            mask.row_limit, mask.col_limit = row_limit, col_limit
+        for mask, row_limit, col_limit in zip(masks, similarity.amax(2), best, strict=True):
+            mask.row_limit, mask.col_limit = row_limit + problem.margin, col_limit + problem.margin
         return masks
 
     def _pair_similarities(self) -> Tensor:
-        """[terms, N] similarity of each query with its positive."""
-        dtype = accumulation_dtype(self.queries[0].dtype)
-        found = self.queries[0].new_zeros(len(self.problem.terms), self.problem.n_queries, dtype=dtype)
+        """[terms, N, P] similarity of each query with its positives, -inf for a missing one."""
+        dtype, labels = accumulation_dtype(self.queries[0].dtype), self.positives.labels
+        found = labels.new_full((len(self.problem.terms), *labels.shape), -torch.inf, dtype=dtype)
         for start, stop, keys in self.source.blocks():
-            here = (self.labels >= start) & (self.labels < stop)
-            index = torch.where(here, self.labels - start, 0)
-            for row, (q, k) in zip(found, self.problem.terms, strict=True):
-                row.copy_(torch.where(here, (self.queries[q].to(dtype) * keys[k][index]).sum(1), row))
+            here = (labels >= start) & (labels < stop)
+            block = Positives(labels, torch.where(here, labels - start, 0), here.double())
+            for term, (q, k) in zip(found, self.problem.terms, strict=True):
+                term.copy_(torch.where(here, pair_similarity(self.queries[q], keys[k], block), term))
         return found
 
 

@@ -21,10 +21,14 @@ from rime_fast.ops._checks import FLOATS
 class Problem:
     """One contrastive call, flattened: modes become positions in two lists of tensors.
 
-    queries: list of [N, D]; keys: list of [K, D]; terms: (position in queries, position in keys) of each term;
-    names, weights: of each term; temperature: 0-d tensor; labels [N], query_ids [N], key_ids [K] int64 or None.
+    query_modes, key_modes: their names; queries: list of [N, D]; keys: list of [K, D];
+    terms: (position in queries, position in keys) of each term;
+    names, weights: of each term; temperature: 0-d tensor; labels [N] or [N, P], query_ids [N],
+    key_ids [K] int64 or None.
     """
 
+    query_modes: list[str]
+    key_modes: list[str]
     queries: list[Tensor]
     keys: list[Tensor]
     terms: list[tuple[int, int]]
@@ -80,7 +84,7 @@ def make_problem(
                 f"keys[{key_mode!r}] of D {key_dim}; expected equal D"
             )
     n, n_keys = first.shape[0], flat_keys[0].shape[0]
-    _check_index("labels", labels, n, "the number of queries", first.device)
+    _check_index("labels", labels, n, "the number of queries", first.device, several=True)
     _check_index("query_ids", query_ids, n, "the number of queries", first.device)
     _check_index("key_ids", key_ids, n_keys, "the number of keys", first.device)
     if (query_ids is None) != (key_ids is None):
@@ -92,6 +96,8 @@ def make_problem(
             "expected at least as many keys as queries, or labels"
         )
     return Problem(
+        query_modes=query_modes,
+        key_modes=key_modes,
         queries=flat_queries,
         keys=flat_keys,
         terms=[(query_modes.index(q), key_modes.index(k)) for q, k in pairs],
@@ -164,15 +170,20 @@ def _check_matrices(
                 raise ValueError(f"{label} has {tensor.shape[0]} rows; expected {rows}, as {name}[{modes[0]!r}]")
 
 
-def _check_index(name: str, index: object, length: int, what: str, device: torch.device) -> None:
+def _check_index(
+    name: str, index: object, length: int, what: str, device: torch.device, several: bool = False
+) -> None:
+    """[length] int64; with ``several`` also [length, P], P >= 1."""
     if index is None:
         return
+    shape = f"[{length}] or [{length}, P]" if several else f"[{length}]"
     if not isinstance(index, Tensor):
-        raise TypeError(f"{name} is {type(index).__name__}; expected an int64 tensor [{length}] or None")
+        raise TypeError(f"{name} is {type(index).__name__}; expected an int64 tensor {shape} or None")
     if index.dtype != torch.int64:
         raise TypeError(f"{name} is {index.dtype}; expected int64")
-    if index.dim() != 1 or index.shape[0] != length:
-        raise ValueError(f"{name} has shape {tuple(index.shape)}; expected [{length}] ({what})")
+    fits = index.dim() == 1 or (several and index.dim() == 2 and index.shape[1] > 0)
+    if not fits or index.shape[0] != length:
+        raise ValueError(f"{name} has shape {tuple(index.shape)}; expected {shape} ({what})")
     if index.device != device:
         raise ValueError(f"{name} is on {index.device}; expected {device}")
 

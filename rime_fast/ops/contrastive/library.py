@@ -32,7 +32,7 @@ def contrastive(
     symmetric: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [terms], hit@1 [terms], and softmax.Solved for the backward: [terms, 3, N] and [terms, 3, K] fp64)."""
+    """(loss [terms], hit@1 [terms], and softmax.Solved for the backward: [terms, 2 + P, N] and [terms, 3, K] fp64)."""
     operands = Operands(list(queries), list(keys), temperature, labels, query_ids, key_ids)
     return forward(operands, Options(list(zip(term_queries, term_keys, strict=True)), margin, symmetric, backend))
 
@@ -53,7 +53,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     terms, like = len(term_queries), queries[0]
     loss = like.new_empty(terms, dtype=accumulation_dtype(like.dtype))
-    rows = like.new_empty(terms, 3, like.shape[0], dtype=torch.float64)
+    positives = 1 if labels is None or labels.dim() == 1 else labels.shape[1]
+    rows = like.new_empty(terms, 2 + positives, like.shape[0], dtype=torch.float64)
     cols = like.new_empty(terms, 3, keys[0].shape[0], dtype=torch.float64)
     return loss, torch.empty_like(loss), rows, cols
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rime_fast.ops._checks import require_range
 from rime_fast.ops.contrastive import library  # noqa: F401  (registers the operators)
 from rime_fast.ops.contrastive.backends import TABLE
 from rime_fast.ops.contrastive.distributed import check_group, grouped_terms
+from rime_fast.ops.contrastive.finite import NonFiniteRow, reason, require_finite, require_temperature
 from rime_fast.ops.contrastive.inputs import Problem, make_problem
+from rime_fast.ops.contrastive.positives import check_values
 from rime_fast.ops.contrastive.reference import reference_terms
 
 
@@ -58,9 +60,13 @@ def contrastive_loss(
         terms: (query mode, key mode, weight), for instance RIME's ``[("disc", "disc", 1.), ("gen", "gen", 1.),
             ("gen", "disc", .5), ("disc", "gen", .5)]``.
         temperature: tau, a number > 0 or a floating 0-d tensor, which then receives its gradient.
-        labels: [N] int64, the key of each query; default: key i for query i. Two queries may share a key.
+        labels: [N] int64, the key of each query; default: key i for query i. Two queries may share a key. Or [N, P]:
+            up to P positives a query, -1 where there are fewer (one at least). A query's loss is then the mean of its
+            pairs' cross-entropies, -log e^s_ip / sum over all that is not masked, the other positives included; the
+            second direction runs over the same pairs with the same weights. With class labels this is SupCon's "out"
+            form (arXiv 2004.11362, eq. 2) both ways. hit@1 and the margin look at the most similar positive.
         query_ids, key_ids: [N], [K] int64, both or neither: candidates whose ids are equal are left out of both
-            directions (false negatives). The labelled positive is never left out, so a row always keeps one candidate;
+            directions (false negatives). A labelled positive is never left out, so a row always keeps one candidate;
             a row with no other candidate has loss 0.
         margin: leave out candidates whose similarity q.k exceeds that of the anchor's positive by more than this.
             In the second direction the anchor is the key (its most similar labelled query counts).
@@ -76,12 +82,12 @@ def contrastive_loss(
     gradient of a tensor shared by all ranks (the model, a learnable temperature) is therefore the SUM over ranks:
     under gradient averaging (DDP, FSDP, DeepSpeed) multiply the loss by the world size; under summing use it as it is.
 
-    NaN or Inf in a row gives a NaN loss and NaN gradients where they depend on that row; other rows' gradients stay
-    finite where the mathematics allows (symmetric=False).
-
     Raises:
-        ValueError, TypeError: naming the argument. With ``group`` on every rank, also for another rank's argument or
-            for ranks that disagree. Labels out of range on CUDA are a device-side assertion (no sync to look).
+        ValueError, TypeError: naming the argument; for NaN or Inf also the mode and the first such row. With ``group``
+            on every rank, also for another rank's argument or for ranks that disagree.
+            On CUDA without ``group`` nothing is read back: labels out of range are a device-side assertion, and NaN or
+            Inf in a row gives a NaN loss and NaN gradients where they depend on that row (other queries' gradients
+            stay finite with symmetric=False).
     """
     arguments = (queries, keys, terms, temperature, labels, query_ids, key_ids, margin, symmetric)
     if group is not None and check_group(group):
@@ -104,17 +110,45 @@ def contrastive_loss(
 def _local_terms(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     chosen = TABLE.choose(backend, problem.queries[0])
     if chosen != "reference":
-        loss, hits, *_ = torch.ops.rime_fast.contrastive(
-            problem.queries, problem.keys, problem.temperature, problem.labels, problem.query_ids, problem.key_ids,
-            [q for q, _ in problem.terms], [k for _, k in problem.terms], problem.margin, problem.symmetric, chosen,
-        )  # fmt: skip
-        return loss, hits
+        return _by_operator(problem, chosen)
     labels = problem.labels
+    readable = problem.queries[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable:
+        require_temperature(problem.temperature.detach())
     if labels is None:
         labels = torch.arange(problem.n_queries, device=problem.queries[0].device)
     else:
-        require_range("labels", labels, 0, problem.n_keys)
-    return reference_terms(
+        check_values(labels, problem.n_keys)
+    loss, hits = reference_terms(
         problem.queries, problem.keys, problem.terms, problem.temperature, labels,
         problem.query_ids, problem.key_ids, problem.margin, problem.symmetric,
     )  # fmt: skip
+    if readable and not bool(loss.detach().isfinite().all()):
+        _name_bad_row(problem)
+    return loss, hits
+
+
+def _by_operator(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    arguments = (
+        problem.queries, problem.keys, problem.temperature, problem.labels, problem.query_ids, problem.key_ids,
+        [q for q, _ in problem.terms], [k for _, k in problem.terms], problem.margin, problem.symmetric, backend,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.ops.rime_fast.contrastive(*arguments)[:2]
+    try:
+        return torch.ops.rime_fast.contrastive(*arguments)[:2]
+    except NonFiniteRow as error:  # the operator does not know the modes' names
+        raise ValueError(_named(problem, error)) from None
+
+
+def _name_bad_row(problem: Problem) -> None:
+    try:
+        require_finite("queries", problem.queries, math.inf)
+        require_finite("keys", problem.keys, math.inf)
+    except NonFiniteRow as error:
+        raise ValueError(_named(problem, error)) from None
+
+
+def _named(problem: Problem, error: NonFiniteRow) -> str:
+    modes = problem.query_modes if error.side == "queries" else problem.key_modes
+    return f"{error.side}[{modes[error.mode]!r}] {reason(error.row)}"

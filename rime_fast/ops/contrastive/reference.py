@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rime_fast.ops.contrastive.inputs import accumulation_dtype
+from rime_fast.ops.contrastive.positives import Positives
 
 
 def reference_terms(
@@ -24,14 +25,16 @@ def reference_terms(
 ) -> tuple[Tensor, Tensor]:
     """(loss of each term [n_terms], hit@1 of each term [n_terms]) in the accumulation dtype.
 
-    temperature: 0-d, or [N] with one value a query (the group path uses it to split the gradient over ranks).
+    labels: [N] or [N, P], see positives.py. temperature: 0-d, or [N] with one value a query (the group path uses it to
+    split the gradient over ranks).
     """
     losses, hits = [], []
-    own = torch.zeros(queries[0].shape[0], keys[0].shape[0], dtype=torch.bool, device=labels.device)
-    own = own.scatter(1, labels[:, None], True)
+    positives = Positives.of(labels)
+    columns = torch.arange(keys[0].shape[0], device=labels.device)
+    own = (positives.labels[:, :, None] == columns).any(1)
     twins = torch.zeros_like(own) if query_ids is None or key_ids is None else query_ids[:, None] == key_ids[None, :]
     for q, k in terms:
-        loss, hit = _one_term(queries[q], keys[k], temperature, labels, own, twins & ~own, margin, symmetric)
+        loss, hit = _one_term(queries[q], keys[k], temperature, positives, own, twins & ~own, margin, symmetric)
         losses.append(loss)
         hits.append(hit)
     return torch.stack(losses), torch.stack(hits)
@@ -41,7 +44,7 @@ def _one_term(
     queries: Tensor,
     keys: Tensor,
     temperature: Tensor,
-    labels: Tensor,
+    positives: Positives,
     own: Tensor,
     twins: Tensor,
     margin: float | None,
@@ -51,29 +54,38 @@ def _one_term(
     dtype = accumulation_dtype(queries.dtype)
     similarity = queries.to(dtype) @ keys.to(dtype).T
     logits = similarity / (temperature if temperature.dim() == 0 else temperature[:, None])
-    pair_similarity = similarity.gather(1, labels[:, None])  # [N, 1]
-    pair_logits = logits.gather(1, labels[:, None]).squeeze(1)
+    there, weight = positives.weight > 0, positives.weight.to(dtype)
+    pair_similarity = similarity.gather(1, positives.at).masked_fill(~there, -torch.inf)  # [N, P]
+    pair_logits = logits.gather(1, positives.at)
 
-    # Each direction compares with its own anchor's positive: the row's, or the best one of the column.
+    # Each direction compares with its own anchor's positive: the best one of the row, or of the column.
     row_masked, column_masked = twins, twins
     if margin is not None:
         positive = pair_similarity.detach()
-        row_masked = twins | ((similarity > positive + margin) & ~own)
-        best = torch.full((keys.shape[0],), -torch.inf, dtype=dtype, device=keys.device)
-        best = best.scatter_reduce(0, labels, positive.squeeze(1), "amax")
-        column_masked = twins | ((similarity > best + margin) & ~own)
+        row_masked = twins | ((similarity > positive.amax(1, keepdim=True) + margin) & ~own)
+        column_masked = twins | ((similarity > positives.best_by_key(positive, keys.shape[0]) + margin) & ~own)
 
-    row_rivals = logits.masked_fill(row_masked | own, -torch.inf)
-    row_loss = _cross_entropy(row_rivals, pair_logits)
-    hit = (pair_logits.detach() > row_rivals.detach().amax(1)).to(dtype).mean()
-    if not symmetric:
-        return row_loss.mean(), hit
-    # Only labelled keys are anchors of the second direction: a hard negative has no query of its own. Column i of
-    # this matrix belongs to pair i; other queries with the same label stay in as rivals.
-    columns = logits.masked_fill(column_masked, -torch.inf)[:, labels]
-    self_pairs = torch.eye(queries.shape[0], dtype=torch.bool, device=queries.device)
-    column_loss = _cross_entropy(columns.masked_fill(self_pairs, -torch.inf).T, pair_logits)
-    return 0.5 * (row_loss.mean() + column_loss.mean()), hit
+    rivals = logits.masked_fill(row_masked | own, -torch.inf)
+    best = pair_logits.detach().masked_fill(~there, -torch.inf).amax(1)
+    hit = (best > rivals.detach().amax(1)).to(dtype).mean()
+    loss = torch.zeros((), dtype=dtype, device=logits.device)
+    rows = torch.arange(queries.shape[0], device=logits.device)
+    candidates, columns = logits.masked_fill(row_masked, -torch.inf), logits.masked_fill(column_masked, -torch.inf)
+    for at, is_there, share, pair in zip(
+        positives.at.unbind(1), there.unbind(1), weight.unbind(1), pair_logits.unbind(1), strict=True
+    ):
+        # The other positives of a row, and of a column, stay in the denominator.
+        pair_loss = _cross_entropy(_without(candidates, at), pair)
+        if symmetric:
+            # Only labelled keys are anchors of the second direction: a hard negative has no query of its own.
+            pair_loss = 0.5 * (pair_loss + _cross_entropy(_without(columns.T[at], rows), pair))
+        loss = loss + torch.where(is_there, share * pair_loss, 0).sum()
+    return loss / queries.shape[0], hit
+
+
+def _without(candidates: Tensor, at: Tensor) -> Tensor:
+    """The candidates of each row but the one at ``at``."""
+    return candidates.scatter(1, at[:, None], -torch.inf)
 
 
 def _cross_entropy(rivals: Tensor, positive: Tensor) -> Tensor:

@@ -8,20 +8,24 @@ Element rules are documented in csrc/include/rime/contrast.h; both versions foll
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 # Largest |logit| for which no softmax shift is needed in fp32 (kBounded in csrc/include/rime/contrast.h).
 BOUNDED = 60.0
+# Rows and columns of the patches whose parts the CUDA kernel writes (csrc/include/rime/contrast_patch.h).
+PATCH = (64, 256)
 
 
 @dataclass
 class Masks:
     """Which candidates do not count: ids as int32 classes, limits as similarities; None where there is no such mask.
 
-    labels [N] int64: the positive of each row (may lie outside the keys at hand). row_ids [N], col_ids [K] int32.
-    row_limit [N], col_limit [K]: a candidate more similar than this is left out of that row's / column's softmax.
+    labels [N, P] int64: the positives of each row; one outside the keys at hand (or -1) is not met here. row_ids [N],
+    col_ids [K] int32 (int64 on an accelerator). row_limit [N], col_limit [K]: a candidate more similar than this is
+    left out of that row's / column's softmax.
     """
 
     labels: Tensor
@@ -52,15 +56,19 @@ class Statistics:
     row_sum: Tensor  # [N] fp64
     col_max: Tensor  # [K]
     col_sum: Tensor  # [K] fp64
-    positive: Tensor  # [N] logit of the positive
+    positive: Tensor  # [N, P] logits of the positives, -inf until they are met
     rival: Tensor  # [N] largest logit of a row
 
     @classmethod
     def empty(
-        cls, n_queries: int, n_keys: int, bounded: bool, dtype: torch.dtype, device: torch.device
+        cls, labels: Tensor, n_keys: int, bounded: bool, dtype: torch.dtype
     ) -> Statistics:
+        """Before the first tile. labels [N, P]."""
+
         def full(size: int, value: float, of: torch.dtype = dtype) -> Tensor:
-            return torch.full((size,), value, dtype=of, device=device)
+            return torch.full((size,), value, dtype=of, device=labels.device)
+
+        n_queries = labels.shape[0]
 
         start = 0.0 if bounded else -torch.inf
         return cls(
@@ -69,7 +77,7 @@ class Statistics:
             row_sum=full(n_queries, 0.0, torch.float64),
             col_max=full(n_keys, start),
             col_sum=full(n_keys, 0.0, torch.float64),
-            positive=full(n_queries, -torch.inf),
+            positive=torch.full(labels.shape, -torch.inf, dtype=dtype, device=labels.device),
             rival=full(n_queries, -torch.inf),
         )
 
@@ -91,7 +99,7 @@ class Slopes:
     row_coef: Tensor  # [N]
     col_shift: Tensor  # [K]
     col_coef: Tensor  # [K]
-    positive_slope: Tensor  # [N]
+    positive_slope: Tensor  # [N, P]
     factor: Tensor  # 0-d
 
     def columns(self, start: int, stop: int) -> Slopes:
@@ -99,63 +107,112 @@ class Slopes:
         return replace(self, col_shift=self.col_shift[start:stop], col_coef=self.col_coef[start:stop])
 
 
+class Rows(Protocol):
+    """What handles the tile of keys ``col`` onwards and queries ``row`` onwards; either may write into the tile."""
+
+    def statistics(self, tile: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None: ...
+
+    def gradient(
+        self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype
+    ) -> Tensor:
+        """The gradient to the tile's similarities, in ``dtype``, in the tile's memory where that can be."""
+        ...
+
+
 class NativeRows:
-    """The C++ kernels (csrc/cpu/contrast.cpp): fp32 tiles on the CPU. ``scale`` is 1 / temperature."""
+    """The compiled kernels (csrc/cpu/contrast.cpp, csrc/cuda/contrast.cu): fp32 tiles."""
 
-    @staticmethod
-    def statistics(tile: Tensor, scale: float, row: int, col: int, masks: Masks, into: Statistics) -> None:
+    def __init__(self, scale: Tensor, flag: Tensor) -> None:
+        self.scale, self.flag = scale, flag
+        self._parts: Tensor | None = None
+
+    def statistics(self, tile: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None:
         torch.ops.rime_fast_C.contrast_statistics(
-            tile, scale, row, col, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit,
-            into.bounded, into.row_max, into.row_sum, into.col_max, into.col_sum, into.positive, into.rival,
+            tile, self.scale, row, col, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit,
+            self.flag, into.row_max, into.row_sum, into.col_max, into.col_sum, into.positive, into.rival,
+            self._workspace(tile),
         )  # fmt: skip
 
-    @staticmethod
-    def gradient(tile: Tensor, scale: float, row: int, col: int, masks: Masks, slopes: Slopes) -> None:
+    def gradient(
+        self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype
+    ) -> Tensor:
+        out = narrow_view(tile, dtype)
         torch.ops.rime_fast_C.contrast_gradient(
-            tile, scale, row, col, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit,
-            slopes.bounded, slopes.row_shift, slopes.row_coef, slopes.col_shift, slopes.col_coef,
-            slopes.positive_slope, float(slopes.factor),
+            tile, self.scale, row, col, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit,
+            self.flag, slopes.row_shift, slopes.row_coef, slopes.col_shift, slopes.col_coef,
+            slopes.positive_slope, slopes.factor, out,
         )  # fmt: skip
+        return out
+
+    def _workspace(self, tile: Tensor) -> Tensor | None:
+        """Room for the parts of a tile's statistics on CUDA; the first tile of a sweep is its largest."""
+        if tile.device.type == "cpu":
+            return None
+        if self._parts is None:
+            (rows, cols), (high, wide) = tile.shape, PATCH
+            self._parts = tile.new_empty(3 * rows * -(-cols // wide) + 2 * cols * -(-rows // high))
+        return self._parts
+
+
+def narrow_view(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of an fp32 tile as ``dtype``: rows keep their place, a narrow type fills the first half of each."""
+    if tile.dtype == dtype:
+        return tile
+    whole = torch.as_strided(tile, (tile.shape[0], tile.stride(0)), tile.stride())
+    return whole.view(dtype)[:, : tile.shape[1]]
 
 
 class TorchRows:
-    """The same in torch operations, for any dtype and device; ``scale`` is a 0-d tensor (nothing is read back)."""
+    """The same in torch operations, for any dtype and device (nothing is read back)."""
 
-    @staticmethod
-    def statistics(tile: Tensor, scale: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None:
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def statistics(self, tile: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None:
         rows, cols = slice(row, row + tile.shape[0]), slice(col, col + tile.shape[1])
-        own, row_masked, col_masked = _masked(tile, rows, cols, masks)
-        logits = tile * scale
-        positive = torch.where(own, logits, 0).sum(1)
-        into.positive[rows] = torch.where(own.any(1), positive, into.positive[rows])
+        row_masked, col_masked = _masked(tile, rows, cols, masks)
+        logits = tile * self.scale
+        at, met = _positives(masks.labels[rows], cols)
+        into.positive[rows] = torch.where(met, logits.gather(1, at), into.positive[rows])
         by_row = logits.masked_fill(row_masked, -torch.inf)
         into.rival[rows] = torch.maximum(into.rival[rows], by_row.amax(1))
         _merge(by_row, 1, into.row_max[rows], into.row_sum[rows], into.bounded)
         _merge(logits.masked_fill_(col_masked, -torch.inf), 0, into.col_max[cols], into.col_sum[cols], into.bounded)
 
-    @staticmethod
-    def gradient(tile: Tensor, scale: Tensor, row: int, col: int, masks: Masks, slopes: Slopes) -> None:
+    def gradient(
+        self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype
+    ) -> Tensor:
         rows, cols = slice(row, row + tile.shape[0]), slice(col, col + tile.shape[1])
-        own, row_masked, col_masked = _masked(tile, rows, cols, masks)
-        logits = tile * scale
+        row_masked, col_masked = _masked(tile, rows, cols, masks)
+        logits = tile * self.scale
         by_row = (logits - slopes.row_shift[rows, None]).exp_().mul_(slopes.row_coef[rows, None])
         by_col = (logits - slopes.col_shift[None, cols]).exp_().mul_(slopes.col_coef[None, cols])
         total = by_row.masked_fill_(row_masked, 0).add_(by_col.masked_fill_(col_masked, 0))
-        total = torch.where(own, slopes.positive_slope[rows, None], total)
-        torch.mul(total, slopes.factor, out=tile)
+        for index in range(masks.labels.shape[1]):
+            here = masks.labels[rows, index, None] == torch.arange(cols.start, cols.stop, device=tile.device)
+            total = torch.where(here, slopes.positive_slope[rows, index, None], total)
+        return torch.mul(total, slopes.factor, out=tile).to(dtype)
 
 
-def _masked(tile: Tensor, rows: slice, cols: slice, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
-    """(positives, no rival for the row, no rival for the column) of a tile, boolean."""
+def _positives(labels: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
+    """([n, P] column in the tile of each positive, whether it is there); where it is not, the column is any."""
+    met = (labels >= cols.start) & (labels < cols.stop)
+    return torch.where(met, labels - cols.start, 0), met
+
+
+def _masked(tile: Tensor, rows: slice, cols: slice, masks: Masks) -> tuple[Tensor, Tensor]:
+    """(no rival for the row, no rival for the column) of a tile, boolean; positives are neither's."""
     columns = torch.arange(cols.start, cols.stop, device=tile.device)
-    own = masks.labels[rows, None] == columns
+    own = torch.zeros_like(tile, dtype=torch.bool)
+    for labels in masks.labels[rows].unbind(1):
+        own |= labels[:, None] == columns
     row_masked = col_masked = torch.zeros_like(own)
     if masks.row_ids is not None and masks.col_ids is not None:
         row_masked = col_masked = masks.row_ids[rows, None] == masks.col_ids[None, cols]
     if masks.row_limit is not None and masks.col_limit is not None:
         row_masked = row_masked | (tile > masks.row_limit[rows, None])
         col_masked = col_masked | (tile > masks.col_limit[None, cols])
-    return own, row_masked | own, col_masked | own
+    return row_masked | own, col_masked | own
 
 
 def _merge(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, bounded: bool) -> None:

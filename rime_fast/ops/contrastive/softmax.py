@@ -1,8 +1,9 @@
-"""From the statistics of a sweep to losses and gradient coefficients: O(N) work, in fp64.
+"""From the statistics of a sweep to losses and gradient coefficients: O(N P) work, in fp64.
 
-The sweep leaves the positives out of its sums. With r_i the log of a row's rival sum and p_i the positive's logit, the
-row's loss is log(e^r + e^p) - p = softplus(r - p) and its slope at the positive is -(1 - P_i) = expm1(-loss): both keep
-their digits when the positive wins by far, where 1 - P computed in fp32 would be rounding noise.
+The sweep leaves the positives out of its sums. With r_i the log of a row's rival sum and q_i the log-sum-exp of its
+positives' logits p_ij, the loss of a pair is log(e^r + e^q) - p = softplus(r - q) + (q - p), and its slope at the
+positive is e^-loss - (its weight): both keep their digits when the positives win by far, where 1 - P computed in fp32
+would be rounding noise. With one positive q is p, and the slope is expm1(-loss).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rime_fast.ops.contrastive.positives import Positives
 from rime_fast.ops.contrastive.rows import Slopes, Statistics
 
 
@@ -19,7 +21,8 @@ from rime_fast.ops.contrastive.rows import Slopes, Statistics
 class Solved:
     """One term's softmaxes, complete, in fp64.
 
-    rows [3, N]: maximum of the rivals (the shift of the gradient's exponentials), their log-sum-exp, positive logit.
+    rows [2 + P, N]: maximum of the rivals (the shift of the gradient's exponentials), their log-sum-exp, the logits of
+        the positives (-inf for a missing one).
     cols [3, K]: maximum of the rivals, their log-sum-exp, log-sum-exp of the logits labelled with this key; -inf where
         there is none.
     """
@@ -27,28 +30,41 @@ class Solved:
     rows: Tensor
     cols: Tensor
 
-    def row_loss(self) -> Tensor:
-        """[N] cross-entropy of each row."""
-        _, rivals, positive = self.rows
-        return softplus(rivals - positive)
+    def row_positives(self) -> Tensor:
+        """[N] log-sum-exp of each row's positives."""
+        return self.rows[2] if self.rows.shape[0] == 3 else self.rows[2:].logsumexp(0)
 
-    def col_loss(self, labels: Tensor) -> Tensor:
-        """[N] cross-entropy of each labelled pair in its column."""
-        _, rivals, positives = self.cols[:, labels]
-        return softplus(rivals - positives) + (positives - self.rows[2])  # the second term is 0 unless keys are shared
+    def row_loss(self, positives: Positives) -> Tensor:
+        """[N, P] cross-entropy of each pair in its row; 0 for a missing one."""
+        together = self.row_positives()
+        loss = softplus(self.rows[1] - together)
+        if self.rows.shape[0] == 3:
+            return loss[:, None]
+        return _kept(loss[:, None] + (together[:, None] - self.rows[2:].T), positives)
+
+    def col_loss(self, positives: Positives) -> Tensor:
+        """[N, P] cross-entropy of each pair in its column; 0 for a missing one."""
+        _, rivals, together = self.cols[:, positives.at]
+        # The second part is 0 unless keys are shared.
+        return _kept(softplus(rivals - together) + (together - self.rows[2:].T), positives)
+
+    def total(self, positives: Positives, symmetric: bool) -> Tensor:
+        """0-d: the term's loss summed over queries, each the mean over its positives."""
+        loss = (positives.weight * self.row_loss(positives)).sum()
+        return 0.5 * (loss + (positives.weight * self.col_loss(positives)).sum()) if symmetric else loss
 
 
 def hits(state: Statistics) -> Tensor:
-    """[N] fp64, 1 where the positive beats every rival; a row with NaN in any candidate is no hit."""
-    return ((state.positive > state.rival) & ~state.row_sum.isnan()).double()
+    """[N] fp64, 1 where the best positive beats every rival; a row with NaN in any candidate is no hit."""
+    return ((state.positive.amax(1) > state.rival) & ~state.row_sum.isnan()).double()
 
 
-def solve(state: Statistics, positive_lse: Tensor) -> Solved:
-    """Put the positives back. positive_lse [K]: log-sum-exp of the positive logits labelled with each key."""
-    positive = state.positive.double()
+def solve(state: Statistics, positives: Positives) -> Solved:
+    """Put the positives back."""
     row_max, col_max = state.row_max.double(), state.col_max.double()
-    rows = torch.stack([row_max, row_max + state.row_sum.log(), positive])
-    return Solved(rows, torch.stack([col_max, col_max + state.col_sum.log(), positive_lse]))
+    rows = torch.cat([torch.stack([row_max, row_max + state.row_sum.log()]), state.positive.T.double()])
+    by_key = positives.lse_by_key(state.positive, col_max.shape[0])
+    return Solved(rows, torch.stack([col_max, col_max + state.col_sum.log(), by_key]))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -56,35 +72,30 @@ def softplus(x: Tensor) -> Tensor:
     return torch.nn.functional.softplus(x, threshold=40.0)  # beyond it e^-x no longer counts in fp64
 
 
-def lse_by_label(positive: Tensor, labels: Tensor, n_keys: int) -> Tensor:
-    """[K] fp64 log-sum-exp of the logits that share a label; -inf for a key without a query."""
-    positive = positive.double()
-    best = positive.new_full((n_keys,), -torch.inf).scatter_reduce(0, labels, positive, "amax")
-    total = positive.new_zeros(n_keys).scatter_add(0, labels, (positive - best[labels]).exp())
-    return best + total.log()
-
-
-def label_counts(labels: Tensor, n_keys: int) -> Tensor:
-    """[K] fp64: how many queries have each key as their positive (bincount would read its maximum back)."""
-    counts = torch.zeros(n_keys, dtype=torch.float64, device=labels.device)
-    return counts.scatter_add(0, labels, torch.ones_like(labels, dtype=torch.float64))
-
-
 def make_slopes(
-    solved: Solved, labels: Tensor, counts: Tensor, factor: Tensor, symmetric: bool, bounded: bool, dtype: torch.dtype
+    solved: Solved,
+    positives: Positives,
+    key_weights: Tensor,
+    factor: Tensor,
+    symmetric: bool,
+    bounded: bool,
+    dtype: torch.dtype,
 ) -> Slopes:
     """Coefficients of one term's gradient.
 
-    counts [K]: queries (of all ranks) labelled with each key, i.e. how often its column softmax counts.
+    key_weights [K]: how much each key's column softmax counts, over all ranks (Positives.key_weights).
     factor: 0-d, the gradient to one direction's summed loss / temperature.
     """
-    slope = torch.expm1(-solved.row_loss())
+    # Each softmax's share at a positive, weight e^-loss - (the pair's weight), written so that nothing cancels.
+    row_loss = solved.row_loss(positives)
+    slope = torch.expm1(-row_loss) + (1 - positives.weight)
     if symmetric:
-        col_loss = solved.col_loss(labels)
-        slope = slope + torch.expm1(-col_loss) + (counts[labels] - 1) * (-col_loss).exp()
-    row_weight, col_weight = torch.ones_like(solved.rows[0]), counts if symmetric else torch.zeros_like(counts)
-    row_shift, row_coef = _shift_and_coefficient(solved.rows, row_weight, bounded)
-    col_shift, col_coef = _shift_and_coefficient(solved.cols, col_weight, bounded)
+        col_loss, weight = solved.col_loss(positives), positives.weight
+        slope = slope + weight * torch.expm1(-col_loss) + (key_weights[positives.at] - weight) * (-col_loss).exp()
+    row_weight = torch.ones_like(solved.rows[0])
+    col_weight = key_weights if symmetric else torch.zeros_like(key_weights)
+    row_shift, row_coef = _shift_and_coefficient(*solved.rows[:2], solved.row_positives(), row_weight, bounded)
+    col_shift, col_coef = _shift_and_coefficient(*solved.cols, col_weight, bounded)
     return Slopes(
         bounded=bounded,
         row_shift=row_shift.to(dtype),
@@ -96,9 +107,14 @@ def make_slopes(
     )
 
 
-def _shift_and_coefficient(lines: Tensor, weight: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+def _kept(pairs: Tensor, positives: Positives) -> Tensor:
+    return pairs if pairs.shape[1] == 1 else torch.where(positives.weight > 0, pairs, 0)
+
+
+def _shift_and_coefficient(
+    shift: Tensor, rivals: Tensor, positives: Tensor, weight: Tensor, bounded: bool
+) -> tuple[Tensor, Tensor]:
     """weight exp(s - lse) as coefficient exp(s - shift), with the shift that the sums were taken with."""
-    shift, rivals, positives = lines
     coefficient = torch.where(weight > 0, weight * (shift - torch.logaddexp(rivals, positives)).exp(), 0)
     if bounded:
         return shift, coefficient

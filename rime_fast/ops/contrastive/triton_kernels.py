@@ -55,13 +55,14 @@ def _finite(shift):
 
 @triton.jit
 def statistics_kernel(
-    q, k, labels, row_ids, col_ids, row_limit, col_limit, scale2, bounded, positive, row_part, col_part,
+    q, k, labels, row_ids, col_ids, row_limit, col_limit, positives, scale2, bounded, positive, row_part, col_part,
     n, n_keys, width, stride_q, stride_k, plane_q, plane_k, n_terms, query_modes, key_modes, SM, SN,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IDS: tl.constexpr, MARGIN: tl.constexpr,
     WIDEN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """row_part [terms, 3, key superblocks, n]: maximum, sum, largest rival. col_part [terms, 2, row superblocks,
-    n_keys]. positive [terms, n], written where the label is met. query_modes, key_modes: 4 bits a term."""
+    n_keys]. labels [n, positives]; positive [terms, n, positives], written where a label is met. query_modes,
+    key_modes: 4 bits a term."""
     term = tl.program_id(0) % n_terms
     a_blocks, b_blocks = tl.cdiv(n, SM), tl.cdiv(n_keys, SN)
     a = (tl.program_id(0) // n_terms) % a_blocks
@@ -76,10 +77,11 @@ def statistics_kernel(
     for row0 in range(a * SM, tl.minimum((a + 1) * SM, n), BM):
         rows = row0 + tl.arange(0, BM)
         live = rows < n
-        label = tl.load(labels + rows, mask=live, other=-1)
-        first_label = tl.min(tl.where(live, label, n_keys), axis=0)
-        last_label = tl.max(label, axis=0)
-        own_logit = tl.zeros((BM,), dtype=tl.float32)
+        first_label, last_label = n_keys.to(tl.int64), tl.full((), -1, dtype=tl.int64)
+        for p in range(positives):
+            label = tl.load(labels + rows.to(tl.int64) * positives + p, mask=live, other=-1)
+            first_label = tl.minimum(first_label, tl.min(tl.where(label >= 0, label, n_keys), axis=0))
+            last_label = tl.maximum(last_label, tl.max(label, axis=0))
         rival = tl.full((BM,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BM,), dtype=tl.float32)
         for col0 in range(b * SN, tl.minimum((b + 1) * SN, n_keys), BN):
@@ -89,9 +91,16 @@ def statistics_kernel(
                 q, k, rows, cols, n, n_keys, width, stride_q, stride_k, BM, BN, BK, WIDEN, EVEN, PRECISION
             )
             if (row0 + BM > n) | (col0 + BN > n_keys) | ((last_label >= col0) & (first_label < col0 + BN)):
-                own = cols[None, :] == label[:, None]
-                own_logit += tl.sum(tl.where(own, s, 0.0), axis=1)
-                s = tl.where(live[:, None] & inside[None, :] & (own == 0), s, float("-inf"))
+                x = s
+                s = tl.where(live[:, None] & inside[None, :], s, float("-inf"))
+                for p in range(positives):
+                    place = rows.to(tl.int64) * positives + p
+                    label = tl.load(labels + place, mask=live, other=-1)
+                    own = cols[None, :] == label[:, None]
+                    own_logit = tl.sum(tl.where(own, x, 0.0), axis=1)
+                    met = live & (label >= col0) & (label < tl.minimum(col0 + BN, n_keys))
+                    tl.store(positive + (term * n).to(tl.int64) * positives + place, own_logit, mask=met)
+                    s = tl.where(own, float("-inf"), s)
             if IDS:
                 row_id = tl.load(row_ids + rows, mask=live, other=0)
                 col_id = tl.load(col_ids + cols, mask=inside, other=0)
@@ -133,15 +142,13 @@ def statistics_kernel(
         tl.store(row_out + rows, tl.where(one_exponential, 0.0, rival), mask=live)
         tl.store(row_out + row_plane + rows, total, mask=live)
         tl.store(row_out + 2 * row_plane + rows, rival, mask=live)
-        met = live & (label >= b * SN) & (label < tl.minimum((b + 1) * SN, n_keys))
-        tl.store(positive + term * n + rows, own_logit, mask=met)
 
 
 @triton.jit
 def gradient_kernel(
-    q, k, labels, row_ids, col_ids, row_limit, col_limit, scale2, bounded, ratio, row_shift, row_coef, col_shift,
-    col_coef, positive_slope, panel, row_first, col_first, n, n_keys, width, stride_q, stride_k, stride_panel,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IDS: tl.constexpr, MARGIN: tl.constexpr,
+    q, k, labels, positives, row_ids, col_ids, row_limit, col_limit, scale2, bounded, ratio, row_shift, row_coef,
+    col_shift, col_coef, positive_slope, panel, row_first, col_first, n, n_keys, width, stride_q, stride_k,
+    stride_panel, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IDS: tl.constexpr, MARGIN: tl.constexpr,
     WIDEN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """panel [rows, columns] <- ratio x (row_coef 2^(s - row_shift) + col_coef 2^(s - col_shift)), and
@@ -170,8 +177,10 @@ def gradient_kernel(
         row_id = tl.load(row_ids + rows, mask=live, other=0)
         col_id = tl.load(col_ids + cols, mask=inside, other=0)
         g = tl.where(row_id[:, None] == col_id[None, :], 0.0, g)
-    label = tl.load(labels + rows, mask=live, other=-1)
-    slope = tl.load(positive_slope + rows, mask=live, other=0.0) * factor
-    g = tl.where(cols[None, :] == label[:, None], slope[:, None], g)
+    for p in range(positives):
+        place = rows.to(tl.int64) * positives + p
+        label = tl.load(labels + place, mask=live, other=-1)
+        slope = tl.load(positive_slope + place, mask=live, other=0.0) * factor
+        g = tl.where(cols[None, :] == label[:, None], slope[:, None], g)
     at = panel + (rows - row_first).to(tl.int64)[:, None] * stride_panel + (cols - col_first)[None, :]
     tl.store(at, g.to(panel.dtype.element_ty), mask=live[:, None] & inside[None, :])

@@ -2,8 +2,7 @@
 
 Operands stay in their dtype (bf16, fp16, fp32). The forward runs over stripes of rows so that partial statistics stay
 bounded; the backward over panels of G in the operands' dtype (PANEL_BYTES), each consumed by two library GEMMs with
-fp32 accumulation. G is scaled to at most 2 in magnitude before it is rounded, whatever the batch size and the loss
-scale, so fp16 cannot underflow; the factor comes back in fp32 at the end.
+fp32 accumulation (products.py).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rime_fast.ops.contrastive.products import add_product
 from rime_fast.ops.contrastive.rows import BOUNDED, Masks, Slopes, Statistics
 
 PANEL_BYTES = 128 << 20
@@ -105,13 +105,14 @@ class TritonSweep:
             a_blocks, b_blocks = -(-n // side), -(-n_keys // side)
             row_part = q.new_empty(len(terms), 3, b_blocks, n, dtype=torch.float32)
             col_part = q.new_empty(len(terms), 2, a_blocks, n_keys, dtype=torch.float32)
-            positive = q.new_full((len(terms), n), -torch.inf, dtype=torch.float32)
+            positive = q.new_full((len(terms), n, first.labels.shape[1]), -torch.inf, dtype=torch.float32)
             statistics_kernel[(len(terms) * a_blocks * b_blocks,)](
                 q[:, rows], k, first.labels[rows], _part(first.row_ids, rows), first.col_ids,
                 None if limits is None else limits[0][:, rows].contiguous(), None if limits is None else limits[1],
-                scale2, self.flag, positive, row_part, col_part, n, n_keys, width, q.stride(1), k.stride(1),
-                q.stride(0), k.stride(0), len(terms), _word(q_modes.index(m) for m, _ in terms),
-                _word(k_modes.index(m) for _, m in terms), side, side, **self._options(q, tiles, limits is not None),
+                first.labels.shape[1], scale2, self.flag, positive, row_part, col_part, n, n_keys, width,
+                q.stride(1), k.stride(1), q.stride(0), k.stride(0), len(terms),
+                _word(q_modes.index(m) for m, _ in terms), _word(k_modes.index(m) for _, m in terms), side, side,
+                **self._options(q, tiles, limits is not None),
             )  # fmt: skip
             for term, state in enumerate(into):
                 _merge(row_part[term, 0], row_part[term, 1], state.row_max[rows], state.row_sum[rows])
@@ -126,15 +127,11 @@ class TritonSweep:
         from rime_fast.ops.contrastive.triton_kernels import gradient_kernel
 
         scale2 = self._scale2()
-        largest = torch.stack([slope.factor.abs() for slope in slopes]).amax()
-        unit = torch.where(largest > 0, largest, 1.0)
-        parts_q = [None if d is None else torch.zeros_like(d) for d in dq]
-        parts_k = [None if d is None else torch.zeros_like(d) for d in dk]
         for (qm, km), masks, slope in zip(self.terms, self.masks, slopes, strict=True):
             q, k, tiles = _dense(self.queries[qm]), _dense(self.keys[km]), _tiles(self.queries[qm])
             row_shift, row_coef = _base2(slope.row_shift, slope.row_coef)
             col_shift, col_coef = _base2(slope.col_shift, slope.col_coef)
-            ratio = (slope.factor / unit).float()
+            factor = slope.factor.float()
             width, height = _panel_shape(q, k, tiles)
             panel = q.new_empty(height, width)
             options = self._options(q, tiles, masks.row_limit is not None)
@@ -143,16 +140,14 @@ class TritonSweep:
                     rows, cols = slice(row, min(row + height, q.shape[0])), slice(col, min(col + width, k.shape[0]))
                     grid = (-(-(rows.stop - row) // tiles.BM), -(-(cols.stop - col) // tiles.BN))
                     gradient_kernel[grid](
-                        q, k, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit, scale2,
-                        self.flag, ratio, row_shift, row_coef, col_shift, col_coef, slope.positive_slope.float(),
-                        panel, row, col, rows.stop, cols.stop, q.shape[1], q.stride(0), k.stride(0), width, **options,
+                        q, k, masks.labels, masks.labels.shape[1], masks.row_ids, masks.col_ids, masks.row_limit,
+                        masks.col_limit, scale2, self.flag, factor, row_shift, row_coef, col_shift, col_coef,
+                        slope.positive_slope.float(), panel, row, col, rows.stop, cols.stop, q.shape[1], q.stride(0),
+                        k.stride(0), width, **options,
                     )  # fmt: skip
                     g = panel[: rows.stop - row, : cols.stop - col]
-                    _add_product(parts_q[qm], rows, g, k[cols])
-                    _add_product(parts_k[km], cols, g.T, q[rows])
-        for total, part in zip([*dq, *dk], [*parts_q, *parts_k], strict=True):
-            if total is not None and part is not None:
-                total.addcmul_(part, unit.to(total.dtype))
+                    add_product(dq[qm], rows, g, k[cols])
+                    add_product(dk[km], cols, g.T, q[rows])
 
     def _scale2(self) -> Tensor:
         return (self.scale.double() * LOG2E).float()
@@ -228,16 +223,3 @@ def _panel_shape(q: Tensor, k: Tensor, tiles: Tiles) -> tuple[int, int]:
     width = min(-(-k.shape[0] // tiles.BN) * tiles.BN, max(tiles.BN, elements // 2048 // tiles.BN * tiles.BN))
     height = min(-(-q.shape[0] // tiles.BM) * tiles.BM, max(tiles.BM, elements // width // tiles.BM * tiles.BM))
     return width, height
-
-
-def _add_product(into: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:
-    """into[rows] += a b with fp32 accumulation and result."""
-    if into is None:
-        return
-    target = into[rows]
-    if not a.is_cuda:
-        target.addmm_(a.float(), b.float())
-    elif a.dtype == torch.float32:
-        target.addmm_(a, b)
-    else:
-        torch.addmm(target, a, b, out_dtype=torch.float32, out=target)

@@ -1,0 +1,164 @@
+// The contrastive loss's row kernels on CUDA; what a thread does with its numbers is in rime/contrast_patch.h. Included
+// by contrast.cu, and by tests/ops/contrast_kernels_host.cpp, which runs these kernels on the CPU.
+//
+// statistics_kernel  one read of the tile (4 bytes an element, 16 a load): row and column parts of every patch
+// merge_kernel       parts -> running statistics, in a fixed order and in fp64
+// gradient_kernel    one read and one write; a bf16 or fp16 gradient goes into the first half of the row's own memory:
+//                    a step's columns are read by all threads before any of its results is written, and results end
+//                    before the columns that are still to be read
+#pragma once
+
+#include <rime/contrast_patch.h>
+
+namespace rime::contrast {
+namespace {
+
+constexpr int kThreads = 32 * kPatchWarps;
+constexpr int kStep = 4 * kThreads;  // columns of a row that the gradient takes at a time
+
+// One tile; row and column arrays start at the tile's corner. labels [rows, positives], relative to column col0.
+struct CudaTile {
+  float* x;
+  int64_t stride;  // a multiple of 4
+  int64_t rows, cols, col0;
+  const float* scale;
+  const int32_t* bounded;
+  const int64_t* labels;
+  int positives;
+  const int64_t* row_id;
+  const int64_t* col_id;
+  const float* row_limit;
+  const float* col_limit;
+};
+
+struct CudaStatistics {
+  float* row_part;  // [column patches, 3, rows]
+  float* col_part;  // [row patches, 2, cols]
+  float* positive;  // [rows, positives]
+};
+
+struct CudaRunning {
+  float *row_max, *col_max, *rival;
+  double *row_sum, *col_sum;
+};
+
+struct CudaSlopes {
+  const float *row_shift, *row_coef, *col_shift, *col_coef;
+  const float* positive_slope;  // [rows, positives]
+  const float* factor;
+};
+
+__device__ __forceinline__ RowPart shuffled(RowPart p, int step) {
+  constexpr unsigned all = 0xffffffffu;
+  return {__shfl_xor_sync(all, p.top, step), __shfl_xor_sync(all, p.sum, step), __shfl_xor_sync(all, p.rival, step)};
+}
+
+template <bool kIds, bool kMargin>
+__global__ void __launch_bounds__(kThreads) statistics_kernel(CudaTile t, CudaStatistics out) {
+  __shared__ Online merged[kPatchWarps][kPatchCols];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t first = int64_t{blockIdx.x} * kPatchCols;
+  const float scale = *t.scale;
+  const bool bounded = *t.bounded != 0;
+  LaneColumns columns;
+  unsigned outside = 0;
+#pragma unroll
+  for (int c = 0; c < kLaneCols; ++c) {
+    const int64_t j = first + lane_column(lane, c);
+    const bool there = j < t.cols;
+    if (!there) outside |= 1u << c;
+    columns.all[c] = start(bounded);
+    columns.id[c] = kIds && there ? t.col_id[j] : 0;
+    columns.limit[c] = kMargin && there ? t.col_limit[j] : 0.0f;
+  }
+  for (int r = warp; r < kPatchRows; r += kPatchWarps) {
+    const int64_t i = int64_t{blockIdx.y} * kPatchRows + r;
+    if (i >= t.rows) break;
+    float x[kLaneCols];
+#pragma unroll
+    for (int g = 0; g < kLaneCols; g += 4) {
+      const int64_t j = first + lane_column(lane, g);
+      float4 four{0.0f, 0.0f, 0.0f, 0.0f};
+      if (j < t.stride) four = *reinterpret_cast<const float4*>(t.x + i * t.stride + j);
+      x[g] = four.x, x[g + 1] = four.y, x[g + 2] = four.z, x[g + 3] = four.w;
+    }
+    unsigned lifted = outside;
+    for (int p = 0; p < t.positives; ++p) {
+      const int64_t own = t.labels[i * t.positives + p] - t.col0 - first;
+#pragma unroll
+      for (int c = 0; c < kLaneCols; ++c) {
+        if (own != lane_column(lane, c) || (outside >> c & 1u)) continue;
+        lifted |= 1u << c;
+        out.positive[i * t.positives + p] = x[c] * scale;
+      }
+    }
+    const RowMasks row{kIds ? t.row_id[i] : 0, kMargin ? t.row_limit[i] : 0.0f};
+    RowPart part = lane_row<kIds, kMargin>(x, scale, bounded, lifted, row, columns);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) part = join(part, shuffled(part, step));
+    if (lane == 0) {
+      float* at = out.row_part + blockIdx.x * 3 * t.rows + i;
+      at[0] = part.top, at[t.rows] = part.sum, at[2 * t.rows] = part.rival;
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kLaneCols; ++c) merged[warp][lane_column(lane, c)] = columns.all[c];
+  __syncthreads();
+  const int64_t j = first + threadIdx.x;
+  if (j >= t.cols) return;
+  Online all = merged[0][threadIdx.x];
+  for (int w = 1; w < kPatchWarps; ++w) all = join(all, merged[w][threadIdx.x]);
+  float* at = out.col_part + blockIdx.y * 2 * t.cols + j;
+  at[0] = all.top, at[t.cols] = all.sum;
+}
+
+// Threads 0 .. rows - 1 take a row each, the next `cols` a column.
+__global__ void __launch_bounds__(kThreads) merge_kernel(
+    CudaStatistics from, int64_t rows, int64_t cols, int64_t row_patches, int64_t col_patches, CudaRunning into) {
+  int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < rows) {
+    for (int64_t p = 0; p < col_patches; ++p) {
+      const float* at = from.row_part + p * 3 * rows + i;
+      accumulate(at[0], at[rows], into.row_max[i], into.row_sum[i]);
+      into.rival[i] = larger(into.rival[i], at[2 * rows]);
+    }
+    return;
+  }
+  i -= rows;
+  if (i >= cols) return;
+  for (int64_t p = 0; p < row_patches; ++p) {
+    const float* at = from.col_part + p * 2 * cols + i;
+    accumulate(at[0], at[cols], into.col_max[i], into.col_sum[i]);
+  }
+}
+
+// One block a row. T: float, or a 16-bit float written over the row it is made from; out_stride in elements of T.
+template <class T, bool kIds, bool kMargin>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(CudaTile t, CudaSlopes slopes, T* out, int64_t out_stride) {
+  const int64_t i = blockIdx.x;
+  const float scale = *t.scale, factor = *slopes.factor;
+  const bool bounded = *t.bounded != 0;
+  const Side row{slopes.row_shift[i], slopes.row_coef[i], kMargin ? t.row_limit[i] : 0.0f, kIds ? t.row_id[i] : 0};
+  for (int64_t step = 0; step < t.cols; step += kStep) {
+    const int64_t first = step + int64_t{threadIdx.x} * 4;
+    float g[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (first < t.cols) {
+      const float4 four = *reinterpret_cast<const float4*>(t.x + i * t.stride + first);
+      g[0] = four.x, g[1] = four.y, g[2] = four.z, g[3] = four.w;
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int64_t j = first + c;
+      if (j >= t.cols) continue;
+      const Side col{slopes.col_shift[j], slopes.col_coef[j], kMargin ? t.col_limit[j] : 0.0f, kIds ? t.col_id[j] : 0};
+      g[c] = lane_slope<kIds, kMargin>(g[c], scale, bounded, row, col) * factor;
+      for (int p = 0; p < t.positives; ++p)
+        if (t.labels[i * t.positives + p] - t.col0 == j) g[c] = slopes.positive_slope[i * t.positives + p] * factor;
+    }
+    if (sizeof(T) < sizeof(float)) __syncthreads();
+    if (first < t.cols) put_four(out + i * out_stride + first, g);
+  }
+}
+
+}  // namespace
+}  // namespace rime::contrast

@@ -1,0 +1,127 @@
+// One thread's share of a tile of similarities on CUDA, without anything that needs a GPU: csrc/cuda/contrast_kernels.cuh
+// adds the loads, the shuffles and the barriers. Element rules: contrast.h; exponentials: math.h.
+//
+// A block of 8 warps takes a patch of 64 rows x 256 columns. A warp takes every eighth row; a lane holds 8 columns (two
+// groups of 4, so that a load is 16 bytes and a warp's loads are whole lines) and keeps their running column softmax in
+// registers while it walks down its rows. Rows are merged through shuffles, columns through shared memory, patches by
+// `accumulate` in fp64: always in the same order, so the bits are always the same.
+#pragma once
+
+#include <rime/math.h>
+
+namespace rime::contrast {
+namespace {
+
+#include "contrast.h"
+
+constexpr int kPatchWarps = 8;
+constexpr int kPatchRows = 64;
+constexpr int kPatchCols = 256;
+constexpr int kLaneCols = 8;
+
+RIME_HD int lane_column(int lane, int c) { return c / 4 * 128 + lane * 4 + c % 4; }
+
+// A softmax's running maximum and its sum of exponentials below it. While `bounded`, the maximum stays 0.
+struct Online {
+  float top, sum;
+};
+
+// A row's part: as Online, and the largest rival logit.
+struct RowPart {
+  float top, sum, rival;
+};
+
+RIME_HD Online start(bool bounded) { return {bounded ? 0.0f : -HUGE_VALF, 0.0f}; }
+
+// One more logit with one exponential: either the sum shrinks and the logit counts 1, or the sum stays.
+RIME_HD void add(Online& to, float s) {
+  const bool higher = s > to.top;
+  const float e = exp32(higher ? to.top - s : s - to.top);
+  to.sum = higher ? to.sum * e + 1.0f : to.sum + e;
+  to.top = larger(to.top, s);
+}
+
+RIME_HD Online join(Online a, Online b) {
+  const float top = larger(a.top, b.top);
+  const float base = top == -HUGE_VALF ? 0.0f : top;
+  return {top, a.sum * exp32(a.top - base) + b.sum * exp32(b.top - base)};
+}
+
+RIME_HD RowPart join(RowPart a, RowPart b) {
+  const Online both = join(Online{a.top, a.sum}, Online{b.top, b.sum});
+  return {both.top, both.sum, larger(a.rival, b.rival)};
+}
+
+// Adds (top, sum) of a part to a running (maximum, fp64 sum).
+RIME_HD void accumulate(float part_top, double part_sum, float& running_top, double& running_sum) {
+  if (part_top > running_top) {
+    running_sum = running_top == -HUGE_VALF ? 0.0 * running_sum : running_sum * exp(double(running_top) - part_top);
+    running_top = part_top;
+  }
+  const bool same = part_top == running_top || part_top == -HUGE_VALF;
+  running_sum += same ? part_sum : part_sum * exp(double(part_top) - running_top);
+}
+
+// What a lane knows of its columns.
+struct LaneColumns {
+  Online all[kLaneCols];
+  int64_t id[kLaneCols];
+  float limit[kLaneCols];
+};
+
+struct RowMasks {
+  int64_t id;
+  float limit;
+};
+
+// A lane's 8 similarities of one row: adds them to its columns, returns their part of the row. lifted: bit c is set
+// where column c is a positive of the row or lies past the end.
+template <bool kIds, bool kMargin>
+RIME_HD RowPart lane_row(const float* x, float scale, bool bounded, unsigned lifted, RowMasks row, LaneColumns& cols) {
+  float s[kLaneCols];
+  bool out[kLaneCols];
+  RowPart part{-HUGE_VALF, 0.0f, -HUGE_VALF};
+#pragma unroll
+  for (int c = 0; c < kLaneCols; ++c) {
+    const bool both = (lifted >> c & 1u) || (kIds && row.id == cols.id[c]);
+    out[c] = both || (kMargin && x[c] > row.limit);
+    s[c] = x[c] * scale;
+    if (!out[c]) part.rival = larger(part.rival, s[c]);
+    if (bounded) {
+      const float e = both ? 0.0f : exp32(s[c]);
+      if (!(both || (kMargin && x[c] > cols.limit[c]))) cols.all[c].sum += e;
+      if (!out[c]) part.sum += e;
+    } else if (!(both || (kMargin && x[c] > cols.limit[c]))) {
+      add(cols.all[c], s[c]);
+    }
+  }
+  part.top = bounded ? 0.0f : part.rival;
+  if (!bounded) {
+    const float base = part.top == -HUGE_VALF ? 0.0f : part.top;
+#pragma unroll
+    for (int c = 0; c < kLaneCols; ++c)
+      if (!out[c]) part.sum += exp32(s[c] - base);
+  }
+  return part;
+}
+
+// What the gradient needs of a row or of a column.
+struct Side {
+  float shift, coef, limit;
+  int64_t id;
+};
+
+// Gradient of the loss to one similarity that is no positive, up to the term's factor. A masked exponential may
+// overflow, so it is left out, not multiplied by 0.
+template <bool kIds, bool kMargin>
+RIME_HD float lane_slope(float x, float scale, bool bounded, const Side& row, const Side& col) {
+  const bool both = kIds && row.id == col.id;
+  const bool row_out = both || (kMargin && x > row.limit) || row.coef == 0.0f;
+  const bool col_out = both || (kMargin && x > col.limit) || col.coef == 0.0f;
+  const float s = x * scale;
+  if (bounded) return exp32(s) * ((row_out ? 0.0f : row.coef) + (col_out ? 0.0f : col.coef));
+  return (row_out ? 0.0f : exp32(s - row.shift) * row.coef) + (col_out ? 0.0f : exp32(s - col.shift) * col.coef);
+}
+
+}  // namespace
+}  // namespace rime::contrast
