@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2VLForConditionalGeneration
 
 from rime_fast.bench.harness import Results, Row, add_parts, compare, dtype_name, relative_error
 from rime_fast.bench.parts import PartClock, breakdown
@@ -31,7 +32,7 @@ from rime_fast.engine.grad_cache import GradCache
 from rime_fast.engine.grad_sync import GradSync
 from rime_fast.engine.packed_encoder import PackedEncoder, part_tokens
 from rime_fast.model.dual_mode import DualModeModel
-from rime_fast.model.tiny import tiny_model
+from rime_fast.model.tiny import tiny_config
 from rime_fast.model.tiny_batch import tiny_batch
 from rime_fast.recipe.joint import JointWeights, joint_loss, scored_tokens, token_weights
 
@@ -48,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2-vl-2b": {
         "vocab_size": 151_936, "hidden": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "intermediate": 8960,
         "vision_hidden": 1280, "vision_layers": 32, "vision_heads": 16, "patch_size": 14, "max_positions": 32_768,
+        "mlp_ratio": 4,
     },
 }  # fmt: skip
 
@@ -75,13 +77,24 @@ SHAPES = {
 }
 
 
+def stock_model(name: str, device: str, dtype: torch.dtype) -> Any:
+    """transformers' Qwen2-VL of these sizes, random weights, in training mode."""
+    sizes = dict(MODELS[name])
+    mlp_ratio = sizes.pop("mlp_ratio", 2)
+    config: Any = tiny_config("qwen2_vl", **sizes)
+    config.vision_config.mlp_ratio = mlp_ratio
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return model.train()
+
+
 class Setting:
     """Both models over one set of parameters, the batch in both layouts, the optimizer."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         self.shape, self.device = shape, device
-        with torch.device(device):
-            self.stock: Any = tiny_model("qwen2_vl", dtype=dtype, **MODELS[shape.model]).train()
+        self.stock = stock_model(shape.model, device, dtype)
         for name, parameter in self.stock.model.visual.named_parameters():
             parameter.requires_grad_("merger" in name)
         shared = {id(parameter): parameter for parameter in self.stock.parameters()}
@@ -99,7 +112,8 @@ class Setting:
         def about(mean: int) -> int:
             return int(torch.randint(math.ceil(0.75 * mean), math.floor(1.25 * mean) + 1, (1,), generator=draw))
 
-        n, sequences, rewrites = shape.pairs, [], []
+        n, rewrites = shape.pairs, []
+        sequences: list[list[Any]] = []
         for i in range(2 * n):
             rewrites.append(about(shape.rewrite) + 2)  # with <disc_emb> before and <gen_emb> after it
             image = [("image", *shape.images[i % len(shape.images)])] if i < n else []

@@ -6,10 +6,14 @@ import json
 import math
 
 import pytest
+import torch
+from PIL import Image
 
 from rime_fast import cli
+from rime_fast.bench import logprob, plots
 from rime_fast.bench.comparison import compare_files
 from rime_fast.bench.harness import Results, Row
+from rime_fast.bench.parts import PartClock
 from rime_fast.bench.stored import load, merge
 
 
@@ -34,7 +38,8 @@ SIZES = {
 
 
 @pytest.mark.parametrize("op", SIZES)
-def test_one_operator_at_a_shape(op, tmp_path, capsys):
+def test_one_operator_at_a_shape(op, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logprob, "peers", lambda: {"eager": logprob.eager})  # TRL alone takes seconds to import
     output = tmp_path / "rows.json"
     words = ["bench", op, *SIZES[op], "--device", "cpu", "--rounds", "1"]
     assert cli.main(words + ["--output", str(output)] * (op == "reward")) == 0
@@ -125,3 +130,63 @@ def test_merged_files_keep_every_row(tmp_path):
     found = load(tmp_path / "all.json")
     assert [r.impl for r in found.rows] == ["ours0", "ours1"]
     assert found.environment["device"] == "d0"
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def full_run() -> list[Row]:
+    rows = [
+        row("copy", 1, bench="ceiling", gbytes_s=20.0),
+        row("gemm", 1, bench="ceiling", tflops=0.1, shape={"dtype": "float32"}),
+        row("floor", 10, ratio_to_floor=1.0, tflops=0.08, gbytes_s=2.0),
+        row("ours", 12, ratio_to_floor=1.2, tflops=0.07, gbytes_s=1.7, peak_mib=3.0),
+        row("eager", 30, ratio_to_floor=3.0, tflops=0.03, gbytes_s=0.7, peak_mib=90.0),
+    ]
+    for n in (100, 200, 400):
+        shape = {"pairs": n, "width": 8, "dtype": "float32"}
+        rows.append(row("ours", 1e-4 * n**2, bench="op_growth", case=str(n), shape=shape, peak_mib=n / 50))
+    parts = [f"{impl}/{part}" for impl in ("ours", "plain") for part in ("head", "other")]
+    return rows + [row(name, 3, bench="step_parts") for name in parts]
+
+
+def test_every_figure_is_drawn_from_the_file(tmp_path, capsys):
+    source = write(tmp_path / "run.json", full_run())
+    assert cli.main(["bench", "--plot", str(source), "--output", str(tmp_path / "plots")]) == 0
+    written = capsys.readouterr().out.split()
+    names = ["roofline", "floor_ratios", "memory", "growth", "step_parts"]
+    assert written == [str(tmp_path / "plots" / f"run_{name}.png") for name in names]
+    for path in written:
+        assert Image.open(path).size[0] > 500
+    one = write(tmp_path / "one.json", [row("ours", 1)])
+    assert cli.main(["bench", "--plot", str(one)]) == 2
+    assert "no rows that a figure is made of" in capsys.readouterr().err
+
+
+def test_growth_curves_find_what_varies_and_fit_its_slope():
+    points = [(n, 3.0 * n**1.5) for n in (10, 100, 1000)]
+    assert plots.fitted_slope(points) == pytest.approx(1.5)
+    assert math.isnan(plots.fitted_slope(points[:1]))
+    rows = [one for one in full_run() if one.bench == "op_growth"]
+    rows.append(row("ours", 1, bench="op_growth", shape={"pairs": 400, "width": 16, "dtype": "float32"}))
+    varied = plots._varied(rows)
+    assert {name: sorted(one.shape[name] for one in line) for name, line in varied.items()} == {
+        "pairs": [100, 200, 400], "width": [8, 16],
+    }  # fmt: skip
+
+
+# --- the clock of a step ---------------------------------------------------------------------------------------------
+
+
+def test_clock_counts_each_moment_once(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr("rime_fast.bench.parts.time.perf_counter", lambda: next(times))
+    clock = PartClock("cpu")
+    clock.mark("ignored")  # not started: takes no time
+    clock.start()
+    module = torch.nn.Identity()
+    with clock.watching({"head": module}):
+        module(torch.zeros(1))  # 1 to 3
+    with clock.part("backward"):  # 6 to 10
+        pass
+    assert clock.totals() == {"other": 1.0e3 + 3.0e3 + 5.0e3, "head": 2.0e3, "backward": 4.0e3}
