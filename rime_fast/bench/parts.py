@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 OTHER = "other"
-PARTS = ("vision", "LLM forward", "head", "contrast", "decode", "backward", "optimiser", OTHER)
+PARTS = (
+    "decode", "reference", "scoring", "vision", "LLM forward", "head", "contrast", "reward", "backward", "optimiser",
+    OTHER,
+)  # fmt: skip
 
 
 class PartClock:

@@ -43,9 +43,9 @@ class CurveSizes:
     """How much of everything. short_steps: of joint training, for the start that is not perfect. every: Refine-RL
     steps between two measurements."""
 
-    sizes: Sizes = Sizes(refine_steps=60)  # noqa: RUF009 (frozen)
+    sizes: Sizes = Sizes(refine_steps=30)  # noqa: RUF009 (frozen)
     short_steps: int = 500
-    every: int = 10
+    every: int = 6
     learning_rate: float = 1e-4
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,0 +1,268 @@
+"""One whole Refine-RL step, rollout to optimizer, against the plain recipe written with stock parts.
+
+Both sides hold the SAME parameters and get the same prompts, anchors and sampled tokens (the rollout is timed, then
+replaced by fixed samples, since two samplers draw differently), and must reach the same loss and the same gradient.
+"ours" is what RefineRLTrainer runs. The plain recipe is what a careful script on transformers does: generate (with its
+cache) on every prompt repeated G times, a reference and a policy forward over B G whole sequences with full logits, a
+forward of the backbone alone for the embeddings, rewards row by row in Python.
+
+The learning rate is 0: the optimizer does its whole work, and every round is the same step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rime_fast.bench.harness import Results, Row, add_parts, compare, dtype_name, relative_error
+from rime_fast.bench.joint_step import MODELS, stock_model
+from rime_fast.bench.parts import PartClock, breakdown
+from rime_fast.engine.rollout import generate_rollouts
+from rime_fast.model.dual_mode import DualModeModel
+from rime_fast.model.shared_prefix import shared_prefix_batch
+from rime_fast.model.tiny_batch import tiny_batch
+from rime_fast.ops.reward import RewardWeights, score_rewrites_
+from rime_fast.recipe.refine import policy_loss
+
+BENCH = "refine_step"
+PLAIN = "plain (stock parts)"
+BETA, ANCHORS = 0.04, 256
+MODELS |= {
+    "tiny-sharp": {"vocab_size": 256, "hidden": 64, "layers": 2, "init_std": 0.2},
+    "30M": {
+        "vocab_size": 32_000, "hidden": 512, "layers": 8, "heads": 8, "kv_heads": 2, "intermediate": 1024,
+        "init_std": 0.06,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model and one batch of rollouts; every prompt has one image."""
+
+    model: str = field(default="qwen2-vl-2b", metadata={"help": "A key of MODELS; random weights."})
+    prompts: int = field(default=4, metadata={"help": "B, prompts of the step."})
+    prompt: int = field(default=1024, metadata={"help": "P, tokens of a prompt, its image's among them."})
+    rollout: int = field(default=64, metadata={"help": "R, sampled tokens of a rollout."})
+    group: int = field(default=8, metadata={"help": "G, rollouts of a prompt."})
+    image: tuple[int, int] = (48, 64)  # in patches, four to a token
+
+    def __str__(self) -> str:
+        return f"{self.model}-B{self.prompts}-P{self.prompt}-R{self.rollout}-G{self.group}"
+
+    @property
+    def tokens_ideal(self) -> int:
+        """B (P + G R): every token once a forward."""
+        return self.prompts * (self.prompt + self.group * self.rollout)
+
+
+SHAPES = {
+    "tiny": [Shape("tiny-sharp", 1, 32, 6, 3, (8, 8)), Shape("tiny-sharp", 2, 32, 6, 3, (8, 8))],
+    "cpu": [Shape("30M", 1, 512, 48, 8, (32, 40))],
+    "cuda": [Shape(), Shape(rollout=256)],
+}
+
+
+class Setting:
+    """Policy and reference of both sides over one set of parameters each, and everything a step begins with."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        self.shape, self.clock = shape, PartClock(device)
+        self.stock = stock_model(shape.model, device, dtype).eval()
+        self.stock_reference = copy.deepcopy(self.stock)
+        draw = torch.Generator(device).manual_seed(1)
+        with torch.no_grad():
+            for p in self.stock_reference.parameters():
+                p += p.std(correction=0) * torch.randn(p.shape, device=device, generator=draw).to(p.dtype)
+        self.policy, self.reference = (_dual(model) for model in (self.stock, self.stock_reference))
+        cells = shape.image[0] * shape.image[1] // 4
+        if shape.prompt < cells + 8:
+            raise ValueError(f"prompt is {shape.prompt}; expected at least {cells + 8} with an image of {shape.image}")
+        sequence = [4, ("image", *shape.image), shape.prompt - cells - 6]
+        made = tiny_batch(self.stock.config, [sequence] * shape.prompts, seed=2)
+        made = {k: v for k, v in made.items() if k not in ("targets", "gen_index")}
+        self.batch = {
+            k: (v.to(device, dtype) if v.is_floating_point() else v.to(device)) if isinstance(v, Tensor) else v
+            for k, v in made.items()
+        }
+        self.batch["image_grids"] = made["image_grid_thw"].tolist()
+        self.offsets = torch.arange(shape.prompts, device=device) * shape.prompt
+        width, vocab = self.stock.config.text_config.hidden_size, self.stock.config.text_config.vocab_size
+        count = shape.prompts * shape.group
+        self.vocab = vocab
+        self.samples = torch.randint(9, vocab, (count, shape.rollout), device=device, generator=draw)
+        self.anchors = F.normalize(torch.randn(ANCHORS, width, device=device, generator=draw), dim=1)
+        self.positive = torch.arange(shape.prompts, device=device)
+        self.format_ok = (torch.arange(count, device=device) % 3 > 0).view(shape.prompts, shape.group)
+        self.weights = RewardWeights()
+        self.optimizer = torch.optim.AdamW(
+            self.stock.parameters(), lr=0.0, weight_decay=0.0, fused=device == "cuda"
+        )
+
+    def modules(self, model: Any) -> dict[str, Any]:
+        """What the clock watches in a policy forward."""
+        return {"vision": model.model.visual, "LLM forward": model.model.language_model, "head": model.lm_head}
+
+    def update(self, loss: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        with self.clock.part("backward"):
+            loss.backward()
+        with self.clock.part("optimiser"):
+            self.optimizer.step()
+        return loss.detach()
+
+    def gradient(self) -> Tensor:
+        """All gradients in one fp32 row on the host."""
+        return torch.cat([p.grad.float().flatten().cpu() for p in self.stock.parameters() if p.grad is not None])
+
+
+def _dual(stock: Any) -> Any:
+    """Our class over the parameters of a stock model."""
+    return DualModeModel.from_model(copy.deepcopy(stock, {id(p): p for p in stock.parameters()}))
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def ours(s: Setting) -> Tensor:
+    """The step as RefineRLTrainer runs it; returns the loss."""
+    shape = s.shape
+    with s.clock.part("decode"):
+        generate_rollouts(
+            s.policy, s.batch, gen_id=s.vocab, max_new_tokens=shape.rollout, group_size=shape.group,
+            temperature=1.0, stop_ids=[],
+        )  # fmt: skip
+    batch = shared_prefix_batch(s.batch, s.samples.tolist())
+    with s.clock.part("reference"), torch.no_grad():
+        ref_logp = s.reference(**batch, pools={}).logp
+    with s.clock.watching(s.modules(s.policy)):
+        out = s.policy(**batch)
+    with s.clock.part("reward"):
+        gen, disc = (out.embeddings[name].detach() for name in ("gen", "disc"))
+        rewards = torch.empty(shape.prompts, shape.group, device=gen.device)
+        advantages = torch.empty_like(rewards)
+        score_rewrites_(
+            rewards, advantages, gen=gen.view(shape.prompts, shape.group, -1), anchors=s.anchors, positive=s.positive,
+            format_ok=s.format_ok, lengths=torch.full_like(rewards, shape.rollout),
+            disc_similarity=(disc * s.anchors[s.positive]).sum(1), weights=s.weights,
+        )  # fmt: skip
+    loss, _ = policy_loss(
+        out.logp, None, ref_logp, advantages.view(-1), batch["targets"] >= 0, row=batch["layout"].rows, beta=BETA,
+        max_completion_length=shape.rollout,
+    )  # fmt: skip
+    return s.update(loss)
+
+
+# --- the plain recipe ------------------------------------------------------------------------------------------------
+
+
+def plain(s: Setting) -> Tensor:
+    """The same step with transformers' generate, full logits and Python; returns the loss."""
+    shape, group = s.shape, s.shape.group
+
+    def repeated(rows: Tensor) -> Tensor:
+        return rows.view(shape.prompts, -1, *rows.shape[1:]).repeat_interleave(group, 0)
+
+    prompt, kinds = repeated(s.batch["input_ids"]), repeated(s.batch["mm_token_type_ids"])
+    pixels = {
+        "pixel_values": repeated(s.batch["pixel_values"]).flatten(0, 1),
+        "image_grid_thw": s.batch["image_grid_thw"].repeat_interleave(group, 0),
+    }
+    with s.clock.part("decode"), torch.inference_mode():
+        s.stock.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), mm_token_type_ids=kinds, **pixels,
+            do_sample=True, top_k=0, max_new_tokens=shape.rollout, min_new_tokens=shape.rollout, pad_token_id=0,
+        )  # fmt: skip
+    ids = torch.cat([prompt, s.samples], dim=1)
+    full = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels,
+        "mm_token_type_ids": F.pad(kinds, (0, shape.rollout)),
+    }  # fmt: skip
+
+    def logp(model: Any) -> Tensor:
+        logits = model(**full, use_cache=False).logits[:, shape.prompt - 1 : -1].float()
+        return logits.log_softmax(-1).gather(2, s.samples[..., None])[..., 0]
+
+    with s.clock.part("reference"), torch.no_grad():
+        ref_logp = logp(s.stock_reference)
+    with s.clock.part("scoring"), torch.no_grad():
+        hidden = s.stock.model(**full, use_cache=False).last_hidden_state
+        gen = F.normalize(hidden[:, -1].float(), dim=-1)
+        within = (s.batch["disc_index"] - s.offsets).repeat_interleave(group)
+        disc = F.normalize(hidden[torch.arange(len(hidden), device=hidden.device), within].float(), dim=-1)
+    with s.clock.part("reward"):
+        advantages = _python_advantages(s, gen, disc)
+    with s.clock.watching(s.modules(s.stock)):
+        new_logp = logp(s.stock)
+    ratio = torch.exp(new_logp - new_logp.detach())
+    gained = torch.min(ratio * advantages[:, None], ratio.clamp(0.8, 1.28) * advantages[:, None])
+    difference = ref_logp - new_logp
+    kl = difference.exp() - difference - 1
+    return s.update(((-gained + BETA * kl).sum(1) / shape.rollout).mean())
+
+
+def _python_advantages(s: Setting, gen: Tensor, disc: Tensor) -> Tensor:
+    """Rewards rollout by rollout, as reward functions of a list of completions do; [B G] advantages."""
+    rewards = []
+    for i, (row, ok) in enumerate(zip(gen, s.format_ok.flatten().tolist(), strict=True)):
+        item = i // s.shape.group
+        similarity = (s.anchors @ row).tolist()
+        own = similarity.pop(item)
+        rank = 1 + sum(x > own for x in similarity) + 0.5 * sum(x == own for x in similarity)
+        score = (own - sum(similarity) / len(similarity)) / torch.log2(torch.tensor(1 + rank)).item()
+        rewards.append(float(ok) + score + own - float(disc[i] @ s.anchors[item]))
+    found = torch.tensor(rewards, device=gen.device).view(s.shape.prompts, s.shape.group)
+    spread = found.std(1, keepdim=True) + s.weights.eps
+    return ((found - found.mean(1, keepdim=True)) / spread).view(-1)
+
+
+# --- the measurement -------------------------------------------------------------------------------------------------
+
+
+def measure(
+    shape: Shape,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    results: Results | None = None,
+    rounds: int = 2,
+) -> dict[str, Row]:
+    """Rows of both recipes, with the tokens of a forward beside the ideal in their notes; the parts of a step go to
+    ``results``.
+
+    error_fp64 of ours is the relative difference of its whole gradient from the plain recipe's, in the same dtype.
+    Raises AssertionError when the two losses differ.
+    """
+    s = Setting(shape, device, dtype)
+    steps: dict[str, Callable[[], Tensor]] = {"ours": lambda: ours(s), PLAIN: lambda: plain(s)}
+    expected, wanted = float(plain(s)), s.gradient()
+    found = float(ours(s))
+    bound = (1e-5 if dtype == torch.float32 else 2e-2) * abs(expected)
+    assert abs(found - expected) < bound, (found, expected)
+    error = relative_error(s.gradient(), wanted)
+    tokens = {
+        "ours": shape.tokens_ideal + shape.prompts * (shape.group - 1),
+        PLAIN: shape.prompts * shape.group * (shape.prompt + shape.rollout),
+    }
+    sizes = {
+        "parameters": sum(p.numel() for p in s.stock.parameters()), "prompts": shape.prompts, "prompt": shape.prompt,
+        "rollout": shape.rollout, "group": shape.group, "tokens_ideal": shape.tokens_ideal,
+        "tokens_ours": tokens["ours"], "tokens_plain": tokens[PLAIN], "dtype": dtype_name(dtype),
+    }  # fmt: skip
+    rows = compare(
+        BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds, errors={"ours": error}, results=results
+    )
+    base = rows[PLAIN].median_ms
+    for name, row in rows.items():
+        row.note = (
+            f"{base / row.median_ms:.2f}x; {tokens[name]} tokens a forward, the ideal is {shape.tokens_ideal}"
+        )
+    if results is not None:
+        for name, step in steps.items():
+            add_parts(results, BENCH, str(shape), name, breakdown(s.clock, {}, step, 1), sizes)
+    return rows
