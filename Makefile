@@ -42,8 +42,9 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
 
+# At most 3 minutes on 2 cores: a comparison that takes long has fewer rounds, a case that would begin late is left out.
 bench: setup
-	$(PY) -m pytest benchmarks --rime-json benchmarks/results/cpu/bench.json
+	$(PY) -m pytest benchmarks --rime-seconds 8 --rime-deadline 165 --rime-json benchmarks/results/cpu/bench.json
 
 # Installs nothing: runs on a plain source tree with whatever torch, triton and peers are there.
 gpu:

@@ -3,17 +3,22 @@
     pytest benchmarks --rime-json out.json            CPU sizes, all peers that are installed
     pytest benchmarks --rime-device cuda ...          GPU sizes
     pytest benchmarks --rime-tiny                     a few seconds: proves that every case runs (CI)
+    pytest benchmarks --rime-deadline 160             cases that would begin later are left out, by name
+
+The JSON is written after every case, so a run that is cut off leaves what it had.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rime_fast.bench.harness import Results, Row
+from rime_fast.bench.harness import Results, Row, Skipped
 from rime_fast.bench.table import print_rows
 
 
@@ -21,12 +26,15 @@ def pytest_addoption(parser):
     group = parser.getgroup("rime-fast")
     group.addoption("--rime-json", default=None, help="write all rows to this JSON")
     group.addoption("--rime-device", default="cpu", choices=["cpu", "cuda"])
+    group.addoption("--rime-seconds", type=float, default=math.inf, help="time limit of one comparison")
+    group.addoption("--rime-deadline", type=float, default=math.inf, help="seconds after which no case begins")
     group.addoption("--rime-tiny", action="store_true", help="tiny sizes, one round: a smoke run")
 
 
 def pytest_configure(config):
     device = config.getoption("--rime-device")
-    config.rime_results = Results(device=device)
+    config.rime_results = Results(device=device, seconds=config.getoption("--rime-seconds"))
+    config.rime_began = time.monotonic()
     config.rime_size = "tiny" if config.getoption("--rime-tiny") else device
 
 
@@ -68,11 +76,29 @@ def tiny(request) -> bool:
     return request.config.getoption("--rime-tiny")
 
 
+def pytest_runtest_setup(item):
+    """Leaves out what would begin after the deadline; the JSON says so."""
+    limit = item.config.getoption("--rime-deadline")
+    if time.monotonic() - item.config.rime_began > limit:
+        reason = f"no time left of {limit:.0f} s"
+        bench = item.path.stem.removeprefix("bench_")
+        item.config.rime_results.skipped.append(Skipped(bench, item.name, "all", reason))
+        pytest.skip(reason)
+
+
+def pytest_runtest_teardown(item):
+    _write(item.config)
+
+
 def pytest_sessionfinish(session):
+    _write(session.config)
     results = session.config.rime_results
-    path = session.config.getoption("--rime-json")
-    if path and (results.rows or results.skipped):
-        results.write(Path(path))
     if results.rows:
         print()
         print_rows(results.rows, results.skipped)
+
+
+def _write(config):
+    results, path = config.rime_results, config.getoption("--rime-json")
+    if path and (results.rows or results.skipped):
+        results.write(Path(path))

@@ -47,10 +47,10 @@ def roofline(stored: Stored) -> Figure | None:
         return None
     figure, (axes,) = _panels(1, 8.2, 4.8)
     intensity = [_intensity(row) for row in points]
-    low, high = min(intensity) / 3, max(*intensity, *(1e3 * peak / band for peak in peaks.values())) * 3
+    knees = [1e3 * peak / band for peak in peaks.values()]
+    low, high = min(*intensity, *knees) / 3, max(*intensity, *knees) * 3
     for i, (dtype, peak) in enumerate(peaks.items()):
-        knee = 1e3 * peak / band
-        axes.plot([min(low, knee), knee, high], [min(low, knee) * band / 1e3, peak, peak], color=INK, linewidth=1.3,
+        axes.plot([low, knees[i], high], [low * band / 1e3, peak, peak], color=INK, linewidth=1.3,
                   linestyle=("-", "--", ":")[i % 3], label=f"{dtype}: {peak:.3g} TFLOP/s, {band:.0f} GB/s")  # fmt: skip
     for i, bench in enumerate(dict.fromkeys(row.bench for row in points)):
         for mine in (True, False):
@@ -61,8 +61,7 @@ def roofline(stored: Stored) -> Figure | None:
                     marker="o" if mine else "x", color=COLOURS[i % len(COLOURS)],
                     label=f"{bench}, {'ours' if mine else 'peers'}",
                 )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _log_axes(axes)
     _style(axes, f"Roofline, {_where(stored)}", "FLOP per byte that the task needs", "TFLOP/s")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -96,11 +95,10 @@ def growth(stored: Stored) -> Figure | None:
         ):  # fmt: skip
             for j, impl in enumerate(dict.fromkeys(row.impl for row in rows)):
                 found = [(float(row.shape[name]), value(row)) for row in rows if row.impl == impl]
-                points = sorted((x, y) for x, y in found if y)
+                points = sorted((x, y) for x, y in found if y and y >= 0.05)  # less is the allocator's noise
                 if points:
                     _curve(axes, points, impl, COLOURS[j % len(COLOURS)])
-            axes.set_xscale("log")
-            axes.set_yscale("log")
+            _log_axes(axes)
             _style(axes, title.replace(GROWTH, ""), name, unit)
             if axes.has_data():
                 axes.legend(frameon=False, fontsize=8)
@@ -212,6 +210,18 @@ def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     for name, side in axes.spines.items():
         side.set_visible(name in ("left", "bottom"))
         side.set_color(FAINT)
+
+
+def _log_axes(axes: Axes) -> None:
+    """Both logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _where(stored: Stored) -> str:
