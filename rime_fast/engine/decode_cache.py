@@ -4,6 +4,10 @@ In a decode step the G rollouts of a prompt meet its keys as one [G, S] product,
 tokens, and one softmax runs over both. Against a cache expanded to G this reads and holds G times less prompt.
 
 Scores and softmax are fp32; probabilities meet the values in the values' dtype, as in flash-attention.
+
+A static cache has its whole room from the start, and the place of the next token is a tensor: a decode step is then the
+same operations on the same memory every time, which a CUDA graph or a compiler can record. Otherwise a step touches
+only the tokens there are.
 """
 
 from __future__ import annotations
@@ -40,10 +44,12 @@ class DecodeCache:
     """The cache of B prompts x G rollouts; rows are ordered prompt by prompt, N = B * G.
 
     ``rows`` [N]: which rollout of the caller each row is; it shrinks as finished rollouts are dropped (``keep``).
-    Before each forward of one token a row, ``next_step`` must be called.
+    Before each forward of one token a row, ``next_step`` must be called. ``static``: see above.
     """
 
-    def __init__(self, prefill: PrefillRecorder, group_size: int, max_steps: int) -> None:
+    def __init__(
+        self, prefill: PrefillRecorder, group_size: int, max_steps: int, *, static: bool = False
+    ) -> None:
         lengths = prefill.layout.lengths
         device = prefill.layout.device
         self.prompts, self.group = len(lengths), group_size
@@ -65,7 +71,10 @@ class DecodeCache:
 
         self.prompt_keys = {layer: blocks(rows) for layer, rows in prefill.keys.items()}
         self.prompt_values = {layer: blocks(rows) for layer, rows in prefill.values.items()}
-        self.capacity = min(max_steps, _FIRST_CAPACITY)
+        self.static = static
+        self.capacity = max_steps if static else min(max_steps, _FIRST_CAPACITY)
+        self.slots = torch.arange(self.capacity, device=device)
+        self.at = torch.full((1,), -1, device=device)  # the step, where the device reads it
         self.own_keys = {layer: self._room(rows) for layer, rows in prefill.keys.items()}
         self.own_values = {layer: self._room(rows) for layer, rows in prefill.values.items()}
 
@@ -75,6 +84,8 @@ class DecodeCache:
     def next_step(self) -> None:
         """Make room for one more token in every row."""
         self.step += 1
+        if self.static:
+            self.at += 1
         if self.step < self.capacity:
             return
         more = min(self.max_steps, 2 * self.capacity) - self.capacity
@@ -125,21 +136,27 @@ class DecodeCache:
         n, heads, _, width = query.shape
         kv = key.shape[1]
         shared = heads // kv
-        used = self.step + 1
         own_keys, own_values = self.own_keys[layer], self.own_values[layer]
-        own_keys[:, :, self.step] = key[:, :, 0].to(own_keys.dtype)
-        own_values[:, :, self.step] = value[:, :, 0]
+        key, value = key.to(own_keys.dtype), value.to(own_values.dtype)
+        if self.static:
+            used_keys = own_keys.index_copy_(2, self.at, key)
+            used_values = own_values.index_copy_(2, self.at, value)
+        else:
+            own_keys[:, :, self.step], own_values[:, :, self.step] = key[:, :, 0], value[:, :, 0]
+            used_keys, used_values = own_keys[:, :, : self.step + 1], own_values[:, :, : self.step + 1]
         with torch.autocast(query.device.type, enabled=False):
             query = query.to(own_keys.dtype).view(n, kv, shared, width)
             scores_prompt = _scores(self._together(query), self.prompt_keys[layer])
-            scores_own = self._together(_scores(query, own_keys[:, :, :used]))
+            scores_own = self._together(_scores(query, used_keys))
             scale = width**-0.5 if scale is None else scale
             if self.closed is not None:
                 scores_prompt = scores_prompt.masked_fill(self.closed, float("-inf"))
-            split = (scores_prompt.shape[-1], used)
+            if self.static:
+                scores_own = scores_own.masked_fill(self.slots > self.at, float("-inf"))
+            split = (scores_prompt.shape[-1], scores_own.shape[-1])
             prompt, own = (torch.cat([scores_prompt, scores_own], -1) * scale).softmax(-1).split(split, -1)
             out = self._apart(prompt.to(own_values.dtype) @ self.prompt_values[layer])
-            out = out + self._apart(own.to(own_values.dtype)) @ own_values[:, :, :used]
+            out = out + self._apart(own.to(own_values.dtype)) @ used_values
         return out.reshape(n, 1, heads, width)
 
     def _together(self, rows: Tensor) -> Tensor:

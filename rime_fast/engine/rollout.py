@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rime_fast.engine.decode_cache import DecodeCache, PrefillRecorder
+from rime_fast.engine.decode_step import DecodeStep, choose_decoder
 from rime_fast.engine.gathered import is_gathered
 from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import LoopGuard, check_sampling, draw_tokens
@@ -84,6 +85,7 @@ def generate_rollouts(
     repetition_limit: int = 0,
     check_every: int | None = None,
     out: RolloutBuffer | None = None,
+    decode: str = "auto",
 ) -> Rollout:
     """Decode ``group_size`` responses to each prompt of a packed batch (see the collator), each up to ``<gen_emb>``.
 
@@ -97,6 +99,8 @@ def generate_rollouts(
     ``check_every``: the host asks every so many steps which rows are done (the only wait for the device), and drops
     them then; default 1 on the CPU, 8 elsewhere. It changes the draws, since dropped rows draw nothing, never the
     distribution. With a seeded ``generator`` on the model's device the result is reproducible.
+    ``decode``: how a step runs: "eager", "graph" (a CUDA graph), "compile" (torch.compile), or "auto": graph on CUDA,
+    eager elsewhere; see ``rime_fast.engine.decode_step``.
     ``out``: a buffer of as many prompts, this group size and pad id, on the model's device; it is cleared and written
     in place, and the rollout's tensors are views of it.
 
@@ -116,17 +120,17 @@ def generate_rollouts(
             out = _own_buffer(policy, prompt_batch, group_size, max_new_tokens, pad_id)
         else:
             _check_buffer(out, len(prompt_batch["lengths"]), group_size, max_new_tokens, pad_id)
-        state = _prefill(policy, prompt_batch, out.clear(), max_new_tokens)
+        state = _prefill(policy, prompt_batch, out.clear(), max_new_tokens, decode)
         check_every = check_every or (1 if out.tokens.device.type == "cpu" else 8)
         stops = torch.tensor([gen_id, *stop_ids]).to(out.tokens.device, non_blocking=True)
         guard = LoopGuard(len(state.done), repetition_limit, stops.device) if repetition_limit else None
         never = torch.tensor(list(suppress_ids), dtype=torch.int64).to(stops.device, non_blocking=True)
         for step in range(max_new_tokens):
-            logits = policy.lm_head(state.hidden).float()
+            logits = state.step.logits()
             allowed = logits.index_fill(1, never, float("-inf")) if suppress_ids else logits
             token = draw_tokens(allowed, temperature, top_p, top_k, generator)
-            state.write(step, token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0])
-            state.feed(policy, token)
+            state.write(step, token, logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(dim=-1))
+            state.feed(token)
             state.close(token, stops)
             if guard is not None:
                 state.done = state.done | guard.looping(token)
@@ -188,7 +192,7 @@ class _State:
     """Decoding in flight. ``out`` has a row per rollout; the others have one per row still in the cache."""
 
     cache: DecodeCache
-    hidden: Tensor  # [N, H], at the last token of each row
+    step: DecodeStep
     position: Tensor  # [N], the position of the next token
     done: Tensor  # [N] bool
     out: RolloutBuffer
@@ -199,21 +203,15 @@ class _State:
         out.logp[rows, step] = torch.where(self.done, 0.0, logp)
         out.lengths.index_add_(0, rows, (~self.done).to(out.lengths.dtype))
 
-    def feed(self, policy: Any, token: Tensor) -> None:
-        """One step of the language model; afterwards ``hidden`` is the state AT ``token``."""
-        self.cache.next_step()
-        embeds = policy.model.get_input_embeddings()(token[:, None])
-        positions = self.position[None, :, None].expand(3, -1, 1)
-        out = policy.model.language_model(
-            input_ids=None, inputs_embeds=embeds, position_ids=positions, use_cache=False, rime_layout=self.cache
-        )
-        self.hidden = out.last_hidden_state[:, 0]
+    def feed(self, token: Tensor) -> None:
+        """One step of the language model; afterwards the step's ``hidden`` is the state AT ``token``."""
+        self.step.feed(token, self.position)
         self.position = self.position + 1
 
     def close(self, token: Tensor, stops: Tensor) -> None:
         """Keep the state of every row that was still open; the last one kept is that of the row's last token."""
         rows, states = self.cache.rows, self.out.gen_states
-        states[rows] = torch.where(self.done[:, None], states[rows], self.hidden.float())
+        states[rows] = torch.where(self.done[:, None], states[rows], self.step.hidden.float())
         self.done = self.done | (token[:, None] == stops).any(dim=1)
 
     def all_done(self, guard: LoopGuard | None) -> bool:
@@ -223,9 +221,8 @@ class _State:
             return True
         kept = self.cache.keep(done)
         if kept is not None:
-            self.hidden, self.position, self.done = (
-                x.index_select(0, kept) for x in (self.hidden, self.position, self.done)
-            )
+            self.step.keep(kept)
+            self.position, self.done = (x.index_select(0, kept) for x in (self.position, self.done))
             if guard is not None:
                 guard.keep(kept)
         return False
@@ -244,23 +241,30 @@ class _State:
         )
 
 
-def _prefill(policy: Any, prompt_batch: dict[str, Any], out: RolloutBuffer, cap: int) -> _State:
+def _prefill(policy: Any, prompt_batch: dict[str, Any], out: RolloutBuffer, cap: int, decode: str) -> _State:
     """Read every prompt once, packed; then the state before the first token of every rollout."""
     prompt = {k: prompt_batch[k] for k in _PROMPT_KEYS if k in prompt_batch}
     if is_gathered(policy):
         # A rank without images does not fill its cache here, where no forward must be in step; later it must be.
         prompt.pop("vision_cache", None)
     lengths, device = prompt["lengths"], prompt["input_ids"].device
+    decoder = choose_decoder(decode, device)
     recorder = PrefillRecorder(lengths, device)
     hidden = policy.encode_hidden(**prompt, layout=recorder)
-    ends = (torch.tensor(lengths).cumsum(0) - 1).repeat_interleave(out.group_size).to(device, non_blocking=True)
+    ends = (torch.tensor(lengths).cumsum(0) - 1).to(device, non_blocking=True)
     disc = prompt_batch.get("disc_index")
     if disc is not None:
         out.disc_states.copy_(hidden.index_select(0, disc))
+    last = hidden.index_select(0, ends)
+    position = prompt["position_ids"].amax(dim=0).index_select(0, ends) + 1
+    start, first_logits, position = (
+        x.repeat_interleave(out.group_size, dim=0) for x in (last, policy.lm_head(last).float(), position)
+    )
+    cache = DecodeCache(recorder, out.group_size, cap, static=decoder != "eager")
     return _State(
-        cache=DecodeCache(recorder, out.group_size, cap),
-        hidden=hidden.index_select(0, ends),
-        position=prompt["position_ids"].amax(dim=0).index_select(0, ends) + 1,
-        done=torch.zeros(len(ends), dtype=torch.bool, device=device),
+        cache=cache,
+        step=DecodeStep(policy, cache, decoder, start, first_logits),
+        position=position,
+        done=torch.zeros(len(start), dtype=torch.bool, device=device),
         out=out,
     )

@@ -81,12 +81,17 @@ class RolloutBackend(Protocol):
 
 
 class LocalBackend:
-    """The policy decodes by itself. at_once: rollouts decoded together (memory); None: all."""
+    """The policy decodes by itself.
 
-    def __init__(self, at_once: int | None = None) -> None:
+    at_once: rollouts decoded together (memory); None: all. decode, check_every: see ``generate_rollouts``.
+    """
+
+    def __init__(self, at_once: int | None = None, *, decode: str = "auto", check_every: int | None = None) -> None:
         if at_once is not None and at_once < 1:
             raise ValueError(f"at_once is {at_once}; expected a positive number of rollouts")
-        self.at_once = at_once
+        if check_every is not None and check_every < 1:
+            raise ValueError(f"check_every is {check_every}; expected a positive number of steps")
+        self.at_once, self.options = at_once, {"decode": decode, "check_every": check_every}
 
     def refresh(self, policy: nn.Module) -> None:
         """Nothing to do: the policy is the sampler."""
@@ -101,7 +106,7 @@ class LocalBackend:
     ) -> Samples:
         """See ``RolloutBackend``; a prompt's G rollouts are never decoded apart. ``out`` gets ``gen_states``, too,
         and ``disc_states`` where the prompts have a ``disc_index``."""
-        options = dict(vars(sampling))
+        options = vars(sampling) | self.options
         count, group = len(prompts["lengths"]), sampling.group_size
         step = count if self.at_once is None else max(1, self.at_once // group)
         if step >= count:

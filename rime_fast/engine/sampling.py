@@ -39,12 +39,28 @@ def draw_tokens(
 ) -> Tensor:
     """One token for each row of ``logits`` [N, V] -> [N] int64; temperature 0 takes the largest logit.
 
-    Draws by an exponential race (argmax of p / E, E ~ Exp(1), has the distribution p): no host synchronisation,
-    which ``torch.multinomial`` may need.
+    Neither way waits for the device, as ``torch.multinomial`` may: on the CPU one uniform number a row meets the
+    cumulative sum (fp64), elsewhere the tokens race.
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     probs = filter_logits(logits / temperature, top_p, top_k).softmax(dim=-1)
+    draw = _draw_by_sum if logits.device.type == "cpu" else _draw_by_race
+    return draw(probs, generator)
+
+
+def _draw_by_sum(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The first token whose cumulative probability exceeds a uniform number: one random number a row."""
+    summed = probs.cumsum(dim=-1, dtype=torch.float64)
+    total = summed[:, -1:]
+    uniform = torch.rand(total.shape, dtype=torch.float64, device=probs.device, generator=generator)
+    # Below the total even when the product rounds up: a token of probability 0 is never drawn.
+    point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(summed, point, right=True)[:, 0]
+
+
+def _draw_by_race(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """argmax of p / E with E ~ Exp(1) has the distribution p."""
     race = torch.empty_like(probs).exponential_(generator=generator)
     return (probs / race).argmax(dim=-1)
 

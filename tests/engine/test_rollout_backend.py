@@ -125,9 +125,11 @@ def test_a_vision_cache_of_other_pixels_is_refused(setting):
         generate_rollouts(setting.model, other | {"vision_cache": cache}, gen_id=setting.gen_id, max_new_tokens=2)
 
 
-def test_at_once_is_checked():
+def test_settings_of_the_local_backend_are_checked():
     with pytest.raises(ValueError, match="at_once is 0"):
         LocalBackend(0)
+    with pytest.raises(ValueError, match="check_every is 0"):
+        LocalBackend(check_every=0)
 
 
 class StandIn:
