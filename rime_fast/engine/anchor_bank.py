@@ -79,10 +79,7 @@ class AnchorBank:
         total = anchors.shape[0]
         if world > total:
             raise ValueError(f"{path}: {total} anchors cannot be shared by {world} ranks")
-        first, last = (total * part // world for part in (rank, rank + 1))
-        return cls(
-            anchors[first:last], ids[first:last], first, total, found["model"], found["data"], found["side"]
-        )
+        return cls(anchors, ids, 0, total, found["model"], found["data"], found["side"]).shard(rank, world)
 
     @classmethod
     def make(
@@ -126,6 +123,18 @@ class AnchorBank:
             partial.unlink(missing_ok=True)
         return cls.open(path, model=model, data=data)
 
+    def shard(self, rank: int, world: int) -> AnchorBank:
+        """The ``rank``-th of ``world`` equal parts of a whole bank (sizes differ by at most one row); a view.
+
+        Raises ValueError for more ranks than anchors, and for a bank that is a part already.
+        """
+        if len(self.anchors) != self.total:
+            raise ValueError(f"the bank is a part of {len(self.anchors)} of {self.total} anchors; expected a whole one")
+        if world > self.total:
+            raise ValueError(f"{self.total} anchors cannot be shared by {world} ranks")
+        first, last = (self.total * part // world for part in (rank, rank + 1))
+        return replace(self, anchors=self.anchors[first:last], ids=self.ids[first:last], offset=first)
+
     def to(self, device: torch.device | str) -> AnchorBank:
         """The bank on ``device``, read into its memory."""
         return replace(self, anchors=self.anchors.to(device), ids=self.ids.to(device))
@@ -136,18 +145,36 @@ class AnchorBank:
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """Equal for equal parameters under equal names: 32 hex digits over every parameter's bits.
+    """Equal for models that compute the same: 32 hex digits over every parameter's value and name.
 
-    One pass over the parameters where they lie; one read by the host. Parameters must be whole (gathered).
+    Floating values count as fp32, so a checkpoint has one fingerprint in whatever dtype it is loaded. An adapter
+    (peft) that changes nothing yet, its second factor being zero, does not count, and the names are those of the model
+    inside. One pass over the parameters where they lie; one read by the host. Parameters must be whole (gathered).
     """
-    digest = hashlib.blake2b(digest_size=16)
-    sums = []
+    names, sums = [], []
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)};".encode())
-        sums.append(_checksum(parameter.detach()))
-    if sums:
-        digest.update(_bytes(torch.stack([x.to(sums[0].device) for x in sums]).cpu()))
+        if ".original_module." not in name:
+            names.append((name, f"{list(parameter.shape)}"))
+            sums.append(_checksum(parameter.detach()))
+    if not sums:
+        return hashlib.blake2b(digest_size=16).hexdigest()
+    numbers = torch.stack([x.to(sums[0].device) for x in sums]).tolist()
+    idle = {_lora_layer(name) for (name, _), number in zip(names, numbers, strict=True)
+            if ".lora_B." in name and number == 0}  # fmt: skip
+    digest = hashlib.blake2b(digest_size=16)
+    for (name, shape), number in zip(names, numbers, strict=True):
+        if ".lora_" in name and _lora_layer(name) in idle:
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        plain = plain.replace(".modules_to_save.default.", ".").replace("_checkpoint_wrapped_module.", "")
+        digest.update(f"{plain} {shape} {number};".encode())
     return digest.hexdigest()
+
+
+def _lora_layer(name: str) -> str:
+    """Of "a.b.lora_A.default.weight": what both factors share."""
+    layer, _, rest = name.partition(".lora_")
+    return layer + rest[1:]
 
 
 def data_fingerprint(items: Tensor | Iterable[str]) -> str:
@@ -164,12 +191,17 @@ def data_fingerprint(items: Tensor | Iterable[str]) -> str:
 
 
 def _checksum(values: Tensor, chunk: int = 1 << 24) -> Tensor:
-    """Sum of every element's bits times its odd place, modulo 2^64: any changed, moved or swapped element shows."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    flat = values.contiguous().view(-1).view(bits)
+    """Sum of every element's bits times its odd place, modulo 2^64: any changed, moved or swapped element shows.
+
+    Floating values as fp32 (fp64 as it is); zeros of either sign count as 0."""
+    flat = values.contiguous().view(-1)
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     for start in range(0, flat.numel(), chunk):
-        part = flat[start : start + chunk].long()
+        part = flat[start : start + chunk]
+        if part.is_floating_point() and part.element_size() < 8:
+            part = part.float()
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+        part = (part + 0 if part.is_floating_point() else part).view(bits).long()  # -0 + 0 is 0
         place = torch.arange(start, start + part.numel(), device=values.device) * 2 + 1
         total += (part * place * 0x9E3779B97F4A7C1).sum()
     return total

@@ -133,9 +133,34 @@ def test_model_fingerprint_sees_every_parameter() -> None:
         swapped[0].weight.copy_(swapped[0].weight.flip(0))
     assert model_fingerprint(swapped) != want
     assert model_fingerprint(nn.Sequential(nn.ReLU())) == model_fingerprint(nn.ReLU())
+    swapped = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    swapped.load_state_dict(model().state_dict())  # the same values as fp32
+    assert model_fingerprint(swapped) == want
     strided = model()
     strided[0].weight = nn.Parameter(strided[0].weight.detach().T.contiguous().T)
     assert model_fingerprint(strided) == want
+
+
+def test_an_adapter_counts_when_it_changes_something() -> None:
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    want = model_fingerprint(model)
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    adapted = peft.get_peft_model(model, config)
+    assert model_fingerprint(adapted) == want
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lora_A" in name).mul_(2.0)
+        assert model_fingerprint(adapted) == want
+        next(p for name, p in adapted.named_parameters() if "lora_B" in name)[0, 0] = 1e-3
+    assert model_fingerprint(adapted) != want
+
+
+def test_a_part_is_not_cut_again(tmp_path: Path) -> None:
+    bank = make(tmp_path / "bank")
+    part = bank.shard(1, 3)
+    assert torch.equal(part.anchors, AnchorBank.open(tmp_path / "bank", model="m", data="d", rank=1, world=3).anchors)
+    with pytest.raises(ValueError, match="the bank is a part of 12 of 37 anchors"):
+        part.shard(0, 2)
 
 
 def test_data_fingerprint_sees_content_and_order() -> None:
