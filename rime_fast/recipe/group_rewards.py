@@ -1,8 +1,13 @@
-"""Rewards of a Refine-RL step: which anchors each trained side is scored against, and what is logged of it."""
+"""Rewards of a Refine-RL step: every trained side's rollouts against that side's anchors, and what is logged of it.
+
+Order of rows: the trained sides one after the other, in each the B items, in each item its G rollouts. An item of one
+side is a prompt; a step has N = sides x B of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,7 +17,9 @@ from rime_fast.ops.reward import RewardWeights, score_rewrites_
 from rime_fast.ops.reward.weights import TERM_NAMES
 
 OPPOSITE = {"query": "target", "target": "query"}
-Anchors = tuple[Tensor, Tensor, Tensor]
+DEGENERATE = 1e-6  # a group whose rewards' standard deviation is below this has nothing to say
+# Logged as means over the rollouts that have an embedding and an anchor; without one these terms are 0.
+_OF_VALID = ("rank", "hit", "positive", "negative")
 
 
 def negatives_mask(own: Tensor, others: Tensor) -> Tensor:
@@ -20,10 +27,66 @@ def negatives_mask(own: Tensor, others: Tensor) -> Tensor:
     return (own[:, None] != others[None]).all(dim=-1)
 
 
-class Rewarder:
-    """Scores the rollouts of a step, side by side, into one buffer of rewards and one of advantages.
+@dataclass(frozen=True)
+class SideAnchors:
+    """What the rollouts of one trained side are scored against; the B items in order.
 
-    trained: the sides, in row order. group_size: G.
+    rows: [A, D], on the rollouts' device, or in (pinned) host memory from which they stream; with ``group`` this rank's
+    part of a bank sharded over it. positive: [B] int64, each item's own anchor in the whole bank. own: [B, D], these
+    anchors, for the refine term; None leaves it out. mask: [B, whole bank] bool, see ``negatives_mask``; None: none is
+    left out.
+    """
+
+    rows: Tensor
+    positive: Tensor
+    own: Tensor | None = None
+    mask: Tensor | None = None
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class RewardBuffers:
+    """Rewards and advantages [N, G] fp32 of a step, and each term of ``TERM_NAMES``, written in place."""
+
+    rewards: Tensor
+    advantages: Tensor
+    terms: dict[str, Tensor]
+
+    @classmethod
+    def make(cls, prompts: int, group_size: int, device: torch.device) -> RewardBuffers:
+        """Room for ``prompts`` groups."""
+        return cls.over(*torch.zeros(2, prompts * group_size, device=device).unbind(), group_size)
+
+    @classmethod
+    def over(cls, rewards: Tensor, advantages: Tensor, group_size: int) -> RewardBuffers:
+        """On a rollout buffer's own [N G] fp32; only the terms are new."""
+        terms = rewards.new_zeros(len(TERM_NAMES), *rewards.unflatten(0, (-1, group_size)).shape)
+        rewards, advantages = (x.unflatten(0, (-1, group_size)) for x in (rewards, advantages))
+        return cls(rewards, advantages, dict(zip(TERM_NAMES, terms.unbind(), strict=True)))
+
+    def degenerate(self) -> Tensor:
+        """[N] bool: the groups whose rollouts all have the same reward."""
+        return self.terms["group_std"][:, 0] < DEGENERATE
+
+    def metrics(self) -> dict[str, Tensor]:
+        """0-d means for the log: the reward and its terms over all rollouts; rank, hit and the similarities over those
+        whose embedding is there ("reward/nan": the share of the others); "group_std" and "degenerate_groups" (a share)
+        over the groups."""
+        found = {"reward/total": self.rewards.mean()}
+        valid = 1.0 - self.terms["nan"]
+        count = valid.sum().clamp(min=1.0)
+        for name, buffer in self.terms.items():
+            if name != "group_std":
+                found[f"reward/{name}"] = (buffer * valid).sum() / count if name in _OF_VALID else buffer.mean()
+        found["group_std"] = self.terms["group_std"][:, 0].mean()
+        found["degenerate_groups"] = self.degenerate().float().mean()
+        return found
+
+
+class Rewarder:
+    """Scores rollouts side by side, in place.
+
+    weights: the reward. trained: the sides, in row order. group_size: G.
     """
 
     def __init__(self, weights: RewardWeights, trained: Sequence[str], group_size: int) -> None:
@@ -31,62 +94,59 @@ class Rewarder:
 
     def __call__(
         self,
+        into: RewardBuffers,
+        anchors: Mapping[str, SideAnchors],
         gen: Tensor,
         disc: Tensor,
-        anchors: Mapping[str, Anchors] | None,
         format_ok: Tensor,
         lengths: Tensor,
-        metrics: dict[str, Tensor],
-        group: dist.ProcessGroup | None = None,
-    ) -> Tensor:
-        """Advantages [rows] fp32; fills ``metrics`` with 0-d means of every reward term.
+        first: int = 0,
+    ) -> None:
+        """Rewards and advantages of the n prompts from the ``first``-th on; waits for no device.
 
-        gen, disc [rows, D] unit; format_ok [rows] bool, lengths [rows] tokens. anchors: side -> (anchors [A, D],
-        positive [B], ids [A, 2]); None scores each side against the other's rewrites (UME-R1).
+        anchors: trained side -> ``SideAnchors`` of all its B items. gen [n G, D] unit, not finite where missing;
+        disc [n, D] unit: the prompts' own discriminative embeddings; without one a rollout counts as missing.
+        format_ok [n G] bool, lengths [n G] rewrite tokens. Where a side's bank is sharded, every rank of its group
+        must call with the same n and first.
         """
-        sides, size = len(self.trained), self.group_size
-        count = gen.shape[0] // (sides * size)
-        gen, disc = (x.view(sides, count, size, -1) for x in (gen, disc))
-        format_ok, lengths = (x.view(sides, count, size) for x in (format_ok, lengths))
-        rewards = torch.empty(sides, count, size, device=gen.device)
-        advantages = torch.empty_like(rewards)
-        terms = {name: torch.empty_like(rewards) for name in TERM_NAMES}
-        for i, side in enumerate(self.trained):
-            mask = similarity = None
-            if anchors is None:
-                rows, positive = self._other_group(gen[1 - i], group)
-            else:
-                rows, positive, ids = anchors[OPPOSITE[side]]
-                mask = negatives_mask(ids.index_select(0, positive), ids)
-                own = rows.index_select(0, positive).float()
-                similarity = torch.einsum("bgd,bd->bg", disc[i].float(), own)
-            score_rewrites_(
-                rewards[i],
-                advantages[i],
-                gen=gen[i],
-                anchors=rows,
-                positive=positive,
-                format_ok=format_ok[i],
-                lengths=lengths[i],
-                disc_similarity=similarity,
-                negatives_mask=mask,
-                weights=self.weights,
-                terms={name: buffer[i] for name, buffer in terms.items()},
+        size = self.group_size
+        prompts, items = into.rewards.shape[0], into.rewards.shape[0] // len(self.trained)
+        stop = first + gen.shape[0] // size
+        if gen.shape[0] % size or stop > prompts or disc.shape[0] != stop - first:
+            raise ValueError(
+                f"gen has {gen.shape[0]} rows and disc {disc.shape[0]}; expected {size} and 1 for each prompt from "
+                f"{first} to at most {prompts}"
             )
-        metrics["reward/total"] = rewards.mean()
-        metrics |= {f"reward/{name}": buffer.mean() for name, buffer in terms.items() if name != "group_std"}
-        spread = terms["group_std"][..., 0]
-        metrics["group_std"] = spread.mean()
-        metrics["degenerate_groups"] = (spread < 1e-6).float().mean()
-        metrics["rewrite_tokens"] = lengths.float().mean()
-        return advantages.view(-1)
+        gen, format_ok, lengths = (x.unflatten(0, (-1, size)) for x in (gen, format_ok, lengths))
+        for place, name in enumerate(self.trained):
+            begin, end = max(first, place * items), min(stop, (place + 1) * items)
+            if begin >= end:
+                continue
+            rows, mine = slice(begin, end), slice(begin - first, end - first)
+            among = slice(begin - place * items, end - place * items)
+            self._score(into, rows, anchors[name], among, gen[mine], disc[mine], format_ok[mine], lengths[mine])
 
-    def _other_group(self, gen: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """The other side's rewrites of all ranks as anchors [A, D], and each item's first."""
-        count, size, width = gen.shape
-        rows, first = gen.reshape(count * size, width), 0
-        if group is not None:
-            everyone = rows.new_empty(dist.get_world_size(group) * len(rows), width)
-            dist.all_gather_into_tensor(everyone, rows.contiguous(), group=group)
-            rows, first = everyone, dist.get_rank(group) * len(rows)
-        return rows, first + size * torch.arange(count, device=gen.device)
+    def _score(
+        self, into: RewardBuffers, rows: slice, anchors: SideAnchors, items: slice, gen: Tensor, disc: Tensor,
+        format_ok: Tensor, lengths: Tensor,
+    ) -> None:  # fmt: skip
+        """Prompts ``rows`` of the buffers, which are the side's ``items``."""
+        similarity = None
+        if anchors.own is not None:
+            similarity = (disc.float() * anchors.own[items].float()).sum(dim=-1)
+            gen = gen.masked_fill(~similarity.isfinite()[:, None, None], torch.nan)
+            similarity = similarity.nan_to_num()
+        score_rewrites_(
+            into.rewards[rows],
+            into.advantages[rows],
+            gen=gen,
+            anchors=anchors.rows,
+            positive=anchors.positive[items],
+            format_ok=format_ok,
+            lengths=lengths,
+            disc_similarity=similarity,
+            negatives_mask=None if anchors.mask is None else anchors.mask[items],
+            weights=self.weights,
+            group=anchors.group,
+            terms={name: buffer[rows] for name, buffer in into.terms.items()},
+        )

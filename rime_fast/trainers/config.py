@@ -22,6 +22,7 @@ PROGRESS = ("rich", "plain", "none")
 SIDES = ("both", "query", "target")
 ANCHORS = ("sft", "policy")
 REFERENCES = ("auto", "adapter", "copy", "none")
+STORAGE = ("device", "host", "sharded")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -284,12 +285,37 @@ class RefineConfig(CommonConfig):
         default=True,
         metadata=_help("Score a prompt and its G rewrites as P + G R rows; False: as G whole sequences. [ours]"),
     )
+    micro_batch_tokens: int | None = field(
+        default=None,
+        metadata=_help(
+            "Rows (a prompt's tokens and its rewrites') that go through the policy at a time; a step's prompts may be "
+            "more, gradients stay the same. None: the whole batch in one forward. [ours]"
+        ),
+    )
+    refill_degenerate: int = field(
+        default=0,
+        metadata=_help("How often groups whose rewards are all equal are drawn again; 0: only counted. [ours]"),
+    )
 
     anchors: str = field(
         default="sft",
         metadata=_help(
             "Discriminative embeddings the rewrites are scored against: 'sft', of the model as it was at the start, "
             "computed once for the whole set and kept; 'policy', of the current weights, every step. [ours: 'sft']"
+        ),
+    )
+    anchor_bank: str | None = field(
+        default=None,
+        metadata=_help(
+            "Bank of the training set made by `rime-fast embed --anchors` with this model: its folder, or one side's "
+            "file. None: made at the start, into output_dir/anchors. [ours]"
+        ),
+    )
+    bank_storage: str = field(
+        default="device",
+        metadata=_help(
+            "Where the bank lies: 'device'; 'host', page-locked memory from which it streams to a GPU (a memory map on "
+            "the CPU); 'sharded', a part on each rank. [ours]"
         ),
     )
     negatives: str = field(
@@ -360,6 +386,10 @@ class RefineConfig(CommonConfig):
         in_range("epsilon_high", self.epsilon_high, 0)
         in_range("beta", self.beta, 0)
         in_range("num_iterations", self.num_iterations, 1)
+        in_range("refill_degenerate", self.refill_degenerate, 0)
+        one_of("bank_storage", self.bank_storage, STORAGE)
+        if self.micro_batch_tokens is not None:
+            in_range("micro_batch_tokens", self.micro_batch_tokens, 1)
         if self.rollout_batch is not None:
             in_range("rollout_batch", self.rollout_batch, 1)
         if self.repetition_limit != 0:
@@ -370,10 +400,24 @@ class RefineConfig(CommonConfig):
             raise ValueError("reward_mode='ume_r1' scores each side against the other's rewrites: trained_sides='both'")
         if self.reference == "none" and self.beta > 0:
             raise ValueError(f"reference='none' with beta={self.beta}: the KL needs a reference, or beta=0")
+        if self.anchor_bank is not None and (self.anchors != "sft" or self.reward_mode != "anchor"):
+            raise ValueError("anchor_bank is set, but the reward uses no bank: expected anchors='sft', "
+                             f"reward_mode='anchor', got {self.anchors!r}, {self.reward_mode!r}")  # fmt: skip
+        if self.refill_degenerate:
+            self._check_refill()
         if self.anchors == "policy" and self.negatives == "bank":
             self.negatives = "batch"  # the current policy's anchors exist for the batch only
         self.reward_weights()  # raises, naming the weight
         super().__post_init__()
+
+    def _check_refill(self) -> None:
+        if self.num_generations == 1:
+            raise ValueError("refill_degenerate is set, but num_generations is 1: every group of one is degenerate")
+        if self.reward_mode == "ume_r1" or (self.bank_storage == "sharded" and self.world_size > 1):
+            raise ValueError(
+                f"refill_degenerate is {self.refill_degenerate}, but each rank refills by itself and these rewards "
+                "need all ranks: expected reward_mode='anchor' and bank_storage 'device' or 'host'"
+            )
 
     def reward_weights(self) -> RewardWeights:
         """The reward's switches as the operator takes them."""

@@ -15,25 +15,30 @@ class MetricSums:
     """Running means of 0-d tensors, and running totals of host numbers.
 
     ``add`` costs two small kernels, ``drain`` one transfer (and one all-reduce between ranks). Ranks must add the
-    same names; a name's mean is over every value added on any rank.
+    same names; a name's mean is over every value added on any rank, by weight.
     """
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._adds: dict[tuple[str, ...], int] = {}
+        self._adds: dict[tuple[str, ...], float] = {}
         self._totals: dict[str, float] = {}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one observation of each name; tensors 0-d, on one device. Gradients are not followed."""
+    def add(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        """Add one observation of each name; tensors 0-d, on one device. Gradients are not followed.
+
+        weight: of what each value is a mean over (tokens), where observations differ in it.
+        """
         if not values:
             return
         names = tuple(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
+        if weight != 1.0:
+            stacked = stacked * weight
         if names in self._sums:
             self._sums[names] += stacked
-            self._adds[names] += 1
+            self._adds[names] += weight
         else:
-            self._sums[names], self._adds[names] = stacked, 1
+            self._sums[names], self._adds[names] = stacked, weight
 
     def count(self, **amounts: float) -> None:
         """Add host numbers to totals (tokens, samples)."""

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rime_fast.trainers.setup import vision_tower
+
 
 class Reference:
     """Log-probabilities of the model as it was before Refine-RL.
 
     kind: "auto", "adapter", "copy" or "none" (see RefineConfig.reference). Raises ValueError for "adapter" without
-    one, and for a copy of a model whose parameters are sharded (ZeRO-3, FSDP at load): use an adapter or beta=0 there.
+    one, and for a copy of a model whose parameters are sharded at load (ZeRO-3): use an adapter or beta=0 there. Under
+    FSDP2 the copy is made before the sharding: every rank holds it whole.
     """
 
     def __init__(self, model: nn.Module, kind: str, beta: float) -> None:
@@ -50,4 +53,10 @@ class Reference:
         if self.kind == "none":
             return None
         with self.model(policy) as model:
+            if self._dtype(model) != self._dtype(policy):  # DeepSpeed casts the policy, not the copy made before
+                batch = {name: value for name, value in batch.items() if name != "vision_cache"}
             return model(**batch, pools={}, temperature=temperature).logp
+
+    @staticmethod
+    def _dtype(model: nn.Module) -> torch.dtype:
+        return next(vision_tower(model).parameters()).dtype

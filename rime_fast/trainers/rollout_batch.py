@@ -7,7 +7,7 @@ its G rollouts. So a side's rows are a block, and [rows] views as [sides, B, G].
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch.utils.data import Dataset, Sampler
 
 from rime_fast.data.collate import Collator
 from rime_fast.data.records import Pair, Side, stable_hash
-from rime_fast.engine.rollout_backend import Samples
 from rime_fast.recipe.group_rewards import OPPOSITE
 
 
@@ -36,8 +35,9 @@ class IndexedPairs(Dataset):
 class PromptBatches:
     """The DataLoader's collate function: prompts of the trained sides in one packed batch.
 
-    Gives {"split", "index" [B], "sides" (trained, in row order), "prompts"}, and "opposite": disc-only prompts of the
-    other side, where the anchors are the current policy's and that side is not trained itself.
+    Gives {"split", "index" [B] and "rows" (the same on the host), "sides" (trained, in row order), "prompts", "ids"
+    [N, 2] (of each prompt's other side)}, and "opposite": disc-only prompts of the other side, where the anchors are
+    the current policy's and that side is not trained itself.
     """
 
     def __init__(self, collator: Collator, trained: Sequence[str], opposite: bool) -> None:
@@ -49,6 +49,7 @@ class PromptBatches:
         batch = {
             "split": items[0][0],
             "index": torch.tensor([index for _, index, _ in items]),
+            "rows": [index for _, index, _ in items],
             "sides": sides,
             "prompts": self.collator.collate_prompts(sides),
         }
@@ -62,56 +63,6 @@ class PromptBatches:
 def side_ids(sides: Sequence[Side]) -> Tensor:
     """Two hashes of each side, [N, 2] int64: of its id (or content), and of its text (or content with images)."""
     return torch.tensor([[stable_hash(side), stable_hash(replace(side, id=None))] for side in sides])
-
-
-@dataclass
-class Replay:
-    """What later updates on the same rollouts need. Tensors stay on the device; responses are host lists.
-
-    old_logp, ref_logp [T] fp32; advantages [rows] fp32.
-    """
-
-    responses: list[list[int]]
-    old_logp: Tensor
-    ref_logp: Tensor | None
-    advantages: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint; ``from_tensors`` reads them back."""
-        flat = [token for response in self.responses for token in response]
-        found = {
-            "tokens": torch.tensor(flat),
-            "lengths": torch.tensor([len(response) for response in self.responses]),
-            "old_logp": self.old_logp,
-            "advantages": self.advantages,
-        }
-        if self.ref_logp is not None:
-            found["ref_logp"] = self.ref_logp
-        return found
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> Replay:
-        parts = tensors["tokens"].split(tensors["lengths"].tolist())
-        ref = tensors.get("ref_logp")
-        return cls(
-            responses=[part.tolist() for part in parts],
-            old_logp=tensors["old_logp"].to(device),
-            ref_logp=None if ref is None else ref.to(device),
-            advantages=tensors["advantages"].to(device),
-        )
-
-
-def sampled_responses(rollout: Samples) -> list[list[int]]:
-    """The tokens of each rollout without padding, on the host (decoding waits for the host anyway)."""
-    lengths = rollout.lengths.tolist()
-    return [row[:length] for row, length in zip(rollout.tokens.tolist(), lengths, strict=True)]
-
-
-def token_rows(batch: dict[str, Any]) -> Tensor:
-    """The rollout each packed token belongs to, [T] int64 on the batch's device."""
-    ids = batch["input_ids"]
-    rows = torch.repeat_interleave(torch.arange(len(batch["lengths"])), torch.tensor(batch["lengths"]))
-    return rows.to(ids.device, non_blocking=True)
 
 
 class RepeatedBatches(Sampler[int]):

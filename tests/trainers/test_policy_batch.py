@@ -58,7 +58,7 @@ class Elsewhere(LocalBackend):
     def refresh(self, policy):
         self.calls.append("refresh")
 
-    def generate(self, policy, sides, prompts, sampling):
+    def generate(self, policy, sides, prompts, sampling, out=None):
         self.calls.append("generate")
         assert len(sides) == len(prompts["lengths"])
         return super().generate(policy, sides, prompts, sampling)
@@ -94,14 +94,26 @@ HOST_ONLY = {
     ("ops/logprob_pool/arguments.py", "_check_targets"): "the same",
     ("ops/logprob_pool/chunked.py", "scored_rows"): "the CPU's backend numbers its scored rows; Triton's does not",
 }
+aten = torch.ops.aten
+READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.bincount}
 
 
 class HostReads(TorchDispatchMode):
-    """Collects where the host reads values of tensors: item, bool, float, nonzero, and by a patch tolist."""
+    """Collects where the host reads values of tensors: item, bool, float, int, nonzero, boolean indexing, unique; and
+    by patches tolist, cpu and numpy."""
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         super().__init__()
         self.places = set()
+        for name in ("tolist", "cpu", "numpy"):
+            monkeypatch.setattr(torch.Tensor, name, self.noted(getattr(torch.Tensor, name)))
+
+    def noted(self, method):
+        def read(tensor, *args, **kwargs):
+            self.note()
+            return method(tensor, *args, **kwargs)
+
+        return read
 
     def note(self):
         frame, package = sys._getframe(1), str(Path(rime_fast.__file__).parent)
@@ -113,31 +125,80 @@ class HostReads(TorchDispatchMode):
             self.places.add((frame.f_code.co_filename.removeprefix(package + "/"), frame.f_code.co_name))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+        packet = func.overloadpacket
+        masks = packet in (aten.index, aten.index_put, aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if packet in READS or masks:
             self.note()
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_step_waits_for_no_device(tiny, tmp_path, monkeypatch, shared):
-    run = trained(tiny, tmp_path, shared_prefix=shared)
+@pytest.mark.parametrize("settings", [
+    {},
+    {"shared_prefix": False},
+    {"micro_batch_tokens": 1, "loss_type": "token_mean"},
+    {"num_iterations": 2},
+    {"reward_mode": "ume_r1", "micro_batch_tokens": 1},
+    {"anchors": "policy"},
+    {"anchors": "policy", "trained_sides": "query"},
+], ids=str)  # fmt: skip
+def test_a_step_waits_for_no_device(tiny, tmp_path, monkeypatch, settings):
+    run = trained(tiny, tmp_path, **settings)
     inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
-    responses = run._roll_out(inputs)
-    monkeypatch.setattr(run, "_roll_out", lambda inputs: responses)
-    reads = HostReads()
-    tolist = torch.Tensor.tolist
-
-    def noted(self):
-        reads.note()
-        return tolist(self)
-
-    monkeypatch.setattr(torch.Tensor, "tolist", noted)
+    drawn = run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
+    monkeypatch.setattr(run.phase, "draw", lambda *_: drawn)
     run.model.train()
+    run.current_gradient_accumulation_steps = 1
+    reads = HostReads(monkeypatch)
     with reads:
-        loss = run.compute_loss(run.model, inputs)
-        loss.backward()
+        for _ in range(settings.get("num_iterations", 1)):
+            run.step.train(run.model, inputs)
     found = {place for place in reads.places if not place[0].startswith("data/")}  # collation is host work
     assert found <= HOST_ONLY.keys()
-    with reads:  # the count can fail
-        bool(loss.detach() > 0)
-    assert ("outside", "the package") in reads.places
+
+
+def test_the_count_of_host_reads_can_fail(monkeypatch):
+    x = torch.arange(3.0)
+    for read in (lambda: bool(x[0] > 0), lambda: int(x[0]), lambda: x.nonzero(), lambda: x[x > 1], lambda: x.tolist(),
+                 lambda: x.cpu(), lambda: x.numpy(), lambda: x.unique()):  # fmt: skip
+        with monkeypatch.context() as patch:
+            reads = HostReads(patch)
+            with reads:
+                read()
+            assert reads.places == {("outside", "the package")}
+
+
+def test_the_host_reads_rollouts_once(tiny, tmp_path, monkeypatch):
+    """After decoding, the tokens come to the host in one transfer."""
+    run = trained(tiny, tmp_path)
+    inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
+    samples = run.phase.backend.generate(run.policy, inputs["sides"], inputs["prompts"], run.phase.sampling)
+    monkeypatch.setattr(run.phase.backend, "generate", lambda *_: samples)
+    calls = []
+    tolist = torch.Tensor.tolist
+    reads = HostReads(monkeypatch)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: calls.append(x) or tolist(x))
+    with reads:
+        run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
+    assert len(calls) == 1
+    assert not reads.places
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_tokens": 1}, {"num_iterations": 2}, {"bf16": True}], ids=str)
+def test_a_step_on_a_gpu_never_synchronises(tiny, tmp_path, monkeypatch, settings):
+    run = trained(tiny, tmp_path, **settings)
+    inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
+    drawn = run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
+    monkeypatch.setattr(run.phase, "draw", lambda *_: drawn)
+    run.model.train()
+    run.current_gradient_accumulation_steps = 1
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(settings.get("num_iterations", 1)):
+            run.step.train(run.model, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,157 @@
+"""What each side's rollouts are scored against: a bank kept for the whole run, the current policy's own embeddings, or
+(UME-R1) the other side's rewrites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rime_fast.data.collate import Collator
+from rime_fast.engine.anchor_bank import AnchorBank
+from rime_fast.recipe.group_rewards import OPPOSITE, SideAnchors, negatives_mask
+from rime_fast.trainers.anchors import (
+    anchor_bank,
+    discriminative_rows,
+    everyones,
+    given_bank,
+    item_ids,
+    set_fingerprint,
+)
+from rime_fast.trainers.config import RefineConfig
+from rime_fast.trainers.rollout_batch import IndexedPairs
+
+
+class AnchorSource:
+    """Makes and keeps the banks, and gives a batch's ``SideAnchors``.
+
+    trained: the sides that are trained, in row order. group: the ranks that share a step.
+    """
+
+    def __init__(
+        self, args: RefineConfig, trained: tuple[str, ...], collator: Collator, group: dist.ProcessGroup | None
+    ) -> None:
+        self.args, self.trained, self.collator, self.group = args, trained, collator, group
+        self.banks: dict[tuple[str, str], AnchorBank] = {}
+        self._ids: dict[tuple[str, str], Tensor] = {}  # of the whole bank, on the device
+        self.from_bank = args.reward_mode == "anchor" and args.anchors == "sft"
+        self.sharded = self.from_bank and args.bank_storage == "sharded" and group is not None
+        own = args.reward_mode == "anchor" and args.anchors == "policy" and len(trained) == 2
+        # Whether a side's anchors need the embeddings of the whole batch, or all ranks to score it together.
+        self.together = args.reward_mode == "ume_r1" or own or (self.sharded and args.negatives == "bank")
+
+    # --- banks -------------------------------------------------------------------------------------------------------
+
+    def make(self, model: Any, policy: Any, pairs: IndexedPairs, *, resuming: bool, sharded_model: bool) -> None:
+        """The banks of ``pairs`` that are not there yet. model: gives the embeddings; policy: the same, unwrapped."""
+        if not self.from_bank:
+            return
+        for side in sorted({OPPOSITE[name] for name in self.trained}):
+            key = (pairs.name, side)
+            if key in self.banks:
+                continue
+            ids = item_ids(pairs.pairs, side)
+            if self.args.anchor_bank is not None and pairs.name == "train":
+                bank = given_bank(self.args.anchor_bank, policy, ids, side, self.collator, resuming=resuming)
+            else:
+                bank = self._own_bank(model, policy, pairs, ids, side, resuming, sharded_model)
+            self.banks[key] = self._placed(bank)
+            self._ids[key] = ids.to(self.args.device)
+
+    def _own_bank(
+        self, model: Any, policy: Any, pairs: IndexedPairs, ids: Tensor, side: str, resuming: bool, sharded_model: bool
+    ) -> AnchorBank:
+        args = self.args
+        path = Path(str(args.output_dir)) / "anchors" / f"{pairs.name}-{side}.safetensors"
+        if resuming and sharded_model and not path.is_file():
+            raise ValueError(f"{path} is missing: the anchors of the start cannot be made from a resumed policy")
+        batch = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
+        keep = args.device if args.bank_storage == "device" else torch.device("cpu")
+
+        def encode() -> Tensor:
+            return discriminative_rows(model, pairs.pairs, side, self.collator, batch, args.device, self.group, keep)
+
+        data = set_fingerprint(ids, side, self.collator)
+        return anchor_bank(path, policy, ids, side, data, encode, resuming=resuming, save=args.should_save,
+                           group=self.group)  # fmt: skip
+
+    def _placed(self, bank: AnchorBank) -> AnchorBank:
+        """Where ``bank_storage`` wants it."""
+        device = self.args.device
+        if self.sharded:
+            bank = bank.shard(dist.get_rank(self.group), dist.get_world_size(self.group))
+        if self.args.bank_storage != "host":
+            return bank.to(device)
+        bank = bank.to("cpu")
+        return bank.pinned() if device.type == "cuda" else bank
+
+    # --- a batch -----------------------------------------------------------------------------------------------------
+
+    def anchors(
+        self, inputs: dict[str, Any], gen: Tensor | None = None, disc: Tensor | None = None,
+        opposite: Tensor | None = None,
+    ) -> dict[str, SideAnchors]:  # fmt: skip
+        """Of every trained side of this batch; every rank calls it, in step, once for a batch.
+
+        gen [N G, D], disc [N, D]: the batch's own embeddings, needed where ``together`` (and not sharded); opposite
+        [B, D]: discriminative embeddings of the other side, where that side is not trained and anchors are the
+        policy's. Reads nothing from a device, except that a host bank's rows go there.
+        """
+        found = {}
+        items = len(inputs["rows"])
+        for place, name in enumerate(self.trained):
+            other = slice((1 - place) * items, (2 - place) * items)
+            if self.args.reward_mode == "ume_r1":
+                assert gen is not None
+                found[name] = self._other_rewrites(gen.unflatten(0, (2 * items, -1))[other])
+            elif self.from_bank and self.args.negatives == "bank":
+                found[name] = self._whole_bank(inputs, OPPOSITE[name])
+            else:
+                if self.from_bank:
+                    own = self._own(inputs, OPPOSITE[name])
+                else:
+                    assert opposite is not None or disc is not None
+                    own = opposite if disc is None or opposite is not None else disc[other]  # type: ignore[assignment]
+                ids = inputs["ids"][place * items : (place + 1) * items]
+                found[name] = self._in_batch(own, ids)
+        return found
+
+    def _whole_bank(self, inputs: dict[str, Any], side: str) -> SideAnchors:
+        key = (inputs["split"], side)
+        ids, index = self._ids[key], inputs["index"]
+        mask = negatives_mask(ids.index_select(0, index), ids)
+        group = self.group if self.sharded else None
+        return SideAnchors(self.banks[key].anchors, index, self._own(inputs, side), mask, group)
+
+    def _in_batch(self, own: Tensor, ids: Tensor) -> SideAnchors:
+        """All ranks' own anchors of this batch."""
+        rows, everyone = everyones(own, self.group), everyones(ids, self.group)
+        return SideAnchors(rows, self._places(len(own), 1, own.device), own, negatives_mask(ids, everyone))
+
+    def _other_rewrites(self, gen: Tensor) -> SideAnchors:
+        """gen [B, G, D] of the other side: all ranks' rewrites, and each item's first."""
+        return SideAnchors(everyones(gen.flatten(0, 1), self.group), self._places(*gen.shape[:2], gen.device))
+
+    def _places(self, count: int, size: int, device: torch.device) -> Tensor:
+        first = 0 if self.group is None else dist.get_rank(self.group) * count * size
+        return first + size * torch.arange(count, device=device)
+
+    def _own(self, inputs: dict[str, Any], side: str) -> Tensor:
+        """The items' own anchors [B, D], on the device."""
+        bank, index = self.banks[inputs["split"], side], inputs["index"]
+        if self.sharded:
+            wanted = everyones(index, self.group) - bank.offset
+            held = (wanted >= 0) & (wanted < len(bank.anchors))
+            rows = bank.anchors.index_select(0, wanted.clamp(0, len(bank.anchors) - 1)).float()
+            rows = rows.masked_fill(~held[:, None], 0.0)
+            dist.all_reduce(rows, group=self.group)
+            return rows.split(len(index))[dist.get_rank(self.group)]
+        if bank.anchors.device == index.device:
+            return bank.anchors.index_select(0, index)
+        rows = bank.anchors[inputs["rows"]]  # a host bank, read by host numbers
+        rows = rows.pin_memory() if index.device.type == "cuda" else rows
+        return rows.to(index.device, non_blocking=True)
+

@@ -1,0 +1,104 @@
+"""A Refine-RL step in parts: the loss, gradients and metrics of the whole; refilled groups; one pass of the tower."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rime_fast.trainers.config import RefineConfig
+from rime_fast.trainers.policy_batch import Part, plan_parts
+from rime_fast.trainers.refine_trainer import RefineRLTrainer
+
+QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 3,
+         "learning_rate": 5e-3, "warmup_steps": 0, "num_generations": 3, "max_completion_length": 6,
+         "lr_scheduler_type": "constant"}  # fmt: skip
+
+
+def trainer(tiny, folder, *, more=None, **settings):
+    args = RefineConfig(output_dir=str(folder), **(QUIET | settings))
+    processor = tiny.processor()
+    return RefineRLTrainer(tiny.model(processor), args, tiny.pairs(6), processing_class=processor,
+                           template=tiny.template, **(more or {}))  # fmt: skip
+
+
+def test_parts_are_as_few_as_neighbours_allow():
+    costs = [5, 5, 1, 9, 20, 3, 3]
+    assert plan_parts(costs, 11) == [Part(0, 3), Part(3, 4), Part(4, 5), Part(5, 7)]
+    assert plan_parts(costs, None) == plan_parts(costs, 46) == [Part(0, 7)]
+    assert len(plan_parts(costs, 1)) == 7
+
+
+class Stepped:
+    """One step on given rollouts: loss, gradients, metrics, policy forwards."""
+
+    def __init__(self, tiny, folder, rollouts=None, *, updates=1, **settings):
+        self.run = run = trainer(tiny, folder, **settings)
+        run.model.double()
+        if run.reference.copy is not None:
+            run.reference.copy.double()
+        run.make_banks(run.model)
+        inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
+        torch.manual_seed(3)
+        self.rollouts = rollouts or run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
+        run.phase.draw = lambda *_: self.rollouts
+        run.model.train()
+        run.current_gradient_accumulation_steps = 1
+        self.forwards = []
+        run.model.register_forward_pre_hook(
+            lambda _, args, given: self.forwards.append(given["input_ids"].shape[0]), with_kwargs=True
+        )
+        for _ in range(updates):
+            run.model.zero_grad()
+            self.loss = run.step.train(run.model, inputs)
+        self.gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+        self.metrics = run.sums.drain(torch.device("cpu"))
+
+    def equals(self, other, bound):
+        assert float(self.loss) == pytest.approx(float(other.loss), rel=bound, abs=bound)
+        assert self.gradients.keys() == other.gradients.keys()
+        for name, want in other.gradients.items():
+            error = float((self.gradients[name] - want).norm() / want.norm().clamp(min=1e-9))
+            assert error <= bound, f"{name}: {error:.1e}"
+        assert self.metrics.keys() == other.metrics.keys()
+        for name, want in other.metrics.items():
+            if name not in ("samples", "tokens", "kl"):
+                assert self.metrics[name] == pytest.approx(want, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"loss_type": "token_mean", "trained_sides": "query"},
+    {"loss_type": "dr_grpo", "scale_rewards": False, "negatives": "batch"},
+    {"anchors": "policy", "trained_sides": "target"},
+    {"shared_prefix": False},
+], ids=str)  # fmt: skip
+def test_a_step_in_parts_is_the_step(tiny, tmp_path, settings):
+    whole = Stepped(tiny, tmp_path, beta=0.1, **settings)
+    prompts = 3 if "trained_sides" in settings else 6
+    for budget, parts in ((1, prompts), (max(whole.forwards) // 2 + 20, 2 if prompts == 6 else None)):
+        cut = Stepped(tiny, tmp_path, whole.rollouts, beta=0.1, micro_batch_tokens=budget, **settings)
+        cut.equals(whole, 1e-6)
+        extra = 1 if "anchors" in settings else 0
+        assert parts is None or len(cut.forwards) == parts + extra
+    assert whole.metrics["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"micro_batch_tokens": 1}, {"num_iterations": 2, "micro_batch_tokens": 150}, {"beta": 0.0, "rollout_batch": 3},
+], ids=str)  # fmt: skip
+def test_a_frozen_vision_tower_sees_an_image_once(tiny, tmp_path, settings):
+    run = trainer(tiny, tmp_path, max_steps=2, anchors="policy", trained_sides="query", **settings)
+    seen = []
+    tower = run.model.model.visual
+    tower.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
+    patches = inputs["prompts"]["pixel_values"].shape[0]
+    run.current_gradient_accumulation_steps = 1
+    run.model.train()
+    run.step.train(run.model, inputs)
+    assert sum(seen) == patches
+    tower.requires_grad_(True)
+    run.step.train(run.model, inputs) if "num_iterations" in settings else None
+    before = sum(seen)
+    run.step.train(run.model, inputs)
+    assert sum(seen) - before > patches  # rollout, reference and policy each see them
