@@ -27,6 +27,7 @@ COMMANDS = {
     "bench logprob": ("bench_micro:LOGPROB", "the head's log-probabilities and gradients beside their peers"),
     "bench contrastive": ("bench_micro:CONTRASTIVE", "the contrastive loss beside its peers"),
     "bench reward": ("bench_micro:REWARD", "rewards and advantages beside their peers"),
+    "bench scale": ("bench_scale", "a step on 8 to 512 H100s by a written model: tables, JSON, curves"),
 }
 DEBUG = "RIME_FAST_DEBUG"
 
