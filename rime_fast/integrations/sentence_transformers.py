@@ -17,7 +17,7 @@ from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.grad_sync import GradSync, grad_sync
 from rime_fast.ops.contrastive import contrastive_loss
 
-# Directions (and how they are normalised) -> contrastive_loss(symmetric=...)
+# What the operator computes: directions (and how they are normalised) -> contrastive_loss(symmetric=...)
 _SYMMETRIC = {
     (frozenset({"query_to_doc"}), "joint"): False,
     (frozenset({"query_to_doc"}), "per_direction"): False,
@@ -29,14 +29,13 @@ Range = tuple[int, int, int]  # column, begin, end
 class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
     """In place of ``CachedMultipleNegativesRankingLoss``: the same arguments, loss and gradients.
 
-    The similarities run through ``contrastive_loss`` (no score matrix), the mini-batches through ``GradCache``: the
-    last mini-batch is encoded once, and so are as many others as ``keep_bytes`` of graphs allow; under DDP gradients
-    are exchanged once a step.
+    The mini-batches run through ``GradCache``: the last one is encoded once, and so are as many others as
+    ``keep_bytes`` of graphs allow; under DDP gradients are exchanged once a step. The similarities run through
+    ``contrastive_loss`` (no score matrix) for ``cos_sim`` and ``dot_score``, without hardness weighting, for the
+    directions ("query_to_doc",), or with "doc_to_query" as well under partition_mode="per_direction"; for everything
+    else that their class accepts, through its own loss, a mini-batch of rows of the score matrix at a time.
 
-    keep_bytes: memory for kept graphs, per process (``math.inf``: all). similarity_fct: ``cos_sim`` or ``dot_score``.
-    directions: ("query_to_doc",), or with "doc_to_query" as well under partition_mode="per_direction". Everything else
-    as in their class. Raises ValueError for what the operator does not compute: other directions or similarities, and
-    hardness weighting.
+    keep_bytes: memory for kept graphs, per process (``math.inf``: all). The rest as in their class.
     """
 
     def __init__(
@@ -50,15 +49,6 @@ class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, scale, similarity_fct, mini_batch_size, *args, **kwargs)
-        if (frozenset(self.directions), self.partition_mode) not in _SYMMETRIC:
-            raise ValueError(
-                f"directions is {self.directions} with partition_mode={self.partition_mode!r}; expected "
-                "('query_to_doc',), or ('query_to_doc', 'doc_to_query') with partition_mode='per_direction'"
-            )
-        if self.similarity_fct not in (cos_sim, dot_score):
-            raise ValueError(f"similarity_fct is {self.similarity_fct}; expected cos_sim or dot_score")
-        if self.hardness_mode is not None:
-            raise ValueError(f"hardness_mode is {self.hardness_mode!r}; expected None")
         self.keep_bytes = keep_bytes
         self._cache = GradCache(keep_bytes=keep_bytes, cost=lambda part: float(part[2] - part[1]))
 
@@ -69,7 +59,7 @@ class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
             raise ValueError(f"sentence_features has {len(features)} columns; expected anchors and candidates")
         ranges = [_minibatch_ranges(f, self.mini_batch_size, self.mini_batch_num_tokens) for f in features]
         parts: list[Range] = [(i, a, b) for i, column in enumerate(ranges) for a, b in column]
-        queries = ranges[0][-1][1]
+        counts = [column[-1][1] for column in ranges]
 
         def encode(part: Range, scored: bool) -> Encoded:
             column, begin, end = part
@@ -79,7 +69,7 @@ class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
             return Encoded({"rows": rows})
 
         def loss(rows: dict[str, Tensor]) -> Tensor:
-            return self._contrast(rows["rows"], queries)
+            return self._contrast(rows["rows"], counts)
 
         if not torch.is_grad_enabled():
             return loss({"rows": torch.cat([encode(part, False).embeddings["rows"] for part in parts])})
@@ -95,17 +85,23 @@ class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
         value.register_hook(second)
         return value
 
-    def _contrast(self, rows: Tensor, queries: int) -> Tensor:
-        """The operator's loss of anchors [n, D] and candidates (positives, then each column of negatives)."""
+    def _contrast(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """The loss of anchors, positives and each column of negatives, ``counts`` rows of each."""
+        symmetric = _SYMMETRIC.get((frozenset(self.directions), self.partition_mode))
+        weighted = self.hardness_mode is not None and self.hardness_strength > 0
+        if symmetric is None or weighted or self.similarity_fct not in (cos_sim, dot_score):
+            # with gradients it runs the backward itself, chunk by chunk, and returns a number
+            return self.calculate_loss([[column] for column in rows.split(counts)], with_backward=rows.requires_grad)
         if self.similarity_fct is cos_sim:
             rows = F.normalize(rows, dim=-1)
+        queries = counts[0]
         gathered = self.gather_across_devices and dist.is_initialized() and dist.get_world_size() > 1
         loss = contrastive_loss(
             {"rows": rows[:queries]},
             {"rows": rows[queries:]},
             terms=[("rows", "rows", 1.0)],
             temperature=1.0 / self.scale,
-            symmetric=_SYMMETRIC[frozenset(self.directions), self.partition_mode],
+            symmetric=symmetric,
             group=dist.group.WORLD if gathered else None,
         ).loss
         if not gathered:

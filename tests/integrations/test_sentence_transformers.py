@@ -12,6 +12,7 @@ sentence_transformers = pytest.importorskip("sentence_transformers", minversion=
 
 from rime_fast.integrations.sentence_transformers import FusedMultipleNegativesRankingLoss  # noqa: E402
 from rime_fast.model.tiny import tiny_tokenizer  # noqa: E402
+from tests.ranks import run_ranks  # noqa: E402
 
 WORDS = ["red", "blue", "green", "black", "white", "round", "flat", "tall", "old", "new", "car", "house", "tree"]
 
@@ -68,6 +69,10 @@ OPTIONS = {
     "tokens": {"mini_batch_num_tokens": 24},
     "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
     "dot": {"similarity_fct": sentence_transformers.util.dot_score, "scale": 1.0},
+    # computed by their own loss, a mini-batch of rows at a time, on our cache
+    "joint": {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")},
+    "hardness": {"hardness_mode": "all_negatives", "hardness_strength": 3.0},
+    "similarity": {"similarity_fct": sentence_transformers.util.euclidean_sim, "scale": 1.0},
 }
 
 
@@ -76,7 +81,7 @@ def test_loss_and_gradients_equal_theirs(base, options):
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss as Theirs
 
     options = {"mini_batch_size": 5} | options
-    width = 2 if "directions" in options else 3
+    width = 2 if options.get("partition_mode") else 3
     features = columns(base, width=width)
     for dropout in (False, True):
         truth = gradients(Theirs, base, features, dropout, **options)
@@ -86,41 +91,76 @@ def test_loss_and_gradients_equal_theirs(base, options):
             assert_equal(ours, truth, 1e-4)
 
 
-def test_their_trainer_gives_the_same_weights(base, tmp_path):
+@pytest.mark.parametrize("several", [False, True], ids=["pairs", "datasets with prompts and hard negatives"])
+def test_their_trainer_gives_the_same_weights(base, tmp_path, several):
     """Accumulation, evaluation and the loss's config in the model card included."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss as Theirs
 
     data = Dataset.from_dict({"anchor": texts(24, 1), "positive": texts(24, 2)})
+    more = {}
+    if several:
+        triplets = {"anchor": texts(16, 3), "positive": texts(16, 4), "negative": texts(16, 5)}
+        data = {"pairs": data, "triplets": Dataset.from_dict(triplets)}
+        more["prompts"] = {"pairs": {"anchor": "old "}, "triplets": {"anchor": "red car ", "positive": "tree "}}
     trained = []
     for make in (Theirs, FusedMultipleNegativesRankingLoss):
         model = copy.deepcopy(base)
+        model.set_pooling_include_prompt(not several)
         args = SentenceTransformerTrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=3,
             learning_rate=1e-2, optim="sgd", save_strategy="no", logging_steps=1, eval_strategy="steps", eval_steps=3,
-            report_to="none", use_cpu=True, disable_tqdm=True, seed=3,
+            report_to="none", use_cpu=True, disable_tqdm=True, seed=3, **more,
         )  # fmt: skip
         trainer = SentenceTransformerTrainer(
             model=model, args=args, train_dataset=data, eval_dataset=data, loss=make(model, mini_batch_size=3)
         )
         trainer.train()
-        logs = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-        trained.append((dict(model.named_parameters()), [entry.get("loss", entry.get("eval_loss")) for entry in logs]))
+        logs = [next((v for k, v in entry.items() if k.endswith("loss")), None) for entry in trainer.state.log_history]
+        trained.append((dict(model.named_parameters()), [loss for loss in logs if loss is not None]))
     (theirs, their_losses), (ours, our_losses) = trained
     assert our_losses == pytest.approx(their_losses, rel=1e-4)
-    assert len(our_losses) == 4
+    assert len(our_losses) == 5 + several  # three steps, an evaluation of each dataset, the mean
     for name, want in theirs.items():
         assert torch.allclose(ours[name], want, rtol=1e-4, atol=1e-6), name
 
 
-def test_what_it_does_not_compute_is_an_error(base):
+def ranks(rank: int, world: int, folder: str) -> None:
+    """Gradients under DDP, theirs and ours, the candidates of both ranks gathered or not; equal and averaged."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss as Theirs
+    from torch.nn.parallel import DistributedDataParallel
+
+    base = SentenceTransformer(folder, device="cpu").eval()
+    features = [base.preprocess(texts(7, 10 * rank + seed)) for seed in range(3)]
+    for options in OPTIONS.values():
+        for gathered in (False, True):
+            found = []
+            for make in (Theirs, FusedMultipleNegativesRankingLoss):
+                model = copy.deepcopy(base)
+                loss = make(model, gather_across_devices=gathered, **({"mini_batch_size": 3} | options))
+                loss.model = DistributedDataParallel(model, find_unused_parameters=True)  # as their trainer does
+                value = loss([dict(f) for f in features[: 2 if options.get("partition_mode") else 3]], None)
+                value.backward()
+                torch.distributed.all_reduce(value.detach())
+                grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+                found.append((float(value.detach()) / world, grads))
+            assert_equal(found[1], found[0], 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_under_ddp(base, tmp_path):
+    base.save(str(tmp_path))
+    run_ranks(ranks, 2, str(tmp_path))
+
+
+def test_wrong_arguments_are_errors(base):
     make = FusedMultipleNegativesRankingLoss
-    with pytest.raises(ValueError, match="directions is"):
-        make(base, directions=("query_to_doc", "query_to_query"))
-    with pytest.raises(ValueError, match="similarity_fct is"):
-        make(base, similarity_fct=lambda a, b: a @ b.T)
-    with pytest.raises(ValueError, match="hardness_mode is"):
-        make(base, hardness_mode="all_negatives", hardness_strength=1.0)
+    with pytest.raises(ValueError, match="directions"):
+        make(base, directions=("query_to_doc", "sideways"))
+    with pytest.raises(ValueError, match="keep_bytes is -1"):
+        make(base, keep_bytes=-1)
     with pytest.raises(ValueError, match="1 columns"):
         make(base)(columns(base, width=1), None)
