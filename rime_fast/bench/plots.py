@@ -100,8 +100,10 @@ def growth(stored: Stored) -> Figure | None:
                     _curve(axes, points, impl, COLOURS[j % len(COLOURS)])
             _log_axes(axes)
             _style(axes, title.replace(GROWTH, ""), name, unit)
-            if axes.has_data():
+            if axes.lines:
                 axes.legend(frameon=False, fontsize=8)
+            else:
+                axes.set_visible(False)
     return figure
 
 

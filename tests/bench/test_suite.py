@@ -1,0 +1,76 @@
+"""Every benchmark once at its tiny size, in this process: our rows within their bounds, peers there or named."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from rime_fast.bench import ceiling, contrastive, joint_step, logprob, refine_step, reward
+from rime_fast.bench.harness import FLOOR, Results, compare
+from rime_fast.bench.stored import load
+
+ROOT = Path(__file__).parents[2]
+# name -> what benchmarks/bench_*.py calls, shape, implementations that must have run, bound of our error
+SUITE = {
+    "ceiling": (ceiling.measure, ceiling.SHAPES["tiny"][0], {"copy", "gemm"}, 0.0),
+    "logprob": (logprob.measure, logprob.SHAPES["tiny"][0], {FLOOR, "ours_forward", "ours_recompute", "eager"}, 1e-5),
+    "contrastive": (contrastive.measure, contrastive.SHAPES["tiny"][-1], {FLOOR, "ours", "eager", "open_clip"}, 1e-5),
+    "contrastive_growth": (contrastive.measure_growth, contrastive.GROWTH["tiny"][0], {"ours"}, 0.0),
+    "reward": (reward.measure, reward.SHAPES["tiny"][0], {FLOOR, "ours_mean", "eager"}, 1e-6),
+    "reward_ume_r1": (reward.measure_ume_r1, reward.UME_SHAPES["tiny"][0], {FLOOR, "ours_ume_r1", "ume_r1 loop"}, 1e-6),
+    "joint_step": (joint_step.measure, joint_step.SHAPES["tiny"][0], {"ours", "ours_kept", joint_step.PLAIN}, 1e-3),
+    "joint_step, one pass": (joint_step.measure, joint_step.SHAPES["tiny"][1], {"ours", joint_step.PLAIN}, 1e-3),
+    "refine_step": (refine_step.measure, refine_step.SHAPES["tiny"][0], {"ours"}, 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_tiny_case(name, tmp_path):
+    measure, shape, wanted, bound = SUITE[name]
+    results = Results(seconds=1.0)
+    found = measure(shape, "cpu", torch.float32, results, 1)
+    assert wanted <= set(found)
+    assert all(row.median_ms > 0 and row.first_call_s is not None for row in found.values())
+    ours = {impl: row for impl, row in found.items() if impl.startswith("ours")}
+    if bound:
+        known = {impl: row.error_fp64 for impl, row in ours.items() if row.error_fp64 is not None}
+        assert known
+        assert all(error < bound for error in known.values()), known
+    if FLOOR in found:
+        assert all(row.ratio_to_floor is not None for row in found.values())
+    assert all(one.reason for one in results.skipped)
+    results.write(tmp_path / "rows.json")
+    stored = load(tmp_path / "rows.json")
+    assert stored.rows == results.rows
+    assert stored.environment["torch"] == torch.__version__
+    if name.startswith("joint_step"):
+        parts = {row.impl for row in stored.rows if row.bench == "joint_step_parts"}
+        named = ("vision", "LLM forward", "head", "contrast", "backward", "optimiser")
+        assert {f"ours/{part}" for part in named} <= parts
+
+
+def test_ours_must_run_and_a_peer_may_be_missing():
+    def absent() -> None:
+        raise ImportError("no such package\nsecond line")
+
+    results = Results()
+    compare("op", "a", {"ours": lambda: None, "peer": absent}, shape={}, rounds=1, results=results)
+    assert [(one.impl, one.reason) for one in results.skipped] == [("peer", "no such package")]
+    with pytest.raises(ImportError):
+        compare("op", "a", {"ours": absent}, shape={}, rounds=1)
+
+
+def test_a_time_limit_leaves_rounds_out_and_keeps_one():
+    calls = []
+    compare("op", "a", {"ours": lambda: calls.append(1)}, shape={}, rounds=50, results=Results(seconds=0.0))
+    assert len(calls) == 3  # first, warm-up, one round
+
+
+def test_every_benchmark_file_measures_through_the_package():
+    """The pytest cases stay thin: what is measured is in rime_fast/bench, where the suite above runs it."""
+    for path in (ROOT / "benchmarks").glob("bench_*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert any((node.module or "").startswith("rime_fast.bench") for node in nodes), path
