@@ -1,7 +1,7 @@
 """Cross-compiles operator A's Triton kernels and prints one JSON line a kernel; needs no GPU.
 
 Run by test_logprob_pool_triton.py in a process of its own, without TRITON_INTERPRET:
-    python tests/ops/compile_logprob_triton.py 90 bf16
+    python tests/ops/compile_logprob_triton.py bf16 all 90
 """
 
 from __future__ import annotations
@@ -19,18 +19,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rime_fast.ops.logprob_pool import triton_kernels as kernels
-from rime_fast.ops.logprob_pool.triton_backend import SPLIT, heavy_forward, tiles_for
+from rime_fast.ops.logprob_pool.triton_tiles import (
+    GROUP,
+    SPLIT_COLUMNS,
+    Tiles,
+    head_tiles,
+    hidden_tiles,
+    score_tiles,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTS = {
-    "capacity", "width", "vocabulary", "stride_x", "stride_w", "stride_panel", "stride_head", "splits", "first",
-    "columns_in_panel",
+    "capacity", "length", "width", "vocabulary", "stride_x", "stride_w", "stride_panel", "stride_head", "splits",
+    "first", "columns_in_panel",
 }  # fmt: skip
-OPERANDS = {"x", "w", "panel", "dhead", "grad_hidden"}
+OPERANDS = {"x", "w", "panel", "dhead", "dhidden", "low"}
 
 
-def pointer(name: str, operand: str) -> str:
+def pointer(name: str, operand: str, blocks: dict[str, tuple[int, int]]) -> str:
     """Type of an argument in Triton's notation."""
+    if name in blocks:
+        return f"tensordesc<{operand}[{blocks[name][0]},{blocks[name][1]}]>"
     if name in INTS:
         return "i32"
     if name == "softcap":
@@ -40,13 +49,27 @@ def pointer(name: str, operand: str) -> str:
     return {"targets": "*i64", "order": "*i64", "count": "*i32"}.get(name, "*fp32")
 
 
+def descriptors(name: str, t: Tiles) -> dict[str, tuple[int, int]]:
+    """Which operands a kernel takes as descriptors, and their blocks (triton_backend.py)."""
+    return {
+        "forward_kernel": {"w": (t.BN, t.BK)}, "dlogits_kernel": {"w": (t.BN, t.BK), "panel": (t.BM, t.BN)},
+        "dhead_kernel": {"panel": (t.BK, t.BM)}, "dhidden_kernel": {"panel": (t.BM, t.BK), "w": (t.BK, t.BN)},
+    }[name]  # fmt: skip
+
+
 def compile_kernel(name: str, constants: dict, capability: int, operand: str, warps: int, stages: int) -> dict:
     """Compile one kernel; what the gate looks at."""
     kernel = getattr(kernels, name)
-    signature = {a: "constexpr" if a in constants else pointer(a, operand) for a in kernel.arg_names}
+    blocks = {}
+    if constants.get("TMA"):
+        blocks = descriptors(name, Tiles(constants["BM"], constants["BN"], constants["BK"], warps, stages))
+    signature = {a: "constexpr" if a in constants else pointer(a, operand, blocks) for a in kernel.arg_names}
     # The pointers and sizes of real models are multiples of 16; knowing it, loads are 16 bytes wide and asynchronous.
     sized = ("stride", "width", "vocabulary", "first", "columns")
-    aligned = [i for i, a in enumerate(kernel.arg_names) if signature[a].startswith("*") or a.startswith(sized)]
+    aligned = [
+        i for i, a in enumerate(kernel.arg_names)
+        if signature[a].startswith("*") or (signature[a] == "i32" and a.startswith(sized))
+    ]  # fmt: skip
     source = ASTSource(
         kernel, signature, {(kernel.arg_names.index(a),): v for a, v in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
@@ -54,9 +77,11 @@ def compile_kernel(name: str, constants: dict, capability: int, operand: str, wa
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
-        "kernel": name, "operand": operand, "shared": built.metadata.shared, **resources(built.asm["cubin"]),
+        "kernel": name, "operand": operand, "capability": capability, "descriptors": sorted(blocks),
+        "shared": built.metadata.shared, **resources(built.asm["cubin"]),
         "wgmma": "wgmma.mma_async" in built.asm["ptx"], "mma": "mma.sync" in built.asm["ptx"],
-        "tcgen05": "tcgen05.mma" in built.asm["ptx"],
+        "tcgen05": "tcgen05.mma" in built.asm["ptx"], "tma": "cp.async.bulk.tensor" in built.asm["ptx"],
+        "copies": "cp.async.cg" in built.asm["ptx"], "tile": [constants.get(n) for n in ("BM", "BN", "BK")],
     }  # fmt: skip
 
 
@@ -71,29 +96,41 @@ def resources(cubin: bytes) -> dict:
     return {"registers": found["REG"], "local": found["LOCAL"], "stack": found["STACK"]}
 
 
-def main(capability: int, operand: str) -> None:
-    full = {"HAS_BIAS": True, "HAS_CAP": True, "ENTROPY": True, "WIDEN": False}
-    plain = {"HAS_BIAS": False, "HAS_CAP": False, "ENTROPY": False, "WIDEN": False}
-    todo = []
-    chip = (capability // 10, capability % 10)
+def todo(capability: int, operand: str, tma: bool) -> list[tuple[str, dict, int, int]]:
+    """(kernel, constants, warps, stages) of every kernel that a model can meet."""
+    shared = {"GROUP": GROUP, "WIDEN": False, "TMA": tma}
+    full = {"HAS_BIAS": True, "HAS_CAP": True, "ENTROPY": True}
     light = {**full, "HAS_CAP": False}  # the forward of a model without a soft cap, entropy on
+    plain = {"HAS_BIAS": False, "HAS_CAP": False, "ENTROPY": False}
+    found = []
+
+    def add(name: str, t: Tiles, constants: dict) -> None:
+        found.append((name, {"BM": t.BM, "BN": t.BN, "BK": t.BK, **shared, **constants}, t.warps, t.stages))
+
+    dtype, chip = DTYPES[operand], (capability // 10, capability % 10)
     for heavy, options in ((True, full), (False, light), (False, plain)):
-        BM, BN, BK, warps, stages = tiles_for(DTYPES[operand], chip, heavy_forward(chip, float(heavy)))
-        todo.append(("forward_kernel", {"BM": BM, "BN": BN, "BK": BK, "SPLIT": SPLIT, **options}))
+        t = score_tiles(dtype, chip, heavy, tma)
+        add("forward_kernel", t, {"SPLIT": SPLIT_COLUMNS // t.BN, **options})
         if options is not light:
-            BM, BN, BK, warps, stages = tiles_for(DTYPES[operand], chip, heavy)
-            todo.append(("dlogits_kernel", {"BM": BM, "BN": BN, "BK": BK, "PRODUCTS": heavy, **options}))
-    todo += [
-        ("dhead_kernel", {"BV": BM, "BH": BN, "BR": BK, "BIAS": True, "WIDEN": False}),
-        ("dhidden_kernel", {"ADD": True, "BM": BM, "BH": BN, "BV": BK // 2, "WIDEN": False}),
-    ]
-    for name, constants in todo:
-        print(json.dumps(compile_kernel(name, constants, capability, operand, warps, stages)), flush=True)
-    for name, constants in (
-        ("merge_kernel", {"BM": 128, "ENTROPY": True}), ("scatter_kernel", {"BM": 32, "BH": 128}),
-    ):  # fmt: skip
-        print(json.dumps(compile_kernel(name, constants, capability, operand, 4, 3)), flush=True)
+            add("dlogits_kernel", t, {"PRODUCTS": heavy, **options})
+    add("dhead_kernel", head_tiles(dtype, chip), {"BIAS": True})
+    add("dhead_kernel", head_tiles(dtype, chip), {"BIAS": False})
+    add("dhidden_kernel", hidden_tiles(dtype, chip), {"ADD": True, "LOW": operand == "bf16"})
+    return found
+
+
+def main(operand: str, which: str, *capabilities: int) -> None:
+    """which: "all", or "few": each kernel once a generation, as a model without bias and soft cap meets it."""
+    for capability in capabilities:
+        paths = [False, True] if capability >= 90 and operand != "fp32" else [False]
+        for tma in paths if which == "all" else paths[-1:]:
+            seen = set()
+            for name, constants, warps, stages in reversed(todo(capability, operand, tma)):
+                if which == "all" or name not in seen:
+                    print(json.dumps(compile_kernel(name, constants, capability, operand, warps, stages)), flush=True)
+                seen.add(name)
+        print(json.dumps(compile_kernel("merge_kernel", {"BM": 128, "ENTROPY": True}, capability, operand, 4, 3)))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

@@ -14,12 +14,14 @@ import torch
 pytest.importorskip("triton")
 
 from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool, triton_backend
-from tests.ops.logprob_cases import Case, assert_close_to_truth
+from rime_fast.ops.logprob_pool.compaction import workspace_limit
+from rime_fast.ops.logprob_pool.triton_tiles import FORWARD_ROWS, SPLIT_COLUMNS, Plan, interpreted, plan
+from tests.ops.logprob_cases import Case, assert_close_to_truth, relative
 
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 needs_interpreter = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton_backend.interpreted(), reason="the interpreter is for machines without CUDA"
+    torch.cuda.is_available() or not interpreted(), reason="the interpreter is for machines without CUDA"
 )
 device_type = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,9 +49,48 @@ def test_flat_and_peaked_logits(spread: float) -> None:
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "PANEL_BYTES", 37 * 4 * 64)
-    case = Case(37, 17, 150, dtype, scored="all")
-    assert_close_to_truth(case, case.run("triton"))
+    """Small workspaces: several launches of the forward, panels of columns, groups of rows."""
+    monkeypatch.setattr(triton_backend, "FORWARD_ROWS", 32)
+    for width, rows, columns in ((17, 37, 64), (32, 16, 32), (32, 37, 96)):
+        monkeypatch.setattr(triton_backend, "plan", lambda *_, rows=rows, columns=columns: Plan(rows, columns, 0))
+        case = Case(37, width, 150, dtype, scored="all")
+        assert_close_to_truth(case, case.run("triton"))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_descriptors_and_pointers_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TMA path computes the same products in the same order: the same bits."""
+    case = Case(37, 40, 300, dtype, softcap=5.0)
+    found = []
+    for tma in (True, False):
+        monkeypatch.setattr(triton_backend, "INTERPRETER_TMA", tma)
+        assert triton_backend.uses_tma(case.tensors["lm_head"]) == tma
+        found.append(case.run("triton"))
+    for name, value in found[0].items():
+        # fp32 operands reach numpy's product in another layout, which may change its last bit.
+        same = relative(value, found[1][name]) < 1e-6 if dtype == torch.float32 else torch.equal(value, found[1][name])
+        assert same, name
+    assert not triton_backend.uses_tma(torch.zeros(4, 33, dtype=torch.bfloat16))
+    assert not triton_backend.uses_tma(torch.zeros(4, 64)[:, ::2])
+    assert not triton_backend.uses_tma(torch.zeros(4, 65, dtype=dtype)[:, 1:])
+
+
+@pytest.mark.parametrize("width", [96, 1536, 4096])
+@pytest.mark.parametrize("vocabulary", [32_003, 151_936, 248_320])
+def test_workspace_stays_within_the_limit(vocabulary: int, width: int) -> None:
+    limit = workspace_limit()
+    for capacity in (1, 507, 8192, 16_384, 65_536):
+        for itemsize, low in ((2, True), (2, False), (4, False)):
+            for rest in (False, True):
+                cut = plan(capacity, width, vocabulary, itemsize, low, rest, limit)
+                rows = max(cut.rows, capacity if rest else 0)
+                panel = rows * cut.columns * itemsize
+                assert panel + (2 * cut.rows * width if low else 0) <= cut.workspace <= limit
+                assert cut.columns >= 512
+                assert cut.rows >= min(capacity, 16_384)
+        partial = 4 * 4 * min(capacity, FORWARD_ROWS) * -(-vocabulary // SPLIT_COLUMNS)
+        assert partial <= limit
 
 
 @needs_interpreter
@@ -104,34 +145,45 @@ def test_read_outs(dtype: torch.dtype, normalize: bool) -> None:
     torch.testing.assert_close(found, wanted, **({} if dtype == torch.float32 else {"rtol": 0.0, "atol": 0.04}))
 
 
-def test_compaction_keeps_the_order() -> None:
-    targets = torch.tensor([-100, 4, -100, -100, 0, 2, -100], device=device_type)
-    order, count = triton_backend.scored_rows(targets, -100)
-    assert int(count) == 3
-    assert order[:3].tolist() == [1, 4, 5]
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("operand", ["bf16", pytest.param("fp16", marks=pytest.mark.slow), "fp32"])
-def test_compiles_without_spills(capability: int, operand: str) -> None:
-    """Every kernel becomes machine code: nothing in local memory, shared memory fits, tensor cores used."""
-    if operand == "fp32" and capability != 90:
-        pytest.skip("fp32 operands use no tensor cores: one generation stands for all")
+def _compiled(operand: str, which: str, *capabilities: int) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
-    script = ROOT / "tests" / "ops" / "compile_logprob_triton.py"
+    command = [sys.executable, ROOT / "tests" / "ops" / "compile_logprob_triton.py", operand, which]
     done = subprocess.run(
-        [sys.executable, script, str(capability), operand], env=environment, capture_output=True, text=True, check=False
+        [*command, *map(str, capabilities)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    built = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {b["kernel"] for b in built} == {
-        "forward_kernel", "merge_kernel", "dlogits_kernel", "dhead_kernel", "dhidden_kernel", "scatter_kernel"
-    }  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _check_compiled(operand: str, which: str, *capabilities: int) -> None:
+    """Every kernel becomes machine code: nothing in local memory, shared memory fits, tensor cores and TMA used."""
+    built = _compiled(operand, which, *capabilities)
+    paths = {"forward_kernel", "dlogits_kernel", "dhead_kernel", "dhidden_kernel"}
+    for capability in capabilities:
+        assert {b["kernel"] for b in built if b["capability"] == capability} == paths | {"merge_kernel"}
+        described = {b["kernel"] for b in built if b["capability"] == capability and b["descriptors"]}
+        assert described == (set() if operand == "fp32" or capability == 80 else paths)
     for kernel in built:
         assert kernel["local"] == kernel["stack"] == 0, kernel
-        assert kernel["shared"] <= SHARED_LIMIT[capability], kernel
-        if operand != "fp32" and kernel["kernel"] not in ("merge_kernel", "scatter_kernel"):
-            assert kernel[{80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]], kernel
+        assert kernel["shared"] <= SHARED_LIMIT[kernel["capability"]], kernel
+        assert kernel["tma"] == bool(kernel["descriptors"]), kernel
+        if kernel["kernel"] in paths:
+            assert kernel["copies"] or (kernel["kernel"] == "dhidden_kernel" and kernel["tma"]), kernel
+        if operand != "fp32" and kernel["kernel"] in paths:
+            assert kernel[{80: "mma", 90: "wgmma", 100: "tcgen05"}[kernel["capability"]]], kernel
+
+
+def test_compiles_without_spills() -> None:
+    _check_compiled("bf16", "few", 80, 90, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operand", "capability"), [("fp32", 90), *((t, c) for t in ("bf16", "fp16") for c in SHARED_LIMIT)]
+)
+def test_every_variant_compiles_without_spills(operand: str, capability: int) -> None:
+    """fp32 operands use no tensor cores: one generation stands for all."""
+    _check_compiled(operand, "all", capability)
 
 
 @pytest.mark.gpu

@@ -1,43 +1,39 @@
-"""Operator A on Triton: host side of triton_kernels.py, with the same functions as chunked.py.
+"""Operator A on Triton: host side of triton_kernels.py, with the same functions as panels.py.
 
 The backward walks the vocabulary in panels: dlogits of all scored rows for P columns in the operands' dtype, then dW of
-those columns (a sum over all rows in fp32 registers, written once) and the panel's share of dX (fp32). Workspace
-beside the gradients: the panel (PANEL_BYTES) and dX in fp32. The weighted cross-entropy runs forward and backward at
-once with the logits recomputed (8MHV): gradient-in-forward would need a row's whole logits in memory.
+those columns (a sum over all rows in fp32 registers, written once) and the panel's share of dX, added to the gradient
+itself (fp32, or bf16 with the rounding kept beside it). The workspace, panel and roundings, is within one limit
+(triton_tiles.plan). The weighted cross-entropy runs forward and backward at once with the logits recomputed (8MHV):
+gradient-in-forward would need a row's whole logits in memory.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rime_fast.ops.logprob_pool.compaction import Scored, scored_rows
+from rime_fast.ops.logprob_pool.compaction import Scored, scored_rows, workspace_limit
 from rime_fast.ops.logprob_pool.statistics import Gradients, Needs, Statistics, gradient_dtype, new_statistics
+from rime_fast.ops.logprob_pool.triton_tiles import (
+    FORWARD_ROWS,
+    GROUP,
+    INTERPRETER_PROGRAMS,
+    SPLIT_COLUMNS,
+    Tiles,
+    capability_of,
+    head_tiles,
+    hidden_tiles,
+    interpreted,
+    plan,
+    score_tiles,
+)
 
-__all__ = ["backward", "forward", "forward_with_gradient", "scored_rows", "tiles_for", "why_not"]
+__all__ = ["backward", "forward", "forward_with_gradient", "scored_rows", "why_not"]
 
-PANEL_BYTES = 128 << 20
-SPLIT = 8  # tiles of one unit of the forward; part of what fixes a row's bits
-INTERPRETER_PROGRAMS = 3
-
-
-class Tiles(NamedTuple):
-    """Tile sizes: BM rows x BN columns with depth BK where logits are made, and the two products of the backward."""
-
-    BM: int
-    BN: int
-    BK: int
-    warps: int
-    stages: int
-
-
-def interpreted() -> bool:
-    """True when Triton's CPU interpreter runs the kernels (the variable is read when triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETER_TMA = True  # descriptors where a GPU would take them; tests compare both
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -53,41 +49,14 @@ def why_not(tensor: Tensor) -> str | None:
     return None
 
 
-def tiles_for(dtype: torch.dtype, capability: tuple[int, int], heavy: bool) -> Tiles:
-    """Fixed per dtype, generation and options, never per batch: a row's bits depend on it.
-
-    heavy: the kernel makes more of a tile than its softmax (soft cap, the entropy's gradient); half the columns then
-    keep it in registers. Chosen as the largest that tests/ops/test_logprob_pool_triton.py compiles without a spill;
-    8.6, 8.9 and 12.0, whose shared memory is 100 KB, take the sizes of 8.0.
-    """
-    if dtype == torch.float32:
-        return Tiles(64, 64, 32, 4, 2)
-    columns = 64 if heavy else 128
-    if capability[0] in (9, 10):
-        return Tiles(128, columns, 64, 8, 4)
-    return Tiles(128, columns, 32, 8, 3)
-
-
-def heavy_forward(capability: tuple[int, int], softcap: float) -> bool:
-    """Whether the forward takes the small tiles. Not for the entropy: logp is the same bits without it."""
-    return softcap != 0.0 or capability[0] == 10
-
-
-def _capability(hidden: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (0, 0)
-
-
-def _tiles(hidden: Tensor, heavy: bool) -> Tiles:
-    if hidden.is_cuda:
-        return tiles_for(hidden.dtype, _capability(hidden), heavy)
-    return Tiles(32, 32, 16, 4, 1)  # the interpreter
-
-
-def _programs(hidden: Tensor, units: int) -> tuple[int]:
-    """Persistent: as many programs as processors, or as units of work if these are fewer."""
-    if not hidden.is_cuda:
-        return (max(1, min(INTERPRETER_PROGRAMS, units)),)
-    return (max(1, min(torch.cuda.get_device_properties(hidden.device).multi_processor_count, units)),)
+def uses_tma(tensor: Tensor) -> bool:
+    """Whether tensor descriptors load it: the generation has them, and every row starts on 16 bytes."""
+    aligned = tensor.stride(1) == 1 and tensor.stride(0) * tensor.element_size() % 16 == 0
+    if not aligned or tensor.data_ptr() % 16:
+        return False
+    if not tensor.is_cuda:
+        return INTERPRETER_TMA
+    return capability_of(tensor)[0] in (9, 10) and tensor.element_size() == 2
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -100,14 +69,37 @@ class _Launch:
     def __init__(self, hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float, heavy: bool) -> None:
         self.hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         self.lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
-        self.rows, self.width = hidden.shape
+        self.length, self.width = hidden.shape
         self.vocabulary = lm_head.shape[0]
-        self.tiles = _tiles(hidden, heavy)
-        self.products = _tiles(hidden, heavy=False)
-        self.flags = {"HAS_BIAS": bias is not None, "HAS_CAP": softcap != 0.0, "WIDEN": not hidden.is_cuda}
+        chip = capability_of(hidden)
+        self.head_tiles, self.hidden_tiles = head_tiles(hidden.dtype, chip), hidden_tiles(hidden.dtype, chip)
+        self.tma = uses_tma(self.lm_head)
+        self.tiles = score_tiles(hidden.dtype, chip, heavy, self.tma)
+        self.flags = {"HAS_BIAS": bias is not None, "HAS_CAP": softcap != 0.0}
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.hidden.device)
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
+
+    def operand(self, tensor: Tensor, rows: int, columns: int) -> Any:
+        """``tensor`` as a kernel takes it: a descriptor of blocks [rows, columns], or the pointer."""
+        if not self.tma:
+            return tensor
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(tensor, [rows, columns])
+
+    def cut(self, tiles: Tiles) -> dict[str, Any]:
+        """The constants that all kernels with products take."""
+        return {
+            "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "GROUP": GROUP, "WIDEN": not self.hidden.is_cuda,
+            "TMA": self.tma, "num_warps": tiles.warps, "num_stages": tiles.stages,
+        }  # fmt: skip
+
+    def programs(self, units: int) -> tuple[int]:
+        """Persistent: as many programs as processors, or as units of work if these are fewer."""
+        if not self.hidden.is_cuda:
+            return (max(1, min(INTERPRETER_PROGRAMS, units)),)
+        return (max(1, min(torch.cuda.get_device_properties(self.hidden.device).multi_processor_count, units)),)
 
 
 def forward(
@@ -123,21 +115,23 @@ def forward(
     """The rows' statistics; 2MHV FLOP."""
     from rime_fast.ops.logprob_pool import triton_kernels as kernels
 
-    run = _Launch(hidden, lm_head, bias, softcap, heavy_forward(_capability(hidden), softcap))
-    t, rows = run.tiles, run.rows
+    run = _Launch(hidden, lm_head, bias, softcap, heavy=softcap != 0.0)
+    t = run.tiles
     stats = new_statistics(hidden, entropy)
-    if rows == 0:
-        return stats
-    splits = _cdiv(run.vocabulary, t.BN * SPLIT)
-    partial = run.empty(4, splits, rows)
-    kernels.forward_kernel[_programs(hidden, _cdiv(rows, t.BM) * splits)](
-        run.hidden, run.lm_head, bias, targets, *scored, temperature, partial, rows, run.width, run.vocabulary,
-        run.hidden.stride(0), run.lm_head.stride(0), softcap, BM=t.BM, BN=t.BN, BK=t.BK, SPLIT=SPLIT, ENTROPY=entropy,
-        **run.flags, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
-    kernels.merge_kernel[(_cdiv(rows, 128),)](
-        partial, *scored, *stats, rows, splits, BM=128, ENTROPY=entropy, num_warps=4
-    )
+    split = SPLIT_COLUMNS // t.BN
+    splits = _cdiv(run.vocabulary, SPLIT_COLUMNS)
+    for start in range(0, scored.order.shape[0], FORWARD_ROWS):
+        part = scored.part(start, FORWARD_ROWS)
+        rows = part.order.shape[0]
+        partial = run.empty(4, splits, rows)
+        kernels.forward_kernel[run.programs(_cdiv(rows, t.BM) * splits)](
+            run.hidden, run.operand(run.lm_head, t.BN, t.BK), bias, targets, *part, temperature, partial, rows,
+            run.width, run.vocabulary, run.hidden.stride(0), run.lm_head.stride(0), softcap, SPLIT=split,
+            ENTROPY=entropy, **run.flags, **run.cut(t),
+        )  # fmt: skip
+        kernels.merge_kernel[(_cdiv(rows, 128),)](
+            partial, *part, *stats, rows, run.length, splits, BM=128, ENTROPY=entropy, num_warps=4
+        )
     return stats
 
 
@@ -157,31 +151,123 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients of the rows from upstream gradients [T]; recomputes the logits panel by panel."""
+    run = _Launch(hidden, lm_head, bias, softcap, heavy=softcap != 0.0 or grad_entropy is not None)
+    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    rows = _Rows(targets, lse, hit, entropy, grad_logp.contiguous(), grad_entropy, bias, temperature, softcap)
+    sums = _Sums(run, needs, bias)
+    capacity = scored.order.shape[0]
+    if capacity == 0 or not any(needs):
+        return sums.finish(temperature)
+    low = needs.hidden and hidden.dtype == torch.bfloat16
+    limit = workspace_limit()
+    itemsize = hidden.element_size()
+    cut = plan(capacity, run.width, run.vocabulary, itemsize, low, any(needs[1:]), limit)
+    if cut.rows == capacity or not needs.hidden:
+        _sweep(run, scored, rows, sums, needs, cut.columns)
+        return sums.finish(temperature)
+    columns = plan(cut.rows, run.width, run.vocabulary, itemsize, low, False, limit).columns
+    for start in range(0, capacity, cut.rows):
+        _sweep(run, scored.part(start, cut.rows), rows, sums, Needs(True, False, False, False), columns)
+    if any(needs[1:]):
+        columns = plan(capacity, run.width, run.vocabulary, itemsize, False, True, limit).columns
+        _sweep(run, scored, rows, sums, needs._replace(hidden=False), columns)
+    return sums.finish(temperature)
+
+
+class _Rows:
+    """What the kernel that makes dlogits reads of every row."""
+
+    def __init__(
+        self,
+        targets: Tensor,
+        lse: Tensor,
+        hit: Tensor,
+        entropy: Tensor | None,
+        grad_logp: Tensor,
+        grad_entropy: Tensor | None,
+        bias: Tensor | None,
+        temperature: Tensor,
+        softcap: float,
+    ) -> None:
+        self.targets, self.bias, self.temperature, self.softcap = targets, bias, temperature, softcap
+        self.entropy = grad_entropy is not None
+        self.upstream = (lse, hit, entropy, grad_logp, grad_entropy)
+
+
+def _sweep(run: _Launch, scored: Scored, rows: _Rows, sums: _Sums, needs: Needs, columns: int) -> None:
+    """Every panel of the vocabulary for the rows in ``scored``."""
     from rime_fast.ops.logprob_pool import triton_kernels as kernels
 
-    run = _Launch(hidden, lm_head, bias, softcap, heavy=softcap != 0.0 or grad_entropy is not None)
-    t, rows, width, vocabulary = run.tiles, run.rows, run.width, run.vocabulary
-    sums = _Sums(run, needs, bias)
-    if rows == 0 or not any(needs):
-        return sums.finish(scored, temperature)
-    fitting = PANEL_BYTES // (rows * hidden.element_size()) // t.BN
-    columns = min(_cdiv(vocabulary, t.BN), max(1, fitting)) * t.BN
-    panel = run.empty(rows, columns, dtype=hidden.dtype)
-    products = run.empty(_cdiv(columns, t.BN), rows) if needs.temperature else None
-    for first in range(0, vocabulary, columns):
-        here = min(columns, vocabulary - first)
+    t, capacity = run.tiles, scored.order.shape[0]
+    # Zeros: the kernels write the tiles of the rows there are, and torch sums over the whole panel.
+    panel = torch.zeros(capacity, columns, dtype=run.hidden.dtype, device=run.hidden.device)
+    products = run.empty(_cdiv(columns, t.BN), capacity) if needs.temperature else None
+    low = run.empty(0)
+    if needs.hidden and run.hidden.dtype == torch.bfloat16:
+        low = torch.empty(capacity, run.width, dtype=torch.bfloat16, device=run.hidden.device)
+    for first in range(0, run.vocabulary, columns):
+        here = min(columns, run.vocabulary - first)
         tiles = _cdiv(here, t.BN)
         if products is not None:
             products.zero_()
-        kernels.dlogits_kernel[_programs(hidden, _cdiv(rows, t.BM) * tiles)](
-            run.hidden, run.lm_head, bias, targets, *scored, temperature, lse, hit, entropy, grad_logp.contiguous(),
-            None if grad_entropy is None else grad_entropy.contiguous(), panel, products, first, here, rows, width,
-            vocabulary, run.hidden.stride(0), run.lm_head.stride(0), columns, softcap, BM=t.BM, BN=t.BN, BK=t.BK,
-            ENTROPY=grad_entropy is not None, PRODUCTS=products is not None, **run.flags,
-            num_warps=t.warps, num_stages=t.stages,
+        kernels.dlogits_kernel[run.programs(_cdiv(capacity, t.BM) * tiles)](
+            run.hidden, run.operand(run.lm_head, t.BN, t.BK), rows.bias, rows.targets, *scored, rows.temperature,
+            *rows.upstream, run.operand(panel, t.BM, t.BN), products, first, here, capacity, run.length, run.width,
+            run.vocabulary, run.hidden.stride(0), run.lm_head.stride(0), columns, rows.softcap, ENTROPY=rows.entropy,
+            PRODUCTS=products is not None, **run.flags, **run.cut(t),
         )  # fmt: skip
-        sums.add(panel, scored, first, here, products)
-    return sums.finish(scored, temperature)
+        sums.add(panel, scored, needs, low, first, here, products)
+
+
+class _Sums:
+    """The gradients, panel by panel."""
+
+    def __init__(self, run: _Launch, needs: Needs, bias: Tensor | None) -> None:
+        self.run = run
+        hidden, head = run.hidden, run.lm_head
+        kind, device = gradient_dtype(hidden.dtype), hidden.device
+        self.hidden = torch.zeros(hidden.shape, dtype=kind, device=device) if needs.hidden else None
+        self.head = torch.zeros(head.shape, dtype=kind, device=device) if needs.lm_head else None
+        self.bias = torch.zeros(run.vocabulary, device=device) if needs.bias and bias is not None else None
+        self.products = torch.zeros((), dtype=torch.float64, device=device) if needs.temperature else None
+
+    def add(
+        self,
+        panel: Tensor,
+        scored: Scored,
+        needs: Needs,
+        low: Tensor,
+        first: int,
+        columns: int,
+        products: Tensor | None,
+    ) -> None:
+        """One panel: dlogits of ``columns`` columns from ``first``."""
+        from rime_fast.ops.logprob_pool import triton_kernels as kernels
+
+        run = self.run
+        if needs.lm_head and self.head is not None:
+            t = run.head_tiles
+            units = _cdiv(columns, t.BM) * _cdiv(run.width, t.BN)
+            kernels.dhead_kernel[run.programs(units)](
+                run.operand(panel, t.BK, t.BM), run.hidden, *scored, self.head, self.bias, first, columns, run.width,
+                panel.stride(0), run.hidden.stride(0), self.head.stride(0), BIAS=self.bias is not None, **run.cut(t),
+            )  # fmt: skip
+        elif needs.bias and self.bias is not None:
+            self.bias[first : first + columns] = panel[:, :columns].sum(dim=0, dtype=torch.float32)
+        if needs.hidden and self.hidden is not None:
+            t = run.hidden_tiles
+            units = _cdiv(panel.shape[0], t.BM) * _cdiv(run.width, t.BN)
+            kernels.dhidden_kernel[run.programs(units)](
+                run.operand(panel, t.BM, t.BK), run.operand(run.lm_head, t.BK, t.BN), *scored, self.hidden, low, first,
+                columns, run.width, panel.stride(0), run.lm_head.stride(0), ADD=first > 0, LOW=low.numel() > 0,
+                **run.cut(t),
+            )  # fmt: skip
+        if products is not None and self.products is not None:
+            self.products += products.sum(dtype=torch.float64)
+
+    def finish(self, temperature: Tensor) -> Gradients:
+        heat = None if self.products is None else (-self.products / temperature.double()).float()
+        return Gradients(self.hidden, self.head, self.bias, heat)
 
 
 def forward_with_gradient(
@@ -204,62 +290,3 @@ def forward_with_gradient(
         hidden, lm_head, targets, scored, stats.lse, stats.hit, None, -token_weight, None, bias, temperature, softcap,
         needs,
     )  # fmt: skip
-
-
-class _Sums:
-    """The gradients, panel by panel."""
-
-    def __init__(self, run: _Launch, needs: Needs, bias: Tensor | None) -> None:
-        self.run, self.needs = run, needs
-        head = run.lm_head
-        self.head = run.empty(*head.shape, dtype=gradient_dtype(head.dtype)) if needs.lm_head else None
-        wants_bias = needs.bias and bias is not None
-        self.bias = run.empty(run.vocabulary) if wants_bias else None
-        self.dx = run.empty(run.rows, run.width) if needs.hidden else None
-        self.products = torch.zeros((), dtype=torch.float64, device=head.device) if needs.temperature else None
-        self.first = True
-
-    def add(self, panel: Tensor, scored: Scored, first: int, columns: int, products: Tensor | None) -> None:
-        from rime_fast.ops.logprob_pool import triton_kernels as kernels
-
-        run, t = self.run, self.run.products
-        shared = {"WIDEN": run.flags["WIDEN"], "num_warps": t.warps, "num_stages": t.stages}
-        if self.head is not None:
-            units = _cdiv(columns, t.BM) * _cdiv(run.width, t.BN)
-            kernels.dhead_kernel[_programs(run.hidden, units)](
-                panel, run.hidden, *scored, self.head, self.bias, first, columns, run.width, panel.stride(0),
-                run.hidden.stride(0), self.head.stride(0), BV=t.BM, BH=t.BN, BR=t.BK, BIAS=self.bias is not None,
-                **shared,
-            )  # fmt: skip
-        elif self.bias is not None:
-            live = torch.arange(panel.shape[0], device=panel.device) < scored.number
-            part = panel[:, :columns].float().masked_fill_(~live.unsqueeze(1), 0.0)
-            self.bias[first : first + columns] = part.sum(dim=0)
-        if self.dx is not None:
-            units = _cdiv(run.rows, t.BM) * _cdiv(run.width, t.BN)
-            kernels.dhidden_kernel[_programs(run.hidden, units)](
-                panel, run.lm_head, scored.number, self.dx, first, columns, run.width, panel.stride(0),
-                run.lm_head.stride(0), ADD=not self.first, BM=t.BM, BH=t.BN, BV=t.BK // 2, **shared,
-            )  # fmt: skip
-        if self.products is not None and products is not None:
-            live = torch.arange(products.shape[1], device=products.device) < scored.number
-            self.products += torch.where(live, products, 0.0).sum(dtype=torch.float64)
-        self.first = False
-
-    def finish(self, scored: Scored, temperature: Tensor) -> Gradients:
-        from rime_fast.ops.logprob_pool import triton_kernels as kernels
-
-        hidden = self.run.hidden
-        if self.first:  # nothing was added
-            for grad in (self.head, self.bias, self.dx):
-                if grad is not None:
-                    grad.zero_()
-        grad_hidden = None
-        if self.dx is not None:
-            grad_hidden = torch.zeros(hidden.shape, dtype=gradient_dtype(hidden.dtype), device=hidden.device)
-            if hidden.shape[0]:
-                kernels.scatter_kernel[(_cdiv(hidden.shape[0], 32), _cdiv(hidden.shape[1], 128))](
-                    self.dx, *scored, grad_hidden, hidden.shape[1], BM=32, BH=128, num_warps=4
-                )
-        heat = None if self.products is None else (-self.products / temperature.double()).float()
-        return Gradients(grad_hidden, self.head, self.bias, heat)

@@ -6,11 +6,21 @@ persistent and walk the units of work there are, so the cost follows M without t
 forward_kernel     unit = BM rows x one split (SPLIT tiles of BN columns): X W^T tile by tile in fp32, an online
                    max / sum / entropy sum and the target's score; one partial result per row and split.
 merge_kernel       a row's splits in ascending order -> lse, target score, entropy (fixed order: same bits always).
-dlogits_kernel     unit = BM x BN: the tile again, then its gradient, into a panel [M, P] in the operands' dtype.
-dhead_kernel       unit = BN columns of the panel x BK2 of H: dW = dlogits^T X over all M rows, written once; dbias.
-dhidden_kernel     unit = BM rows x BK2 of H: dX += dlogits W over the panel, fp32, each element owned by one program.
-No atomics. FLOP: 2MHV each for forward, dlogits, dhead, dhidden. Bytes: W once per row-block wave through L2, the
-panel (bounded, triton_backend.py) written once and read twice, dX (fp32) read and written once per panel.
+dlogits_kernel     unit = BM x BN: the tile again, then its gradient, into a panel [C, P] in the operands' dtype.
+dhead_kernel       unit = BM columns of the panel x BN of H: dW = dlogits^T X over all M rows, written once; dbias.
+dhidden_kernel     unit = BM rows x BN of H: dX += dlogits W over the panel, each element owned by one program.
+No atomics. FLOP: 2MHV each for forward, dlogits, dhead, dhidden.
+
+Order: units go in bands of GROUP row blocks, so that the ~130 programs that run together share both operands in L2: a
+band of 16 x 128 rows of H 4096 is 16 MiB of X, which stays there while W passes once; W is read from memory M / 2048
+times, X once. Arithmetic intensity of a tile out of L2: BM BN / (BM + BN) FLOP a byte (bf16), 64 for 128 x 128 and 85
+for 128 x 256, which dhead takes on sm_90 (accumulator: 128 registers a thread on 8 warps, two warpgroups of wgmma);
+the other kernels spill at that size (measured by the cross-compiler, triton_tiles.py) and keep 128 x 128. Shared
+memory: stages x BK (BM + BN) x 2 bytes.
+
+TMA (sm_90 on, 16-bit operands, rows that start on 16 bytes): W and the panel come through tensor descriptors, made
+by the host; X comes by asynchronous copies in either case, as the scored rows lie scattered. The plain path (sm_80)
+loads all through pointers; both run the same products in the same order.
 
 The bodies are free of autotuning, libdevice and inline assembly, so that they run in the interpreter; there
 ``WIDEN`` casts the operands to fp32, as its bf16 dot is wrong.
@@ -33,21 +43,34 @@ def _tanh(x):
 
 
 @triton.jit
+def _place(unit, rows, columns, GROUP: tl.constexpr):
+    """(row block, column block) of a unit: down a band of GROUP row blocks, then to its next column."""
+    band = unit // (GROUP * columns)
+    inside = unit - band * (GROUP * columns)
+    height = tl.minimum(rows - band * GROUP, GROUP)
+    return band * GROUP + inside % height, inside // height
+
+
+@triton.jit
 def _scores(
-    x, w, bias, at, live, columns, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
+    x, w, bias, at, live, first, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """z [BM, BN] fp32 of rows ``at`` and ``columns``; columns past the vocabulary come out as -inf."""
+    """z [BM, BN] fp32 of rows ``at`` and BN columns from ``first``; those past the vocabulary come out as -inf."""
+    columns = first + tl.arange(0, BN)
     inside = columns < vocabulary
     depth = tl.arange(0, BK)
     x_at = x + at[:, None] * stride_x + depth[None, :]
-    w_at = w + columns.to(tl.int64)[None, :] * stride_w + depth[:, None]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, width, BK):
         deep = depth < width - k
         a = tl.load(x_at + k, mask=live[:, None] & deep[None, :], other=0.0)
-        b = tl.load(w_at + k, mask=inside[None, :] & deep[:, None], other=0.0)
+        if TMA:
+            b = w.load([first, k]).T
+        else:
+            w_at = w + columns.to(tl.int64)[None, :] * stride_w + depth[:, None]
+            b = tl.load(w_at + k, mask=inside[None, :] & deep[:, None], other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -61,8 +84,8 @@ def _scores(
 @triton.jit
 def forward_kernel(
     x, w, bias, targets, order, count, temperature, partial, capacity, width, vocabulary, stride_x, stride_w, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, WIDEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, WIDEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """partial [4, splits, capacity]: top, sum, weighted sum (with ENTROPY), the target's score (0 if elsewhere)."""
     rows_live = tl.load(count)
@@ -70,10 +93,9 @@ def forward_kernel(
     row_blocks = tl.cdiv(rows_live, BM)
     splits = tl.cdiv(vocabulary, BN * SPLIT)
     plane = splits * capacity
-    # Row blocks vary fastest: programs that run together share a split of W in L2.
     for unit in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
-        rows = (unit % row_blocks) * BM + tl.arange(0, BM)
-        split = unit // row_blocks
+        block, split = _place(unit, row_blocks, splits, GROUP)
+        rows = block * BM + tl.arange(0, BM)
         live = rows < rows_live
         at = tl.load(order + rows, mask=live, other=0)
         target = tl.load(targets + at, mask=live, other=-1)
@@ -82,20 +104,21 @@ def forward_kernel(
         weighted = tl.zeros((BM,), dtype=tl.float32)
         hit = tl.zeros((BM,), dtype=tl.float32)
         for j in range(SPLIT):
-            columns = (split * SPLIT + j) * BN + tl.arange(0, BN)
+            first = (split * SPLIT + j) * BN
             z = _scores(
-                x, w, bias, at, live, columns, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
-                BM, BN, BK, HAS_BIAS, HAS_CAP, WIDEN,
+                x, w, bias, at, live, first, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
+                BM, BN, BK, HAS_BIAS, HAS_CAP, WIDEN, TMA,
             )  # fmt: skip
+            columns = first + tl.arange(0, BN)
             hit += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), axis=1)
             new_top = tl.maximum(top, tl.max(z, axis=1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            d = z - base[:, None]
-            e = tl.exp(d)
             old = tl.exp(top - base)
+            z -= base[:, None]
+            e = tl.exp(z)
             if ENTROPY:
                 drop = tl.where(old == 0.0, 0.0, old * (weighted + (top - base) * total))
-                weighted = drop + tl.sum(e * tl.maximum(d, -1e30), axis=1)  # 0 * -inf would be NaN
+                weighted = drop + tl.sum(e * tl.maximum(z, -1e30), axis=1)  # 0 * -inf would be NaN
             total = old * total + tl.sum(e, axis=1)
             top = new_top
         out = partial + split * capacity + rows
@@ -108,9 +131,9 @@ def forward_kernel(
 
 @triton.jit
 def merge_kernel(
-    partial, order, count, lse, hit, entropy, capacity, splits, BM: tl.constexpr, ENTROPY: tl.constexpr
+    partial, order, count, lse, hit, entropy, capacity, length, splits, BM: tl.constexpr, ENTROPY: tl.constexpr
 ):  # fmt: skip
-    """Statistics at the rows' own places in lse, hit, entropy [T]."""
+    """Statistics at the rows' own places in lse [2, T], hit [T], entropy [T]; ``length`` is T."""
     rows_live = tl.load(count)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     live = rows < rows_live
@@ -139,7 +162,7 @@ def merge_kernel(
     high = top + log_total
     part = high - top
     tl.store(lse + row, high, mask=live)
-    tl.store(lse + capacity + row, (top - (high - part)) + (log_total - part), mask=live)
+    tl.store(lse + length + row, (top - (high - part)) + (log_total - part), mask=live)
     tl.store(hit + row, found, mask=live)
     if ENTROPY:
         tl.store(entropy + row, log_total - weighted / total, mask=live)
@@ -148,73 +171,83 @@ def merge_kernel(
 @triton.jit
 def dlogits_kernel(
     x, w, bias, targets, order, count, temperature, lse, hit, entropy, grad_logp, grad_entropy, panel, products,
-    first, columns_in_panel, capacity, width, vocabulary, stride_x, stride_w, stride_panel, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    ENTROPY: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr,
+    first, columns_in_panel, capacity, length, width, vocabulary, stride_x, stride_w, stride_panel, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """panel[r, v - first] = dlogits of scored row r and column v; products [tile, capacity] = sum_v dz (z - hit)."""
+    """panel[r, v - first] = dlogits of scored row r and column v; products [tile, capacity] = sum_v dz (z - hit).
+
+    Whole tiles are written: 0 for rows past M and columns past the vocabulary, which the products then may read.
+    """
     rows_live = tl.load(count)
     inv_temperature = 1.0 / tl.load(temperature)
     row_blocks = tl.cdiv(rows_live, BM)
     tiles = tl.cdiv(columns_in_panel, BN)
     for unit in range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0)):
-        rows = (unit % row_blocks) * BM + tl.arange(0, BM)
-        tile = unit // row_blocks
+        block, tile = _place(unit, row_blocks, tiles, GROUP)
+        rows = block * BM + tl.arange(0, BM)
         live = rows < rows_live
         at = tl.load(order + rows, mask=live, other=0)
         local = tile * BN + tl.arange(0, BN)
         columns = first + local
         z = _scores(
-            x, w, bias, at, live, columns, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
-            BM, BN, BK, HAS_BIAS, HAS_CAP, WIDEN,
+            x, w, bias, at, live, first + tile * BN, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
+            BM, BN, BK, HAS_BIAS, HAS_CAP, WIDEN, TMA,
         )  # fmt: skip
         target = tl.load(targets + at, mask=live, other=-1)
         g = tl.load(grad_logp + at, mask=live, other=0.0)
-        shifted = z - tl.load(lse + at, mask=live, other=0.0)[:, None]
-        shifted -= tl.load(lse + capacity + at, mask=live, other=0.0)[:, None]
-        p = tl.exp(shifted)
+        # From here z is what it lacks to the row's log-sum-exp; its own value is not kept, for the registers.
+        high, low = tl.load(lse + at, mask=live, other=0.0), tl.load(lse + length + at, mask=live, other=0.0)
+        z = (z - high[:, None]) - low[:, None]
+        p = tl.exp(z)
         dz = tl.where(columns[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
         if ENTROPY:
             h = tl.load(grad_entropy + at, mask=live, other=0.0)
             mean = tl.load(entropy + at, mask=live, other=0.0)
-            dz -= tl.where(p == 0.0, 0.0, h[:, None] * p * (shifted + mean[:, None]))
+            dz -= tl.where(p == 0.0, 0.0, h[:, None] * p * (z + mean[:, None]))
+        dz = tl.where(live[:, None] & (columns < vocabulary)[None, :], dz, 0.0)
         if PRODUCTS:
-            centre = tl.load(hit + at, mask=live, other=0.0)
+            centre = (tl.load(hit + at, mask=live, other=0.0) - high) - low
             share = tl.sum(tl.where(dz == 0.0, 0.0, dz * (z - centre[:, None])), axis=1)
             tl.store(products + tile * capacity + rows, share, mask=live)
         if HAS_CAP:
-            t = z / (inv_temperature * softcap)
+            t = (z + high[:, None]) / (inv_temperature * softcap)
             dz = tl.where(dz == 0.0, 0.0, dz * (1.0 - t * t))
-        keep = live[:, None] & (local < columns_in_panel)[None, :]
-        out = panel + rows.to(tl.int64)[:, None] * stride_panel + local[None, :]
-        tl.store(out, (dz * inv_temperature).to(panel.dtype.element_ty), mask=keep)
+        dz *= inv_temperature
+        if TMA:
+            panel.store([block * BM, tile * BN], dz.to(panel.dtype))
+        else:
+            out = panel + rows.to(tl.int64)[:, None] * stride_panel + local[None, :]
+            keep = (rows < capacity)[:, None] & (local < stride_panel)[None, :]
+            tl.store(out, dz.to(panel.dtype.element_ty), mask=keep)
 
 
 @triton.jit
 def dhead_kernel(
     panel, x, order, count, dhead, dbias, first, columns_in_panel, width, stride_panel, stride_x, stride_head,
-    BV: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
+    WIDEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dW[first + v, h] = sum_r panel[r, v] x[order[r], h]; dbias[first + v] = sum_r panel[r, v]."""
     rows_live = tl.load(count)
-    v_blocks = tl.cdiv(columns_in_panel, BV)
-    h_blocks = tl.cdiv(width, BH)
+    v_blocks = tl.cdiv(columns_in_panel, BM)
+    h_blocks = tl.cdiv(width, BN)
     for unit in range(tl.program_id(0), v_blocks * h_blocks, tl.num_programs(0)):
-        # Neighbouring programs share columns of the panel.
-        local = (unit // h_blocks) * BV + tl.arange(0, BV)
-        h_block = unit % h_blocks
-        h = h_block * BH + tl.arange(0, BH)
+        v_block, h_block = _place(unit, v_blocks, h_blocks, GROUP)
+        local = v_block * BM + tl.arange(0, BM)
+        h = h_block * BN + tl.arange(0, BN)
         v_in, h_in = local < columns_in_panel, h < width
-        acc = tl.zeros((BV, BH), dtype=tl.float32)
-        column = tl.zeros((BV,), dtype=tl.float32)
-        for r in range(0, rows_live, BR):
-            rows = r + tl.arange(0, BR)
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        column = tl.zeros((BM,), dtype=tl.float32)
+        for r in range(0, rows_live, BK):
+            rows = r + tl.arange(0, BK)
             live = rows < rows_live
             at = tl.load(order + rows, mask=live, other=0)
-            a = tl.load(
-                panel + rows.to(tl.int64)[None, :] * stride_panel + local[:, None], mask=v_in[:, None] & live[None, :],
-                other=0.0,
-            )  # fmt: skip
+            if TMA:
+                a = panel.load([r, v_block * BM]).T
+            else:
+                a_at = panel + rows.to(tl.int64)[None, :] * stride_panel + local[:, None]
+                a = tl.load(a_at, mask=v_in[:, None] & live[None, :], other=0.0)
             b = tl.load(x + at[:, None] * stride_x + h[None, :], mask=live[:, None] & h_in[None, :], other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
@@ -231,46 +264,46 @@ def dhead_kernel(
 
 @triton.jit
 def dhidden_kernel(
-    panel, w, count, dx, first, columns_in_panel, width, stride_panel, stride_w, ADD: tl.constexpr, BM: tl.constexpr,
-    BH: tl.constexpr, BV: tl.constexpr, WIDEN: tl.constexpr,
+    panel, w, order, count, dhidden, low, first, columns_in_panel, width, stride_panel, stride_w, ADD: tl.constexpr,
+    LOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """dx[r, h] (+)= sum_v panel[r, v] W[first + v, h], fp32; added to what is there with ADD."""
+    """dhidden[order[r], h] (+)= sum_v panel[r, v] W[first + v, h]; added to what is there with ADD.
+
+    With LOW, for bf16: what rounding a sum cut off waits in low [C, H], so that a sum keeps 16 bits between panels.
+    """
     rows_live = tl.load(count)
     row_blocks = tl.cdiv(rows_live, BM)
-    h_blocks = tl.cdiv(width, BH)
+    h_blocks = tl.cdiv(width, BN)
     for unit in range(tl.program_id(0), row_blocks * h_blocks, tl.num_programs(0)):
-        rows = (unit // h_blocks) * BM + tl.arange(0, BM)
-        h = (unit % h_blocks) * BH + tl.arange(0, BH)
+        block, h_block = _place(unit, row_blocks, h_blocks, GROUP)
+        rows = block * BM + tl.arange(0, BM)
+        h = h_block * BN + tl.arange(0, BN)
         live, h_in = rows < rows_live, h < width
-        acc = tl.zeros((BM, BH), dtype=tl.float32)
-        for v in range(0, columns_in_panel, BV):
-            local = v + tl.arange(0, BV)
-            v_in = local < columns_in_panel
-            a = tl.load(
-                panel + rows.to(tl.int64)[:, None] * stride_panel + local[None, :], mask=live[:, None] & v_in[None, :],
-                other=0.0,
-            )  # fmt: skip
-            b = tl.load(
-                w + (first + local.to(tl.int64))[:, None] * stride_w + h[None, :], mask=v_in[:, None] & h_in[None, :],
-                other=0.0,
-            )  # fmt: skip
+        keep = live[:, None] & h_in[None, :]
+        at = tl.load(order + rows, mask=live, other=0)
+        out = dhidden + at[:, None] * width + h[None, :]
+        rest = low + rows.to(tl.int64)[:, None] * width + h[None, :]
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        if ADD:  # before the products: two accumulators at once would not fit the registers
+            acc += tl.load(out, mask=keep, other=0.0).to(tl.float32)
+            if LOW:
+                acc += tl.load(rest, mask=keep, other=0.0).to(tl.float32)
+        for v in range(0, columns_in_panel, BK):
+            if TMA:
+                a = panel.load([block * BM, v])
+                b = w.load([first + v, h_block * BN])
+            else:
+                local = v + tl.arange(0, BK)
+                v_in = local < columns_in_panel
+                a_at = panel + rows.to(tl.int64)[:, None] * stride_panel + local[None, :]
+                b_at = w + (first + local.to(tl.int64))[:, None] * stride_w + h[None, :]
+                a = tl.load(a_at, mask=live[:, None] & v_in[None, :], other=0.0)
+                b = tl.load(b_at, mask=v_in[:, None] & h_in[None, :], other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b, acc, input_precision="ieee")
-        keep = live[:, None] & h_in[None, :]
-        out = dx + rows.to(tl.int64)[:, None] * width + h[None, :]
-        if ADD:
-            acc += tl.load(out, mask=keep, other=0.0)
-        tl.store(out, acc, mask=keep)
-
-
-@triton.jit
-def scatter_kernel(dx, order, count, grad_hidden, width, BM: tl.constexpr, BH: tl.constexpr):
-    """grad_hidden[order[r]] = dx[r], cast; the rows that are not scored keep their zeros."""
-    rows_live = tl.load(count)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    keep = (rows < rows_live)[:, None] & (h < width)[None, :]
-    at = tl.load(order + rows, mask=rows < rows_live, other=0)
-    value = tl.load(dx + rows.to(tl.int64)[:, None] * width + h[None, :], mask=keep, other=0.0)
-    tl.store(grad_hidden + at[:, None] * width + h[None, :], value.to(grad_hidden.dtype.element_ty), mask=keep)
+        high = acc.to(dhidden.dtype.element_ty)
+        tl.store(out, high, mask=keep)
+        if LOW:
+            tl.store(rest, (acc - high.to(tl.float32)).to(low.dtype.element_ty), mask=keep)
