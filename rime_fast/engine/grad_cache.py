@@ -155,6 +155,7 @@ class GradCache:
             raise ValueError("loss is None; expected a function of the embeddings, here or at construction")
         slots, kept = self._plan(micro_batches)
         rows: list[dict[str, Tensor]] = []
+        self.sync.begin()
         with self.sync.local():
             for i, slot in enumerate(slots):
                 if i < len(slots) - kept:

@@ -44,6 +44,9 @@ class GradSync:
         """The model's parameters."""
         return () if self.model is None else self.model.parameters()
 
+    def begin(self) -> None:
+        """Before the first forward of a step."""
+
     def local(self) -> AbstractContextManager[Any]:
         """Around every forward of the step."""
         return nullcontext()
@@ -81,6 +84,15 @@ class DDPSync(GradSync):
         if model.static_graph:
             raise ValueError("model is DDP with static_graph=True, which cannot skip the reduction; set it to False")
         super().__init__(model, **options)
+
+    def begin(self) -> None:
+        """What DDP's forwards exchange, here: they do so in an order that depends on whether the first has a graph,
+        and a rank may keep all its graphs, or have one micro-batch, while another's first forward has none."""
+        model: Any = self.model
+        model.reducer._rebuild_buckets()
+        if model.will_sync_module_buffers():
+            model._sync_buffers()
+        model.require_forward_param_sync = False
 
     def local(self) -> AbstractContextManager[Any]:
         return self.model.no_sync()
