@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,29 +126,6 @@ def as_pairs(source: Any, name: str, args: CommonConfig, collator: Collator, *, 
         shown = "\n".join(str(problem) for problem in report.problems[:5])
         logger.warning("%s; they are left out. The first:\n%s", report.summary(), shown)
     return dataset, report.bad_rows
-
-
-@contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Where ZeRO-3 has partitioned the parameters: all of them on every rank in this block, and its hooks asleep.
-
-    Ranks decode for different numbers of steps; a hook that gathers in one of them would wait for ever.
-    """
-    parameters = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if not parameters:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters):
-        kept = [(m, m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
-        for module, _, _ in kept:
-            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
-        try:
-            yield
-        finally:
-            for module, before, after in kept:
-                module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def is_main_process() -> bool:
