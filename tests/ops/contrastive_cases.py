@@ -88,9 +88,9 @@ def run(case: Case, dtype: torch.dtype, backend: str, **changes: Any) -> Result:
     """Loss, and the gradients of every input and of the temperature."""
     queries = {m: v.detach().to(dtype, copy=True).requires_grad_() for m, v in case.queries.items()}
     keys = {m: v.detach().to(dtype, copy=True).requires_grad_() for m, v in case.keys.items()}
-    temperature = torch.tensor(
-        case.temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True
-    )
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    device = next(iter(queries.values())).device
+    temperature = torch.tensor(case.temperature, dtype=precision, device=device, requires_grad=True)
     settings = {**case.settings, **changes}
     out = contrastive_loss(queries, keys, terms=case.terms, temperature=temperature, backend=backend, **settings)
     out.loss.backward()

@@ -1,0 +1,95 @@
+"""make gpu: shares of the time, cut-off parts, one merged file; the conftest's deadline. No part of it needs a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rime_fast.bench.harness import Results, Row
+from rime_fast.bench.stored import load
+
+ROOT = Path(__file__).parents[2]
+
+
+def by_path(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run_gpu():
+    return by_path("run_gpu")
+
+
+def test_shares_are_the_whole_time_and_leftovers_move_on(run_gpu, tmp_path, monkeypatch):
+    assert sum(run_gpu.SHARES.values()) == pytest.approx(1.0)
+    clock = [100.0]
+    monkeypatch.setattr(run_gpu.time, "monotonic", lambda: clock[0])
+    session = run_gpu.Session(tmp_path, minutes=8)
+    assert session.limit("build") == pytest.approx(run_gpu.SHARES["build"] * 480)
+    clock[0] += 10  # the build took 10 s: the tests get their own share and what was left
+    both = run_gpu.SHARES["build"] + run_gpu.SHARES["tests"]
+    assert session.limit("tests") == pytest.approx(both * 480 - 10)
+    assert session.limit("sanitizer") == pytest.approx(470)
+
+
+def test_a_slow_part_is_cut_off_and_the_next_one_runs(run_gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_gpu, "SHARES", {"build": 0.25, "tests": 0.75})
+    session = run_gpu.Session(tmp_path, minutes=8 / 60)
+    assert not session.run("build", [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert session.run("tests", [sys.executable, "-c", "print('here')"])
+    assert not session.run("other", [sys.executable, "-c", "raise SystemExit(3)"])
+    assert [part["status"] for part in session.parts] == ["cut off by the time limit", "ok", "failed (exit 3)"]
+    assert (tmp_path / "tests.log").read_text() == "here\n"
+
+
+def test_without_a_device_every_gpu_part_says_so(run_gpu, tmp_path, capsys, monkeypatch):
+    """main() end to end, but for the build (it would touch this tree) and the benchmarks themselves."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(run_gpu, "build", lambda session, capability: session.skip("build", "not in a test"))
+
+    def bench(self, name, *words, select=""):
+        Results(rows=[Row("op", name, "ours", {}, 1, 1, 1, peak_mib=2)]).write(self.output / f"{name}.json")
+        self.parts.append({"part": name, "status": "ok"})
+
+    monkeypatch.setattr(run_gpu.Session, "bench", bench)
+    monkeypatch.setattr(sys, "argv", ["run_gpu.py", "--output", str(tmp_path)])
+    assert run_gpu.main() == 0
+    text = capsys.readouterr().out
+    for part in ("tests", "kernels", "steps", "sanitizer"):
+        assert f"{part}: skipped: no device" in text
+    assert load(tmp_path / "bench.json").rows[0].impl == "ours"
+    assert (tmp_path / "bench_memory.png").is_file()
+    parts = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert [part["part"] for part in parts] == ["build", "tests", "kernels", "steps", "sanitizer", "cpu_tiny"]
+
+
+def test_every_operator_and_step_has_gpu_tests_and_a_smoke(run_gpu):
+    """What make gpu and compute-sanitizer collect."""
+    files = run_gpu.gpu_tests()
+    for name in ("logprob", "contrastive", "reward", "steps"):
+        found = [path for path in files if name in Path(path).name]
+        assert found, name
+        assert any("def test_smoke" in (ROOT / path).read_text() for path in found), name
+
+
+def test_after_the_deadline_no_case_begins_and_the_file_says_so(tmp_path):
+    conftest = by_path("conftest")
+    options = {"--rime-deadline": 30.0, "--rime-json": str(tmp_path / "rows.json")}
+    config = SimpleNamespace(rime_began=time.monotonic(), rime_results=Results(), getoption=options.get)
+    item = SimpleNamespace(config=config, name="test_head[T32]", path=Path("bench_logprob_pool.py"))
+    conftest.pytest_runtest_setup(item)  # begins
+    config.rime_began -= 31
+    with pytest.raises(pytest.skip.Exception, match="no time left of 30 s"):
+        conftest.pytest_runtest_setup(item)
+    conftest.pytest_runtest_teardown(item)
+    stored = load(tmp_path / "rows.json")
+    assert [(one.bench, one.case) for one in stored.skipped] == [("logprob_pool", "test_head[T32]")]
