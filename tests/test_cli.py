@@ -176,8 +176,9 @@ def test_data_check_refuses_unknown_strictness(pairs, capsys):
 
 
 def documented_lines() -> list[str]:
-    """Every rime-fast line of a bash block in docs/cli.md and the overview."""
-    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+    """Every rime-fast line of a bash block in docs/cli.md, docs/benchmarks.md and the overview."""
+    docs = Path(__file__).parents[1] / "docs"
+    text = (docs / "cli.md").read_text() + (docs / "benchmarks.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```bash")[1:]]
     lines = [line.strip() for block in [*blocks, cli.overview().split("report:")[1]] for line in block.splitlines()]
     return [line for line in lines if "rime-fast" in line or "rime_fast.cli" in line]
