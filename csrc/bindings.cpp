@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
 
   // Contrastive loss (csrc/*/contrast.*). Both read one tile of similarities q k^T whose corner is (row0, col0) of the
   // whole; row and column arrays are those of the whole; labels, positive and positive_slope are [rows, positives].
-  // Ids are int32 on the CPU and int64 on CUDA, `bounded` is int32, sums are float64, everything else float32. parts:
+  // Ids and `bounded` are int32, sums are float64, everything else float32. parts:
   // the parts of a tile's statistics (CUDA only). out: the memory of the tile, on CUDA also as bf16 or fp16.
   m.def(
       "contrast_statistics(Tensor(a!) tile, Tensor scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
@@ -36,6 +36,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
       "Tensor col_shift, Tensor col_coef, Tensor positive_slope, Tensor factor, Tensor(b!) out) -> ()");
 
   // score_rewrites_ (rank_reward): R = B G rollouts of width D, P own anchors an item, a tile of n anchors.
+  // CUDA, a bank of one tile, everything in one launch: gen [B, G, D] -> rewards, advantages [B, G] of any strides, and
+  // terms [12, B, G] as rank_finish's out
+  m.def("rank_small(Tensor gen, Tensor anchors, Tensor positive, Tensor? mask, Tensor format_ok, Tensor? lengths, "
+        "Tensor? disc_similarity, int positives, int score, int hit_k, int negative, float tau, bool normalize, "
+        "float w_fmt, float w_rank, float w_refine, float w_len, float length_limit, float eps, Tensor(a!) rewards, "
+        "Tensor(b!) advantages, Tensor(c!)? terms) -> ()");
   // gen [R, D], own_anchors [B, P, D] -> own [R, P] fp64, norms [R]
   m.def("rank_own(Tensor gen, Tensor own_anchors, Tensor(a!) own, Tensor(b!) norms) -> ()");
   // CPU. anchors [n, D] -> state [R, 4 + P]; mask [B, n]; first: the anchors' place in the bank; level: of the

@@ -47,16 +47,9 @@ void add_row(const Tile& t, const double* sims, int64_t row) {
   const int64_t item = row / t.group_size;
   for (int64_t j = 0; j < t.columns; ++j) {
     const int64_t offset = t.first + j - t.positive[item];
-    const double s = sims[row * t.columns + j];
-    const float rounded = static_cast<float>(s);
-    if ((offset >= 0 && offset < t.positives) || !(rounded - rounded == 0.0f)) continue;
+    if (offset >= 0 && offset < t.positives) continue;
     if (t.mask != nullptr && t.mask[item * t.mask_stride + j] == 0) continue;
-    for (int64_t p = 0; p < t.positives; ++p)
-      state[kRanks + p] += rank_step(rounded, static_cast<float>(t.own[row * t.positives + p]));
-    state[0] += 1.0;
-    if (t.negative == kMean) state[1] += s;
-    if (t.negative == kMax && s > state[1]) state[1] = s;
-    if (t.negative == kSoftmax) softmax_merge(state, s, 1.0, s, t.inverse_tau);
+    state_add(state, t.own + row * t.positives, t.positives, sims[row * t.columns + j], t.negative, t.inverse_tau);
   }
 }
 

@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-KERNELS = ("own_kernel", "tile_kernel", "merge_kernel", "finish_kernel")
+KERNELS = ("small_kernel", "own_kernel", "tile_kernel", "merge_kernel", "finish_kernel")
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc not found")

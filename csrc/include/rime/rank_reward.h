@@ -75,6 +75,18 @@ RIME_FN double rank_step(float similarity, float threshold) {
   return similarity > threshold ? 1.0 : (similarity == threshold ? 0.5 : 0.0);
 }
 
+// One more negative of exact similarity s; what is not finite as fp32 is nobody's negative.
+RIME_FN void state_add(double* state, const double* own, int64_t positives, double s, int negative,
+                       double inverse_tau) {
+  const float rounded = static_cast<float>(s);
+  if (!(rounded - rounded == 0.0f)) return;
+  for (int64_t p = 0; p < positives; ++p) state[kRanks + p] += rank_step(rounded, static_cast<float>(own[p]));
+  state[0] += 1.0;
+  if (negative == kMean) state[1] += s;
+  if (negative == kMax && s > state[1]) state[1] = s;
+  if (negative == kSoftmax) softmax_merge(state, s, 1.0, s, inverse_tau);
+}
+
 // Largest |fp32 product - exact dot| for rows of these norms: gamma_D sum|x_i y_i| <= gamma_D |x| |y|, with some room
 // for the roundings of the norms, of the threshold and of the sums with it.
 RIME_FN float similarity_band(int64_t width, float norm, float anchor_norm) {

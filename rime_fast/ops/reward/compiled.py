@@ -11,6 +11,8 @@ from rime_fast.ops.reward.weights import RANK_REWARDS, TERM_NAMES, RewardWeights
 PLANES = ("reward", "advantage", *TERM_NAMES)
 # Instruction set of the CPU's scan: 0 the plainest, 1 up to AVX2, 2 up to what the processor has.
 LEVEL = 2
+# Banks up to this size are scored in one launch on a GPU, if what a block keeps fits its shared memory.
+SMALL_ANCHORS, SHARED_BYTES, WARPS = 1024, 160 << 10, 8
 
 
 def why_not(gen: Tensor) -> str | None:
@@ -36,6 +38,50 @@ def own_similarities(rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     norms = rows.new_empty(rows.shape[0])
     torch.ops.rime_fast_C.rank_own(rows, own.contiguous(), found, norms)
     return found, norms
+
+
+def small(gen: Tensor, anchors: Tensor, weights: RewardWeights) -> bool:
+    """Whether ``score_small`` serves this call."""
+    states = WARPS * (4 + weights.positives)
+    room = 8 * (gen.shape[1] * (gen.shape[2] + weights.positives + states + 1) + 2)  # small_room of the kernels
+    on_gpu = gen.is_cuda and anchors.is_cuda
+    return on_gpu and anchors.shape[0] <= SMALL_ANCHORS and room <= SHARED_BYTES
+
+
+def score_small(
+    rewards: Tensor,
+    advantages: Tensor,
+    terms: Tensor | None,
+    gen: Tensor,
+    anchors: Tensor,
+    positive: Tensor,
+    format_ok: Tensor,
+    lengths: Tensor | None,
+    disc_similarity: Tensor | None,
+    negatives_mask: Tensor | None,
+    weights: RewardWeights,
+) -> None:
+    """All of score_rewrites_ in one CUDA launch; terms: None or [12, B, G], every plane of ``PLANES``."""
+    readable = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
+
+    def values(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (x if x.dtype in readable else x.double()).expand_as(format_ok).contiguous()
+
+    mask = negatives_mask
+    if mask is not None and mask.stride(1) != 1:
+        mask = mask.contiguous()
+    torch.ops.rime_fast_C.rank_small(
+        gen.contiguous(), anchors.contiguous(), positive.contiguous(), mask, format_ok.contiguous(), values(lengths),
+        values(disc_similarity), weights.positives, _score_code(weights), weights.hit_k, weights.negative_code,
+        weights.softmax_temperature, weights.normalize_std, weights.w_fmt, weights.w_rank, weights.w_refine,
+        weights.w_len, weights.length_limit, weights.eps, rewards, advantages, terms,
+    )  # fmt: skip
+
+
+def _score_code(weights: RewardWeights) -> int:
+    return len(RANK_REWARDS) if weights.mode == "ume_r1" else RANK_REWARDS.index(weights.rank_reward)
 
 
 def scans(rows: Tensor) -> bool:
@@ -102,8 +148,7 @@ def finish(
         state, own, format_ok.contiguous(),
         None if lengths is None else lengths.double().contiguous(),
         None if disc_similarity is None else disc_similarity.double().expand_as(format_ok).contiguous(),
-        len(RANK_REWARDS) if weights.mode == "ume_r1" else RANK_REWARDS.index(weights.rank_reward),
-        weights.hit_k, weights.negative_code, weights.normalize_std,
+        _score_code(weights), weights.hit_k, weights.negative_code, weights.normalize_std,
         weights.w_fmt, weights.w_rank, weights.w_refine, weights.w_len, weights.length_limit, weights.eps, out,
     )  # fmt: skip
     return out

@@ -1,0 +1,400 @@
+// The device code of csrc/cuda/rank_reward.cu, without CUDA's or torch's headers: tests/ops/test_reward_emulated.py
+// compiles it for the host as well and runs it thread by thread.
+#pragma once
+#include <rime/rank_reward.h>
+
+#include <rime/math.h>
+
+#include <cmath>
+#include <cstdint>
+
+#ifndef RIME_DYNAMIC_SHARED
+#define RIME_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
+namespace rime {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffu;
+constexpr float kLargest = 3.402823466e38f;
+
+struct Add {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
+struct Larger {
+  __device__ double operator()(double a, double b) const { return a > b ? a : b; }
+};
+
+// The block's total of `value` on every thread.
+template <class Op>
+__device__ double block_reduce(double value, Op op) {
+  __shared__ double parts[kThreads / kWarp];
+  for (int step = kWarp / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(kAll, value, step));
+  __syncthreads();  // the last call's parts have been read
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = parts[0];
+  for (int w = 1; w < kThreads / kWarp; ++w) value = op(value, parts[w]);
+  return value;
+}
+
+// Sum of x_i y_i in fp64 by one warp, on every lane.
+__device__ double warp_dot(const float* x, const float* y, int64_t n) {
+  double total = 0.0;
+  for (int64_t i = threadIdx.x % kWarp; i < n; i += kWarp)
+    total += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  for (int step = kWarp / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAll, total, step);
+  return total;
+}
+
+__global__ void own_kernel(const float* gen, const float* own_anchors, double* own, float* norms, int64_t rows,
+                           int64_t group_size, int64_t positives, int64_t width) {
+  const int64_t task = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
+  if (task >= rows * (positives + 1)) return;
+  const int64_t row = task / (positives + 1), p = task % (positives + 1);
+  const float* g = gen + row * width;
+  const bool is_norm = p == positives;
+  const double value = warp_dot(g, is_norm ? g : own_anchors + ((row / group_size) * positives + p) * width, width);
+  if (threadIdx.x % kWarp != 0) return;
+  if (is_norm)
+    norms[row] = static_cast<float>(sqrt(value));
+  else
+    own[row * positives + p] = value;
+}
+
+struct Tile {
+  const float* gen;
+  const float* anchors;
+  const float* anchor_norm;
+  const float* norms;
+  const double* own;
+  const int64_t* positive;
+  const bool* mask;
+  double* state;
+  int64_t columns, width, group_size, positives, first, mask_stride;
+  double inverse_tau;
+};
+
+// One row of the tile as its block sees it.
+template <class S>
+struct Row {
+  const Tile& t;
+  const S* sims;
+  const bool* mask;
+  int64_t row, own_begin;
+  float band;
+
+  // The similarity where column j is a negative's, else NaN, which no comparison finds.
+  __device__ S value(int64_t j) const {
+    if (j >= t.columns || (j >= own_begin && j < own_begin + t.positives)) return NAN;
+    const S v = sims[j];
+    const bool finite = fabsf(static_cast<float>(v)) <= kLargest;
+    return finite && (mask == nullptr || mask[j]) ? v : static_cast<S>(NAN);
+  }
+
+  // f(exact similarity) for every lane's column that `wanted` picks, a warp to a column; lane 0 acts.
+  template <class F>
+  __device__ void exact(bool wanted, int64_t j, F f) const {
+    unsigned left = __ballot_sync(kAll, wanted);
+    while (left != 0) {
+      const int lane = __ffs(left) - 1;
+      left &= left - 1;
+      const int64_t column = __shfl_sync(kAll, j, lane);
+      f(warp_dot(t.gen + row * t.width, t.anchors + column * t.width, t.width));
+    }
+  }
+};
+
+template <class S>
+__device__ double count_rank(const Row<S>& row, float threshold) {
+  const float high = threshold + row.band, low = threshold - row.band;
+  const bool leader = threadIdx.x % kWarp == 0;
+  double rank = 0.0;
+  for (int64_t base = 0; base < row.t.columns; base += kThreads) {
+    const int64_t j = base + threadIdx.x;
+    const S v = row.value(j);
+    if constexpr (sizeof(S) == sizeof(double)) {
+      rank += v == v ? rank_step(static_cast<float>(v), threshold) : 0.0;
+    } else {
+      rank += v > high ? 1.0 : 0.0;
+      row.exact(v >= low && v <= high, j, [&](double s) {
+        if (leader) rank += rank_step(static_cast<float>(s), threshold);
+      });
+    }
+  }
+  return block_reduce(rank, Add{});
+}
+
+template <class S>
+__device__ void add_mean(const Row<S>& row, double* state) {
+  double count = 0.0, sum = 0.0;
+  for (int64_t j = threadIdx.x; j < row.t.columns; j += kThreads) {
+    const S v = row.value(j);
+    count += v == v ? 1.0 : 0.0;
+    sum += v == v ? static_cast<double>(v) : 0.0;
+  }
+  count = block_reduce(count, Add{});
+  sum = block_reduce(sum, Add{});
+  if (threadIdx.x == 0) {
+    state[0] += count;
+    state[1] += sum;
+  }
+}
+
+template <class S>
+__device__ double find_peak(const Row<S>& row, double* count) {
+  double seen = 0.0, best = -HUGE_VAL;
+  for (int64_t j = threadIdx.x; j < row.t.columns; j += kThreads) {
+    const S v = row.value(j);
+    seen += v == v ? 1.0 : 0.0;
+    best = v > best ? static_cast<double>(v) : best;
+  }
+  *count = block_reduce(seen, Add{});
+  return block_reduce(best, Larger{});
+}
+
+template <class S>
+__device__ void add_max(const Row<S>& row, double* state) {
+  double count;
+  double best = find_peak(row, &count);
+  if (count == 0.0) return;
+  if constexpr (sizeof(S) == sizeof(float)) {
+    const double low = best - 2.0 * row.band;
+    best = -HUGE_VAL;
+    for (int64_t base = 0; base < row.t.columns; base += kThreads) {
+      const int64_t j = base + threadIdx.x;
+      row.exact(row.value(j) >= low, j, [&](double s) { best = s > best ? s : best; });
+    }
+    best = block_reduce(best, Larger{});
+  }
+  if (threadIdx.x == 0) {
+    state[0] += count;
+    if (best > state[1]) state[1] = best;
+  }
+}
+
+template <class S>
+__device__ void add_softmax(const Row<S>& row, double* state) {
+  double count, weight = 0.0, weighted = 0.0;
+  const double peak = find_peak(row, &count);
+  if (count == 0.0) return;
+  for (int64_t j = threadIdx.x; j < row.t.columns; j += kThreads) {
+    const S v = row.value(j);
+    if (!(v == v)) continue;
+    const double w = static_cast<double>(expf(static_cast<float>((v - peak) * row.t.inverse_tau)));
+    weight += w;
+    weighted += w * static_cast<double>(v);
+  }
+  weight = block_reduce(weight, Add{});
+  weighted = block_reduce(weighted, Add{});
+  if (threadIdx.x == 0) {
+    state[0] += count;
+    softmax_merge(state, peak, weight, weighted, row.t.inverse_tau);
+  }
+}
+
+template <class S, int kNegative>
+__global__ void __launch_bounds__(kThreads, 1) tile_kernel(Tile t, const S* sims) {
+  const int64_t row = blockIdx.x, item = row / t.group_size;
+  double* state = t.state + row * (kRanks + t.positives);
+  const Row<S> view{t,
+                    sims + row * t.columns,
+                    t.mask == nullptr ? nullptr : t.mask + item * t.mask_stride,
+                    row,
+                    t.positive[item] - t.first,
+                    similarity_band(t.width, t.norms[row], *t.anchor_norm)};
+  for (int64_t p = 0; p < t.positives; ++p) {
+    const double rank = count_rank(view, static_cast<float>(t.own[row * t.positives + p]));
+    if (threadIdx.x == 0) state[kRanks + p] += rank;
+  }
+  if constexpr (kNegative == kMean) add_mean(view, state);
+  if constexpr (kNegative == kMax) add_max(view, state);
+  if constexpr (kNegative == kSoftmax) add_softmax(view, state);
+}
+
+__global__ void merge_kernel(const double* parts, double* state, int64_t n_parts, int64_t rows, int64_t size,
+                             int negative, double inverse_tau) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (row >= rows) return;
+  for (int64_t part = 0; part < n_parts; ++part)
+    state_merge(state + row * size, parts + (part * rows + row) * size, negative, size - kRanks, inverse_tau);
+}
+
+struct Finish {
+  const double* states;
+  const double* own;
+  const bool* format_ok;
+  const double* lengths;
+  const double* disc;
+  float* out;
+  int64_t rows, group_size, positives;
+};
+
+constexpr int64_t kPlanes = 12, kAdvantage = 1, kDeviation = 10;  // as in csrc/cpu/rank_reward.cpp
+
+__device__ RewardTerms terms_of(const Finish& f, const RewardSpec& spec, int64_t r) {
+  return reward_terms(f.states + r * (kRanks + f.positives), f.own + r * f.positives, f.positives, f.format_ok[r],
+                      f.lengths == nullptr ? nullptr : f.lengths + r, f.disc == nullptr ? nullptr : f.disc + r, spec);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) finish_kernel(Finish f, RewardSpec spec) {
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * f.group_size, end = begin + f.group_size;
+  double sum = 0.0, squares = 0.0;
+  for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
+    const RewardTerms t = terms_of(f, spec, r);
+    const double values[kPlanes] = {t.reward(), 0.0,   t.format,   t.score,    t.refine, t.length,
+                                    t.rank,     t.hit, t.positive, t.negative, 0.0,      t.missing ? 1.0 : 0.0};
+    for (int plane = 0; plane < kPlanes; ++plane) f.out[plane * f.rows + r] = static_cast<float>(values[plane]);
+    sum += t.reward();
+  }
+  const double mean = block_reduce(sum, Add{}) / static_cast<double>(f.group_size);
+  for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
+    const double centred = terms_of(f, spec, r).reward() - mean;
+    squares += centred * centred;
+  }
+  const double deviation = group_deviation(block_reduce(squares, Add{}), f.group_size);
+  for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
+    f.out[kAdvantage * f.rows + r] = static_cast<float>(advantage(terms_of(f, spec, r).reward() - mean, deviation, spec));
+    f.out[kDeviation * f.rows + r] = static_cast<float>(deviation);
+  }
+}
+
+// fp32, bf16, fp16, fp64, int64 or int32 numbers in memory.
+enum Kind : int { kFloat = 0, kBrain = 1, kHalf = 2, kDouble = 3, kLong = 4, kInt = 5 };
+
+struct Numbers {
+  const void* data;
+  int kind;
+
+  __device__ double operator[](int64_t i) const {
+    if (kind == kFloat) return static_cast<const float*>(data)[i];
+    if (kind == kBrain) return as_bits<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
+    if (kind == kHalf) return from_half(static_cast<const uint16_t*>(data)[i]);
+    if (kind == kDouble) return static_cast<const double*>(data)[i];
+    if (kind == kLong) return static_cast<double>(static_cast<const int64_t*>(data)[i]);
+    return static_cast<double>(static_cast<const int32_t*>(data)[i]);
+  }
+
+  __device__ static float from_half(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, power = (half >> 10) & 31u, rest = half & 0x3ffu;
+    if (power == 0) return (sign != 0 ? -0x1p-24f : 0x1p-24f) * static_cast<float>(rest);
+    return as_bits<float>(sign | (power == 31 ? 0x7f800000u : (power + 112) << 23) | rest << 13);
+  }
+};
+
+// A whole call over a bank of one tile; lengths.data, disc.data, mask and terms may be null.
+struct Small {
+  Numbers gen, anchors, lengths, disc;
+  const int64_t* positive;
+  const bool* mask;
+  const bool* format_ok;
+  float *rewards, *advantages;  // [B, G] with these strides
+  float* terms;                 // [12, B, G]
+  int64_t reward_strides[2], advantage_strides[2];
+  int64_t items, group_size, columns, width, positives, mask_stride;
+  int negative;
+  double inverse_tau;
+};
+
+constexpr int kTogether = 8;  // rollouts that meet an anchor's features once they are read
+constexpr int kWarps = kThreads / kWarp;
+
+// Exact similarities of `count` <= kTogether rollouts [count][width] to one anchor by one warp; lane t returns the t-th.
+__device__ double similarities(const double* rows, int count, const Numbers& anchors, int64_t start, int64_t width) {
+  const int lane = threadIdx.x % kWarp;
+  double sums[kTogether] = {};
+  for (int64_t k = lane; k < width; k += kWarp) {
+    const double feature = anchors[start + k];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) sums[t] = fma(rows[(t < count ? t : 0) * width + k], feature, sums[t]);
+  }
+  double mine = 0.0;
+#pragma unroll
+  for (int t = 0; t < kTogether; ++t) {
+    for (int step = kWarp / 2; step > 0; step /= 2) sums[t] += __shfl_xor_sync(kAll, sums[t], step);
+    mine = lane == t ? sums[t] : mine;
+  }
+  return mine;
+}
+
+// Numbers of fp64 that small_kernel keeps in shared memory: rollouts, own similarities, states of every warp, rewards.
+__host__ __device__ inline int64_t small_room(int64_t group_size, int64_t width, int64_t positives) {
+  return group_size * (width + positives + kWarps * (kRanks + positives) + 1) + 2;
+}
+
+// From embeddings to rewards and advantages in one launch, one block an item. Every similarity is an fp64 dot product,
+// so no second look is needed; warp w meets anchors w, w + kWarps, ..., and lane t keeps the state of the rollouts
+// g = t (mod kTogether). States merge in the warps' order.
+__global__ void __launch_bounds__(kThreads, 1) small_kernel(Small s, RewardSpec spec) {
+  RIME_DYNAMIC_SHARED(double, memory);
+  const int64_t item = blockIdx.x, group = s.group_size, size = kRanks + s.positives, own_begin = s.positive[item];
+  double* rows = memory;                             // [group][width]
+  double* own = rows + group * s.width;              // [group][positives]
+  double* states = own + group * s.positives;        // [kWarps][group][size]
+  double* rewards = states + kWarps * group * size;  // [group]
+  double* shared = rewards + group;                  // mean, deviation
+  const int64_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  for (int64_t i = threadIdx.x; i < group * s.width; i += kThreads) rows[i] = s.gen[item * group * s.width + i];
+  for (int64_t i = threadIdx.x; i < kWarps * group; i += kThreads) state_init(states + i * size, s.negative, s.positives);
+  __syncthreads();
+  for (int64_t task = warp; task < s.positives * group; task += kWarps) {
+    const int64_t g = task / s.positives, column = own_begin + task % s.positives;
+    const bool inside = column >= 0 && column < s.columns;
+    const double found = similarities(rows + g * s.width, 1, s.anchors, inside ? column * s.width : 0, s.width);
+    if (lane == 0) own[task] = inside ? found : static_cast<double>(NAN);
+  }
+  __syncthreads();
+  for (int64_t j = warp; j < s.columns; j += kWarps) {
+    if (j >= own_begin && j < own_begin + s.positives) continue;
+    if (s.mask != nullptr && !s.mask[item * s.mask_stride + j]) continue;
+    for (int64_t first = 0; first < group; first += kTogether) {
+      const int count = static_cast<int>(group - first < kTogether ? group - first : kTogether);
+      const double found = similarities(rows + first * s.width, count, s.anchors, j * s.width, s.width);
+      const int64_t g = first + lane;
+      if (lane < count)
+        state_add(states + (warp * group + g) * size, own + g * s.positives, s.positives, found, s.negative,
+                  s.inverse_tau);
+    }
+  }
+  __syncthreads();
+  const int64_t planes = s.items * group;
+  for (int64_t g = threadIdx.x; g < group; g += kThreads) {
+    double* state = states + g * size;
+    for (int64_t w = 1; w < kWarps; ++w)
+      state_merge(state, state + w * group * size, s.negative, s.positives, s.inverse_tau);
+    const int64_t r = item * group + g;
+    const double length = s.lengths.data == nullptr ? 0.0 : s.lengths[r];
+    const double disc = s.disc.data == nullptr ? 0.0 : s.disc[r];
+    const RewardTerms t = reward_terms(state, own + g * s.positives, s.positives, s.format_ok[r],
+                                       s.lengths.data == nullptr ? nullptr : &length,
+                                       s.disc.data == nullptr ? nullptr : &disc, spec);
+    rewards[g] = t.reward();
+    s.rewards[item * s.reward_strides[0] + g * s.reward_strides[1]] = static_cast<float>(t.reward());
+    if (s.terms == nullptr) continue;
+    const double values[kPlanes] = {t.reward(), 0.0,   t.format,   t.score,    t.refine, t.length,
+                                    t.rank,     t.hit, t.positive, t.negative, 0.0,      t.missing ? 1.0 : 0.0};
+    for (int plane = 0; plane < kPlanes; ++plane)
+      if (plane != kAdvantage && plane != kDeviation) s.terms[plane * planes + r] = static_cast<float>(values[plane]);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double sum = 0.0, squares = 0.0;
+    for (int64_t g = 0; g < group; ++g) sum += rewards[g];
+    shared[0] = sum / static_cast<double>(group);
+    for (int64_t g = 0; g < group; ++g) squares += (rewards[g] - shared[0]) * (rewards[g] - shared[0]);
+    shared[1] = group_deviation(squares, group);
+  }
+  __syncthreads();
+  for (int64_t g = threadIdx.x; g < group; g += kThreads) {
+    const float value = static_cast<float>(advantage(rewards[g] - shared[0], shared[1], spec));
+    s.advantages[item * s.advantage_strides[0] + g * s.advantage_strides[1]] = value;
+    if (s.terms == nullptr) continue;
+    s.terms[kAdvantage * planes + item * group + g] = value;
+    s.terms[kDeviation * planes + item * group + g] = static_cast<float>(shared[1]);
+  }
+}
+
+}  // namespace
+}  // namespace rime

@@ -1,0 +1,219 @@
+"""The CUDA kernels of the reward without a GPU: compiled for the host and run thread by thread, against the reference.
+
+``tests/ops/cuda_on_host.h`` runs a block's threads as coroutines, so that barriers, warp exchanges and shared memory
+mean what they mean on a GPU; a barrier that some thread never reaches ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rime_fast.ops.reward import RewardWeights, chunked, compiled
+from rime_fast.ops.reward.weights import RANK_REWARDS
+from tests.ops.reward_cases import Case, assert_same, make_case, score
+
+HERE = Path(__file__).parent
+WEIGHTS = {
+    "mean": RewardWeights(),
+    "softmax": RewardWeights(negative="softmax", rank_reward="1/rank"),
+    "max": RewardWeights(negative="max", rank_reward="hit", hit_k=10, normalize_std=False),
+    "ume_r1": RewardWeights.ume_r1(5),
+}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ not found")
+    out = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", f"-I{HERE.parents[1] / 'csrc/include'}"]
+    done = subprocess.run(
+        [*command, str(HERE / "reward_on_host.cpp"), "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(out))
+
+
+def c(value: Any) -> Any:
+    """An argument for ctypes: tensors by address."""
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, bool):
+        return ctypes.c_bool(value)
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return value
+
+
+def call(function: Any, *arguments: Any, longs: tuple[int, ...] = ()) -> None:
+    """Integers are int, those at the places ``longs`` int64."""
+    function.restype = None
+    function(*(ctypes.c_int64(a) if i in longs else c(a) for i, a in enumerate(arguments)))
+
+
+def spec(weights: RewardWeights) -> tuple[Tensor, int, int]:
+    numbers = [weights.w_fmt, weights.w_rank, weights.w_refine, weights.w_len, weights.length_limit, weights.eps]
+    code = len(RANK_REWARDS) if weights.mode == "ume_r1" else RANK_REWARDS.index(weights.rank_reward)
+    return torch.tensor(numbers, dtype=torch.float64), code, weights.negative_code
+
+
+class OnHost:
+    """The streaming kernels as an engine of ``chunked``."""
+
+    def __init__(self, kernels: ctypes.CDLL) -> None:
+        self.kernels = kernels
+
+    def scans(self, rows: Tensor) -> bool:
+        return False
+
+    def own_similarities(self, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        own = own.contiguous()
+        found = rows.new_empty(rows.shape[0], own.shape[1], dtype=torch.float64)
+        norms = rows.new_empty(rows.shape[0])
+        sizes = (rows.shape[0], rows.shape[0] // own.shape[0], own.shape[1], rows.shape[1])
+        call(self.kernels.own, rows, own, found, norms, *sizes, longs=(4, 5, 6, 7))
+        return found, norms
+
+    def add_tile(
+        self, sims: Tensor, rows: Tensor, tile: Tensor, tile_norm: Tensor, norms: Tensor, own: Tensor,
+        positive: Tensor, mask: Tensor | None, first: int, weights: RewardWeights, state: Tensor,
+    ) -> None:  # fmt: skip
+        call(
+            self.kernels.tile, sims, sims.dtype == torch.float64, rows, tile, tile_norm, norms, own, positive, mask,
+            state, rows.shape[0], sims.shape[1], rows.shape[1], rows.shape[0] // len(positive), weights.positives,
+            first, 0 if mask is None else mask.stride(0), weights.negative_code, weights.softmax_temperature,
+            longs=(10, 11, 12, 13, 14, 15, 16),
+        )  # fmt: skip
+
+    def merge(self, parts: Tensor, state: Tensor, weights: RewardWeights) -> None:
+        call(self.kernels.merge, parts, state, *parts.shape, weights.negative_code, weights.softmax_temperature,
+             longs=(2, 3, 4))  # fmt: skip
+
+    def finish(self, state: Tensor, own: Tensor, format_ok: Tensor, lengths: Tensor | None,
+               disc_similarity: Tensor | None, weights: RewardWeights) -> Tensor:  # fmt: skip
+        out = torch.full((12, *format_ok.shape), torch.nan)
+        numbers, code, negative = spec(weights)
+        lengths = None if lengths is None else lengths.double()
+        disc = None if disc_similarity is None else disc_similarity.double().expand_as(format_ok).contiguous()
+        call(
+            self.kernels.finish, state, own, format_ok, lengths, disc, out, *format_ok.shape, weights.positives,
+            numbers, code, negative, weights.hit_k, weights.normalize_std, longs=(6, 7, 8, 12),
+        )  # fmt: skip
+        return out
+
+
+def streamed(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> dict[str, Tensor]:
+    disc = case["disc_similarity"][:, None]
+    planes = chunked.score(OnHost(kernels), **(case | {"disc_similarity": disc}), weights=weights)
+    return dict(zip(compiled.PLANES, planes, strict=True))
+
+
+def in_one_launch(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> dict[str, Tensor]:
+    """The small kernel, writing into every second row of wider buffers."""
+    gen, anchors, mask = case["gen"], case["anchors"], case["negatives_mask"]
+    shape = gen.shape[:2]
+    buffers = torch.full((2, shape[0], 2, shape[1]), torch.nan)
+    terms = torch.full((12, *shape), torch.nan)
+    numbers, code, negative = spec(weights)
+    disc = case["disc_similarity"][:, None].expand(shape).contiguous()
+    call(
+        kernels.small, gen, KINDS[gen.dtype], anchors, KINDS[anchors.dtype], case["positive"], mask,
+        0 if mask is None else mask.stride(0), case["format_ok"], case["lengths"], disc, buffers[0], buffers[1],
+        2 * shape[1], terms, *shape, anchors.shape[0], gen.shape[2], weights.positives, weights.softmax_temperature,
+        numbers, code, negative, weights.hit_k, weights.normalize_std, longs=(6, 12, 14, 15, 16, 17, 18, 23),
+    )  # fmt: skip
+    assert bool(buffers[:, :, 1].isnan().all())
+    found = dict(zip(compiled.PLANES, terms, strict=True))
+    for name, buffer in zip(("reward", "advantage"), buffers, strict=True):
+        assert torch.equal(buffer[:, 0], found[name])
+    return found
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize(("n_anchors", "masked"), [(300, True), (300, False), (40, True)])
+def test_streaming_kernels(kernels: ctypes.CDLL, kind: str, n_anchors: int, masked: bool) -> None:
+    """300 anchors: fp32 products and the second look; 40: fp64 products."""
+    weights = WEIGHTS[kind]
+    case = make_case(2, 3, 21, n_anchors, positives=weights.positives, ties=True, masked=masked)
+    case["gen"][1, 2, 3] = torch.nan
+    assert_same(streamed(kernels, case, weights), score(case, weights, backend="reference"))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_streaming_kernels_over_tiles(kernels: ctypes.CDLL, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own groups on both sides of a tile's border, and tiles that are not full."""
+    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 1)
+    weights = WEIGHTS[kind]
+    case = make_case(2, 3, 21, 530, positives=weights.positives, ties=True)
+    case["positive"] = torch.tensor([254, 510])
+    assert_same(streamed(kernels, case, weights), score(case, weights, backend="reference"))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_merge_kernel(kernels: ctypes.CDLL, kind: str) -> None:
+    """Three parts, one of them without a single negative for the first item."""
+    weights, engine = WEIGHTS[kind], OnHost(kernels)
+    case = make_case(2, 3, 16, 900, positives=weights.positives, ties=True)
+    case["positive"] = torch.tensor([10, 310])
+    case["negatives_mask"][0, 300:600] = False
+    rows = case["gen"].flatten(0, 1)
+    own, norms = chunked.own_similarities(engine, rows, case["anchors"], case["positive"], weights)
+    parts = [
+        chunked.scan(engine, rows, norms, own, case["anchors"][first : first + 300], case["positive"] - first,
+                     case["negatives_mask"][:, first : first + 300].contiguous(), weights, exact=False)
+        for first in (0, 300, 600)
+    ]  # fmt: skip
+    state = chunked.initial_state(rows, weights)
+    engine.merge(torch.stack(parts), state, weights)
+    disc = case["disc_similarity"][:, None]
+    planes = engine.finish(state, own, case["format_ok"], case["lengths"], disc, weights)
+    found = dict(zip(compiled.PLANES, planes, strict=True))
+    assert_same(found, score(case, weights, backend="reference"))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize(
+    ("group_size", "n_anchors", "masked", "dtype"),
+    [(3, 40, True, torch.float32), (11, 21, False, torch.bfloat16), (1, 9, True, torch.float16)],
+)
+def test_one_launch(
+    kernels: ctypes.CDLL, kind: str, group_size: int, n_anchors: int, masked: bool, dtype: torch.dtype
+) -> None:
+    weights = WEIGHTS[kind]
+    case = make_case(
+        2, group_size, 37, n_anchors, positives=weights.positives, ties=True, masked=masked, dtype=dtype
+    )
+    case["gen"][1, 0, 3] = torch.nan
+    assert_same(in_one_launch(kernels, case, weights), score(case, weights, backend="reference"))
+
+
+def test_one_launch_outside_the_bank_and_without_negatives(kernels: ctypes.CDLL) -> None:
+    case = make_case(3, 2, 8, 12)
+    case["positive"] = torch.tensor([-1, 12, 4])
+    case["negatives_mask"][2] = False
+    found = in_one_launch(kernels, case, RewardWeights())
+    assert torch.equal(found["nan"], torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]))
+    assert not found["negative"][2].any()
+    assert bool((found["rank"][2] == 1).all())
+    assert bool(torch.stack(list(found.values())).isfinite().all())
+
+
+def test_halves_are_read_exactly(kernels: ctypes.CDLL) -> None:
+    """Every kind of fp16 number: zeros, subnormal, normal, largest; 1 x 1 similarities show them."""
+    values = torch.tensor([0.0, 6e-8, 6.1e-5, -6.0e-5, 1.0, -1.5, 65504.0], dtype=torch.float16)
+    case = make_case(1, len(values), 1, 1, masked=False, dtype=torch.float16)
+    case["gen"], case["anchors"] = values.view(1, -1, 1), torch.ones(1, 1, dtype=torch.float16)
+    found = in_one_launch(kernels, case, RewardWeights())
+    assert torch.equal(found["positive"][0], values.float())
