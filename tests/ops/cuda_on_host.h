@@ -1,146 +1,121 @@
-// Enough of CUDA to compile a kernel for the host and run it: every thread of a block is a coroutine, and a barrier or a
-// warp's exchange lets the others run until all have come. A block in which nobody can go on, because some thread never
-// reaches the barrier the rest waits at, ends the process: on a GPU it would hang or read garbage.
+// Runs CUDA kernels on the CPU, to test them without a GPU: every thread of a block is a fiber, and all fibers run in
+// turn, each up to its next barrier or shuffle. Serves what csrc/cuda's kernels use: 1-D blocks, blockIdx.x and .y,
+// __shared__, __syncthreads, __shfl_xor_sync with all lanes, float4.
 #pragma once
+
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
-#include <vector>
+#include <memory>
 
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
-#define RIME_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(on_host::dynamic)
-
+struct float4 {
+  float x, y, z, w;
+};
 struct Index {
-  unsigned x;
+  unsigned x, y;
 };
+static Index threadIdx, blockIdx, gridDim, blockDim;
 
-namespace on_host {
+namespace cuda_on_host {
 
-constexpr unsigned kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kStack = 64 << 10;
+static std::jmp_buf scheduler, places[kMaxThreads];
+static int arrived = 0, alive = 0;
+static unsigned generation = 0;
+static float slots[2][kMaxThreads];
+static std::function<void()> body;
 
-struct Thread {
-  ucontext_t context;
-  std::vector<char> stack;
-  bool done = false;
-  long barriers = 0, exchanges = 0;  // how many it has arrived at
-  uint64_t slot[2] = {};             // what it shows its warp, of this exchange and of the one before
-};
+// The place is saved and left by setjmp and longjmp, which, unlike swapcontext, make no system call.
+inline void yield() {
+  const Index mine = threadIdx;
+  if (_setjmp(places[mine.x]) == 0) _longjmp(scheduler, 1);
+  threadIdx = mine;
+}
 
-inline std::vector<Thread> threads;
-inline ucontext_t scheduler;
-inline unsigned current = 0;
-inline void* dynamic = nullptr;
-inline std::function<void()> body;
+inline void release_if_all_arrived() {
+  if (arrived == alive && alive > 0) arrived = 0, ++generation;
+}
 
-inline void yield() { swapcontext(&threads[current].context, &scheduler); }
+// Threads that returned no longer count, as on a GPU.
+inline void barrier() {
+  const unsigned mine = generation;
+  ++arrived;
+  release_if_all_arrived();
+  while (generation == mine) yield();
+}
 
-inline void run_body() {
+inline void fiber() {
   body();
-  threads[current].done = true;
-  swapcontext(&threads[current].context, &scheduler);
+  --alive;
+  release_if_all_arrived();
+  _longjmp(scheduler, 1);
 }
 
-// Waits until every thread of first..last has arrived as often as this one. Threads that have returned never do.
-inline void wait(long Thread::* count, unsigned first, unsigned last) {
-  const long mine = ++(threads[current].*count);
-  const auto late = [&] {
-    return std::any_of(threads.begin() + first, threads.begin() + last,
-                       [&](const Thread& t) { return t.*count < mine; });
-  };
-  while (late()) yield();
+inline void begin(int thread) {
+  static std::unique_ptr<char[]> stacks[kMaxThreads];
+  if (!stacks[thread]) stacks[thread] = std::make_unique_for_overwrite<char[]>(kStack);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stacks[thread].get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber, 0);
+  setcontext(&context);
 }
 
-template <class T>
-T exchange(T value, unsigned from) {
-  Thread& self = threads[current];
-  const unsigned warp = current / kWarp * kWarp;
-  const long turn = self.exchanges & 1;
-  self.slot[turn] = 0;
-  std::memcpy(&self.slot[turn], &value, sizeof(T));
-  wait(&Thread::exchanges, warp, warp + kWarp);
-  T found;
-  std::memcpy(&found, &threads[warp + from % kWarp].slot[turn], sizeof(T));
-  return found;
-}
-
-}  // namespace on_host
-
-inline Index threadIdx{0}, blockIdx{0};
-
-inline void __syncthreads() {
-  on_host::wait(&on_host::Thread::barriers, 0, static_cast<unsigned>(on_host::threads.size()));
-}
-
-template <class T>
-T __shfl_xor_sync(unsigned, T value, int step) {
-  return on_host::exchange(value, on_host::current % on_host::kWarp ^ static_cast<unsigned>(step));
-}
-
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return on_host::exchange(value, static_cast<unsigned>(lane));
-}
-
-inline unsigned __ballot_sync(unsigned, bool wanted) {
-  unsigned all = 0;
-  const uint64_t own = wanted ? 1 : 0;
-  const unsigned lane = on_host::current % on_host::kWarp;
-  all |= static_cast<unsigned>(own) << lane;
-  for (unsigned step = 1; step < on_host::kWarp; ++step)
-    all |= static_cast<unsigned>(on_host::exchange(own, lane ^ step)) << (lane ^ step);
-  return all;
-}
-
-inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
-
-namespace on_host {
-
-// kernel<<<blocks, size, shared_bytes>>>(...), the blocks one after the other.
-template <class Kernel>
-void launch(unsigned blocks, unsigned size, size_t shared_bytes, Kernel kernel) {
-  std::vector<double> memory(shared_bytes / sizeof(double) + 1);
-  body = kernel;
-  for (unsigned block = 0; block < blocks; ++block) {
-    std::fill(memory.begin(), memory.end(), NAN);  // shared memory begins as anything
-    dynamic = memory.data();
-    threads = std::vector<Thread>(size);
-    for (Thread& thread : threads) {
-      thread.stack.resize(64 << 10);
-      getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack.data();
-      thread.context.uc_stack.ss_size = thread.stack.size();
-      thread.context.uc_link = nullptr;
-      makecontext(&thread.context, run_body, 0);
-    }
-    for (bool left = true; left;) {
-      left = false;
-      long moved = 0;
-      for (current = 0; current < size; ++current) {
-        Thread& thread = threads[current];
-        if (thread.done) continue;
-        const long before = thread.barriers + thread.exchanges;
-        threadIdx.x = current;
-        blockIdx.x = block;
-        swapcontext(&scheduler, &thread.context);
-        moved += thread.barriers + thread.exchanges - before + thread.done;
-        left = left || !thread.done;
+inline void run_block(int threads) {
+  static bool begun[kMaxThreads], finished[kMaxThreads];
+  static int turn, before;  // outlive the jumps
+  for (int t = 0; t < threads; ++t) begun[t] = finished[t] = false;
+  alive = threads, arrived = 0;
+  while (alive > 0) {
+    for (turn = 0; turn < threads; ++turn) {
+      if (finished[turn]) continue;
+      threadIdx = {static_cast<unsigned>(turn), 0};
+      before = alive;
+      if (_setjmp(scheduler) == 0) {
+        if (begun[turn]) _longjmp(places[turn], 1);
+        begun[turn] = true;
+        begin(turn);
       }
-      if (left && moved == 0) {
-        std::fprintf(stderr, "block %u waits forever: its threads are at different barriers\n", block);
-        std::_Exit(3);
-      }
+      if (alive < before) finished[turn] = true;
     }
   }
 }
 
-}  // namespace on_host
+// kernel<<<{x, y}, threads>>>(...)
+template <class Call>
+void launch(unsigned x, unsigned y, int threads, Call call) {
+  body = call;
+  gridDim = {x, y}, blockDim = {static_cast<unsigned>(threads), 1};
+  for (unsigned b = 0; b < y; ++b)
+    for (unsigned a = 0; a < x; ++a) {
+      blockIdx = {a, b};
+      run_block(threads);
+    }
+}
+
+}  // namespace cuda_on_host
+
+inline void __syncthreads() { cuda_on_host::barrier(); }
+
+// Two sets of slots in turn: a lane may be one shuffle ahead of another of its warp, never two.
+inline float __shfl_xor_sync(unsigned, float value, int step) {
+  static int turns[cuda_on_host::kMaxThreads];
+  const unsigned thread = threadIdx.x;
+  float* slots = cuda_on_host::slots[turns[thread]++ & 1];
+  slots[thread] = value;
+  cuda_on_host::yield();
+  return slots[thread ^ static_cast<unsigned>(step)];
+}

@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda/rank_reward_kernels.cuh for ctypes, run on the host (cuda_on_host.h).
-#include "cuda_on_host.h"
+// The kernels of csrc/cuda/rank_reward_kernels.cuh for ctypes, run on the host (cuda_coroutines.h).
+#include "cuda_coroutines.h"
 
 #include "../../csrc/cuda/rank_reward_kernels.cuh"
 

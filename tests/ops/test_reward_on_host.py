@@ -1,6 +1,6 @@
 """The CUDA kernels of the reward without a GPU: compiled for the host and run thread by thread, against the reference.
 
-``tests/ops/cuda_on_host.h`` runs a block's threads as coroutines, so that barriers, warp exchanges and shared memory
+``tests/ops/cuda_coroutines.h`` runs a block's threads as coroutines, so that barriers, warp exchanges and shared memory
 mean what they mean on a GPU; a barrier that some thread never reaches ends the process.
 """
 
