@@ -74,26 +74,6 @@ def test_torch_row_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
 
 
-def test_strided_inputs() -> None:
-    case = Case(40, 32, 77)
-    plain = case.run("chunked")
-    wide = torch.randn(80, 64)
-    wide[::2, ::2] = case.tensors["hidden"]
-    case.tensors["hidden"] = wide[::2, ::2]
-    case.tensors["lm_head"] = case.tensors["lm_head"].t().contiguous().t()
-    strided = {name: t.clone(memory_format=torch.preserve_format) for name, t in case.tensors.items()}
-    assert not strided["lm_head"].is_contiguous()
-    leaves = {n: case.tensors[n].detach().requires_grad_() for n in ("hidden", "lm_head", "bias", "temperature")}
-    assert not leaves["hidden"].is_contiguous()
-    out = fused_logprob_pool(
-        leaves["hidden"], leaves["lm_head"], case.tensors["targets"].repeat_interleave(2)[::2], entropy=True,
-        **case.options(leaves, backend="chunked"),
-    )  # fmt: skip
-    loss = -(out.logp * case.tensors["token_weight"]).sum() + (out.entropy * case.tensors["grad_entropy"]).sum()
-    for name, value in case.collect(leaves, loss, out).items():
-        assert relative(value, plain[name]) < 1e-5, name
-
-
 def _row_inputs(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         torch.randn(1023, 96, dtype=dtype), torch.randn(vocabulary, 96, dtype=dtype),
@@ -185,23 +165,6 @@ def test_unnormalised_read_out_is_the_mean() -> None:
     hidden, span = torch.randn(9, 16), (torch.tensor([2, 0]), torch.tensor([5, 9]))
     out = fused_logprob_pool(hidden, torch.randn(5, 16), torch.full((9,), -100), pools={"m": span}, normalize=False)
     torch.testing.assert_close(out.embeddings["m"], torch.stack([hidden[2:5].mean(0), hidden.mean(0)]))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("trained", ["hidden", "lm_head", "bias", "temperature"])
-def test_frozen_inputs(trained: str, schedule: str) -> None:
-    """Each input trained alone gets the gradient it gets among all."""
-    case = Case(40, 32, 77)
-    every = case.run("chunked", schedule=schedule)
-    leaves = {n: t.detach().requires_grad_(n == trained) for n, t in case.leaves().items()}
-    args, weight = (leaves["hidden"], leaves["lm_head"], case.tensors["targets"]), case.tensors["token_weight"]
-    if schedule == "recompute":
-        out = fused_logprob_pool(*args, entropy=True, **case.options(leaves, backend="chunked"))
-        loss = -(out.logp * weight).sum() + (out.entropy * case.tensors["grad_entropy"]).sum()
-    else:
-        loss, out = fused_linear_ce(*args, token_weight=weight, **case.options(leaves, backend="chunked"))
-    found = case.collect({trained: leaves[trained]}, loss, out)
-    assert relative(found[f"d_{trained}"], every[f"d_{trained}"]) < 1e-6
 
 
 def test_frozen_head_makes_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

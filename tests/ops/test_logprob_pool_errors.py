@@ -55,6 +55,9 @@ BAD = [
     ({"pools": {"m": (_index(0), _index(T + 1))}}, ValueError, r"pools\['m'\] ends: expected values in \[1, 6\)"),
     ({"pools": {"m": (_index(2), _index(2))}}, ValueError, r"pools\['m'\]: expected starts < ends"),
     ({"pools": {"m": (_index(2),)}}, ValueError, r"pools\['m'\]: expected \(starts, ends\), got 1 entries"),
+    ({"max_scored": -1}, ValueError, "max_scored: expected a number of rows, got -1"),
+    ({"max_scored": 4}, ValueError, "max_scored: more than 4 rows of targets are scored"),
+    ({"max_scored": 5.0}, TypeError, "max_scored: expected an int"),
     ({"vocab_group": "world"}, TypeError, "vocab_group: expected a torch.distributed ProcessGroup, got str"),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
+from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool, library
 from tests.ops.logprob_cases import Case, relative
 
 
@@ -54,9 +54,55 @@ def test_compiles_as_one_graph(compiler: str) -> None:
 
 
 def test_compiled_checks_raise() -> None:
+    """Values inside tensors fail as asynchronous assertions, as they do on a GPU: nothing is read by the host."""
     compiled = torch.compile(fused_logprob_pool, fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="targets: expected values in"):
-        compiled(torch.randn(3, 8), torch.randn(30, 8), torch.tensor([1, 30, 2]))
+    hidden, lm_head, targets = torch.randn(3, 8), torch.randn(30, 8), torch.tensor([1, 29, 2])
+    for change, message in (
+        ({"targets": torch.tensor([1, 30, 2])}, "targets: expected values in"),
+        ({"pools": {"disc": torch.tensor([0, 3])}}, r"pools\['disc'\]: expected values in"),
+        ({"pools": {"mean": (torch.tensor([2]), torch.tensor([2]))}}, r"pools\['mean'\]: expected starts < ends"),
+        ({"temperature": torch.tensor(0.0)}, "temperature: expected a value above 0"),
+        ({"max_scored": 2}, "max_scored: more than 2 rows"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            compiled(**({"hidden": hidden, "lm_head": lm_head, "targets": targets} | change))
+    with pytest.raises(ValueError, match="temperature: expected a finite number above 0"):
+        fused_logprob_pool(hidden, lm_head, targets, temperature=-1.0)
+
+
+def test_options_may_change_between_compiled_calls() -> None:
+    """Numbers and sizes that change become symbols; the graph stays one and the results those of plain calls."""
+
+    def objective(hidden, lm_head, targets, temperature, softcap):
+        found = fused_logprob_pool(hidden, lm_head, targets, temperature=temperature, softcap=softcap)
+        return fused_linear_ce(hidden, lm_head, targets, temperature=temperature)[0] + (found.logp**2).sum()
+
+    compiled, lm_head = torch.compile(objective, fullgraph=True, backend="aot_eager"), torch.randn(30, 8)
+    for rows, temperature, softcap in ((5, 0.7, 3.0), (5, 0.8, 3.0), (9, 0.9, 4.0), (11, 1.1, 5.0), (11, 1, None)):
+        results = []
+        for function in (objective, compiled):
+            hidden, head = torch.randn(rows, 8, generator=torch.Generator().manual_seed(1)), lm_head.clone()
+            hidden.requires_grad_(), head.requires_grad_()
+            value = function(hidden, head, torch.arange(rows), temperature, softcap)
+            results.append(torch.autograd.grad(value, (hidden, head)))
+        for expected, found in zip(*results, strict=True):
+            assert relative(found, expected) < 1e-6
+
+
+def test_the_graph_names_the_code_that_made_it() -> None:
+    """Compiled graphs kept on disk by an older version of the backward must not be taken for this one's."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    hidden, lm_head, targets = torch.randn(3, 8, requires_grad=True), torch.randn(30, 8), torch.tensor([1, 2, 3])
+    torch.compile(lambda: fused_logprob_pool(hidden, lm_head, targets).logp, backend=keep)()
+    torch.compile(lambda: fused_linear_ce(hidden, lm_head, targets)[0], backend=keep)()
+    assert len(graphs) == 2
+    assert all(library.REVISION in code for code in graphs)
+    assert library._digest() == library.REVISION
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

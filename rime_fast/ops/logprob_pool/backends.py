@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,11 +37,27 @@ def engine_for(backend: str, hidden: Tensor) -> Any:
     return panels if hidden.is_cuda else chunked
 
 
+Body = TypeVar("Body", bound=Callable[..., Any])
+
+
+def _in_own_precision(body: Body) -> Body:
+    """Without autocast: the operands came cast to it (arguments.py), the fp32 products must not be cut short."""
+
+    @wraps(body)
+    def run(*args: Any) -> Any:
+        kind = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(kind, enabled=False):
+            return body(*args)
+
+    return run  # type: ignore[return-value]
+
+
 def _plain(bias: Tensor | None) -> Tensor | None:
     """The bias as the row kernels take it."""
     return None if bias is None else bias.float().contiguous()
 
 
+@_in_own_precision
 def forward(
     hidden: Tensor,
     lm_head: Tensor,
@@ -77,6 +94,7 @@ def _finish_rows(stats: Statistics, targets: Tensor, ignore_index: int) -> tuple
     return logp, stats.entropy.masked_fill_(ignored, 0.0) if stats.entropy.shape == logp.shape else stats.entropy
 
 
+@_in_own_precision
 def backward(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
@@ -134,6 +152,7 @@ def _as_results(
     )  # fmt: skip
 
 
+@_in_own_precision
 def linear_ce(
     hidden: Tensor,
     lm_head: Tensor,

@@ -103,7 +103,7 @@ def forward_kernel(
         total = tl.zeros((BM,), dtype=tl.float32)
         weighted = tl.zeros((BM,), dtype=tl.float32)
         hit = tl.zeros((BM,), dtype=tl.float32)
-        for j in range(SPLIT):
+        for j in range(tl.minimum(SPLIT, tl.cdiv(vocabulary, BN) - split * SPLIT)):
             first = (split * SPLIT + j) * BN
             z = _scores(
                 x, w, bias, at, live, first, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
