@@ -2,12 +2,13 @@
 
     python -m rime_fast.demo.curves --output_dir runs/curves [--fast]
 
-Starts: ``long``, the jointly trained model of the demo, which is all but perfect; ``short``, one of fewer steps, which
-is not. Rewards: ``anchors_sft``, ours (scored against discriminative anchors of the start); ``anchors_policy``, the
-same against anchors of the current weights; ``ume_r1``, UME-R1's (scored against the other side's rewrites).
+Panels: ``long``, from the jointly trained model of the demo, which is all but perfect; ``short``, from one of fewer
+steps, which is not; ``short-120``, the same for four times as many Refine-RL steps. Rewards: ``anchors_sft``, ours
+(scored against discriminative anchors of the start); ``anchors_policy``, the same against anchors of the current
+weights; ``ume_r1``, UME-R1's (scored against the other side's rewrites).
 
-One process, cell by cell. A cell writes ``cells/<start>-<reward>-<seed>.json`` and is not run again while its settings
-are the same; joint training is shared by the cells of a start and seed, and kept in ``starts/``.
+One process, cell by cell. A cell writes ``cells/<panel>-<reward>-<seed>.json`` and is not run again while its settings
+are the same; joint training is shared by all cells of as many steps and a seed, and kept in ``starts/``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import TrainerCallback
 
 from rime_fast.data.digits import Split, retrieval_set
 from rime_fast.demo.ablation import environment
-from rime_fast.demo.phases import FAST, TEST_SEED, Sizes, demo_embedder, joint_training, query_tokens, refine
+from rime_fast.demo.phases import FAST, FULL, TEST_SEED, Sizes, demo_embedder, joint_training, query_tokens, refine
 from rime_fast.demo.task import demo_model
 from rime_fast.eval.mutual import evaluate_mutual
 
@@ -39,27 +40,32 @@ REWARDS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class CurveSizes:
-    """How much of everything. short_steps: of joint training, for the start that is not perfect. every: Refine-RL
-    steps between two measurements."""
+class Panel:
+    """Steps of joint training and of Refine-RL, Refine-RL steps between two measurements, and which rewards."""
 
-    sizes: Sizes = Sizes(refine_steps=30)  # noqa: RUF009 (frozen)
-    short_steps: int = 500
-    every: int = 6
-    learning_rate: float = 1e-4
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for reports and for telling runs apart."""
-        return asdict(self)
-
-    def joint(self, start: str) -> Sizes:
-        """The sizes of the joint training behind a start."""
-        return self.sizes if start == "long" else replace(self.sizes, sft_steps=self.short_steps)
+    sft_steps: int
+    refine_steps: int
+    every: int
+    rewards: tuple[str, ...] = tuple(REWARDS)
 
 
-FULL_CURVES = CurveSizes()
-FAST_CURVES = CurveSizes(sizes=FAST, short_steps=6, every=1)
-STARTS = ("short", "long")
+PANELS = {
+    "short": Panel(500, 30, 6),
+    "long": Panel(FULL.sft_steps, 30, 6),
+    "short-120": Panel(500, 120, 24, ("anchors_sft", "ume_r1")),
+}
+FAST_PANELS = {name: replace(panel, sft_steps=4, refine_steps=2, every=1) for name, panel in PANELS.items()}
+LEARNING_RATE = 1e-4
+
+
+def panel_sizes(panel: Panel, sizes: Sizes) -> Sizes:
+    """``sizes`` with the panel's numbers of steps."""
+    return replace(sizes, sft_steps=panel.sft_steps, refine_steps=panel.refine_steps)
+
+
+def settings(panel: Panel, sizes: Sizes) -> dict[str, Any]:
+    """What a cell depends on, as plain values."""
+    return panel_sizes(panel, sizes).as_dict() | {"every": panel.every, "learning_rate": LEARNING_RATE}
 
 
 class Meter(TrainerCallback):
@@ -91,12 +97,12 @@ class Meter(TrainerCallback):
             self.measure(model, state.global_step)
 
 
-def start_model(out: Path, start: str, seed: int, curve: CurveSizes) -> tuple[Any, Any]:
+def start_model(out: Path, seed: int, sizes: Sizes) -> tuple[Any, Any]:
     """The jointly trained model and its processor; read from ``out/starts`` where it was trained with these sizes."""
     from rime_fast.model.dual_mode import DualModeModel
 
-    folder, sizes = out / "starts" / f"{start}-{seed}", curve.joint(start)
-    wanted = {"seed": seed} | {key: asdict(sizes)[key] for key in ("sft_steps", "sft_batch", "wordy")}
+    folder = out / "starts" / f"{sizes.sft_steps}-{seed}"
+    wanted = {"seed": seed} | {key: sizes.as_dict()[key] for key in ("sft_steps", "sft_batch", "wordy")}
     note = folder / "settings.json"
     model, processor = demo_model(seed)
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
@@ -108,45 +114,46 @@ def start_model(out: Path, start: str, seed: int, curve: CurveSizes) -> tuple[An
 
 
 def run_cell(
-    start: str, reward: str, seed: int, out: Path, curve: CurveSizes, *, split: Split = "test"
+    panel: Panel, reward: str, seed: int, out: Path, sizes: Sizes, *, split: Split = "test"
 ) -> dict[str, Any]:
     """One curve: ``points`` [{step, hit@1, query_tokens, format_errors}] from step 0, and the training's log."""
-    if start not in STARTS or reward not in REWARDS:
-        raise ValueError(f"cell is {start!r}, {reward!r}; expected one of {STARTS} and one of {tuple(REWARDS)}")
-    model, processor = start_model(out, start, seed, curve)
-    meter = Meter(processor, retrieval_set(split, curve.sizes.n_test, seed=TEST_SEED), curve.every)
+    if reward not in REWARDS:
+        raise ValueError(f"reward is {reward!r}; expected one of {', '.join(REWARDS)}")
+    sizes = panel_sizes(panel, sizes)
+    model, processor = start_model(out, seed, sizes)
+    meter = Meter(processor, retrieval_set(split, sizes.n_test, seed=TEST_SEED), panel.every)
     meter.measure(model, 0)
-    begin = time.perf_counter()
+    measured, begin = meter.seconds, time.perf_counter()
     log = refine(
-        model, processor, out / "work" / f"{start}-{reward}-{seed}", seed=seed, sizes=curve.sizes, callbacks=[meter],
-        learning_rate=curve.learning_rate, **REWARDS[reward],
+        model, processor, out / "work" / f"{reward}-{seed}", seed=seed, sizes=sizes, callbacks=[meter],
+        learning_rate=LEARNING_RATE, **REWARDS[reward],
     )  # fmt: skip
-    seconds = time.perf_counter() - begin
-    return {
-        "start": start, "reward": reward, "seed": seed, "split": split, "settings": curve.as_dict(),
-        "points": meter.points, "seconds": round(seconds - meter.seconds, 1), "log": log,
-    }  # fmt: skip
+    seconds = time.perf_counter() - begin - (meter.seconds - measured)
+    return {"reward": reward, "seed": seed, "split": split, "settings": settings(panel, sizes),
+            "points": meter.points, "seconds": round(seconds, 1), "log": log}  # fmt: skip
 
 
 def run_curves(
-    out: str | Path = "runs/curves", *, seeds: Sequence[int] = SEEDS, starts: Sequence[str] = STARTS, fast: bool = False
-) -> dict[str, Any]:
+    out: str | Path = "runs/curves", *, seeds: Sequence[int] = SEEDS, panels: Sequence[str] = tuple(PANELS),
+    fast: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Run the cells that are missing; writes ``report.json`` and ``refine_curves.png`` into ``out``, returns the
     report (``curves_report.summarise``)."""
     from rime_fast.demo.curves_report import plot_curves, summarise
 
-    out, curve = Path(out), FAST_CURVES if fast else FULL_CURVES
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    cells = []
-    for start in starts:
+    out, sizes, table = Path(out), FAST if fast else FULL, FAST_PANELS if fast else PANELS
+    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in panels}
+    for name in panels:
         for seed in seeds:
-            for reward in REWARDS:
-                cells.append(_cell(out, start, reward, seed, curve))
-                last = cells[-1]["points"][-1]
-                print(f"{start} {reward} {seed}: hit@1 {cells[-1]['points'][0]['hit@1']:.3f} -> {last['hit@1']:.3f}, "
+            for reward in table[name].rewards:
+                cell = _cell(out, name, table[name], reward, seed, sizes)
+                cells[name].append(cell)
+                first, last = cell["points"][0], cell["points"][-1]
+                print(f"{name} {reward} {seed}: hit@1 {first['hit@1']:.3f} -> {last['hit@1']:.3f}, "
                       f"{last['query_tokens']:.1f} tokens", flush=True)  # fmt: skip
     report = summarise(cells) | {
-        "settings": curve.as_dict() | {"rewards": REWARDS, "test_seed": TEST_SEED},
+        "settings": {name: settings(table[name], sizes) for name in panels}
+        | {"rewards": REWARDS, "test_seed": TEST_SEED},
         "environment": environment("python -m rime_fast.demo.curves", workers=1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -154,13 +161,14 @@ def run_curves(
     return report
 
 
-def _cell(out: Path, start: str, reward: str, seed: int, curve: CurveSizes) -> dict[str, Any]:
-    path = out / "cells" / f"{start}-{reward}-{seed}.json"
+def _cell(out: Path, name: str, panel: Panel, reward: str, seed: int, sizes: Sizes) -> dict[str, Any]:
+    path = out / "cells" / f"{name}-{reward}-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         cell = json.loads(path.read_text(encoding="utf-8"))
-        if cell["settings"] == curve.as_dict():
+        if cell["settings"] == settings(panel, sizes):
             return cell
-    cell = run_cell(start, reward, seed, out, curve)
+    cell = run_cell(panel, reward, seed, out, sizes)
     path.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
     return cell
 

@@ -16,8 +16,8 @@ LABELS = {
 MEASURES = {"hit@1": "gen-gen hit@1", "query_tokens": "decoded tokens a query"}
 
 
-def summarise(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{"curves": {start: {reward: curve}}, "n_seeds"}.
+def summarise(panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """{"curves": {panel: {reward: curve}}, "n_seeds"} from each panel's cells.
 
     A curve has ``steps``; for each of hit@1 and query_tokens ``mean`` and ``std`` over seeds (of a sample), per step,
     and ``seeds``: {seed: values}; ``gain``, hit@1 of the last step less that of step 0, as {mean, std, values}; and
@@ -25,17 +25,18 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     curves: dict[str, dict[str, Any]] = {}
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault((cell["start"], cell["reward"]), []).append(cell)
-    for (start, reward), group in groups.items():
+    for name, cells in panels.items():
+        for cell in cells:
+            groups.setdefault((name, cell["reward"]), []).append(cell)
+    for (name, reward), group in groups.items():
         steps = [point["step"] for point in group[0]["points"]]
         if any([point["step"] for point in cell["points"]] != steps for cell in group):
-            raise ValueError(f"{start}, {reward}: the seeds were measured at different steps")
+            raise ValueError(f"{name}, {reward}: the seeds were measured at different steps")
         curve: dict[str, Any] = {"steps": steps}
-        for name in MEASURES:
-            rows = {cell["seed"]: [point[name] for point in cell["points"]] for cell in group}
+        for measure in MEASURES:
+            rows = {cell["seed"]: [point[measure] for point in cell["points"]] for cell in group}
             columns = [summary(values) for values in zip(*rows.values(), strict=True)]
-            curve[name] = {
+            curve[measure] = {
                 "mean": [column["mean"] for column in columns],
                 "std": [column["std"] for column in columns],
                 "seeds": {str(seed): values for seed, values in rows.items()},
@@ -43,12 +44,12 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         hits = curve["hit@1"]["seeds"].values()
         curve["gain"] = summary([values[-1] - values[0] for values in hits])
         curve["seconds"] = summary([cell["seconds"] for cell in group])
-        curves.setdefault(start, {})[reward] = curve
+        curves.setdefault(name, {})[reward] = curve
     return {"curves": curves, "n_seeds": max(len(group) for group in groups.values())}
 
 
 def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
-    """Write a PNG: a row for each start, hit@1 on the left and tokens on the right; thin lines are seeds."""
+    """Write a PNG: a row for each panel, hit@1 on the left and tokens on the right; thin lines are seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -58,13 +59,13 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(10, 3.4 * len(curves)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(curves), len(MEASURES), squeeze=False)
-    for row, (start, rewards) in zip(grid, curves.items(), strict=True):
+    for row, (panel, rewards) in zip(grid, curves.items(), strict=True):
         for axes, (name, title) in zip(row, MEASURES.items(), strict=True):
             for colour, (reward, curve) in zip(COLOURS, rewards.items(), strict=False):
                 for values in curve[name]["seeds"].values():
                     axes.plot(curve["steps"], values, color=colour, alpha=0.3, linewidth=0.8)
                 axes.plot(curve["steps"], curve[name]["mean"], "o-", color=colour, markersize=3, label=LABELS[reward])
-            axes.set_title(f"{title}, {start} joint training", fontsize=10)
+            axes.set_title(f"{panel}: {title}", fontsize=10)
             axes.set_xlabel("Refine-RL step")
             axes.spines[["top", "right"]].set_visible(False)
         row[0].legend(frameon=False, fontsize=8)
