@@ -52,9 +52,13 @@ def decode(model: nn.Module, rank: int, steps: int) -> Rollout:
                              stop_ids=[])  # fmt: skip
 
 
-def check(model: nn.Module, is_whole: Callable[[], bool], gathers: int | None, name: str) -> None:
+def check(
+    model: nn.Module, is_whole: Callable[[], bool], gathers: int | None, name: str, dtype: torch.dtype = torch.float32
+) -> None:
     """Two phases of different lengths: the same collectives to enter, none inside, the tokens of the whole model."""
     rank, plain = dist.get_rank(), starting_model()
+    for parameter in plain.parameters():  # not the buffers, as in FSDP2
+        parameter.data = parameter.data.to(dtype)
     entered = []
     for steps in (STEPS[rank], 2 * STEPS[rank]):
         assert not is_whole()
@@ -125,6 +129,24 @@ def fsdp2() -> None:
     check(model, is_whole, len(layers) + 1, "fsdp2 after a backward")
 
 
+def fsdp2_bf16() -> None:
+    """Mixed precision: the phase gathers in bf16, once."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = starting_model()
+    settings = {
+        "mesh": init_device_mesh("cpu", (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    }
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
+    head = model.model.language_model.norm
+    check(model, lambda: not isinstance(head.weight, DTensor), 3, "fsdp2 in bf16", torch.bfloat16)
+
+
 def zero3() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -164,7 +186,7 @@ def ddp() -> None:
     assert torch.equal(out[0].tokens, decode(starting_model(), rank, STEPS[rank]).tokens)
 
 
-SCENARIOS = {"ddp": ddp, "fsdp2": fsdp2, "zero3": zero3}
+SCENARIOS = {"ddp": ddp, "fsdp2": fsdp2, "fsdp2_bf16": fsdp2_bf16, "zero3": zero3}
 
 
 def run_scenarios(rank: int, world: int, *names: str) -> None:

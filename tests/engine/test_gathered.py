@@ -14,7 +14,9 @@ from tests.ranks import run_ranks
 
 @pytest.mark.dist
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
-@pytest.mark.parametrize("names", [("ddp", "fsdp2"), pytest.param(("zero3",), marks=pytest.mark.slow)], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [("ddp", "fsdp2", "fsdp2_bf16"), pytest.param(("zero3",), marks=pytest.mark.slow)], ids="-".join
+)
 def test_ranks_decode_for_different_numbers_of_steps(names: tuple[str, ...]) -> None:
     if "zero3" in names:
         pytest.importorskip("deepspeed")
