@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,36 +79,92 @@ def test_head_split_by_vocabulary(world: int) -> None:
     run_ranks(_vocabulary_worker, world)
 
 
-class _Scorer(nn.Module):
-    """A model whose head is applied inside its forward, where FSDP has gathered it."""
+class _Head(nn.Linear):
+    """The operator runs inside the head's own forward, where FSDP and ZeRO-3 have its weight whole."""
 
-    def __init__(self) -> None:
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, plain: bool) -> torch.Tensor:
+        if plain:
+            return nn.functional.cross_entropy(nn.functional.linear(hidden, self.weight), targets, reduction="sum")
+        return fused_linear_ce(hidden, self.weight, targets)[0]
+
+
+class _Scorer(nn.Module):
+    """A model that scores its targets, by plain torch or by the operator."""
+
+    def __init__(self, plain: bool = False) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.body = nn.Linear(16, 16)
-        self.lm_head = nn.Linear(16, 48, bias=False)
+        self.plain, self.body, self.lm_head = plain, nn.Linear(16, 16), _Head(16, 48, bias=False)
 
-    def forward(self, x: torch.Tensor, targets: torch.Tensor, plain: bool = False) -> torch.Tensor:
-        hidden = torch.tanh(self.body(x))
-        if plain:
-            return nn.functional.cross_entropy(self.lm_head(hidden), targets, reduction="sum")
-        return fused_linear_ce(hidden, self.lm_head.weight, targets)[0]
+    def forward(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(torch.tanh(self.body(x)), targets, self.plain)
 
 
-def _fsdp_worker(rank: int, world: int) -> None:
+class _Plain:
+    """The model and batch of the sharded tests, and its gradients on one rank."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.x, self.targets = torch.randn(12, 16), torch.randint(0, 48, (12,))
+        plain = _Scorer(plain=True)
+        plain(self.x, self.targets).backward()
+        self.truth = {name: p.grad for name, p in plain.named_parameters()}
+
+    def step(self, model: nn.Module) -> Counter[str]:
+        """Loss and backward; the c10d operations they took."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss = model(self.x, self.targets)
+            getattr(model, "backward", torch.Tensor.backward)(loss)
+        names = [event.name for event in profile.events() if event.name.startswith("c10d::")]
+        return Counter(name.removeprefix("c10d::") for name in names)
+
+    def check(self, gradients: dict[str, torch.Tensor]) -> None:
+        """Every rank saw the same rows, so the mean over ranks is the one rank's gradient."""
+        assert gradients.keys() == self.truth.keys()
+        for name, found in gradients.items():
+            assert relative(found, self.truth[name]) < 1e-5, name
+
+
+def _sharded_worker(rank: int, world: int) -> None:
+    """One unit is the whole model: gathered once for the call, its gradients reduced and scattered once."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(1)
-    x, targets = torch.randn(12, 16), torch.randint(0, 48, (12,))
-    plain, model = _Scorer(), _Scorer()
+    case, model = _Plain(), _Scorer()
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    plain(x, targets, plain=True).backward()
-    model(x, targets).backward()
-    for (name, expected), found in zip(plain.named_parameters(), model.parameters(), strict=True):
-        # Every rank saw the same rows, so the mean over ranks is the one rank's gradient.
-        assert relative(found.grad.full_tensor(), expected.grad) < 1e-5, name
+    case.step(model)
+    model.zero_grad()
+    counted = case.step(model)
+    case.check({name: p.grad.full_tensor() for name, p in model.named_parameters()})
+    assert (counted["_allgather_base_"], counted["_reduce_scatter_base_"]) == (1, 1), counted
+    _zero3(case)
 
 
-def test_head_sharded_by_fsdp2() -> None:
-    run_ranks(_fsdp_worker, 2)
+def _zero3(case: _Plain) -> None:
+    """DeepSpeed: as many gathers as the plain head needs, and one reduce-scatter."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 12,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    counts = {}
+    for plain in (True, False):
+        model = _Scorer(plain)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), config=settings
+        )
+        case.step(engine)
+        engine.step()
+        counts[plain] = case.step(engine)
+        case.check({n.removeprefix("module."): safe_get_full_grad(p) for n, p in engine.named_parameters()})
+    assert counts[False] == counts[True], counts
+    assert counts[False]["_reduce_scatter_base_"] == 1, counts
+
+
+def test_head_sharded_by_fsdp2_and_zero3() -> None:
+    pytest.importorskip("deepspeed")
+    run_ranks(_sharded_worker, 2)
