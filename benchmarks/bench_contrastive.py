@@ -15,7 +15,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_contrastive(shape: Shape, run) -> None:
     found = run(measure, shape, rounds=5)
-    for name, row in found.items():
+    for name in ("ours", "ours_masked"):  # what eager fp32 loses on peaked data is in its rows
+        row = found[name]
         assert row.error_fp64 is None or row.error_fp64 < (1e-4 if run.exact else 5e-2), name
 
 

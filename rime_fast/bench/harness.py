@@ -127,6 +127,8 @@ def compare(
         except (RuntimeError, ImportError, NotImplementedError) as reason:
             if name.startswith("ours"):
                 raise
+            if device == "cuda":
+                torch.cuda.empty_cache()  # it may have run out of memory
             _skip(results, bench, case, name, (str(reason).splitlines() or [type(reason).__name__])[0][:200])
             continue
         wanted = truth.get(name) if isinstance(truth, Mapping) else truth
@@ -280,6 +282,11 @@ def _run(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def fast_fp64(device: str) -> bool:
+    """Whether fp64 products run at a good part of fp32's speed: on data-centre GPUs, so large truths are affordable."""
+    return device == "cuda" and torch.cuda.get_device_capability() in ((7, 0), (8, 0), (9, 0), (10, 0))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
