@@ -157,6 +157,23 @@ def test_a_shared_prefix_saves_the_repeated_prompts() -> None:
     assert shared.tokens == 2 * 512 * (48 + 256 - 1 + 8 * 65)
     assert repeated.tokens == 2 * 512 * 8 * (48 + 256 + 64)
     assert shared.seconds < repeated.seconds
+    # the frozen tower runs once; on its own for prefill and for every rollout's reference and policy otherwise
+    trunk = work.vision_linear(TWO_B.vision, 16 * 1024) + work.vision_attention(TWO_B.vision, [1024] * 16)
+    merging = work.merging(TWO_B.vision, 16 * 1024)
+    assert work_of(shared, "vision") == pytest.approx(trunk + 5 * merging)
+    assert work_of(repeated, "vision") == pytest.approx(17 * trunk + (1 + 4 * 8) * merging)
+    sharded = refine_step(TWO_B, cluster(64), replace(plan, strategy="fsdp2"))
+    assert work_of(sharded, "vision") == pytest.approx(2 * trunk + 5 * merging)
+
+
+def test_refine_micro_batches_hold_less_and_gather_more() -> None:
+    plan = RefinePlan(pairs=512, strategy="zero3")
+    whole, parts = (refine_step(TWO_B, cluster(64), replace(plan, micro_tokens=m)) for m in (None, 4096))
+    assert whole.micro_batches == 1
+    assert parts.micro_batches == math.ceil(2 * 8 * (48 + 256 - 1 + 8 * 65) / 4096)
+    assert parts.memory["cache or graph"] < 0.5 * whole.memory["cache or graph"]
+    sent = [next(p.sent for p in step.parts if p.name == "parameter gathers") for step in (whole, parts)]
+    assert sent[1] == pytest.approx(parts.micro_batches * sent[0])
 
 
 @pytest.mark.parametrize(
@@ -168,7 +185,7 @@ def test_a_shared_prefix_saves_the_repeated_prompts() -> None:
         (lambda: Plan(pairs=0), "pairs is 0"),
         (lambda: Plan(micro_tokens=0), "micro_tokens is 0"),
         (lambda: RefinePlan(rollouts=1), "rollouts is 1"),
-        (lambda: RefinePlan(strategy="fsdp2"), "RefineRLTrainer runs under"),
+        (lambda: RefinePlan(micro_tokens=0), "micro_tokens is 0"),
         (lambda: Assumptions(matmul=0.0), "matmul is 0.0"),
         (lambda: Assumptions(overlap=1.1), "overlap is 1.1"),
     ],

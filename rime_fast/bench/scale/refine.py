@@ -20,8 +20,8 @@ class RefinePlan:
     """A Refine-RL step. pairs: of all ranks together; both sides are trained, ``rollouts`` of each prompt.
 
     ``query.rewrite`` and ``target.rewrite`` are the tokens of a rollout. anchors: of the bank. reference: a frozen copy
-    scores the rollouts (beta > 0). shared_prefix: a prompt's rows stand once for its rollouts. cuda_graphs: a decode
-    step is one launch.
+    scores the rollouts (beta > 0). shared_prefix: a prompt's rows stand once for its rollouts. micro_tokens: rows that
+    go through the policy at a time; None: all. cuda_graphs: a decode step is one launch.
     """
 
     pairs: int = 512
@@ -33,6 +33,7 @@ class RefinePlan:
     checkpointing: bool = False
     reference: bool = True
     shared_prefix: bool = True
+    micro_tokens: int | None = None
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -40,8 +41,8 @@ class RefinePlan:
             raise ValueError(f"pairs is {self.pairs}; expected at least 1")
         if self.rollouts < 2:
             raise ValueError(f"rollouts is {self.rollouts}; expected at least 2")
-        if self.strategy == "fsdp2":
-            raise ValueError("strategy is 'fsdp2'; RefineRLTrainer runs under ddp or zero1 to zero3")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise ValueError(f"micro_tokens is {self.micro_tokens}; expected at least 1, or None")
 
 
 def decode(shape: ModelShape, cluster: Cluster, plan: RefinePlan) -> Part:
@@ -98,60 +99,79 @@ def refine_step(shape: ModelShape, cluster: Cluster, plan: RefinePlan) -> Step:
     prompt_sides = [(Side(side.text, side.pixels, 0), own) for side in (plan.query, plan.target)]
     prompts = Load.of(shape, prompt_sides)
     rows, scores, scored = policy_load(shape, plan, own)
-    repeats = 1 if plan.shared_prefix else plan.rollouts
+    micro = 1 if plan.micro_tokens is None else -int(-rows // plan.micro_tokens)
+    sync = Sync(plan.strategy, shape.parameters, shape.trained(), units=text.layers + 2,
+                gradient=memory.precision_of(plan.strategy).gradient)  # fmt: skip
 
     trunk_flops, trunk_s = rates.trunk(shape, prompts)
     merge_flops = work.merging(shape.vision, prompts.patches)
-    once_flops, once_s = trunk_flops + merge_flops, trunk_s + rates.matmul(merge_flops)
+    merge_s = rates.matmul(merge_flops)
     prefill_flops, prefill_s = rates.text(shape, prompts)
     linear, attention = work.text_linear(text, rows), work.text_attention(text, scores)
     policy_s = rates.matmul(linear) + rates.attention(attention)
     scored_once = work.head(text, scored, "forward")
     scored_twice = work.head(text, scored, "recompute")
     rewards = work.reward(2 * own * plan.rollouts, plan.anchors, text.hidden)
+    forwards = 2 if plan.reference else 1
+    trunks, repeats = trunk_runs(plan, sync), 1 if plan.shared_prefix else plan.rollouts
+    merges = 1 + (forwards + 2) * repeats  # prefill, reference and policy; the policy's backward twice
     back = 3.0 if plan.checkpointing else 2.0
 
     parts = [
-        Part("prefill", once_s + prefill_s, once_flops + prefill_flops),
+        Part("vision", trunks * trunk_s + merges * merge_s, trunks * trunk_flops + merges * merge_flops),
+        Part("prefill", prefill_s, prefill_flops),
         decode(shape, cluster, plan),
     ]
     if plan.reference:
-        flops = repeats * once_flops + linear + attention + scored_once
-        seconds = repeats * once_s + policy_s + rates.matmul(scored_once)
-        parts.append(Part("reference", seconds, flops))
+        parts.append(Part("reference", policy_s + rates.matmul(scored_once), linear + attention + scored_once))
     parts += [
-        Part("policy forward", repeats * once_s + policy_s, repeats * once_flops + linear + attention),
-        Part("policy backward", back * policy_s + 2 * repeats * rates.matmul(merge_flops),
-             back * (linear + attention) + 2 * repeats * merge_flops),
+        Part("policy forward", policy_s, linear + attention),
+        Part("policy backward", back * policy_s, back * (linear + attention)),
         Part("head", rates.matmul(scored_twice), scored_twice),
         Part("reward", rates.matmul(rewards), rewards),
-    ]  # fmt: skip
-    trained = shape.trained()
-    sync = Sync(plan.strategy, shape.parameters, trained, units=text.layers + 2,
-                gradient=memory.precision_of(plan.strategy).gradient)  # fmt: skip
-    parts += sync_parts(cluster, sync, 1, 1, policy_s, back * policy_s)
-    if sync.gathers:  # rollouts and reference want the weights whole: gathered once more each
-        extra = sync.one_pass(cluster) * (2 if plan.reference else 1)
-        parts.append(Part("weights for rollouts", cluster.seconds(extra), sent=extra.nbytes,
-                          alone=cluster.seconds(extra)))  # fmt: skip
-    parts.append(optimizer_part(rates, trained / (1 if plan.strategy == "ddp" else cluster.gpus)))
-    samples = 2.0 * plan.pairs * plan.rollouts
-    return Step(parts, _memory(shape, cluster, plan, rows, prompts), samples, rows * cluster.gpus)
+    ]
+    # a sharded model cannot be copied: there the reference is the policy with its adapter off, gathered once more
+    passes = micro * (forwards if sync.gathers else 1)
+    parts += sync_parts(cluster, sync, micro, passes, policy_s / micro, back * policy_s / micro)
+    if sync.gathers:  # the rollouts want the weights whole
+        whole = sync.one_pass(cluster)
+        seconds = cluster.seconds(whole)
+        parts.append(Part("weights for rollouts", seconds, sent=whole.nbytes, alone=seconds))
+    parts.append(optimizer_part(rates, shape.trained() / (1 if plan.strategy == "ddp" else cluster.gpus)))
+    found = _memory(shape, cluster, plan, rows / micro, prompts, micro)
+    return Step(parts, found, 2.0 * plan.pairs * plan.rollouts, rows * cluster.gpus, micro)
+
+
+def trunk_runs(plan: RefinePlan, sync: Sync) -> int:
+    """How often the frozen vision tower runs over the prompts' images (trainers/refine_step.py).
+
+    Once for prefill, reference and policy; where forwards gather parameters the prefill keeps no features; separate
+    sequences have the image once a rollout and keep none.
+    """
+    if not plan.shared_prefix:
+        return 1 + plan.rollouts * (2 if plan.reference else 1)
+    return 2 if sync.gathers else 1
 
 
 def _memory(
-    shape: ModelShape, cluster: Cluster, plan: RefinePlan, rows: float, prompts: Load
+    shape: ModelShape, cluster: Cluster, plan: RefinePlan, rows: float, prompts: Load, micro: int
 ) -> dict[str, float]:
-    """Bytes of one rank: the cache of the rollouts and the policy's graph are not there at the same time."""
+    """Bytes of one rank: the cache of the rollouts and the policy's graph are not there at the same time.
+
+    rows: of one micro-batch.
+    """
     text, own = shape.text, plan.pairs / cluster.gpus
     found = memory.states(shape, shape.trained(), plan.strategy, cluster.gpus)
-    if plan.reference and plan.strategy != "zero3":  # sharded parameters cannot be copied: there it is an adapter, off
+    sharded = plan.strategy in ("fsdp2", "zero3")
+    if plan.reference and not sharded:
         found["reference"] = 2.0 * shape.parameters
     replies = own * plan.rollouts * (plan.query.rewrite + plan.target.rewrite)
     cache = memory.kv_cache(text, prompts.tokens + replies)
-    if plan.strategy == "zero3":
+    if sharded:
         cache += 2.0 * shape.parameters
     graph = memory.text_graph(text, rows, checkpointing=plan.checkpointing)
-    graph += memory.merging_graph(shape.vision, prompts.patches) + memory.head(text, rows)
+    graph += memory.merging_graph(shape.vision, prompts.patches / micro) + memory.head(text, rows)
+    if plan.shared_prefix:
+        found["vision features"] = memory.features(shape.vision, prompts.patches)
     found["cache or graph"] = max(cache, graph)
     return found

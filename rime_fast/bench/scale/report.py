@@ -29,7 +29,7 @@ class ScaleOptions:
     strategy: str = field(default="zero3", metadata={"help": "ddp, fsdp2, zero1, zero2 or zero3."})
     gpus: list[int] = field(default_factory=lambda: list(GPUS), metadata={"help": "Numbers of GPUs: whole nodes."})
     pairs_per_gpu: int = field(default=128, metadata={"help": "Pairs a GPU in a joint-training step."})
-    micro_batch_tokens: int = field(default=16_384, metadata={"help": "Tokens of a micro-batch (gradient cache)."})
+    micro_batch_tokens: int = field(default=16_384, metadata={"help": "Tokens of a micro-batch, of both steps."})
     kept: float = field(default=0.0, metadata={"help": "Share of the micro-batches whose graphs are kept, 0 to 1."})
     checkpointing: bool = field(default=True, metadata={"help": "Activation checkpointing."})
     text_tokens: int = field(default=48, metadata={"help": "Text tokens of a prompt."})
@@ -71,16 +71,14 @@ def make_report(options: ScaleOptions) -> dict[str, Any]:
                          hbm=options.hbm, overlap=options.overlap)  # fmt: skip
     side = Side(options.text_tokens, options.pixels, options.rewrite_tokens)
     own, refine_own = options.pairs_per_gpu, options.refine_pairs_per_gpu
-    # FSDP2 cannot decode (RefineRLTrainer refuses it): its Refine-RL table is ZeRO-3's
-    refine_strategy = "zero3" if options.strategy == "fsdp2" else options.strategy
 
     def joint_plan(gpus: int) -> Plan:
         return Plan(own * gpus, side, side, options.strategy, options.micro_batch_tokens, kept=options.kept,
                     checkpointing=options.checkpointing)  # fmt: skip
 
     def refine_plan(gpus: int) -> RefinePlan:
-        return RefinePlan(refine_own * gpus, side, side, options.rollouts, strategy=refine_strategy,
-                          checkpointing=options.checkpointing)  # fmt: skip
+        return RefinePlan(refine_own * gpus, side, side, options.rollouts, strategy=options.strategy,
+                          checkpointing=options.checkpointing, micro_tokens=options.micro_batch_tokens)  # fmt: skip
 
     clusters = [Cluster(gpus, H100, assume) for gpus in options.gpus]
     return {
@@ -92,7 +90,6 @@ def make_report(options: ScaleOptions) -> dict[str, Any]:
         "model": describe(shape),
         "joint": [row(cluster, joint_step(shape, cluster, joint_plan(cluster.gpus))) for cluster in clusters],
         "refine": [row(cluster, refine_step(shape, cluster, refine_plan(cluster.gpus))) for cluster in clusters],
-        "refine_strategy": refine_strategy,
         "curves": all_curves(shape, H100, assume, joint_plan(1), refine_plan(1), own),
     }
 
@@ -128,7 +125,7 @@ def print_report(report: dict[str, Any]) -> None:
     options = report["options"]
     print(f"\njoint training, {options['strategy']}, {options['pairs_per_gpu']} pairs a GPU: milliseconds of a step")
     print_table(report["joint"], "pairs")
-    print(f"\nRefine-RL, {report['refine_strategy']}, {options['refine_pairs_per_gpu']} pairs a GPU x 2 sides x "
+    print(f"\nRefine-RL, {options['strategy']}, {options['refine_pairs_per_gpu']} pairs a GPU x 2 sides x "
           f"{options['rollouts']} rollouts: milliseconds of a step")  # fmt: skip
     print_table(report["refine"], "rollouts")
     begins = report["curves"]["contrast_begins"]
