@@ -64,7 +64,7 @@ CudaTile describe(const Tensor& tile, const Tensor& scale, int64_t row0, int64_t
   const int64_t positives = labels.size(1);
   return {at<float>(tile, 0), tile.stride(0), tile.size(0), tile.size(1), col0, at<const float>(scale, 0),
           at<const int32_t>(bounded, 0), at<const int64_t>(labels, row0 * positives), static_cast<int>(positives),
-          at<int64_t>(row_ids, row0), at<int64_t>(col_ids, col0), at<float>(row_limit, row0),
+          at<int32_t>(row_ids, row0), at<int32_t>(col_ids, col0), at<float>(row_limit, row0),
           at<float>(col_limit, col0)};
 }
 

@@ -25,8 +25,8 @@ struct CudaTile {
   const int32_t* bounded;
   const int64_t* labels;
   int positives;
-  const int64_t* row_id;
-  const int64_t* col_id;
+  const int32_t* row_id;
+  const int32_t* col_id;
   const float* row_limit;
   const float* col_limit;
 };

@@ -1,7 +1,7 @@
 """Cross-compiles operator B's Triton kernels and prints one JSON line a kernel; needs no GPU.
 
 Run by test_contrastive_triton.py in a process of its own, without TRITON_INTERPRET:
-    python tests/ops/compile_contrastive_triton.py 90 bf16
+    python tests/ops/compile_contrastive_triton.py 90 bf16 00,10,11 [pointers]
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -23,33 +22,35 @@ from rime_fast.ops.contrastive.triton_sweep import tiles_for
 from tests.ops.compile_logprob_triton import DTYPES, resources
 
 OPERANDS = {"q", "k", "panel"}
-TYPES = {"labels": "*i64", "row_ids": "*i64", "col_ids": "*i64", "bounded": "*i32"}
+TYPES = {"labels": "*i64", "label_range": "*i64", "row_ids": "*i32", "col_ids": "*i32", "bounded": "*i32"}
 INTS = {
-    "row_first", "col_first", "n", "n_keys", "width", "stride_q", "stride_k", "stride_panel", "plane_q", "plane_k",
-    "n_terms", "query_modes", "key_modes", "SM", "SN",
+    "row_first", "col_first", "n", "n_keys", "width", "stride_q", "stride_k", "stride_panel", "plane_q",
+    "first_row", "n_terms", "query_modes", "key_modes", "SM", "SN", "positives",
 }  # fmt: skip
 
 
-def compile_kernel(name: str, constants: dict[str, Any], capability: int, operand: str) -> dict[str, Any]:
+def compile_kernel(name: str, constants: dict[str, Any], capability: int, operand: str, tma: bool) -> dict[str, Any]:
     """Compile one kernel for one chip; what the gate looks at."""
-    tiles = tiles_for(DTYPES[operand], (capability // 10, capability % 10))
+    heavy = constants["MARGIN"] or constants.get("BOUNDED") is False
+    tiles = tiles_for(name, DTYPES[operand], (capability // 10, capability % 10), tma, heavy)
     constants = {**constants, "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK}
-    constants |= {"WIDEN": False, "EVEN": True, "PRECISION": "ieee"}
+    constants |= {"WIDEN": False, "EVEN": True, "PRECISION": "ieee", "TMA": tma}
     kernel = getattr(kernels, name)
 
     def kind(argument: str) -> str:
         if argument in constants:
             return "constexpr"
         if argument in INTS:
-            return "i64" if argument.startswith("plane") else "i32"
+            return "i32"
+        if tma and argument in ("q", "k"):
+            return f"tensordesc<{operand}[{tiles.BM if argument == 'q' else tiles.BN},{tiles.BK}]>"
         return f"*{operand}" if argument in OPERANDS else TYPES.get(argument, "*fp32")
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     # Real embeddings have rows of a multiple of 16 bytes; knowing it, loads are wide and asynchronous.
     aligned = [
         i for i, a in enumerate(kernel.arg_names)
-        if (signature[a].startswith(("*", "i")) and a.startswith(("width", "stride", "plane", "SM", "SN")))
-        or signature[a].startswith("*")
+        if signature[a].startswith("*") or (signature[a] == "i32" and a.startswith(("width", "stride", "SM", "SN")))
     ]  # fmt: skip
     source = ASTSource(
         kernel, signature, {(kernel.arg_names.index(a),): v for a, v in constants.items()},
@@ -58,15 +59,23 @@ def compile_kernel(name: str, constants: dict[str, Any], capability: int, operan
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
-        "kernel": name, "operand": operand, "masks": constants["IDS"], "shared": built.metadata.shared,
+        "kernel": name, "operand": operand, "ids": constants["IDS"], "margin": constants["MARGIN"],
+        "bounded": constants.get("BOUNDED"), "tile": list(tiles), "shared": built.metadata.shared,
         **resources(built.asm["cubin"]), "wgmma": "wgmma.mma_async" in built.asm["ptx"],
         "mma": "mma.sync" in built.asm["ptx"], "tcgen05": "tcgen05.mma" in built.asm["ptx"],
+        "tma": "cp.async.bulk.tensor" in built.asm["ptx"],
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    assert torch.bfloat16 in DTYPES.values()
-    for name in ("statistics_kernel", "gradient_kernel"):
-        for masks in (False, True):
-            found = compile_kernel(name, {"IDS": masks, "MARGIN": masks}, int(sys.argv[1]), sys.argv[2])
+    chip, dtype = int(sys.argv[1]), sys.argv[2]
+    variants = [tuple(flag == "1" for flag in word) for word in sys.argv[3].split(",")]  # ids and margin of each
+    for ids, margin in variants:
+        flags = {"IDS": ids, "MARGIN": margin}
+        for name, constants in (
+            ("statistics_kernel", {**flags, "BOUNDED": True}), ("statistics_kernel", {**flags, "BOUNDED": False}),
+            ("gradient_kernel", flags),
+        ):  # fmt: skip
+            tma = chip >= 90 and dtype != "fp32" and "pointers" not in sys.argv
+            found = compile_kernel(name, constants, chip, dtype, tma)
             print(json.dumps(found), flush=True)

@@ -61,7 +61,8 @@ struct Case {
   int64_t stride;
   int32_t flag;
   std::vector<float> x, row_limit, col_limit;
-  std::vector<int64_t> labels, row_id, col_id;
+  std::vector<int64_t> labels;
+  std::vector<int32_t> row_id, col_id;
 
   Case(int64_t rows, int64_t cols, int positives, bool ids, bool margin, bool bounded, unsigned seed)
       : rows(rows), cols(cols), positives(positives), ids(ids), margin(margin), bounded(bounded),

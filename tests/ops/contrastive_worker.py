@@ -196,11 +196,11 @@ def collectives(rank: int, world: int) -> None:
 
 def thousand_pairs(rank: int, world: int) -> None:
     """1,024 pairs on all ranks are 1,024 pairs on one, gathered and ringed."""
-    case, counts = make_case(1024, 1024, 32, temperature=0.02, peaked=True), [1024 // world] * world
+    case, counts = make_case(1024, 1024, 8, temperature=0.02, peaked=True), [1024 // world] * world
+    case.terms = [("disc", "disc", 1.0), ("gen", "disc", 0.5)]
     for limit in ("8192", "0"):
         os.environ[GATHER_LIMIT] = limit
         check_against_one_process(case, counts, counts, torch.float64, "chunked")
-        check_against_one_process(case, counts, counts, torch.float32, "chunked")
     os.environ.pop(GATHER_LIMIT)
 
 

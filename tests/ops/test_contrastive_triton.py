@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,14 +26,28 @@ interpreter = pytest.mark.skipif(not triton_sweep.interpreted(), reason="needs T
 @pytest.mark.parametrize("temperature", [0.02, 0.004])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_interpreted_kernels_obey_the_rule(dtype: torch.dtype, temperature: float, masked: bool) -> None:
-    """Several tiles and superblocks each way, none of them whole; 0.02 takes the one-exponential path."""
-    for symmetric in (True, False):
-        case = make_case(
-            70, 90, 19, temperature=temperature, shuffled=True, dtype=dtype, symmetric=symmetric, ids=masked,
-            margin=0.05 if masked else None,
-        )  # fmt: skip
-        truth, eager = run(case, torch.float64, "reference"), run(case, dtype, "reference")
-        check_rule(run(case, dtype, "triton"), eager, truth, dtype)
+    """Several tiles and superblocks, none whole; 0.02: one exponential. Rows of 24 halves come by descriptor (TMA)."""
+    width, symmetric = (19, True) if dtype == torch.float32 else (24, not masked)
+    case = make_case(
+        70, 90, width, temperature=temperature, shuffled=True, dtype=dtype, symmetric=symmetric, ids=masked,
+        margin=0.05 if masked else None,
+    )  # fmt: skip
+    truth, eager = run(case, torch.float64, "reference"), run(case, dtype, "reference")
+    check_rule(run(case, dtype, "triton"), eager, truth, dtype)
+
+
+@interpreter
+def test_descriptors_and_pointers_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that start on 16 bytes come by descriptor; others, and those of older chips, by pointers."""
+    case = make_case(40, 70, 24, shuffled=True, ids=True, dtype=torch.float16)
+    assert triton_sweep.uses_descriptors(case.queries["disc"].half(), case.keys["disc"].half())
+    assert not triton_sweep.uses_descriptors(case.queries["disc"][:, 1:].half(), case.keys["disc"].half()[:, :23])
+    by_descriptor = run(case, torch.float16, "triton")
+    monkeypatch.setattr(triton_sweep, "INTERPRETER_TMA", False)
+    by_pointer = run(case, torch.float16, "triton")
+    assert torch.equal(by_descriptor.out.loss, by_pointer.out.loss)
+    for name, gradient in by_pointer.gradients.items():
+        assert torch.equal(by_descriptor.gradients[name], gradient), name
 
 
 @interpreter
@@ -58,20 +73,45 @@ def test_fp64_is_refused_with_the_reason() -> None:
         run(make_case(3, 3, 4), torch.float64, "triton")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_cross_compiles_without_spills(capability: int, tmp_path: Path) -> None:
+def compiled(capability: int, *arguments: str, folder: Path) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(
-        [sys.executable, str(COMPILER), str(capability), "bf16"],
+        [sys.executable, str(COMPILER), str(capability), *arguments],
         env=environment, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 4
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_resources(kernels: list[dict[str, Any]], capability: int) -> None:
     for kernel in kernels:
         assert kernel["local"] == 0, kernel
         assert kernel["stack"] == 0, kernel
         assert kernel["shared"] <= SHARED_LIMIT[capability], kernel
-        assert kernel[{80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]], kernel
+
+
+def test_cross_compiles_for_hopper(tmp_path: Path) -> None:
+    """RIME's usual case (bf16, ids masked, any margin left to the slow test): tensor cores by TMA, nothing spilled."""
+    kernels = compiled(90, "bf16", "10", folder=tmp_path)
+    check_resources(kernels, 90)
+    assert [(k["kernel"], k["bounded"]) for k in kernels] == [
+        ("statistics_kernel", True), ("statistics_kernel", False), ("gradient_kernel", None)
+    ]  # fmt: skip
+    for kernel in kernels:
+        assert kernel["wgmma"], kernel
+        assert kernel["tma"], kernel
+    assert kernels[0]["tile"][:2] == [128, 128]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["bf16 00,10,11", "fp16 11", "fp32 11", "bf16 11 pointers"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_cross_compiles_without_spills(capability: int, arguments: str, tmp_path: Path) -> None:
+    kernels = compiled(capability, *arguments.split(), folder=tmp_path)
+    assert len(kernels) == 3 * len(arguments.split()[1].split(","))
+    check_resources(kernels, capability)
+    for kernel in kernels:
+        if "fp32" not in arguments:
+            assert kernel[{80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]], kernel
+            assert kernel["tma"] == (capability >= 90 and "pointers" not in arguments), kernel

@@ -65,12 +65,12 @@ RIME_HD void accumulate(float part_top, double part_sum, float& running_top, dou
 // What a lane knows of its columns.
 struct LaneColumns {
   Online all[kLaneCols];
-  int64_t id[kLaneCols];
+  int32_t id[kLaneCols];
   float limit[kLaneCols];
 };
 
 struct RowMasks {
-  int64_t id;
+  int32_t id;
   float limit;
 };
 
@@ -108,7 +108,7 @@ RIME_HD RowPart lane_row(const float* x, float scale, bool bounded, unsigned lif
 // What the gradient needs of a row or of a column.
 struct Side {
   float shift, coef, limit;
-  int64_t id;
+  int32_t id;
 };
 
 // Gradient of the loss to one similarity that is no positive, up to the term's factor. A masked exponential may

@@ -24,7 +24,7 @@ class Masks:
     """Which candidates do not count: ids as int32 classes, limits as similarities; None where there is no such mask.
 
     labels [N, P] int64: the positives of each row; one outside the keys at hand (or -1) is not met here. row_ids [N],
-    col_ids [K] int32 (int64 on an accelerator). row_limit [N], col_limit [K]: a candidate more similar than this is
+    col_ids [K] int32. row_limit [N], col_limit [K]: a candidate more similar than this is
     left out of that row's / column's softmax.
     """
 

@@ -20,6 +20,7 @@ from rime_fast.ops.contrastive.products import add_product
 from rime_fast.ops.contrastive.rows import BOUNDED, Masks, Slopes, Statistics
 
 PANEL_BYTES = 128 << 20
+INTERPRETER_TMA = True  # descriptors where a GPU would take them; tests compare both
 STRIPE = 65_536  # queries a launch of the forward; bounds the partial statistics
 LOG2E = math.log2(math.e)
 
@@ -52,13 +53,18 @@ def why_not(tensor: Tensor) -> str | None:
     return None
 
 
-def tiles_for(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """Fixed per dtype and generation: the largest that compile without spills, with the masks (128 x 128 spills)."""
+def tiles_for(kernel: str, dtype: torch.dtype, capability: tuple[int, int], tma: bool, heavy: bool) -> Tiles:
+    """Fixed per kernel, dtype and generation: the largest that compile without spills.
+
+    heavy: the variants that hold more in registers, with a margin or with a maximum in every softmax.
+    """
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 2)
-    if capability[0] in (9, 10):
-        return Tiles(128, 64, 64, 8, 3)
-    return Tiles(128, 64, 32, 8, 3)
+    if not tma:
+        return Tiles(128, 64, 64 if capability[0] in (9, 10) else 32, 8, 3)
+    if kernel == "gradient_kernel" or (capability[0] == 9 and not heavy):
+        return Tiles(128, 128, 64, 8, 3)
+    return Tiles(128, 64, 64, 8, 3)
 
 
 def superblock(n: int, n_keys: int, terms: int, tile: int) -> int:
@@ -94,26 +100,31 @@ class TritonSweep:
         from rime_fast.ops.contrastive.triton_kernels import statistics_kernel
 
         q_modes, k_modes = list(dict.fromkeys(q for q, _ in terms)), list(dict.fromkeys(k for _, k in terms))
-        q, k = _stacked([self.queries[m] for m in q_modes]), _stacked([self.keys[m] for m in k_modes])
-        tiles, scale2, first = _tiles(q), self._scale2(), masks[0]
-        _, n_keys, width = k.shape
-        limits = _limits(masks)
-        for row in range(0, q.shape[1], STRIPE):
-            rows = slice(row, min(row + STRIPE, q.shape[1]))
-            n = rows.stop - rows.start
-            side = superblock(n, n_keys, len(terms), max(tiles.BM, tiles.BN))
+        q, k = _stacked([self.queries[m] for m in q_modes]), _stacked([self.keys[m] for m in k_modes])  # [modes x N, D]
+        plane, n_keys, width = self.queries[q_modes[0]].shape[0], self.keys[k_modes[0]].shape[0], q.shape[1]
+        scale2, first, limits = self._scale2(), masks[0], _limits(masks)
+        tma = uses_descriptors(q, k)
+        light = _tiles("statistics_kernel", q, tma, heavy=limits is not None)
+        words = _word(q_modes.index(m) for m, _ in terms), _word(k_modes.index(m) for _, m in terms)
+        for row in range(0, plane, STRIPE):
+            rows = slice(row, min(row + STRIPE, plane))
+            n, labels = rows.stop - rows.start, first.labels[rows]
+            side = superblock(n, n_keys, len(terms), max(light.BM, light.BN))
             a_blocks, b_blocks = -(-n // side), -(-n_keys // side)
             row_part = q.new_empty(len(terms), 3, b_blocks, n, dtype=torch.float32)
             col_part = q.new_empty(len(terms), 2, a_blocks, n_keys, dtype=torch.float32)
-            positive = q.new_full((len(terms), n, first.labels.shape[1]), -torch.inf, dtype=torch.float32)
-            statistics_kernel[(len(terms) * a_blocks * b_blocks,)](
-                q[:, rows], k, first.labels[rows], _part(first.row_ids, rows), first.col_ids,
-                None if limits is None else limits[0][:, rows].contiguous(), None if limits is None else limits[1],
-                first.labels.shape[1], scale2, self.flag, positive, row_part, col_part, n, n_keys, width,
-                q.stride(1), k.stride(1), q.stride(0), k.stride(0), len(terms),
-                _word(q_modes.index(m) for m, _ in terms), _word(k_modes.index(m) for _, m in terms), side, side,
-                **self._options(q, tiles, limits is not None),
-            )  # fmt: skip
+            positive = q.new_full((len(terms), *labels.shape), -torch.inf, dtype=torch.float32)
+            # Two kernels, of which the flag on the device lets one run: each holds fewer registers than both in one.
+            for bounded in (True, False):
+                tiles = light if bounded else _tiles("statistics_kernel", q, tma, heavy=True)
+                statistics_kernel[(len(terms) * a_blocks * b_blocks,)](
+                    _operand(q, tma, tiles.BM, tiles.BK), _operand(k, tma, tiles.BN, tiles.BK), labels,
+                    _label_range(labels, tiles.BM), _part(first.row_ids, rows), first.col_ids,
+                    None if limits is None else limits[0][:, rows].contiguous(), None if limits is None else limits[1],
+                    labels.shape[1], scale2, self.flag, positive, row_part, col_part, n, n_keys, width, q.stride(0),
+                    k.stride(0), row, plane, len(terms), *words, side, side, BOUNDED=bounded,
+                    **self._options(q, tiles, tma, limits is not None),
+                )  # fmt: skip
             for term, state in enumerate(into):
                 _merge(row_part[term, 0], row_part[term, 1], state.row_max[rows], state.row_sum[rows])
                 _merge(col_part[term, 0], col_part[term, 1], state.col_max, state.col_sum)
@@ -128,22 +139,25 @@ class TritonSweep:
 
         scale2 = self._scale2()
         for (qm, km), masks, slope in zip(self.terms, self.masks, slopes, strict=True):
-            q, k, tiles = _dense(self.queries[qm]), _dense(self.keys[km]), _tiles(self.queries[qm])
+            q, k = _dense(self.queries[qm]), _dense(self.keys[km])
+            tma = uses_descriptors(q, k)
+            tiles = _tiles("gradient_kernel", q, tma, heavy=masks.row_limit is not None)
+            q_operand, k_operand = _operand(q, tma, tiles.BM, tiles.BK), _operand(k, tma, tiles.BN, tiles.BK)
             row_shift, row_coef = _base2(slope.row_shift, slope.row_coef)
             col_shift, col_coef = _base2(slope.col_shift, slope.col_coef)
             factor = slope.factor.float()
             width, height = _panel_shape(q, k, tiles)
             panel = q.new_empty(height, width)
-            options = self._options(q, tiles, masks.row_limit is not None)
+            options = self._options(q, tiles, tma, masks.row_limit is not None)
             for row in range(0, q.shape[0], height):
                 for col in range(0, k.shape[0], width):
                     rows, cols = slice(row, min(row + height, q.shape[0])), slice(col, min(col + width, k.shape[0]))
                     grid = (-(-(rows.stop - row) // tiles.BM), -(-(cols.stop - col) // tiles.BN))
                     gradient_kernel[grid](
-                        q, k, masks.labels, masks.labels.shape[1], masks.row_ids, masks.col_ids, masks.row_limit,
-                        masks.col_limit, scale2, self.flag, factor, row_shift, row_coef, col_shift, col_coef,
-                        slope.positive_slope.float(), panel, row, col, rows.stop, cols.stop, q.shape[1], q.stride(0),
-                        k.stride(0), width, **options,
+                        q_operand, k_operand, masks.labels, masks.labels.shape[1], masks.row_ids, masks.col_ids,
+                        masks.row_limit, masks.col_limit, scale2, self.flag, factor, row_shift, row_coef, col_shift,
+                        col_coef, slope.positive_slope.float(), panel, row, col, rows.stop, cols.stop, q.shape[1],
+                        q.stride(0), k.stride(0), width, **options,
                     )  # fmt: skip
                     g = panel[: rows.stop - row, : cols.stop - col]
                     add_product(dq[qm], rows, g, k[cols])
@@ -152,12 +166,12 @@ class TritonSweep:
     def _scale2(self) -> Tensor:
         return (self.scale.double() * LOG2E).float()
 
-    def _options(self, q: Tensor, tiles: Tiles, margin: bool) -> dict[str, object]:
+    def _options(self, q: Tensor, tiles: Tiles, tma: bool, margin: bool) -> dict[str, object]:
         tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
         return {
             "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "IDS": self.masks[0].row_ids is not None, "MARGIN": margin,
             "WIDEN": not q.is_cuda, "EVEN": q.shape[-1] % tiles.BK == 0, "PRECISION": "tf32" if tf32 else "ieee",
-            "num_warps": tiles.warps, "num_stages": tiles.stages,
+            "TMA": tma, "num_warps": tiles.warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
 
@@ -170,10 +184,35 @@ def bounded_flag(queries: list[Tensor], keys: list[Tensor], scale: Tensor) -> Te
     return (norm(queries) * norm(keys) * scale.abs() < BOUNDED).to(torch.int32)
 
 
-def _tiles(tensor: Tensor) -> Tiles:
+def uses_descriptors(q: Tensor, k: Tensor) -> bool:
+    """Whether tensor descriptors (TMA) load the operands: 16-bit, on sm_90 or later, rows that start on 16 bytes."""
+    aligned = all(t.stride(0) % 8 == 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0 for t in (q, k))
+    if q.element_size() != 2 or not aligned:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (9, 0) if q.is_cuda else INTERPRETER_TMA
+
+
+def _operand(tensor: Tensor, tma: bool, rows: int, columns: int) -> object:
+    """``tensor`` as a kernel takes it: a descriptor of blocks [rows, columns], or the pointer."""
+    if not tma:
+        return tensor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor, [rows, columns])
+
+
+def _tiles(kernel: str, tensor: Tensor, tma: bool, heavy: bool) -> Tiles:
     if tensor.is_cuda:
-        return tiles_for(tensor.dtype, torch.cuda.get_device_capability(tensor.device))
-    return Tiles(32, 32, 16, 4, 1)  # the interpreter
+        return tiles_for(kernel, tensor.dtype, torch.cuda.get_device_capability(tensor.device), tma, heavy)
+    return Tiles(32, 32 if heavy else 64, 16, 4, 1)  # the interpreter
+
+
+def _label_range(labels: Tensor, rows: int) -> Tensor:
+    """[tiles of rows, 2]: the smallest label (of those there are) and the largest in each."""
+    tiles = -(-labels.shape[0] // rows)
+    padded = torch.nn.functional.pad(labels, (0, 0, 0, tiles * rows - labels.shape[0]), value=-1).view(tiles, -1)
+    none = torch.iinfo(torch.int64).max
+    return torch.stack([torch.where(padded < 0, none, padded).amin(1), padded.amax(1)], dim=1)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -181,7 +220,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _stacked(modes: list[Tensor]) -> Tensor:
-    return _dense(modes[0])[None] if len(modes) == 1 else torch.stack(modes)
+    return _dense(modes[0]) if len(modes) == 1 else torch.cat(modes)
 
 
 def _word(modes: Iterable[int]) -> int:
