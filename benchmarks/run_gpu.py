@@ -157,7 +157,7 @@ def main() -> int:
         session.bench("kernels", "--rime-device", "cuda", select=f"not ({STEPS})")
         session.bench("steps", "--rime-device", "cuda", select=STEPS)
         if shutil.which("compute-sanitizer"):
-            checked = ["compute-sanitizer", "--error-exitcode", "1", *pytest(), *files, "-m", "gpu", "-k", "smoke"]
+            checked = ["compute-sanitizer", "--error-exitcode", "1", *pytest(), *files, "-m", "gpu", "-k", "test_smoke"]
             session.run("sanitizer", checked)
         else:
             session.skip("sanitizer", "compute-sanitizer not found")

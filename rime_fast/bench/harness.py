@@ -108,9 +108,9 @@ def compare(
     """Time ``impls`` interleaved and return a Row for each; they are also appended to ``results``.
 
     The callable named "floor" is the bare library work; every other row gets its ratio to it. flops and nbytes are
-    what the task needs (not what an implementation does), for TFLOP/s and GB/s. A callable that raises
-    RuntimeError/ImportError on its first call becomes a Skipped entry with the message, except our own ("ours*"),
-    which must run.
+    what the task needs (not what an implementation does), for TFLOP/s and GB/s. A callable that raises on its first
+    call becomes a Skipped entry with the message (a peer's other version may raise anything), except the floor and our
+    own ("ours*"), which must run.
 
     truth: what the callables should return, in fp64 (one for all, or by name); ``error(value, truth)`` of the first
     call (relative_error unless given) goes into the rows. errors: such figures by name, taken elsewhere.
@@ -124,12 +124,12 @@ def compare(
             value = call()
             _sync(device)
             first[name], alive[name] = time.perf_counter() - start, call
-        except (RuntimeError, ImportError, NotImplementedError) as reason:
-            if name.startswith("ours"):
+        except Exception as reason:
+            if name.startswith("ours") or name == FLOOR:
                 raise
             if device == "cuda":
                 torch.cuda.empty_cache()  # it may have run out of memory
-            _skip(results, bench, case, name, (str(reason).splitlines() or [type(reason).__name__])[0][:200])
+            _skip(results, bench, case, name, _one_line(reason))
             continue
         wanted = truth.get(name) if isinstance(truth, Mapping) else truth
         if wanted is not None and name != FLOOR:
@@ -161,6 +161,12 @@ def compare(
     if results is not None:
         results.rows += rows.values()
     return rows
+
+
+def _one_line(reason: Exception) -> str:
+    """The message of what a peer says about itself; with its type where it is a surprise."""
+    text = (str(reason).splitlines() or [""])[0][:200]
+    return text if text and isinstance(reason, (RuntimeError, ImportError)) else f"{type(reason).__name__}: {text}"
 
 
 def _mib(count: int) -> float | None:

@@ -56,11 +56,17 @@ def test_ours_must_run_and_a_peer_may_be_missing():
     def absent() -> None:
         raise ImportError("no such package\nsecond line")
 
-    results = Results()
-    compare("op", "a", {"ours": lambda: None, "peer": absent}, shape={}, rounds=1, results=results)
-    assert [(one.impl, one.reason) for one in results.skipped] == [("peer", "no such package")]
-    with pytest.raises(ImportError):
-        compare("op", "a", {"ours": absent}, shape={}, rounds=1)
+    def changed() -> None:
+        raise AttributeError("module has no attribute 'loss'")
+
+    results, impls = Results(), {"ours": lambda: None, "peer": absent, "other version": changed}
+    assert list(compare("op", "a", impls, shape={}, rounds=1, results=results)) == ["ours"]
+    assert [(one.impl, one.reason) for one in results.skipped] == [
+        ("peer", "no such package"), ("other version", "AttributeError: module has no attribute 'loss'"),
+    ]  # fmt: skip
+    for name in ("ours", FLOOR):
+        with pytest.raises(ImportError):
+            compare("op", "a", {name: absent}, shape={}, rounds=1)
 
 
 def test_a_time_limit_leaves_rounds_out_and_keeps_one():

@@ -14,7 +14,7 @@ SHAPES = {"cached": joint_step.SHAPES["tiny"][0], "one pass": joint_step.SHAPES[
 
 @pytest.mark.parametrize("device", CUDA)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
-def test_smoke_steps_equal_the_plain_recipe(device: str, dtype: torch.dtype, bound: float) -> None:
+def test_steps_equal_the_plain_recipe(device: str, dtype: torch.dtype, bound: float) -> None:
     """The benchmarks' own checks: one loss (raises), gradients within ``bound``. On the CPU: tests/bench."""
     for shape in SHAPES.values():
         found = joint_step.measure(shape, device, dtype, rounds=1)
