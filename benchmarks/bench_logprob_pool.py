@@ -12,8 +12,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_head(shape: Shape, run) -> None:
-    found = run(measure, shape, rounds=5)
-    assert found["ours_forward"].ratio_to_floor is not None
-    for name in ("ours_forward", "ours_recompute"):
+    found = run(measure, shape, rounds=5 if shape.ignored else 3)
+    ours = [name for name in found if name.startswith("ours")]
+    assert ours
+    for name in ours:
+        assert found[name].ratio_to_floor is not None
         error = found[name].error_fp64
         assert error is None or error < (1e-4 if run.exact else 2e-2), name

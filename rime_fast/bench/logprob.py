@@ -1,17 +1,19 @@
 """Operator A: loss and all gradients of the head, against the bare GEMMs on the scored rows and against the peers.
 
 The floor is three library products on the M scored rows, logits, dX and dW (6MHV FLOP); "ours_forward" is
-fused_linear_ce (6MHV), "ours_recompute" fused_logprob_pool with a gradient for every token (8MHV: 1.33 x the floor's
-FLOP). Peers: eager torch with full logits, F.linear_cross_entropy with its chunks, TRL's chunked log-probs, Liger's
-fused linear cross-entropy, cut-cross-entropy, torch.compile of the eager form. Errors: relative, of the head's
-gradient (the hidden states' where the head is frozen), against fp64. Data: random logits and peaked ones (the target
-leads by about 10).
+fused_linear_ce (6MHV on a CPU), "ours_recompute" fused_logprob_pool with a gradient for every token (8MHV: 1.33 x the
+floor's FLOP), "ours_library" CUDA's library backend, "ours_entropy" the second with the entropies' gradient. Peers:
+eager torch with full logits, torch.compile of it, F.linear_cross_entropy with its chunks, TRL's chunked log-probs,
+Liger's fused linear cross-entropy and its sm_90 kernel, cut-cross-entropy. Errors: relative, of the head's gradient
+(the hidden states' where the head is frozen), against fp64. Data: random logits and peaked ones (the target leads by
+about 10).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -34,29 +36,35 @@ class Shape:
     ignored: float = field(default=0.9, metadata={"help": "Share of tokens that are not scored."})
     peaked: bool = field(default=False, metadata={"help": "The target's logit leads by about 10, as late in training."})
     frozen: bool = field(default=False, metadata={"help": "The head is not trained."})
+    entropy: bool = field(default=False, metadata={"help": "The rows' entropies and their gradient as well."})
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.hidden, self.vocab) < 1 or not 0 <= self.ignored < 1:
             raise ValueError("expected --tokens, --hidden, --vocab >= 1 and 0 <= --ignored < 1")
 
     def __str__(self) -> str:
-        tail = ("-peaked" if self.peaked else "") + ("-frozen" if self.frozen else "")
+        tail = "".join(f"-{name}" for name in ("peaked", "frozen", "entropy") if getattr(self, name))
         return f"T{self.tokens}-H{self.hidden}-V{self.vocab}-ign{round(100 * self.ignored)}{tail}"
 
 
 SHAPES = {
-    "tiny": [Shape(32, 16, 200, 0.5)],
+    "tiny": [Shape(32, 16, 200, 0.5), Shape(32, 16, 200, 0.5, entropy=True)],
     "cpu": [
-        Shape(1024, 256, 32_000, 0.9), Shape(1024, 256, 32_000, 0.0), Shape(1024, 256, 32_000, 0.9, peaked=True),
-        Shape(1024, 256, 32_000, 0.9, frozen=True), Shape(512, 256, 151_936, 0.9),
+        Shape(1024, 256, 32_000, 0.9), Shape(1024, 256, 32_000, 0.0), Shape(256, 256, 32_000, 0.5, peaked=True),
+        Shape(256, 256, 32_000, 0.9, frozen=True), Shape(256, 256, 32_000, 0.9, entropy=True),
+        Shape(64, 256, 151_936, 0.5),
     ],
+    # The shapes that targets are set for come first; a run with a deadline leaves out the last.
     "cuda": [
-        Shape(8192, H, V, ignored)
-        for H, V in ((1536, 151_936), (2048, 151_936), (3584, 151_936), (4096, 151_936), (4096, 248_320))
-        for ignored in (0.0, 0.9)
-    ] + [Shape(16_384, 4096, 151_936, 0.0), Shape(8192, 4096, 151_936, 0.0, peaked=True),
-         Shape(8192, 4096, 151_936, 0.9, frozen=True)],
+        *(Shape(8192, 4096, V, ignored) for V in (151_936, 248_320) for ignored in (0.0, 0.9)),
+        *(Shape(8192, H, 151_936, ignored) for H in (1536, 2048, 2560, 3584) for ignored in (0.0, 0.9)),
+        Shape(16_384, 4096, 151_936, 0.0), Shape(8192, 4096, 151_936, 0.5), Shape(8192, 4096, 151_936, 0.97),
+        Shape(8192, 4096, 151_936, 0.0, peaked=True), Shape(8192, 4096, 151_936, 0.0, frozen=True),
+        Shape(8192, 4096, 151_936, 0.9, frozen=True), Shape(8192, 4096, 151_936, 0.0, entropy=True),
+        *(Shape(T, 2048, 151_936, 0.9) for T in (2048, 16_384, 32_768, 65_536)),
+    ],
 }  # fmt: skip
+ENTROPY = 0.01  # its weight in the objective of the shapes with entropy
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -73,7 +81,7 @@ class Inputs:
         self.targets[torch.rand(shape.tokens, generator=random, device=device) < shape.ignored] = -100
         self.hidden = hidden.to(dtype).requires_grad_()
         self.lm_head = lm_head.to(dtype).requires_grad_(not shape.frozen)
-        self.rows = self.hidden.detach()[self.targets != -100]
+        self.rows, self.entropy = self.hidden.detach()[self.targets != -100], shape.entropy
 
     def step(self, loss: Loss) -> Callable[[], Tensor]:
         leaves = [t for t in (self.hidden, self.lm_head) if t.requires_grad]
@@ -82,10 +90,15 @@ class Inputs:
     def truth(self) -> Tensor:
         """The last leaf's gradient in fp64, some rows at a time: (softmax - one-hot) times the other factor."""
         head, trained = self.lm_head.detach().double(), self.lm_head.requires_grad
+        # The entropy's part: d(-H) / dz = p (log p + H).
         grad = torch.zeros_like(head if trained else self.hidden, dtype=torch.float64)
         for rows in torch.nonzero(self.targets != -100)[:, 0].split(max(1, CHUNK // head.shape[0])):
             hidden = self.hidden.detach()[rows].double()
-            slopes = (hidden @ head.t()).softmax(1)
+            log_p = (hidden @ head.t()).log_softmax(1)
+            slopes = log_p.exp()
+            if self.entropy:
+                row_entropy = -(slopes * log_p).sum(1, keepdim=True)
+                slopes = slopes * (1.0 + ENTROPY * (log_p + row_entropy))
             slopes[torch.arange(len(rows), device=rows.device), self.targets[rows]] -= 1.0
             if trained:
                 grad.addmm_(slopes.t(), hidden)
@@ -117,6 +130,23 @@ def ours_recompute(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
     return -fused_logprob_pool(hidden, lm_head, targets).logp.sum()
 
 
+def ours_library(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    """CUDA's other backend, where "auto" is Triton: library products, the bound that a collator knows as max_scored."""
+    return fused_linear_ce(hidden, lm_head, targets, backend="chunked", max_scored=_scored(targets))[0]
+
+
+@lru_cache(maxsize=1)
+def _scored(targets: Tensor) -> int:
+    """Counted once a shape, outside of what is timed."""
+    return int((targets != -100).sum())
+
+
+def ours_entropy(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    found = fused_logprob_pool(hidden, lm_head, targets, entropy=True)
+    assert found.entropy is not None
+    return -found.logp.sum() - ENTROPY * found.entropy.sum()
+
+
 # --- peers -----------------------------------------------------------------------------------------------------------
 
 
@@ -126,9 +156,17 @@ def eager(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, lm_head).float(), targets, reduction="sum")
 
 
-def compiled() -> Loss:
+def eager_entropy(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+    logits = hidden.shape[0] * lm_head.shape[0]
+    require_memory(logits * (2 * hidden.element_size() + 20), hidden.device)  # also log p, p and their product
+    log_p = F.linear(hidden, lm_head).float().log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)[targets != -100].sum()
+    return F.nll_loss(log_p, targets, reduction="sum") - ENTROPY * entropy
+
+
+def compiled(plain: Loss) -> Loss:
     """torch.compile of the eager form, compiled once a shape."""
-    program = torch.compile(eager, dynamic=False)
+    program = torch.compile(plain, dynamic=False)
 
     def loss(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
         if not hidden.is_cuda:
@@ -161,6 +199,20 @@ def liger(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss(reduction="sum")(lm_head, hidden, targets)
 
 
+def liger_sm90(entropy: bool) -> Loss:
+    """Liger's kernel for Hopper: per-token losses (and entropies) without logits."""
+
+    def loss(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
+        if not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) != (9, 0):
+            raise RuntimeError("Liger's sm_90 kernel needs a GPU of compute capability 9.0")
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+        found = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, lm_head, targets, 1.0, -100, 1, entropy)
+        return found[0].sum() - ENTROPY * found[1].sum() if entropy else found.sum()
+
+    return loss
+
+
 def cut_cross_entropy(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
     if not hidden.is_cuda:
         raise RuntimeError("cut-cross-entropy's kernels need a GPU")
@@ -169,11 +221,18 @@ def cut_cross_entropy(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tenso
     return linear_cross_entropy(hidden, lm_head, targets, reduction="sum", filter_eps=None)
 
 
-def peers() -> dict[str, Loss]:
-    """Name of the row -> the peer's loss."""
+def losses(shape: Shape, cuda: bool) -> dict[str, Loss]:
+    """Name of the row -> the loss, ours first. With entropy only those that give its gradient."""
+    if shape.entropy:
+        return {
+            "ours_entropy": ours_entropy, "eager": eager_entropy, "compile": compiled(eager_entropy),
+            "liger_sm90": liger_sm90(True),
+        }  # fmt: skip
     return {
-        "eager": eager, "compile": compiled(), "F.linear_cross_entropy": torch_chunked, "trl_chunked": trl_chunked,
-        "liger": liger, "cce": cut_cross_entropy,
+        "ours_forward": ours_forward, "ours_recompute": ours_recompute,
+        **({"ours_library": ours_library} if cuda else {}),
+        "eager": eager, "compile": compiled(eager), "F.linear_cross_entropy": torch_chunked,
+        "trl_chunked": trl_chunked, "liger": liger, "liger_sm90": liger_sm90(False), "cce": cut_cross_entropy,
     }  # fmt: skip
 
 
@@ -189,11 +248,10 @@ def measure(
 ) -> dict[str, Row]:
     """Rows of the floor, ours and every peer that runs here."""
     inputs = Inputs(shape, device, dtype)
-    losses = {"ours_forward": ours_forward, "ours_recompute": ours_recompute, **peers()}
-    scored = inputs.rows.shape[0]
+    scored, every = inputs.rows.shape[0], losses(shape, inputs.hidden.is_cuda)
     return compare(
         "logprob_pool", str(shape),
-        {FLOOR: floor(inputs)} | {name: inputs.step(loss) for name, loss in losses.items()},
+        {FLOOR: floor(inputs)} | {name: inputs.step(loss) for name, loss in every.items()},
         shape={"T": shape.tokens, "M": scored, "H": shape.hidden, "V": shape.vocab, "dtype": dtype_name(dtype)},
         device=device, rounds=rounds, results=results,
         truth=inputs.truth() if shape.tokens * shape.vocab <= (EXACT_FAST if fast_fp64(device) else EXACT) else None,

@@ -5,8 +5,8 @@ forward    blocks of ROWS scored rows (padded, so a row's logits are the same bi
 backward   panels of columns outside, all scored rows inside: logits of the panel [M, P] fp32, their gradient over them
            in the operands' dtype, then dW of the P columns (one product over all rows, in fp32, cast once) and the
            panel's share of dX, in fp32. 6MHV FLOP: 8MHV with the forward.
-Why the gradient is not made in the forward here (6MHV), unless all rows fit one block: that needs whole rows of logits,
-so with B bytes of workspace R = B / 4V rows at a time, and dW in fp32 is read and written (8VH bytes) for every R rows.
+Why the gradient is not made in the forward here (6MHV): that needs whole rows of logits, so with B bytes of workspace
+R = B / 4V rows at a time, and dW in fp32 is read and written (8VH bytes) for every R rows.
 That traffic takes 4 / R x (FLOP per byte of the card) of the time that 2MHV saves: 295 FLOP per byte (H100) and R = 441
 (256 MiB, V 151,936) give 2.7. Recomputing is the faster of the two until R passes 1,180, V 57,000.
 
