@@ -201,10 +201,55 @@ def test_on_the_gpu(dtype: torch.dtype, backend: str, schedule: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch_invariant_on_the_gpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_batch_invariant_on_the_gpu(dtype: torch.dtype, backend: str) -> None:
     hidden, lm_head = torch.randn(1023, 96, dtype=dtype).cuda(), torch.randn(32003, 96, dtype=dtype).cuda()
     targets = torch.randint(0, 32003, (1023,)).cuda()
-    whole = fused_logprob_pool(hidden, lm_head, targets, backend="triton")
+    whole = fused_logprob_pool(hidden, lm_head, targets, backend=backend)
     for rows in ([5], [1022], [3, 5, 9, 500, 501, 1000, 1022]):
-        part = fused_logprob_pool(hidden[rows], lm_head, targets[rows], entropy=True, backend="triton")
+        part = fused_logprob_pool(hidden[rows], lm_head, targets[rows], entropy=True, backend=backend)
         assert torch.equal(part.logp, whole.logp[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("max_scored", [None, 507])
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_nothing_waits_for_the_gpu(backend: str, max_scored: int | None) -> None:
+    case = Case(507, 96, 32003, torch.bfloat16)
+    case.tensors = {name: tensor.cuda() for name, tensor in case.tensors.items()}
+
+    def step() -> None:
+        leaves, t = case.leaves(), case.tensors
+        options = case.options(leaves, backend=backend, max_scored=max_scored, entropy=True)
+        args = leaves["hidden"], leaves["lm_head"], t["targets"]
+        loss, _ = fused_linear_ce(*args, token_weight=t["token_weight"], **options)
+        out = fused_logprob_pool(*args, **options)
+        total = loss + out.logp.sum() + out.entropy.sum() + out.embeddings["mean"].sum()
+        torch.autograd.grad(total, list(leaves.values()))
+
+    step()  # compiles, allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+@pytest.mark.parametrize("rows", [2048, 20_000])
+def test_peak_memory_on_the_gpu(backend: str, rows: int) -> None:
+    """Beyond inputs, results and gradients a step allocates no more than the workspace limit (and T-sized vectors)."""
+    hidden = torch.randn(rows, 2048, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    lm_head = torch.randn(151_936, 2048, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 151_936, (rows,), device="cuda")
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss, _ = fused_linear_ce(hidden, lm_head, targets, backend=backend)
+        grads = torch.autograd.grad(loss, (hidden, lm_head))
+        peak = torch.cuda.max_memory_allocated() - before
+        del loss, grads
+    assert peak <= hidden.nbytes + lm_head.nbytes + workspace_limit() + 100 * rows + (32 << 20)

@@ -234,7 +234,8 @@ class _Backward:
             if head is not None and scratch is not None:
                 head[part] = scratch[: part.stop - first]
         if dx is not None and sums.hidden is not None:
-            sums.hidden.index_copy_(0, groups[0], dx.to(sums.hidden.dtype))
+            for rows_part, dx_part in zip(groups[0].split(ROWS), dx.split(ROWS), strict=True):  # no second dX at once
+                sums.hidden.index_copy_(0, rows_part, dx_part.to(sums.hidden.dtype))
 
     def dlogits(self, x: Tensor, aim: Tensor, group: Tensor, part: slice, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """One panel: (its gradient [m, P] in the operands' dtype, sum_v dz (z - hit) [m])."""
