@@ -75,6 +75,18 @@ def test_wrong_use(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_an_installed_package_has_no_suite_and_says_what_it_has(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("rime_fast.commands.bench.BENCHMARKS", tmp_path / "benchmarks")
+    assert cli.main(["bench"]) == 2
+    assert "Without one: rime-fast bench logprob, contrastive or reward" in capsys.readouterr().err
+
+
+def test_an_impossible_backend_ends_before_the_measurement(monkeypatch, capsys):
+    monkeypatch.setenv("RIME_FAST_BACKEND", "reward=warp")
+    assert cli.main(["bench", "reward", *SIZES["reward"], "--device", "cpu"]) == 1
+    assert "RIME_FAST_BACKEND for reward is 'warp'" in capsys.readouterr().err
+
+
 def test_ratios_to_the_floor_hold_on_any_machine(tmp_path, capsys):
     before = [row("ours", 10, ratio_to_floor=1.2), row("eager", 20, ratio_to_floor=2.4)]
     after = [row("ours", 99, ratio_to_floor=1.25), row("eager", 99, ratio_to_floor=3.0)]
