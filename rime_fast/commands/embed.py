@@ -29,6 +29,13 @@ class EmbedOptions:
         default="runs/embeddings", metadata={"help": "Folder of embeddings.safetensors and items.jsonl."}
     )
     mode: str = field(default="disc", metadata={"help": "'disc' (one prefill), 'gen' (decodes a rewrite) or 'both'."})
+    anchors: str | None = field(
+        default=None,
+        metadata={
+            "help": "'query', 'target' or 'both': --data is a file of training pairs; write the anchor bank of these "
+            "sides for `rime-fast refine --anchor_bank`."
+        },
+    )
 
 
 def run(values: dict[str, Any]) -> int:
@@ -38,6 +45,10 @@ def run(values: dict[str, Any]) -> int:
     if options.mode not in MODES:
         raise UsageError(f"--mode is {options.mode!r}; expected {', '.join(MODES)}")
     model_exists(options.model)
+    if options.anchors is not None:
+        from rime_fast.commands.embed_anchors import embed_anchors
+
+        return embed_anchors(options.model, options.data, options.output_dir, options.anchors, loading)
     from safetensors.torch import save_file
 
     from rime_fast.commands.bars import bars
@@ -107,13 +118,18 @@ COMMAND = Command(
     name="embed",
     text="Embeds every item of a file. embeddings.safetensors holds a float32 [items, D] matrix of unit rows per mode, "
     "under the mode's name and in the file's order; items.jsonl one line an item: row, id and, in mode gen, rewrite, "
-    "decoded tokens and whether <gen_emb> was reached.",
+    "decoded tokens and whether <gen_emb> was reached. With --anchors: anchors-query.safetensors, "
+    "anchors-target.safetensors, anchor banks that know their model and data.",
     examples=(
         (
             "an index of cheap embeddings",
             "rime-fast embed --model runs/sft --data catalogue.jsonl --output_dir runs/index",
         ),
         ("generative queries against it", "rime-fast embed --model runs/sft --data queries.txt --mode gen"),
+        (
+            "anchors of Refine-RL, made once for several runs",
+            "rime-fast embed --model runs/sft --data pairs.jsonl --anchors both --output_dir runs/anchors",
+        ),
     ),
     run=run,
     groups=(
