@@ -115,7 +115,7 @@ def generate_rollouts(
     policy = dual_mode_of(model)
     if stop_ids is None:
         stop_ids = _end_ids(policy)
-    with _decoding(policy):
+    with _decoding(policy), _frozen_weights_cast_once(policy, prompt_batch["input_ids"].device):
         if out is None:
             out = _own_buffer(policy, prompt_batch, group_size, max_new_tokens, pad_id)
         else:
@@ -185,6 +185,29 @@ def _decoding(policy: Any) -> Iterator[None]:
         config._attn_implementation = attention
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _frozen_weights_cast_once(policy: Any, device: torch.device) -> Iterator[None]:
+    """Under autocast, keep the low-precision copies of the text model's frozen fp32 weights while decoding.
+
+    Autocast keeps those of weights that require gradients; others it would cast again in every step, at four times the
+    memory traffic of the step itself. No gradient is recorded here, so the flag means nothing else.
+    """
+    frozen: list[nn.Parameter] = []
+    if torch.is_autocast_enabled(device.type):
+        parts = (policy.model.language_model, policy.lm_head)
+        known = {id(p): p for part in parts for p in part.parameters()}
+        frozen = [p for p in known.values() if not p.requires_grad and p.dtype == torch.float32]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        if frozen:
+            torch.clear_autocast_cache()  # the copies are of no use to a forward with gradients
 
 
 @dataclass

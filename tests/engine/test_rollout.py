@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rime_fast.engine.sampling as sampling
 from rime_fast.engine.decode_cache import DecodeCache
@@ -365,6 +366,32 @@ def test_bf16_and_autocast():
         assert same.any()
         error = (out.gen_states - exact.gen_states)[same].norm() / exact.gen_states[same].norm()
         assert float(error) < 0.1
+
+
+class Casts(TorchDispatchMode):
+    """How often each tensor of ``watched`` (by memory) is converted."""
+
+    def __init__(self, watched):
+        super().__init__()
+        self.counts = dict.fromkeys((x.data_ptr() for x in watched), 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_autocast_converts_frozen_weights_once(steps):
+    model = dual().requires_grad_(False)
+    model.model.language_model.norm.requires_grad_(True)
+    batch = tiny_batch(model.config, PROMPTS, seed=2)
+    weights = [p for name, p in model.named_parameters() if name.endswith("_proj.weight") and "language" in name]
+    with Casts(weights) as casts, torch.autocast("cpu", torch.bfloat16):
+        generate_rollouts(model, batch, gen_id=VOCAB, max_new_tokens=steps, stop_ids=[])
+    assert set(casts.counts.values()) == {1}
+    assert [p.requires_grad for p in model.model.language_model.norm.parameters()] == [True]
+    assert not any(p.requires_grad for p in weights)
 
 
 def test_bad_input_is_named():
