@@ -55,7 +55,8 @@ class RewardBuffers:
     @classmethod
     def make(cls, prompts: int, group_size: int, device: torch.device) -> RewardBuffers:
         """Room for ``prompts`` groups."""
-        return cls.over(*torch.zeros(2, prompts * group_size, device=device).unbind(), group_size)
+        rewards, advantages = torch.zeros(2, prompts * group_size, device=device).unbind()
+        return cls.over(rewards, advantages, group_size)
 
     @classmethod
     def over(cls, rewards: Tensor, advantages: Tensor, group_size: int) -> RewardBuffers:

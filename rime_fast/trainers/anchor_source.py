@@ -133,7 +133,8 @@ class AnchorSource:
 
     def _other_rewrites(self, gen: Tensor) -> SideAnchors:
         """gen [B, G, D] of the other side: all ranks' rewrites, and each item's first."""
-        return SideAnchors(everyones(gen.flatten(0, 1), self.group), self._places(*gen.shape[:2], gen.device))
+        count, size = gen.shape[:2]
+        return SideAnchors(everyones(gen.flatten(0, 1), self.group), self._places(count, size, gen.device))
 
     def _places(self, count: int, size: int, device: torch.device) -> Tensor:
         first = 0 if self.group is None else dist.get_rank(self.group) * count * size
@@ -142,6 +143,11 @@ class AnchorSource:
     def _own(self, inputs: dict[str, Any], side: str) -> Tensor:
         """The items' own anchors [B, D], on the device."""
         bank, index = self.banks[inputs["split"], side], inputs["index"]
+        if max(inputs["rows"]) >= bank.total:
+            raise ValueError(
+                f"pair {max(inputs['rows'])} has no anchor: the bank of {inputs['split']!r}, side {side}, holds "
+                f"{bank.total}; expected one for each pair"
+            )
         if self.sharded:
             wanted = everyones(index, self.group) - bank.offset
             held = (wanted >= 0) & (wanted < len(bank.anchors))

@@ -130,8 +130,8 @@ class RefineStep:
         policy, temperature = trainer.policy, args.sampling_temperature
         old = ref = None
         if fresh:
-            found = trainer.reference.logp(policy, batch.inputs, temperature)
-            ref = None if found is None else batch.by_rollout(found)
+            packed = trainer.reference.logp(policy, batch.inputs, temperature)
+            ref = None if packed is None else batch.by_rollout(packed)
         else:
             assert slot is not None
             old, ref = slot.logp(rows, batch.scored.shape[1])

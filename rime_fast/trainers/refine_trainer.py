@@ -111,7 +111,7 @@ class RefineRLTrainer(DualModeTrainer):
     @property
     def gathers(self) -> bool:
         """Whether every forward gathers parameters from other ranks (ZeRO-3, FSDP2)."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        plugin: Any = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return self.is_fsdp_enabled or (self.is_deepspeed_enabled and plugin.zero_stage == 3)
 
     # --- anchors -----------------------------------------------------------------------------------------------------

@@ -100,6 +100,11 @@ class RolloutPhase:
     ) -> Rollouts:
         out = self.buffer(policy, len(sides), prompts["input_ids"].device) if into is None else into
         samples = self.backend.generate(policy, sides, prompts, self.sampling, out)
+        if samples.tokens.shape[1] > out.max_tokens:
+            raise ValueError(
+                f"{type(self.backend).__name__} gave {samples.tokens.shape[1]} tokens a rollout; "
+                f"max_completion_length is {out.max_tokens}"
+            )
         _take_in(samples, out)
         states = isinstance(self.backend, LocalBackend) or getattr(samples, "gen_states", None) is not None
         return self.judged(out, out.responses(), states and prompts.get("disc_index") is not None)

@@ -26,6 +26,15 @@ def test_means_and_totals():
     assert sums.drain(CPU) == {}
 
 
+
+def test_means_over_tokens_weigh_by_tokens():
+    sums = MetricSums()
+    for value, tokens in ((1.0, 30), (4.0, 10), (2.0, 60)):
+        sums.add({"kl": torch.tensor(value)}, weight=tokens)
+        sums.add({"reward": torch.tensor(value)})
+    found = sums.drain(torch.device("cpu"))
+    assert found == {"kl": pytest.approx(1.9), "reward": pytest.approx(7 / 3)}
+
 def test_adding_reads_nothing_back(monkeypatch):
     def forbidden(*_: object) -> None:
         raise AssertionError("a host read in the step")
