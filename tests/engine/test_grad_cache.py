@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,3 +184,19 @@ def test_errors_name_the_argument():
         GradCache(model).step([torch.randn(4, 12)])
     with pytest.raises(ValueError, match=r"shape \[4, 16\]; expected a scalar"):
         GradCache(model, lambda rows: rows["disc"]).step([torch.randn(4, 12)])
+
+
+def test_the_documentation_s_example_runs_as_written():
+    text = (Path(__file__).parents[2] / "docs" / "grad_cache.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/grad_cache.md", "exec"), names)
+    assert names["step"].kept == 1
+    assert names["step"].encoded == 7
+    torch.manual_seed(0)
+    names["model"].eval().zero_grad()
+    names["cache"].step(names["micro_batches"])
+    cached = gradients(names["model"])
+    rows = [names["encode"](micro_batch, True).embeddings for micro_batch in names["micro_batches"]]
+    names["contrast"]({key: torch.cat([one[key] for one in rows]) for key in rows[0]}).backward()
+    assert worst(cached, gradients(names["model"])) < 1e-5
