@@ -40,8 +40,10 @@ class PairDataset(Dataset[Pair]):
         self.path: str | None = None
         self.rows = rows
         if isinstance(source, (str, Path)):
-            self.path = self.name = os.fspath(source)
-            self.root = os.fspath(Path(source).parent if image_root is None else image_root)
+            self.name = os.fspath(source)
+            # rows and images are read later: a change of the working directory in between must not matter
+            self.path = os.path.abspath(source)
+            self.root = os.path.abspath(Path(source).parent if image_root is None else image_root)
             if rows is None:
                 self.rows = _spans(self.path)
             return

@@ -42,6 +42,15 @@ def test_files_by_index(folder, name):
     assert pickle.loads(pickle.dumps(dataset))[4] == dataset[4]
 
 
+def test_a_later_change_of_directory_does_not_matter(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    dataset = PairDataset("lines.jsonl")
+    assert dataset.name == "lines.jsonl"
+    monkeypatch.chdir(folder.parent)
+    assert dataset[3].target.images == [str(folder / "a.png")]
+    assert dataset[3].query.text == "q ü 3"
+
+
 def test_lists_of_pairs_and_rows(folder):
     pairs = list(PairDataset(folder / "list.json"))
     assert list(PairDataset(pairs)) == pairs
