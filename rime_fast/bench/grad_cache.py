@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ class Setting:
             kv_heads=max(2, size // 128), vision_hidden=size // 2, vision_layers=max(2, shape.layers // 3),
             intermediate=3 * size, max_positions=1024, dtype=dtype,
         )  # fmt: skip
-        self.model: Any = DualModeModel.from_model(model).to(device).train()
+        DualModeModel.from_model(model)  # in place
+        self.model: Any = model.to(device).train()
         for name, parameter in self.model.model.visual.named_parameters():
             parameter.requires_grad_("merger" in name or not shape.freeze_vision)
         image = ("image", shape.image, shape.image)
@@ -140,8 +142,7 @@ def measure(
     shares = {"all kept": 1.0, "half kept": 0.5, "last kept": 0.0}
     caches = {f"ours, {name}": Share(share, GradSync(s.model)) for name, share in shares.items()}
     steps: dict[str, Callable[[], Any]] = {FLOOR: s.plain, FORWARD: s.forward}
-    for name, cache in caches.items():
-        steps[name] = lambda cache=cache: s.cached(cache)
+    steps |= {name: partial(s.cached, cache) for name, cache in caches.items()}
     sizes = {"pairs": s.pairs, "tokens": s.tokens, "hidden": shape.hidden, "dtype": dtype_name(dtype)}
     truth = s.plain().double()
     rows = compare(
