@@ -9,7 +9,7 @@
 | DeepSpeed ZeRO-2/3 | with every backward: a rank keeps no full     | yes, every backward reduces (ZeRO-3: every     |
 |                    | gradient, so there is nothing to add up to    | forward gathers as well)                       |
 
-Where ranks must keep step they agree on the number once a step (8 bytes), and a rank with fewer runs idle ones.
+Where ranks must keep step they agree on the number once a step (16 bytes), and a rank with fewer runs idle ones.
 """
 
 from __future__ import annotations

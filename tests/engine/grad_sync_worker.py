@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,6 +115,27 @@ def contrast_collectives(case: Case) -> Counter[str]:
     return collectives(call)
 
 
+REDUCED: Counter[str] = Counter()
+
+
+def count_elements() -> None:
+    """From here on ``REDUCED["elements"]`` counts the floats handed to torch.distributed's reducing collectives.
+
+    DeepSpeed takes hold of these functions when it is initialised: call this before, once.
+    """
+    if "on" in REDUCED:
+        return
+    REDUCED["on"] = 1
+
+    def counted(stock: Callable[..., Any], place: int, keyword: str, *args: Any, **options: Any) -> Any:
+        tensor = args[place] if len(args) > place else options[keyword]
+        REDUCED["elements"] += tensor.numel() * tensor.is_floating_point()
+        return stock(*args, **options)
+
+    for name, place, keyword in (("all_reduce", 0, "tensor"), ("reduce_scatter_tensor", 1, "input")):
+        setattr(dist, name, partial(counted, getattr(dist, name), place, keyword))
+
+
 def ddp() -> None:
     """Every budget, unequal micro-batch counts, accumulation, unused parameters; and one reduction a step."""
     case = Case()
@@ -184,6 +206,7 @@ def fsdp2() -> None:
 def zero(stage: int) -> None:
     """DeepSpeed: equal gradients for every budget, and how often each stage reduces them."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+    count_elements()
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
@@ -198,12 +221,16 @@ def zero(stage: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     sync = grad_sync(engine)
-    sent = {}
+    sent, volume = {}, {}
     alone = contrast_collectives(case)
+    before = REDUCED["elements"]
+    contrast_collectives(case)
+    contrast_elements = REDUCED["elements"] - before
     for size, keep in ((5, 0.0), (5, 5.0), (5, math.inf), (100, 0.0)):
+        before = REDUCED["elements"]
         counted = collectives(partial(case.step, engine, sync, size=size, keep=keep))
         counted.subtract(alone)
-        sent[size, keep] = +counted
+        sent[size, keep], volume[size, keep] = +counted, REDUCED["elements"] - before
         found = {name.removeprefix("module."): safe_get_full_grad(p) for name, p in engine.named_parameters()}
         case.check(found, 1e-5)
         engine.step()
@@ -213,6 +240,11 @@ def zero(stage: int) -> None:
         reduced = {1: ("allreduce_", 1), 2: ("allreduce_", micro[size] + 1), 3: ("_reduce_scatter_base_", micro[size])}
         name, want = reduced[stage]
         assert counted[f"c10d::{name}"] == want, (size, keep, counted)
+        # each carries every gradient once (padded to the ranks): 4 bytes a parameter in fp32
+        parameters = sum(p.numel() for p in case.model.parameters())
+        reduced = volume[size, keep] - contrast_elements
+        times = micro[size] if stage > 1 else 1
+        assert times * parameters <= reduced <= times * (parameters + 64), (stage, size, keep, reduced, parameters)
 
 
 SCENARIOS: dict[str, Callable[[], None]] = {
