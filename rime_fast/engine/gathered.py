@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 # The modules inside a block.
 _WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -57,7 +57,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _zero3(parameters: list[Tensor]) -> Iterator[None]:
+def _zero3(parameters: list[nn.Parameter]) -> Iterator[None]:
     if not parameters:
         yield
         return
