@@ -61,7 +61,8 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
     grid = figure.subplots(len(curves), len(MEASURES), squeeze=False)
     for row, (panel, rewards) in zip(grid, curves.items(), strict=True):
         for axes, (name, title) in zip(row, MEASURES.items(), strict=True):
-            for colour, (reward, curve) in zip(COLOURS, rewards.items(), strict=False):
+            for reward, curve in rewards.items():
+                colour = COLOURS[list(LABELS).index(reward)]
                 for values in curve[name]["seeds"].values():
                     axes.plot(curve["steps"], values, color=colour, alpha=0.3, linewidth=0.8)
                 axes.plot(curve["steps"], curve[name]["mean"], "o-", color=colour, markersize=3, label=LABELS[reward])
