@@ -164,12 +164,18 @@ def test_padded_tensor_relevance():
         ({"relevant": [0, 3]}, r"relevant\[1\] names candidate 3; expected rows in \[0, 3\)"),
         ({"relevant": [[0, 0], [1]]}, r"relevant\[0\] names a candidate twice"),
         ({"relevant": [0, 1], "gains": [[1.0], [0.0]]}, r"gains\[1\] must be 1 positive numbers"),
+        ({"relevant": [0, 1], "gains": [[1.0, 2.0], [1.0]]}, r"gains\[0\] must be 1 positive numbers"),
+        ({"relevant": [0, 1], "gains": [[1.0], [float("inf")]]}, r"gains\[1\] must be 1 positive numbers"),
+        ({"relevant": [0, 1], "gains": [[1.0]]}, r"gains must have one entry per query \(2\), got 1"),
+        ({"relevant": [0, 1], "lists": [[0, 1]]}, r"lists must have one entry per query \(2\), got 1"),
         ({"relevant": [0, 1], "lists": [[0, 1], [0, 2]]}, r"lists\[1\] lacks candidate 1"),
         ({"relevant": [0, 1], "lists": [[0, 7], [1]]}, r"lists\[0\] names candidate 7"),
         ({"relevant": [0, 1], "lists": [[0, 0], [1]]}, r"lists\[0\] names a candidate twice"),
         ({"relevant": [0, 1], "queries": torch.ones(2, 4)}, r"must agree in D, got 4 and 5"),
         ({"relevant": [0, 1], "queries": torch.ones(2, 5, dtype=torch.int64)}, r"queries must be a floating"),
         ({"relevant": [], "queries": torch.ones(0, 5)}, r"queries must have at least one row"),
+        ({"relevant": [0, 1], "candidates": torch.ones(0, 5)}, r"candidates must have at least one row"),
+        ({"relevant": [0, 1], "candidates": torch.ones(5)}, r"candidates must be a floating"),
     ],
 )
 def test_errors_name_the_argument(kwargs, message):
