@@ -162,8 +162,9 @@ def sentence_transformers(sides: Sides, terms: Terms, rows: int = 512) -> None:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.util import dot_score
 
+    nothing: Any = torch.nn.Identity()  # stands where the encoder would
     loss = CachedMultipleNegativesRankingLoss(
-        torch.nn.Identity(), 1 / TAU, dot_score, rows, directions=("query_to_doc", "doc_to_query"),
+        nothing, 1 / TAU, dot_score, rows, directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
     )  # fmt: skip
     for q, k, weight in terms:

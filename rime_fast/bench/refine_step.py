@@ -84,7 +84,7 @@ class Setting:
         cells = shape.image[0] * shape.image[1] // 4
         if shape.prompt < cells + 8:
             raise ValueError(f"prompt is {shape.prompt}; expected at least {cells + 8} with an image of {shape.image}")
-        sequence = [4, ("image", *shape.image), shape.prompt - cells - 6]
+        sequence: list[Any] = [4, ("image", *shape.image), shape.prompt - cells - 6]
         made = tiny_batch(self.stock.config, [sequence] * shape.prompts, seed=2)
         made = {k: v for k, v in made.items() if k not in ("targets", "gen_index")}
         self.batch = {
