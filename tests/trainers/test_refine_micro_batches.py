@@ -83,6 +83,20 @@ def test_a_step_in_parts_is_the_step(tiny, tmp_path, settings):
     assert whole.metrics["ratio"] == 1.0
 
 
+@pytest.mark.parametrize("settings", [{"reward_mode": "ume_r1"}, {"anchors": "policy"}], ids=str)
+def test_rewards_that_need_the_whole_batch_come_from_decoding(tiny, tmp_path, settings):
+    """In parts they are those of a whole step that takes g from decoding, as one with several updates does."""
+    whole = Stepped(tiny, tmp_path, num_iterations=2, **settings)
+    assert whole.rollouts.has_states
+    rewards = whole.rollouts.buffer.rewards.clone()
+    for updates in ({}, {"num_iterations": 2}):
+        cut = Stepped(tiny, tmp_path, whole.rollouts, micro_batch_tokens=1, **updates, **settings)
+        assert torch.equal(cut.rollouts.buffer.rewards, rewards)
+        cut.equals(whole, 1e-6)
+    plain = Stepped(tiny, tmp_path, whole.rollouts, **settings)  # g of the forward that is trained on
+    torch.testing.assert_close(plain.rollouts.buffer.rewards, rewards, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"micro_batch_tokens": 1}, {"num_iterations": 2, "micro_batch_tokens": 150}, {"beta": 0.0, "rollout_batch": 3},
 ], ids=str)  # fmt: skip
