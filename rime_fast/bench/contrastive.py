@@ -162,7 +162,7 @@ def sentence_transformers(sides: Sides, terms: Terms, rows: int = 512) -> None:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.util import dot_score
 
-    nothing: Any = torch.nn.Identity()  # stands where the encoder would
+    nothing: Any = torch.nn.Sequential(torch.nn.Identity())  # stands where the encoder would
     loss = CachedMultipleNegativesRankingLoss(
         nothing, 1 / TAU, dot_score, rows, directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
