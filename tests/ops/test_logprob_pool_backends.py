@@ -155,9 +155,7 @@ def test_autocast_casts_the_operands_alone(backend: str, schedule: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("engine", [panels, triton_backend])
-@pytest.mark.parametrize(
-    ("rows", "width", "vocabulary"), [(507, 96, 123), (7, 1537, 123), (7, 96, 32_003), (1, 1537, 32_003)]
-)
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(507, 96, 123), (7, 1537, 123), (3, 32, 32_003)])
 def test_odd_shapes(
     engine: object, rows: int, width: int, vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
