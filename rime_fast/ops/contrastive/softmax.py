@@ -94,8 +94,9 @@ def make_slopes(
         slope = slope + weight * torch.expm1(-col_loss) + (key_weights[positives.at] - weight) * (-col_loss).exp()
     row_weight = torch.ones_like(solved.rows[0])
     col_weight = key_weights if symmetric else torch.zeros_like(key_weights)
-    row_shift, row_coef = _shift_and_coefficient(*solved.rows[:2], solved.row_positives(), row_weight, bounded)
-    col_shift, col_coef = _shift_and_coefficient(*solved.cols, col_weight, bounded)
+    rows, cols = solved.rows, solved.cols
+    row_shift, row_coef = _shift_and_coefficient(rows[0], rows[1], solved.row_positives(), row_weight, bounded)
+    col_shift, col_coef = _shift_and_coefficient(cols[0], cols[1], cols[2], col_weight, bounded)
     return Slopes(
         bounded=bounded,
         row_shift=row_shift.to(dtype),

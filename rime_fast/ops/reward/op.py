@@ -113,13 +113,14 @@ def _score_rewrites(
     if group is None and positive.device.type == "cpu":
         require_range("positive", positive, 0, anchors.shape[0] - weights.positives + 1)
     if chosen == "cuda" and group is None and compiled.small(gen, anchors, weights):
-        values = gen.new_empty(len(compiled.PLANES), *format_ok.shape, dtype=torch.float32) if terms else None
+        filled = gen.new_empty(len(compiled.PLANES), *format_ok.shape, dtype=torch.float32) if terms else None
         compiled.score_small(
-            rewards, advantages, values, gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask,
+            rewards, advantages, filled, gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask,
             weights,
         )  # fmt: skip
-        for buffer, plane in zip(terms, planes, strict=True):
-            buffer.copy_(values[plane])
+        if filled is not None:
+            for buffer, plane in zip(terms, planes, strict=True):
+                buffer.copy_(filled[plane])
         return
     if chosen == "reference":
         found = reference.statistics(gen, anchors.to(gen.device), positive, negatives_mask, weights)
