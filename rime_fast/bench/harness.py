@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ class Skipped:
 class Results:
     """Everything one run produced; ``write`` makes the JSON that plots and comparisons read.
 
-    seconds: time limit of one comparison: rounds are left out (down to one) where the first calls show that they would
-    take longer.
+    seconds: time limit of one comparison: rounds are left out (down to one, that of the memory reading) where the first
+    calls show that they would take longer.
     """
 
     device: str = "cpu"
@@ -137,15 +137,23 @@ def compare(
         if wanted is not None and name != FLOOR:
             known[name] = (error or relative_error)(value, wanted)
         del value
+    times: dict[str, list[float]] = {name: [] for name in alive}
+
+    def timed(name: str) -> None:
+        times[name].append(_time_once(alive[name], device))
+
+    if device == "cuda":
+        _flush()  # its buffer is made before memory is read
     warm = time.perf_counter()
-    memory = {name: _mib(peak_memory(call, device)) for name, call in alive.items()}  # this warms up too
+    memory = {name: _mib(peak_memory(partial(timed, name), device)) for name in alive}
     now = time.perf_counter()
     limit = results.seconds if results is not None else math.inf
-    rounds = max(1, min(rounds, int(min((limit - now + begin) / (now - warm), 1e9))))
-    times: dict[str, list[float]] = {name: [] for name in alive}
+    rounds = min(rounds, int(min((limit - now + begin) / (now - warm), 1e9)))
+    if rounds > 0:  # the calls whose memory was taken were a warm-up; where time is short they are the only round
+        times = {name: [] for name in alive}
     for _ in range(rounds):
-        for name, call in alive.items():
-            times[name].append(_time_once(call, device))
+        for name in alive:
+            timed(name)
     floor = statistics.median(times[FLOOR]) if FLOOR in times else None
     rows = {}
     for name in alive:
