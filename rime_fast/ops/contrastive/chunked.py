@@ -19,6 +19,7 @@ from rime_fast.ops.contrastive.inputs import accumulation_dtype
 from rime_fast.ops.contrastive.positives import Positives
 from rime_fast.ops.contrastive.products import add_product, similarities
 from rime_fast.ops.contrastive.rows import BOUNDED, Masks, NativeRows, Rows, Slopes, Statistics, TorchRows
+from rime_fast.ops.cpu_products import fast_product, fast_products
 
 # Tile sizes. CPU: 4 MiB of fp32, so that a tile is still in cache when it is read again; the best of 128 to 512 rows by
 # 1024 to 4096 columns here (all within 4 %). CUDA: 128 MiB, enough to fill the card.
@@ -45,10 +46,15 @@ class Sweep:
         on_cpu = q.device.type == "cpu"
         height, width = CPU_TILE if on_cpu else CUDA_TILE
         height, width = min(height, q.shape[0]), min(width, k.shape[0])
-        buffer = q.new_empty(height * (width + 3), dtype=accumulation_dtype(q.dtype))
+        buffer: Tensor | None = None
         for row in range(0, q.shape[0], height):
             for col in range(0, k.shape[0], width):
                 block, candidates = q[row : row + height], k[col : col + width]
+                if fast_products(block, candidates.T):
+                    yield fast_product(block, candidates.T), row, col
+                    continue
+                if buffer is None:
+                    buffer = q.new_empty(height * (width + 3), dtype=accumulation_dtype(q.dtype))
                 rows, cols = block.shape[0], candidates.shape[0]
                 stride = cols if on_cpu else -(-cols // 4) * 4  # rows of the CUDA kernels start at 16 bytes
                 tile = buffer[: rows * stride].view(rows, stride)[:, :cols]
@@ -59,6 +65,7 @@ class Sweep:
         for (q, k), masks, state in zip(self.terms, self.masks, into, strict=True):
             for tile, row, col in self.tiles(self.queries[q], self.keys[k]):
                 self.rows.statistics(tile, row, col, masks, state)
+                del tile  # before the next one is made
 
     def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         """Add every tile's gradient to dq and dk (None: not wanted)."""
@@ -69,6 +76,7 @@ class Sweep:
                 rows, cols = slice(row, row + g.shape[0]), slice(col, col + g.shape[1])
                 add_product(dq[qm], rows, g, k[cols])
                 add_product(dk[km], cols, g.T, q[rows])
+                del tile, g
 
 
 def has_native_rows(tensor: Tensor) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rime_fast.ops import cpu_products
+
 
 def similarities(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a b^T."""
@@ -25,7 +27,7 @@ def add_product(into: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:
         return
     target = into[rows]
     if a.dtype == target.dtype:
-        target.addmm_(a, b)
+        cpu_products.add_product(target, a, b)
     elif not a.is_cuda:
         target.addmm_(a.to(target.dtype), b.to(target.dtype))
     else:

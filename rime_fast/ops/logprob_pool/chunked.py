@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from rime_fast.ops.cpu_products import product, set_or_add_product
 from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_forward
 from rime_fast.ops.logprob_pool.statistics import Gradients, Needs, Statistics, gradient_dtype, new_statistics
 
@@ -194,14 +195,11 @@ class _Sums:
         if self.hidden is not None:
             dx = x.new_zeros(x.shape) if self.blocks.widen else None
             for part, head in self.blocks.panels():
-                dx = torch.mm(dlogits, head) if dx is None else dx.addmm_(dlogits[:, part], head)
+                dx = product(dlogits, head) if dx is None else dx.addmm_(dlogits[:, part], head)
             assert dx is not None
             self.hidden.index_copy_(0, rows, dx.to(self.hidden.dtype))
         if self.lm_head is not None:
-            if self.first:
-                torch.mm(dlogits.t(), x, out=self.lm_head)
-            else:
-                self.lm_head.addmm_(dlogits.t(), x)
+            set_or_add_product(self.lm_head, dlogits.t(), x, self.first)
         if self.bias is not None:
             self.bias += dlogits.sum(dim=0, dtype=torch.float32)
         if self.products is not None:

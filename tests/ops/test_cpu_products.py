@@ -1,0 +1,54 @@
+"""fp32 products by oneDNN: as exact as torch.mm for every layout, in parts, and torch.mm where oneDNN does not serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rime_fast.ops import cpu_products
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+def matrix(rows: int, columns: int, transposed: bool) -> Tensor:
+    return torch.randn(columns, rows).t() if transposed else torch.randn(rows, columns)
+
+
+@pytest.mark.parametrize("layouts", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("part_bytes", [1 << 12, 4 << 20])
+def test_every_layout_in_parts(layouts: tuple[bool, bool], part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "PART_BYTES", part_bytes)
+    a, b = matrix(37, 501, layouts[0]), matrix(501, 259, layouts[1])
+    assert cpu_products.fast_products(a, b)
+    truth = a.double() @ b.double()
+    limit = 2 * relative(a @ b, truth) + 1e-6
+    assert relative(cpu_products.product(a, b), truth) < limit
+    into = torch.full((37, 259), 3.0)
+    cpu_products.set_or_add_product(into, a, b, first=True)
+    assert relative(into, truth) < limit
+    cpu_products.add_product(into, a, b)
+    assert relative(into, 2 * truth) < limit
+
+
+@pytest.mark.parametrize("why", ["small", "fp64", "absent"])
+def test_torch_where_it_does_not_serve(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(64, 512), torch.randn(512, 256)
+    if why == "small":
+        a = a[:4]
+    elif why == "fp64":
+        a, b = a.double(), b.double()
+    else:
+        monkeypatch.setattr(cpu_products, "_linear", lambda: None)
+    assert not cpu_products.fast_products(a, b)
+    assert torch.equal(cpu_products.product(a, b), a @ b)
+    into = torch.ones(a.shape[0], 256, dtype=a.dtype)
+    cpu_products.add_product(into, a, b)
+    torch.testing.assert_close(into, 1 + a @ b)
+
+
+def test_same_bits_from_run_to_run() -> None:
+    a, b = torch.randn(512, 300), torch.randn(300, 2048)
+    assert torch.equal(cpu_products.fast_product(a, b), cpu_products.fast_product(a, b))
