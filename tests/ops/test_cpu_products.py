@@ -1,4 +1,4 @@
-"""fp32 products by oneDNN: as exact as torch.mm for every layout, in parts, and torch.mm where oneDNN does not serve."""
+"""fp32 products by oneDNN: exact as torch.mm in every layout and in parts; torch.mm where oneDNN does not serve."""
 
 from __future__ import annotations
 
