@@ -31,7 +31,7 @@ TABLE = BackendTable(
 
 
 def engine_for(backend: str, hidden: Tensor) -> Any:
-    """The module that does the work; all have scored_rows, forward, backward and forward_with_gradient."""
+    """The module that does the work; all have scored_rows, forward and backward."""
     if backend == "triton":
         return triton_backend
     return panels if hidden.is_cuda else chunked
@@ -176,10 +176,18 @@ def linear_ce(
     engine = engine_for(backend, hidden)
     scored = engine.scored_rows(targets, ignore_index, max_scored)
     merge = partial(vocab_parallel.merge, name=group) if group else None
-    stats, found = engine.forward_with_gradient(
-        hidden, lm_head, targets - vocab_start, scored, token_weight, _plain(bias), temperature, softcap, entropy,
-        needs, merge,
-    )  # fmt: skip
+    local, shift = targets - vocab_start, _plain(bias)
+    if engine is chunked:
+        stats, found = chunked.forward_with_gradient(
+            hidden, lm_head, local, scored, token_weight, shift, temperature, softcap, entropy, needs, merge
+        )
+    else:  # cheaper there than whole rows of logits (docs/logprob_pool.md, "Two schedules")
+        stats = engine.forward(hidden, lm_head, local, scored, shift, temperature, softcap, entropy)
+        stats = merge(stats) if merge else stats
+        found = engine.backward(
+            hidden, lm_head, local, scored, stats.lse, stats.hit, None, -token_weight, None, shift, temperature,
+            softcap, needs,
+        )  # fmt: skip
     if group:
         found = vocab_parallel.reduce_gradients(found, group)
     logp, row_entropy = _finish_rows(stats, targets, ignore_index)

@@ -17,7 +17,6 @@ does not fit beside a useful panel the rows go in groups, dX first and dW in a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ from rime_fast.ops.logprob_pool.statistics import (
     whole_of_parts,
 )
 
-__all__ = ["backward", "forward", "forward_with_gradient", "plan", "scored_rows"]
+__all__ = ["backward", "forward", "plan", "scored_rows"]
 
 ROWS = 512  # of a block of the forward
 STEP = 64  # columns of a panel are a multiple of this, so that its rows start on 16 bytes
@@ -141,28 +140,6 @@ def backward(
         if any(needs[1:]):
             work.sweep(groups, cut, sums, needs._replace(hidden=False))
     return work.finish(sums)
-
-
-def forward_with_gradient(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    scored: Scored,
-    token_weight: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    softcap: float,
-    entropy: bool,
-    needs: Needs,
-    merge: Callable[[Statistics], Statistics] | None = None,
-) -> tuple[Statistics, Gradients]:
-    """Statistics (made whole by ``merge`` for a part of a vocabulary), and the gradients of the weighted -logp."""
-    stats = forward(hidden, lm_head, targets, scored, bias, temperature, softcap, entropy)
-    stats = merge(stats) if merge else stats
-    return stats, backward(
-        hidden, lm_head, targets, scored, stats.lse, stats.hit, None, -token_weight, None, bias, temperature, softcap,
-        needs,
-    )  # fmt: skip
 
 
 class _Backward:

@@ -9,7 +9,6 @@ gradient-in-forward would need a row's whole logits in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from rime_fast.ops.logprob_pool.triton_tiles import (
     score_tiles,
 )
 
-__all__ = ["backward", "forward", "forward_with_gradient", "scored_rows", "why_not"]
+__all__ = ["backward", "forward", "scored_rows", "why_not"]
 
 INTERPRETER_TMA = True  # descriptors where a GPU would take them; tests compare both
 
@@ -268,25 +267,3 @@ class _Sums:
     def finish(self, temperature: Tensor) -> Gradients:
         heat = None if self.products is None else (-self.products / temperature.double()).float()
         return Gradients(self.hidden, self.head, self.bias, heat)
-
-
-def forward_with_gradient(
-    hidden: Tensor,
-    lm_head: Tensor,
-    targets: Tensor,
-    scored: Scored,
-    token_weight: Tensor,
-    bias: Tensor | None,
-    temperature: Tensor,
-    softcap: float,
-    entropy: bool,
-    needs: Needs,
-    merge: Callable[[Statistics], Statistics] | None = None,
-) -> tuple[Statistics, Gradients]:
-    """Statistics (made whole by ``merge`` for a part of a vocabulary), and the gradients of the weighted -logp."""
-    stats = forward(hidden, lm_head, targets, scored, bias, temperature, softcap, entropy)
-    stats = merge(stats) if merge else stats
-    return stats, backward(
-        hidden, lm_head, targets, scored, stats.lse, stats.hit, None, -token_weight, None, bias, temperature, softcap,
-        needs,
-    )  # fmt: skip
