@@ -36,6 +36,7 @@ curves: setup
 
 lint: setup
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 # One thread: the cases are small, and threads that wait for each other cost minutes on a busy machine.

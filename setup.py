@@ -55,13 +55,17 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(build),
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
             f"-DTORCH_DIR={Path(torch.__file__).parent}",
             f"-DRIME_OUTPUT_DIR={output.parent}",
             f"-DRIME_CUDA={'OFF' if os.environ.get('RIME_FAST_CUDA') == '0' or torch.version.cuda is None else 'ON'}",
-        ]  # fmt: skip
+        ]
         if archs := os.environ.get("RIME_FAST_CUDA_ARCHS"):
             configure.append(f"-DRIME_CUDA_ARCHS={archs}")
         if ninja := _tool("ninja"):

@@ -61,9 +61,13 @@ class Session:
         with log.open("w") as stream:
             try:
                 code = subprocess.run(
-                    command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, timeout=limit,
+                    command,
+                    cwd=ROOT,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit,
                     env={**os.environ, "PYTHONPATH": paths, **environment},
-                ).returncode  # fmt: skip
+                ).returncode
                 status = "ok" if code == 0 else f"failed (exit {code})"
             except subprocess.TimeoutExpired:
                 status = "cut off by the time limit"

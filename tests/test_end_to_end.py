@@ -80,10 +80,28 @@ def sft(work) -> Path:
 def refined(work, sft) -> Path:
     """Two steps of Refine-RL on top."""
     code = run(
-        work, "refine", "--model", "@sft", "--train_data", "@pairs.jsonl", "--output_dir", "@refine",
-        "--max_steps", 2, "--num_generations", 2, "--max_completion_length", 12, "--learning_rate", "1e-4",
-        "--per_device_train_batch_size", 4, "--logging_steps", 1, *COMMON,
-    )  # fmt: skip
+        work,
+        "refine",
+        "--model",
+        "@sft",
+        "--train_data",
+        "@pairs.jsonl",
+        "--output_dir",
+        "@refine",
+        "--max_steps",
+        2,
+        "--num_generations",
+        2,
+        "--max_completion_length",
+        12,
+        "--learning_rate",
+        "1e-4",
+        "--per_device_train_batch_size",
+        4,
+        "--logging_steps",
+        1,
+        *COMMON,
+    )
     assert code == 0
     return work / "refine"
 
@@ -110,9 +128,19 @@ def test_resume_continues_the_same_curve(work, sft):
     (work / "resumed").mkdir()
     shutil.copytree(sft / "checkpoint-3", work / "resumed" / "checkpoint-3")
     code = run(
-        work, "train", "--config", "@sft.yaml", "--output_dir", "@resumed", "--resume_from_checkpoint", "last",
-        "--report", "false", *TRAIN, *COMMON,
-    )  # fmt: skip
+        work,
+        "train",
+        "--config",
+        "@sft.yaml",
+        "--output_dir",
+        "@resumed",
+        "--resume_from_checkpoint",
+        "last",
+        "--report",
+        "false",
+        *TRAIN,
+        *COMMON,
+    )
     assert code == 0
     assert losses(work / "resumed") == losses(sft)
     before, after = load_file(sft / "model.safetensors"), load_file(work / "resumed" / "model.safetensors")
@@ -130,9 +158,20 @@ def test_refine_logs_its_reward_and_changes_the_model(sft, refined):
 
 def test_eval_compares_both_models_in_one_report(work, sft, refined, capsys):
     code = run(
-        work, "eval", "--model", "@sft", "@refine", "--data", "@test.json", "--output_dir", "@eval",
-        "--max_new_tokens", 12, "--examples", 4,
-    )  # fmt: skip
+        work,
+        "eval",
+        "--model",
+        "@sft",
+        "@refine",
+        "--data",
+        "@test.json",
+        "--output_dir",
+        "@eval",
+        "--max_new_tokens",
+        12,
+        "--examples",
+        4,
+    )
     assert code == 0
     assert "gen-disc" in capsys.readouterr().out
     report = json.loads((work / "eval" / "report.json").read_text())
@@ -156,9 +195,19 @@ def test_embed_writes_what_the_embedder_makes(work, sft, capsys):
         "".join(json.dumps({"id": c, "text": QUESTION, "image": f"{c}2.png"}) + "\n" for c in COLOURS[:3])
     )
     code = run(
-        work, "embed", "--model", "@sft", "--data", "@items.jsonl", "--mode", "both", "--output_dir", "@index",
-        "--max_new_tokens", 12,
-    )  # fmt: skip
+        work,
+        "embed",
+        "--model",
+        "@sft",
+        "--data",
+        "@items.jsonl",
+        "--mode",
+        "both",
+        "--output_dir",
+        "@index",
+        "--max_new_tokens",
+        12,
+    )
     assert code == 0
     found = load_file(work / "index" / "embeddings.safetensors")
     lines = [json.loads(line) for line in (work / "index" / "items.jsonl").read_text().splitlines()]
@@ -191,8 +240,10 @@ def test_ctrl_c_saves_a_checkpoint_and_says_where(work):
     words = ["train", "--config", f"{work}/sft.yaml", "--output_dir", f"{work}/stopped", "--max_steps", "4000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rime_fast.cli", *words, *TRAIN, *COMMON, "--save_strategy", "no"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert process.stdout is not None
     lines = []
     for line in process.stdout:

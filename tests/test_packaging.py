@@ -54,8 +54,14 @@ def test_wheel_without_any_tool_is_pure_torch_and_works(tmp_path):
         "q = torch.randn(4, 8)\n"
         "print(rime_fast.contrastive_loss({'d': q}, {'d': q}, terms=[('d', 'd', 1.0)]).loss.item())\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path,
-                         capture_output=True, text=True, timeout=120)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert ran.returncode == 0, ran.stderr
 
 

@@ -43,15 +43,27 @@ def _copy(shape: Shape, device: str, results: Results | None, rounds: int) -> di
     source = torch.randn(shape.copy_mib << 18, device=device)
     target = torch.empty_like(source)
     return compare(
-        BENCH, "copy", {"copy": lambda: target.copy_(source)}, shape={"MiB": shape.copy_mib}, device=device,
-        rounds=rounds, nbytes=2.0 * 4 * source.numel(), results=results,
-    )  # fmt: skip
+        BENCH,
+        "copy",
+        {"copy": lambda: target.copy_(source)},
+        shape={"MiB": shape.copy_mib},
+        device=device,
+        rounds=rounds,
+        nbytes=2.0 * 4 * source.numel(),
+        results=results,
+    )
 
 
 def _gemm(shape: Shape, device: str, dtype: torch.dtype, results: Results | None, rounds: int) -> dict[str, Row]:
     a, b = (torch.randn(shape.width, shape.width, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return compare(
-        BENCH, f"gemm-{dtype_name(dtype)}", {"gemm": lambda: torch.mm(a, b, out=out)}, device=device, rounds=rounds,
-        shape={"width": shape.width, "dtype": dtype_name(dtype)}, flops=2.0 * shape.width**3, results=results,
-    )  # fmt: skip
+        BENCH,
+        f"gemm-{dtype_name(dtype)}",
+        {"gemm": lambda: torch.mm(a, b, out=out)},
+        device=device,
+        rounds=rounds,
+        shape={"width": shape.width, "dtype": dtype_name(dtype)},
+        flops=2.0 * shape.width**3,
+        results=results,
+    )

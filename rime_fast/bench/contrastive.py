@@ -48,9 +48,14 @@ _SIZES = {
     "tiny": [(64, 16, 1), (64, 16, 4)],
     "cpu": [(1024, 256, 1), (4096, 256, 1), (4096, 256, 4)],
     "cuda": [
-        (4096, 1536, 1), (16_384, 1536, 1), (16_384, 1536, 4), (16_384, 3584, 1), (65_536, 1536, 1), (65_536, 3584, 4),
+        (4096, 1536, 1),
+        (16_384, 1536, 1),
+        (16_384, 1536, 4),
+        (16_384, 3584, 1),
+        (65_536, 1536, 1),
+        (65_536, 3584, 4),
     ],
-}  # fmt: skip
+}
 SHAPES = {size: [Shape(*one, peaked=p) for one in table for p in (False, True)] for size, table in _SIZES.items()}
 SHAPES["cpu"] = [shape for shape in SHAPES["cpu"] if shape.pairs == 1024 or shape.peaked == (shape.terms == 4)]
 # measured alone, against N
@@ -164,9 +169,13 @@ def sentence_transformers(sides: Sides, terms: Terms, rows: int = 512) -> None:
 
     nothing: Any = torch.nn.Sequential(torch.nn.Identity())  # stands where the encoder would
     loss = CachedMultipleNegativesRankingLoss(
-        nothing, 1 / TAU, dot_score, rows, directions=("query_to_doc", "doc_to_query"),
+        nothing,
+        1 / TAU,
+        dot_score,
+        rows,
+        directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
-    )  # fmt: skip
+    )
     for q, k, weight in terms:
         pair = [rows.detach().requires_grad_() for rows in (sides[0][q], sides[1][k])]
         loss.calculate_loss([[pair[0]], [pair[1]]], with_backward=True)
@@ -198,9 +207,13 @@ def inf_cl(sides: Sides, terms: Terms) -> None:
 
 
 PEERS: dict[str, Callable[[Sides, Terms], None]] = {
-    "eager": eager, "open_clip": open_clip, "cached loop": cached_loop,
-    "sentence-transformers": sentence_transformers, "gradcache": gradcache, "inf_cl": inf_cl,
-}  # fmt: skip
+    "eager": eager,
+    "open_clip": open_clip,
+    "cached loop": cached_loop,
+    "sentence-transformers": sentence_transformers,
+    "gradcache": gradcache,
+    "inf_cl": inf_cl,
+}
 
 
 # --- the measurement -------------------------------------------------------------------------------------------------
@@ -231,11 +244,17 @@ def measure(
         impls[name] = _step(sides, partial(peer, sides, terms))
     limit = EXACT_FAST if fast_fp64(device) else EXACT
     return compare(
-        "contrastive", str(shape), impls, device=device, rounds=rounds, results=results,
+        "contrastive",
+        str(shape),
+        impls,
+        device=device,
+        rounds=rounds,
+        results=results,
         shape={"pairs": shape.pairs, "width": shape.width, "terms": shape.terms, "dtype": dtype_name(dtype)},
         truth=truth(sides, terms) if shape.pairs**2 * shape.terms <= limit else None,
-        flops=8.0 * shape.pairs**2 * shape.width * shape.terms, nbytes=4.0 * shape.pairs * shape.width * dtype.itemsize,
-    )  # fmt: skip
+        flops=8.0 * shape.pairs**2 * shape.width * shape.terms,
+        nbytes=4.0 * shape.pairs * shape.width * dtype.itemsize,
+    )
 
 
 def measure_growth(
@@ -253,14 +272,18 @@ def measure_growth(
     if device == "cpu" and flops > ONCE:
         return {"ours": _once(call, case, facts, flops, results)}
     return compare(
-        "contrastive_growth", case, {"ours": call}, device=device, results=results, rounds=rounds, flops=flops,
+        "contrastive_growth",
+        case,
+        {"ours": call},
+        device=device,
+        results=results,
+        rounds=rounds,
+        flops=flops,
         shape=facts,
-    )  # fmt: skip
+    )
 
 
-def _once(
-    call: Callable[[], Any], case: str, shape: dict[str, Any], flops: float, results: Results | None
-) -> Row:
+def _once(call: Callable[[], Any], case: str, shape: dict[str, Any], flops: float, results: Results | None) -> Row:
     """One call, timed and its memory watched at once: at this size it takes most of a minute on two cores."""
     ours(make(Shape(512, shape["width"]), "cpu", torch.float32), TERMS[:1])()
     seconds: list[float] = []
@@ -273,9 +296,17 @@ def _once(
     peak = peak_memory(timed)
     time = seconds[0]
     row = Row(
-        bench="contrastive_growth", case=case, impl="ours", shape=shape, median_ms=time * 1e3, p20_ms=time * 1e3,
-        p80_ms=time * 1e3, tflops=flops / time / 1e12, peak_mib=None if peak < 0 else peak / 2**20, first_call_s=time,
-    )  # fmt: skip
+        bench="contrastive_growth",
+        case=case,
+        impl="ours",
+        shape=shape,
+        median_ms=time * 1e3,
+        p20_ms=time * 1e3,
+        p80_ms=time * 1e3,
+        tflops=flops / time / 1e12,
+        peak_mib=None if peak < 0 else peak / 2**20,
+        first_call_s=time,
+    )
     if results is not None:
         results.rows.append(row)
     return row

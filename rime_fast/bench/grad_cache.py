@@ -78,10 +78,18 @@ class Setting:
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         size = shape.hidden
         model: Any = tiny_model(
-            "qwen2_vl", vocab_size=shape.vocab, hidden=size, layers=shape.layers, heads=max(2, size // 64),
-            kv_heads=max(2, size // 128), vision_hidden=size // 2, vision_layers=max(2, shape.layers // 3),
-            intermediate=3 * size, max_positions=1024, dtype=dtype,
-        )  # fmt: skip
+            "qwen2_vl",
+            vocab_size=shape.vocab,
+            hidden=size,
+            layers=shape.layers,
+            heads=max(2, size // 64),
+            kv_heads=max(2, size // 128),
+            vision_hidden=size // 2,
+            vision_layers=max(2, shape.layers // 3),
+            intermediate=3 * size,
+            max_positions=1024,
+            dtype=dtype,
+        )
         DualModeModel.from_model(model)  # in place
         self.model: Any = model.to(device).train()
         for name, parameter in self.model.model.visual.named_parameters():
@@ -144,9 +152,15 @@ def measure(
     sizes = {"pairs": s.pairs, "tokens": s.tokens, "hidden": shape.hidden, "dtype": dtype_name(dtype)}
     truth = s.plain().double()
     rows = compare(
-        BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds,
-        truth=dict.fromkeys(caches, truth), results=results,
-    )  # fmt: skip
+        BENCH,
+        str(shape),
+        steps,
+        shape=sizes,
+        device=device,
+        rounds=rounds,
+        truth=dict.fromkeys(caches, truth),
+        results=results,
+    )
     share = rows[FORWARD].median_ms / rows[FLOOR].median_ms
     for name, cache in caches.items():
         bound = 1 + (1 - cache.kept) * share

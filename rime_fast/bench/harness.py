@@ -33,8 +33,14 @@ FLOOR = "floor"
 PARTS = "_parts"  # how the bench of a breakdown's rows ends
 SCHEMA = 1
 PACKAGES = (
-    "rime-fast", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "sentence-transformers",
-)  # fmt: skip
+    "rime-fast",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "sentence-transformers",
+)
 
 
 @dataclass
@@ -159,15 +165,20 @@ def compare(
     for name in alive:
         median = statistics.median(times[name])
         rows[name] = Row(
-            bench=bench, case=case, impl=name, shape=dict(shape), median_ms=median,
-            p20_ms=_quantile(times[name], 0.2), p80_ms=_quantile(times[name], 0.8),
+            bench=bench,
+            case=case,
+            impl=name,
+            shape=dict(shape),
+            median_ms=median,
+            p20_ms=_quantile(times[name], 0.2),
+            p80_ms=_quantile(times[name], 0.8),
             ratio_to_floor=median / floor if floor else None,
             tflops=flops / median / 1e9 if flops else None,
             gbytes_s=nbytes / median / 1e6 if nbytes else None,
             peak_mib=memory[name],
             error_fp64=known.get(name),
             first_call_s=first[name],
-        )  # fmt: skip
+        )
     if results is not None:
         results.rows += rows.values()
     return rows
@@ -308,7 +319,7 @@ def fast_fp64(device: str) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"float32" of torch.float32."""
+    """ "float32" of torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -43,15 +43,31 @@ MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 256, "hidden": 64, "layers": 2},
     # the head has a sixth of the parameters of the text layers, as in Qwen2-VL-2B
     "14M": {
-        "vocab_size": 8192, "hidden": 256, "layers": 12, "heads": 4, "kv_heads": 2, "intermediate": 1024,
-        "vision_hidden": 128, "vision_layers": 4, "vision_heads": 4,
+        "vocab_size": 8192,
+        "hidden": 256,
+        "layers": 12,
+        "heads": 4,
+        "kv_heads": 2,
+        "intermediate": 1024,
+        "vision_hidden": 128,
+        "vision_layers": 4,
+        "vision_heads": 4,
     },
     "qwen2-vl-2b": {
-        "vocab_size": 151_936, "hidden": 1536, "layers": 28, "heads": 12, "kv_heads": 2, "intermediate": 8960,
-        "vision_hidden": 1280, "vision_layers": 32, "vision_heads": 16, "patch_size": 14, "max_positions": 32_768,
+        "vocab_size": 151_936,
+        "hidden": 1536,
+        "layers": 28,
+        "heads": 12,
+        "kv_heads": 2,
+        "intermediate": 8960,
+        "vision_hidden": 1280,
+        "vision_layers": 32,
+        "vision_heads": 16,
+        "patch_size": 14,
+        "max_positions": 32_768,
         "mlp_ratio": 4,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -125,9 +141,11 @@ class Setting:
         owner = torch.repeat_interleave(torch.arange(2 * n), torch.tensor(batch["lengths"]))
         batch["targets"] = batch["targets"].where(row >= batch["disc_index"][owner], -100)
         self.batch = {
-            key: (x.to(self.device, dtype) if x.is_floating_point() else x.to(self.device)) if isinstance(x, Tensor)
-            else x for key, x in batch.items()
-        }  # fmt: skip
+            key: (x.to(self.device, dtype) if x.is_floating_point() else x.to(self.device))
+            if isinstance(x, Tensor)
+            else x
+            for key, x in batch.items()
+        }
         self.batch["image_grids"] = batch["image_grid_thw"].tolist()
         self.batch["image_counts"] = [1] * n + [0] * n
         self.tokens, self.n = int(owner.numel()), n
@@ -161,9 +179,12 @@ class Setting:
             inputs["pixel_values"] = batch["pixel_values"][sum(patches[:first]) : sum(patches[:last])]
             inputs["image_grid_thw"] = batch["image_grid_thw"][first:last]
         return {
-            "inputs": inputs, "targets": rows("targets", -100), "query": first < self.shape.pairs,
-            "disc": batch["disc_index"][first:last] - offset, "gen": batch["gen_index"][first:last] - offset,
-        }  # fmt: skip
+            "inputs": inputs,
+            "targets": rows("targets", -100),
+            "query": first < self.shape.pairs,
+            "disc": batch["disc_index"][first:last] - offset,
+            "gen": batch["gen_index"][first:last] - offset,
+        }
 
     def modules(self, model: Any) -> dict[str, Any]:
         """What the clock watches in either model."""
@@ -327,10 +348,14 @@ def measure(
         steps["plain, lean first pass"] = lambda: plain(s, lean=True)
     steps = {name: checked(name, step) for name, step in steps.items()}
     sizes = {
-        "parameters": sum(p.numel() for p in s.stock.parameters()), "pairs": shape.pairs, "tokens": s.tokens,
-        "tokens_padded": s.padded_tokens, "scored": int((s.batch["targets"] >= 0).sum()), "micro": shape.micro,
+        "parameters": sum(p.numel() for p in s.stock.parameters()),
+        "pairs": shape.pairs,
+        "tokens": s.tokens,
+        "tokens_padded": s.padded_tokens,
+        "scored": int((s.batch["targets"] >= 0).sum()),
+        "micro": shape.micro,
         "dtype": dtype_name(dtype),
-    }  # fmt: skip
+    }
     rows = compare(BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds, results=results)
     expected, wanted = first.pop(PLAIN)
     bound = (1e-5 if dtype == torch.float32 else 2e-2) * abs(expected)

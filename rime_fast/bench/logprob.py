@@ -50,20 +50,27 @@ class Shape:
 SHAPES = {
     "tiny": [Shape(32, 16, 200, 0.5), Shape(32, 16, 200, 0.5, entropy=True)],
     "cpu": [
-        Shape(1024, 256, 32_000, 0.9), Shape(1024, 256, 32_000, 0.0), Shape(256, 256, 32_000, 0.5, peaked=True),
-        Shape(256, 256, 32_000, 0.9, frozen=True), Shape(256, 256, 32_000, 0.9, entropy=True),
+        Shape(1024, 256, 32_000, 0.9),
+        Shape(1024, 256, 32_000, 0.0),
+        Shape(256, 256, 32_000, 0.5, peaked=True),
+        Shape(256, 256, 32_000, 0.9, frozen=True),
+        Shape(256, 256, 32_000, 0.9, entropy=True),
         Shape(64, 256, 151_936, 0.5),
     ],
     # The shapes that targets are set for come first; a run with a deadline leaves out the last.
     "cuda": [
         *(Shape(8192, 4096, V, ignored) for V in (151_936, 248_320) for ignored in (0.0, 0.9)),
         *(Shape(8192, H, 151_936, ignored) for H in (1536, 2048, 2560, 3584) for ignored in (0.0, 0.9)),
-        Shape(16_384, 4096, 151_936, 0.0), Shape(8192, 4096, 151_936, 0.5), Shape(8192, 4096, 151_936, 0.97),
-        Shape(8192, 4096, 151_936, 0.0, peaked=True), Shape(8192, 4096, 151_936, 0.0, frozen=True),
-        Shape(8192, 4096, 151_936, 0.9, frozen=True), Shape(8192, 4096, 151_936, 0.0, entropy=True),
+        Shape(16_384, 4096, 151_936, 0.0),
+        Shape(8192, 4096, 151_936, 0.5),
+        Shape(8192, 4096, 151_936, 0.97),
+        Shape(8192, 4096, 151_936, 0.0, peaked=True),
+        Shape(8192, 4096, 151_936, 0.0, frozen=True),
+        Shape(8192, 4096, 151_936, 0.9, frozen=True),
+        Shape(8192, 4096, 151_936, 0.0, entropy=True),
         *(Shape(T, 2048, 151_936, 0.9) for T in (2048, 16_384, 32_768, 65_536)),
     ],
-}  # fmt: skip
+}
 ENTROPY = 0.01  # its weight in the objective of the shapes with entropy
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -225,15 +232,23 @@ def losses(shape: Shape, cuda: bool) -> dict[str, Loss]:
     """Name of the row -> the loss, ours first. With entropy only those that give its gradient."""
     if shape.entropy:
         return {
-            "ours_entropy": ours_entropy, "eager": eager_entropy, "compile": compiled(eager_entropy),
+            "ours_entropy": ours_entropy,
+            "eager": eager_entropy,
+            "compile": compiled(eager_entropy),
             "liger_sm90": liger_sm90(True),
-        }  # fmt: skip
+        }
     return {
-        "ours_forward": ours_forward, "ours_recompute": ours_recompute,
+        "ours_forward": ours_forward,
+        "ours_recompute": ours_recompute,
         **({"ours_library": ours_library} if cuda else {}),
-        "eager": eager, "compile": compiled(eager), "F.linear_cross_entropy": torch_chunked,
-        "trl_chunked": trl_chunked, "liger": liger, "liger_sm90": liger_sm90(False), "cce": cut_cross_entropy,
-    }  # fmt: skip
+        "eager": eager,
+        "compile": compiled(eager),
+        "F.linear_cross_entropy": torch_chunked,
+        "trl_chunked": trl_chunked,
+        "liger": liger,
+        "liger_sm90": liger_sm90(False),
+        "cce": cut_cross_entropy,
+    }
 
 
 # --- the measurement -------------------------------------------------------------------------------------------------
@@ -250,12 +265,15 @@ def measure(
     inputs = Inputs(shape, device, dtype)
     scored, every = inputs.rows.shape[0], losses(shape, inputs.hidden.is_cuda)
     return compare(
-        "logprob_pool", str(shape),
+        "logprob_pool",
+        str(shape),
         {FLOOR: floor(inputs)} | {name: inputs.step(loss) for name, loss in every.items()},
         shape={"T": shape.tokens, "M": scored, "H": shape.hidden, "V": shape.vocab, "dtype": dtype_name(dtype)},
-        device=device, rounds=rounds, results=results,
+        device=device,
+        rounds=rounds,
+        results=results,
         truth=inputs.truth() if shape.tokens * shape.vocab <= (EXACT_FAST if fast_fp64(device) else EXACT) else None,
         flops=(4.0 if shape.frozen else 6.0) * scored * shape.hidden * shape.vocab,
         # hidden and head read, their gradients written
         nbytes=(2.0 * scored + (1 if shape.frozen else 2) * shape.vocab) * shape.hidden * dtype.itemsize,
-    )  # fmt: skip
+    )

@@ -14,9 +14,18 @@ from torch import nn
 
 OTHER = "other"
 PARTS = (
-    "decode", "reference", "scoring", "vision", "LLM forward", "head", "contrast", "reward", "backward", "optimiser",
+    "decode",
+    "reference",
+    "scoring",
+    "vision",
+    "LLM forward",
+    "head",
+    "contrast",
+    "reward",
+    "backward",
+    "optimiser",
     OTHER,
-)  # fmt: skip
+)
 
 
 class PartClock:

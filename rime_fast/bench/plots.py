@@ -50,17 +50,27 @@ def roofline(stored: Stored) -> Figure | None:
     knees = [1e3 * peak / band for peak in peaks.values()]
     low, high = min(*intensity, *knees) / 3, max(*intensity, *knees) * 3
     for i, (dtype, peak) in enumerate(peaks.items()):
-        axes.plot([low, knees[i], high], [low * band / 1e3, peak, peak], color=INK, linewidth=1.3,
-                  linestyle=("-", "--", ":")[i % 3], label=f"{dtype}: {peak:.3g} TFLOP/s, {band:.0f} GB/s")  # fmt: skip
+        axes.plot(
+            [low, knees[i], high],
+            [low * band / 1e3, peak, peak],
+            color=INK,
+            linewidth=1.3,
+            linestyle=("-", "--", ":")[i % 3],
+            label=f"{dtype}: {peak:.3g} TFLOP/s, {band:.0f} GB/s",
+        )
     for i, bench in enumerate(dict.fromkeys(row.bench for row in points)):
         for mine in (True, False):
             some = [row for row in points if row.bench == bench and _ours(row) is mine]
             if some:
                 axes.scatter(
-                    [_intensity(row) for row in some], [row.tflops for row in some], s=34 if mine else 18, zorder=3,
-                    marker="o" if mine else "x", color=COLOURS[i % len(COLOURS)],
+                    [_intensity(row) for row in some],
+                    [row.tflops for row in some],
+                    s=34 if mine else 18,
+                    zorder=3,
+                    marker="o" if mine else "x",
+                    color=COLOURS[i % len(COLOURS)],
                     label=f"{bench}, {'ours' if mine else 'peers'}",
-                )  # fmt: skip
+                )
     _log_axes(axes)
     _style(axes, f"Roofline, {_where(stored)}", "FLOP per byte that the task needs", "TFLOP/s")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -91,8 +101,9 @@ def growth(stored: Stored) -> Figure | None:
     figure, panels = _panels(2 * len(curves), 5.2, 3.6, columns=2)
     for i, (title, (name, rows)) in enumerate(curves.items()):
         for axes, unit, value in (
-            (panels[2 * i], "ms", lambda row: row.median_ms), (panels[2 * i + 1], "MiB", lambda row: row.peak_mib)
-        ):  # fmt: skip
+            (panels[2 * i], "ms", lambda row: row.median_ms),
+            (panels[2 * i + 1], "MiB", lambda row: row.peak_mib),
+        ):
             for j, impl in enumerate(dict.fromkeys(row.impl for row in rows)):
                 found = [(float(row.shape[name]), value(row)) for row in rows if row.impl == impl]
                 points = sorted((x, y) for x, y in found if y and y >= 0.05)  # less is the allocator's noise
@@ -128,8 +139,12 @@ def step_parts(stored: Stored) -> Figure | None:
 
 
 FIGURES: dict[str, Callable[[Stored], Figure | None]] = {
-    "roofline": roofline, "floor_ratios": floor_ratios, "memory": memory, "growth": growth, "step_parts": step_parts,
-}  # fmt: skip
+    "roofline": roofline,
+    "floor_ratios": floor_ratios,
+    "memory": memory,
+    "growth": growth,
+    "step_parts": step_parts,
+}
 
 
 # --- parts of figures ------------------------------------------------------------------------------------------------

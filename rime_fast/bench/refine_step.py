@@ -36,10 +36,15 @@ BETA, ANCHORS = 0.04, 256
 MODELS |= {
     "tiny-sharp": {"vocab_size": 256, "hidden": 64, "layers": 2, "init_std": 0.2},
     "30M": {
-        "vocab_size": 32_000, "hidden": 512, "layers": 8, "heads": 8, "kv_heads": 2, "intermediate": 1024,
+        "vocab_size": 32_000,
+        "hidden": 512,
+        "layers": 8,
+        "heads": 8,
+        "kv_heads": 2,
+        "intermediate": 1024,
         "init_std": 0.06,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,7 @@ class Setting:
         self.positive = torch.arange(shape.prompts, device=device)
         self.format_ok = (torch.arange(count, device=device) % 3 > 0).view(shape.prompts, shape.group)
         self.weights = RewardWeights()
-        self.optimizer = torch.optim.AdamW(
-            self.stock.parameters(), lr=0.0, weight_decay=0.0, fused=device == "cuda"
-        )
+        self.optimizer = torch.optim.AdamW(self.stock.parameters(), lr=0.0, weight_decay=0.0, fused=device == "cuda")
 
     def modules(self, model: Any) -> dict[str, Any]:
         """What the clock watches in a policy forward."""
@@ -135,9 +138,14 @@ def ours(s: Setting) -> Tensor:
     shape = s.shape
     with s.clock.part("decode"):
         generate_rollouts(
-            s.policy, s.batch, gen_id=s.vocab, max_new_tokens=shape.rollout, group_size=shape.group,
-            temperature=1.0, stop_ids=[],
-        )  # fmt: skip
+            s.policy,
+            s.batch,
+            gen_id=s.vocab,
+            max_new_tokens=shape.rollout,
+            group_size=shape.group,
+            temperature=1.0,
+            stop_ids=[],
+        )
     batch = shared_prefix_batch(s.batch, s.samples.tolist())
     with s.clock.part("reference"), torch.no_grad():
         ref_logp = s.reference(**batch, pools={}).logp
@@ -148,14 +156,26 @@ def ours(s: Setting) -> Tensor:
         rewards = torch.empty(shape.prompts, shape.group, device=gen.device)
         advantages = torch.empty_like(rewards)
         score_rewrites_(
-            rewards, advantages, gen=gen.view(shape.prompts, shape.group, -1), anchors=s.anchors, positive=s.positive,
-            format_ok=s.format_ok, lengths=torch.full_like(rewards, shape.rollout),
-            disc_similarity=(disc * s.anchors[s.positive]).sum(1), weights=s.weights,
-        )  # fmt: skip
+            rewards,
+            advantages,
+            gen=gen.view(shape.prompts, shape.group, -1),
+            anchors=s.anchors,
+            positive=s.positive,
+            format_ok=s.format_ok,
+            lengths=torch.full_like(rewards, shape.rollout),
+            disc_similarity=(disc * s.anchors[s.positive]).sum(1),
+            weights=s.weights,
+        )
     loss, _ = policy_loss(
-        out.logp, None, ref_logp, advantages.view(-1), batch["targets"] >= 0, row=batch["layout"].rows, beta=BETA,
+        out.logp,
+        None,
+        ref_logp,
+        advantages.view(-1),
+        batch["targets"] >= 0,
+        row=batch["layout"].rows,
+        beta=BETA,
         max_completion_length=shape.rollout,
-    )  # fmt: skip
+    )
     return s.update(loss)
 
 
@@ -176,14 +196,23 @@ def plain(s: Setting) -> Tensor:
     }
     with s.clock.part("decode"), torch.inference_mode():
         s.stock.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), mm_token_type_ids=kinds, **pixels,
-            do_sample=True, top_k=0, max_new_tokens=shape.rollout, min_new_tokens=shape.rollout, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            mm_token_type_ids=kinds,
+            **pixels,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=shape.rollout,
+            min_new_tokens=shape.rollout,
+            pad_token_id=0,
+        )
     ids = torch.cat([prompt, s.samples], dim=1)
     full = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        **pixels,
         "mm_token_type_ids": F.pad(kinds, (0, shape.rollout)),
-    }  # fmt: skip
+    }
 
     def logp(model: Any) -> Tensor:
         logits = model(**full, use_cache=False).logits[:, shape.prompt - 1 : -1].float()
@@ -256,10 +285,16 @@ def measure(
         PLAIN: shape.prompts * shape.group * (shape.prompt + shape.rollout),
     }
     sizes = {
-        "parameters": sum(p.numel() for p in s.stock.parameters()), "prompts": shape.prompts, "prompt": shape.prompt,
-        "rollout": shape.rollout, "group": shape.group, "tokens_ideal": shape.tokens_ideal,
-        "tokens_ours": tokens["ours"], "tokens_plain": tokens[PLAIN], "dtype": dtype_name(dtype),
-    }  # fmt: skip
+        "parameters": sum(p.numel() for p in s.stock.parameters()),
+        "prompts": shape.prompts,
+        "prompt": shape.prompt,
+        "rollout": shape.rollout,
+        "group": shape.group,
+        "tokens_ideal": shape.tokens_ideal,
+        "tokens_ours": tokens["ours"],
+        "tokens_plain": tokens[PLAIN],
+        "dtype": dtype_name(dtype),
+    }
     rows = compare(BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds, results=results)
     (loss, gradients), (expected, wanted) = found["ours"], found[PLAIN]
     bound = (1e-5 if dtype == torch.float32 else 2e-2) * abs(expected)
@@ -267,9 +302,7 @@ def measure(
     rows["ours"].error_fp64 = gradient_difference(gradients, wanted)
     base = rows[PLAIN].median_ms
     for name, row in rows.items():
-        row.note = (
-            f"{base / row.median_ms:.2f}x; {tokens[name]} tokens a forward, the ideal is {shape.tokens_ideal}"
-        )
+        row.note = f"{base / row.median_ms:.2f}x; {tokens[name]} tokens a forward, the ideal is {shape.tokens_ideal}"
     if results is not None:
         for name, step in steps.items():
             add_parts(results, BENCH, str(shape), name, breakdown(s.clock, {}, step, 1), sizes)

@@ -47,10 +47,14 @@ SHAPES = {
     "tiny": [Shape(4, 8, 32, 16)],
     "cpu": [Shape(128, 8, 1024, 256), Shape(8, 8, 4096, 1536), Shape(32, 8, 16_384, 256), Shape(32, 8, 65_536, 256)],
     "cuda": [
-        Shape(8, 8, 256, 1536), Shape(128, 8, 1024, 256), Shape(64, 8, 65_536, 1536), Shape(1024, 8, 16_384, 2048),
-        Shape(64, 8, 1_000_000, 1536), Shape(1024, 8, 1_000_000, 1536),
+        Shape(8, 8, 256, 1536),
+        Shape(128, 8, 1024, 256),
+        Shape(64, 8, 65_536, 1536),
+        Shape(1024, 8, 16_384, 2048),
+        Shape(64, 8, 1_000_000, 1536),
+        Shape(1024, 8, 1_000_000, 1536),
     ],
-}  # fmt: skip
+}
 # UME-R1's bank is the other side's rollouts, as many as rows
 UME_SHAPES = {size: [shape for shape in table if shape.anchors == shape.rows] for size, table in SHAPES.items()}
 KINDS = {
@@ -199,7 +203,15 @@ def _compare(
 ) -> dict[str, Row]:
     sizes = {"rows": shape.rows, "group": shape.group, "anchors": shape.anchors, "width": shape.width}
     return compare(
-        bench, str(shape), impls, shape=sizes | {"dtype": dtype_name(dtype)}, device=device, rounds=rounds,
-        results=results, truth=truth, error=max_error, flops=2.0 * shape.rows * shape.anchors * shape.width,
+        bench,
+        str(shape),
+        impls,
+        shape=sizes | {"dtype": dtype_name(dtype)},
+        device=device,
+        rounds=rounds,
+        results=results,
+        truth=truth,
+        error=max_error,
+        flops=2.0 * shape.rows * shape.anchors * shape.width,
         nbytes=float(dtype.itemsize) * (shape.rows + shape.anchors) * shape.width,
-    )  # fmt: skip
+    )

@@ -58,8 +58,14 @@ def _breakdown(rows: Sequence[Row]) -> Table:
 
 def _cells(row: Row) -> tuple[str, ...]:
     values = (
-        (row.median_ms, ".2f"), (row.p20_ms, ".2f"), (row.p80_ms, ".2f"), (row.ratio_to_floor, ".2f"),
-        (row.tflops, ".3g"), (row.gbytes_s, ".3g"), (row.peak_mib, ".1f"), (row.error_fp64, ".1e"),
+        (row.median_ms, ".2f"),
+        (row.p20_ms, ".2f"),
+        (row.p80_ms, ".2f"),
+        (row.ratio_to_floor, ".2f"),
+        (row.tflops, ".3g"),
+        (row.gbytes_s, ".3g"),
+        (row.peak_mib, ".1f"),
+        (row.error_fp64, ".1e"),
         (row.first_call_s, ".2f"),
-    )  # fmt: skip
+    )
     return tuple("-" if value is None else format(value, spec) for value, spec in values)

@@ -95,10 +95,12 @@ COMMAND = Command(
     examples=(
         ("all CPU cases", "rime-fast bench"),
         ("the contrastive loss alone", "rime-fast bench --only contrastive --output runs/contrastive.json"),
-        ("what got worse since the committed run", "rime-fast bench --compare benchmarks/results/cpu/bench.json "
-         "runs/bench.json"),
+        (
+            "what got worse since the committed run",
+            "rime-fast bench --compare benchmarks/results/cpu/bench.json runs/bench.json",
+        ),
         ("roofline, ratios, memory, growth, step times", "rime-fast bench --plot runs/bench.json --output runs/plots"),
     ),
     run=run,
     groups=(Group("Options", "rime_fast.commands.bench", "BenchOptions"),),
-)  # fmt: skip
+)

@@ -40,9 +40,15 @@ def embed_anchors(model: str, data: str, output_dir: str, anchors: str, loading:
 
             path, indices = bank_file(output_dir, side), range(len(pairs))
             made: Any = AnchorBank.make(
-                path, indices, encode, ids, model=name, data=set_fingerprint(ids, side, embedder.collator), side=side,
+                path,
+                indices,
+                encode,
+                ids,
+                model=name,
+                data=set_fingerprint(ids, side, embedder.collator),
+                side=side,
                 batch_size=4096,
-            )  # fmt: skip
+            )
             print(f"{side}: {made.total} x {made.anchors.shape[1]} fp32: {path}")
     print(f"use them by: rime-fast refine --model {model} --train_data {data} --anchor_bank {Path(output_dir)}")
     return 0

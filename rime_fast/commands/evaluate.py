@@ -53,18 +53,27 @@ def run(values: dict[str, Any]) -> int:
         embedder = load_embedder(path, loading)
         with bars() as progress:
             result = evaluate_mutual(
-                embedder, data, modes=options.modes or MODES, top_k=options.top_k, n_examples=options.examples,
+                embedder,
+                data,
+                modes=options.modes or MODES,
+                top_k=options.top_k,
+                n_examples=options.examples,
                 progress=progress,
-            )  # fmt: skip
+            )
         label = Path(path).name or path
         print(table(path, result))
         phases.append({"name": path, "label": label, "mutual": result.to_dict(), "log_history": history(path)})
         device = str(embedder.device)
         del embedder
     facts = {
-        "model": ", ".join(options.model), "data": data.name or options.data, "queries": len(data.queries),
-        "candidates": len(data.candidates), "template": loading.template, "device": device, "machine": _machine(),
-    }  # fmt: skip
+        "model": ", ".join(options.model),
+        "data": data.name or options.data,
+        "queries": len(data.queries),
+        "candidates": len(data.candidates),
+        "template": loading.template,
+        "device": device,
+        "machine": _machine(),
+    }
     title = options.title or f"Mutual retrieval on {data.name or Path(options.data).name}"
     paths = write_report(options.output_dir, {"title": title, "facts": facts, "phases": phases})
     print(f"report: {paths[1]}\nnumbers: {paths[0]}")
@@ -75,10 +84,14 @@ def table(name: str, result: MutualResult) -> str:
     """The 2 x 2 table as text."""
     plain = result.to_dict()["cells"]
     columns = (
-        ("hit@1", "hit@1", "8.3f"), ("mrr", "MRR", "8.3f"), ("ndcg@10", "nDCG@10", "9.3f"),
-        ("query_tokens", "tokens/query", "14.1f"), ("target_tokens", "tokens/target", "15.1f"),
-        ("query_seconds", "s/query", "10.4f"), ("target_seconds", "s/target", "10.4f"),
-    )  # fmt: skip
+        ("hit@1", "hit@1", "8.3f"),
+        ("mrr", "MRR", "8.3f"),
+        ("ndcg@10", "nDCG@10", "9.3f"),
+        ("query_tokens", "tokens/query", "14.1f"),
+        ("target_tokens", "tokens/target", "15.1f"),
+        ("query_seconds", "s/query", "10.4f"),
+        ("target_seconds", "s/target", "10.4f"),
+    )
     lines = [
         name,
         f"{'query-target':<14}" + "".join(f"{title:>{int(form.split('.')[0])}}" for _, title, form in columns),

@@ -14,11 +14,25 @@ from rime_fast.commands.values import build
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # The part of transformers' TrainingArguments that a first run needs; --help_all shows the rest.
 COMMON = (
-    "num_train_epochs", "max_steps", "gradient_accumulation_steps", "learning_rate", "weight_decay",
-    "max_grad_norm", "bf16", "gradient_checkpointing", "use_liger_kernel", "deepspeed", "save_strategy", "save_steps",
-    "save_total_limit", "eval_strategy", "eval_steps", "dataloader_num_workers", "seed",
+    "num_train_epochs",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "gradient_checkpointing",
+    "use_liger_kernel",
+    "deepspeed",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "eval_strategy",
+    "eval_steps",
+    "dataloader_num_workers",
+    "seed",
     "run_name",
-)  # fmt: skip
+)
 
 
 @dataclass

@@ -139,9 +139,7 @@ def _parse_rl(raw: dict[str, Any], root: str, problems: Problems) -> Pair:
         before = len(problems)
         images = image_list(raw.get(f"{key}_image"), f"{key}_image", root, problems)
         video = image_list(raw.get(f"{key}_video"), f"{key}_video", root, problems) or None
-        text = parse_human(
-            _text(raw, f"{key}_text", problems), len(images), int(bool(video)), f"{key}_text", problems
-        )
+        text = parse_human(_text(raw, f"{key}_text", problems), len(images), int(bool(video)), f"{key}_text", problems)
         sides.append(Side(text=text, images=images, video=video))
         if len(problems) == before and not (text or images or video):
             problems.append((f"{key}_text", "this side is empty: no text, no image, no video"))

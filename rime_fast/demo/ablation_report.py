@@ -67,10 +67,14 @@ def claims(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("d. and as good: sft gen-gen - cot gen-gen", hit("sft") - hit("cot"), ">=", -0.02),
     ]
     found = [
-        {"claim": text, "value": value, "needs": f"{sign} {bound:.2f}",
-         "holds": value >= bound if sign == ">=" else value <= bound}
+        {
+            "claim": text,
+            "value": value,
+            "needs": f"{sign} {bound:.2f}",
+            "holds": value >= bound if sign == ">=" else value <= bound,
+        }
         for text, value, sign, bound in rows
-    ]  # fmt: skip
+    ]
     found += [
         {
             "claim": "c. Refine-RL helps: gain of gen-gen (or shorter at equal accuracy, next line)",

@@ -113,9 +113,7 @@ def start_model(out: Path, seed: int, sizes: Sizes) -> tuple[Any, Any]:
     return model, processor
 
 
-def run_cell(
-    panel: Panel, reward: str, seed: int, out: Path, sizes: Sizes, *, split: Split = "test"
-) -> dict[str, Any]:
+def run_cell(panel: Panel, reward: str, seed: int, out: Path, sizes: Sizes, *, split: Split = "test") -> dict[str, Any]:
     """One curve: ``points`` [{step, hit@1, query_tokens, format_errors}] from step 0, and the training's log."""
     if reward not in REWARDS:
         raise ValueError(f"reward is {reward!r}; expected one of {', '.join(REWARDS)}")
@@ -125,18 +123,34 @@ def run_cell(
     meter.measure(model, 0)
     measured, begin = meter.seconds, time.perf_counter()
     log = refine(
-        model, processor, out / "work" / f"{reward}-{seed}", seed=seed, sizes=sizes, callbacks=[meter],
-        learning_rate=LEARNING_RATE, **REWARDS[reward],
-    )  # fmt: skip
+        model,
+        processor,
+        out / "work" / f"{reward}-{seed}",
+        seed=seed,
+        sizes=sizes,
+        callbacks=[meter],
+        learning_rate=LEARNING_RATE,
+        **REWARDS[reward],
+    )
     seconds = time.perf_counter() - begin - (meter.seconds - measured)
-    return {"reward": reward, "seed": seed, "split": split, "settings": settings(panel, sizes),
-            "points": meter.points, "seconds": round(seconds, 1), "log": log}  # fmt: skip
+    return {
+        "reward": reward,
+        "seed": seed,
+        "split": split,
+        "settings": settings(panel, sizes),
+        "points": meter.points,
+        "seconds": round(seconds, 1),
+        "log": log,
+    }
 
 
 def run_curves(
-    out: str | Path = "runs/curves", *, seeds: Sequence[int] = SEEDS, panels: Sequence[str] = tuple(PANELS),
+    out: str | Path = "runs/curves",
+    *,
+    seeds: Sequence[int] = SEEDS,
+    panels: Sequence[str] = tuple(PANELS),
     fast: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run the cells that are missing; writes ``report.json`` and ``refine_curves.png`` into ``out``, returns the
     report (``curves_report.summarise``)."""
     from rime_fast.demo.curves_report import plot_curves, summarise
@@ -149,8 +163,11 @@ def run_curves(
                 cell = _cell(out, name, table[name], reward, seed, sizes)
                 cells[name].append(cell)
                 first, last = cell["points"][0], cell["points"][-1]
-                print(f"{name} {reward} {seed}: hit@1 {first['hit@1']:.3f} -> {last['hit@1']:.3f}, "
-                      f"{last['query_tokens']:.1f} tokens", flush=True)  # fmt: skip
+                print(
+                    f"{name} {reward} {seed}: hit@1 {first['hit@1']:.3f} -> {last['hit@1']:.3f}, "
+                    f"{last['query_tokens']:.1f} tokens",
+                    flush=True,
+                )
     report = summarise(cells) | {
         "settings": {name: settings(table[name], sizes) for name in panels}
         | {"rewards": REWARDS, "test_seed": TEST_SEED},

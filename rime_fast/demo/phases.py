@@ -98,9 +98,15 @@ def joint_training(
 
 
 def refine(
-    model: Any, processor: Any, out: Path, *, seed: int, sizes: Sizes, callbacks: Sequence[TrainerCallback] = (),
+    model: Any,
+    processor: Any,
+    out: Path,
+    *,
+    seed: int,
+    sizes: Sizes,
+    callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Refine-RL on ``model`` in place: the queries' rewrites against the frozen disc embeddings of the targets.
 
     changes: fields of ``RefineConfig`` that are not to be the demo's.
@@ -123,9 +129,13 @@ def refine(
     } | _common(sizes.refine_steps)
     pairs = DigitChains("train", sizes.refine_steps * sizes.refine_batch, seed=seed + _REFINE_SEED)
     trainer = RefineRLTrainer(
-        model, RefineConfig(**settings | changes), train_dataset=pairs, processor=processor, template=demo_template(),
+        model,
+        RefineConfig(**settings | changes),
+        train_dataset=pairs,
+        processor=processor,
+        template=demo_template(),
         callbacks=list(callbacks),
-    )  # fmt: skip
+    )
     trainer.train()
     return trainer.state.log_history
 

@@ -1,6 +1,6 @@
 """`make demo`: the whole recipe on real scans, from random weights to a report, in minutes on two cores.
 
-    python -m rime_fast.demo.run --output_dir runs/demo [--seed 0] [--fast]
+python -m rime_fast.demo.run --output_dir runs/demo [--seed 0] [--fast]
 """
 
 from __future__ import annotations

@@ -159,8 +159,11 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     if not sums:
         return hashlib.blake2b(digest_size=16).hexdigest()
     numbers = torch.stack([x.to(sums[0].device) for x in sums]).tolist()
-    idle = {_lora_layer(name) for (name, _), number in zip(names, numbers, strict=True)
-            if ".lora_B." in name and number == 0}  # fmt: skip
+    idle = {
+        _lora_layer(name)
+        for (name, _), number in zip(names, numbers, strict=True)
+        if ".lora_B." in name and number == 0
+    }
     digest = hashlib.blake2b(digest_size=16)
     for (name, shape), number in zip(names, numbers, strict=True):
         if ".lora_" in name and _lora_layer(name) in idle:

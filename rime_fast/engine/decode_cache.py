@@ -47,9 +47,7 @@ class DecodeCache:
     Before each forward of one token a row, ``next_step`` must be called. ``static``: see above.
     """
 
-    def __init__(
-        self, prefill: PrefillRecorder, group_size: int, max_steps: int, *, static: bool = False
-    ) -> None:
+    def __init__(self, prefill: PrefillRecorder, group_size: int, max_steps: int, *, static: bool = False) -> None:
         lengths = prefill.layout.lengths
         device = prefill.layout.device
         self.prompts, self.group = len(lengths), group_size

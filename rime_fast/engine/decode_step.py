@@ -27,7 +27,7 @@ Outputs = tuple[Tensor, Tensor]  # hidden [N, H], logits [N, V] fp32
 
 
 def choose_decoder(name: str, device: torch.device) -> str:
-    """"auto": graph on CUDA, eager elsewhere. Raises ValueError for an unknown name, and for graph without CUDA."""
+    """ "auto": graph on CUDA, eager elsewhere. Raises ValueError for an unknown name, and for graph without CUDA."""
     if name not in DECODERS:
         raise ValueError(f"decode is {name!r}; expected one of {', '.join(DECODERS)}")
     if name == "graph" and device.type != "cuda":

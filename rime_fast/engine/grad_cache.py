@@ -171,9 +171,7 @@ class GradCache:
         counts = [0 if slot.idle else slot.rows for slot in slots]
         return FirstPass(encode, slots, {name: list(g.split(counts)) for name, g in gradients.items()}, value, scale)
 
-    def second_pass(
-        self, first: FirstPass, *, upstream: Tensor | None = None, synchronise: bool = True
-    ) -> CachedStep:
+    def second_pass(self, first: FirstPass, *, upstream: Tensor | None = None, synchronise: bool = True) -> CachedStep:
         """One backward per micro-batch, gradients exchanged in the last.
 
         From the last micro-batch to the first: the kept graphs go first, which frees them, and gradients add up in the
@@ -243,9 +241,7 @@ class GradCache:
             return out
 
 
-def _batch_gradients(
-    rows: list[dict[str, Tensor]], loss: BatchLoss, scale: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _batch_gradients(rows: list[dict[str, Tensor]], loss: BatchLoss, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
     """The batch's loss (detached) and ``scale`` times its gradients with respect to all rows, by name."""
     names = list(rows[0])
     for part in rows:
@@ -262,9 +258,7 @@ def _batch_gradients(
     return value.detach(), gradients
 
 
-def _surrogate(
-    out: Encoded, gradients: dict[str, Tensor], idle: bool, scale: float, upstream: Tensor | None
-) -> Tensor:
+def _surrogate(out: Encoded, gradients: dict[str, Tensor], idle: bool, scale: float, upstream: Tensor | None) -> Tensor:
     """The scalar whose gradient is that of the step's loss through this micro-batch."""
     parts: list[Tensor] = []
     for name, x in out.embeddings.items():

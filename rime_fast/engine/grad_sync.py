@@ -35,9 +35,7 @@ class GradSync:
 
     lockstep = False
 
-    def __init__(
-        self, model: nn.Module | None = None, *, backward: Backward | None = None, group: Any = None
-    ) -> None:
+    def __init__(self, model: nn.Module | None = None, *, backward: Backward | None = None, group: Any = None) -> None:
         self.model, self.run_backward, self.group = model, backward or torch.autograd.backward, group
 
     def parameters(self) -> Iterable[Tensor]:

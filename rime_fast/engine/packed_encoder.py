@@ -76,9 +76,12 @@ class PackedEncoder:
         # A kept graph needs no features later: only a pass without graph fills the cache, only its repetition uses it.
         keep = not torch.is_grad_enabled() or part.vision.filled
         out = self.model(
-            **batch, pools={mode: pools[mode] for mode in self.modes}, vision_cache=part.vision if keep else None,
-            normalize=False, logprob_backend=self.logprob_backend,
-        )  # fmt: skip
+            **batch,
+            pools={mode: pools[mode] for mode in self.modes},
+            vision_cache=part.vision if keep else None,
+            normalize=False,
+            logprob_backend=self.logprob_backend,
+        )
         found = self.metrics(out, part, batch) if self.metrics is not None and out.loss is not None else {}
         # Here, not in the model: with scored tokens its operator normalises, without torch does, an ulp apart. So the
         # embeddings of both passes are the same bits.

@@ -142,8 +142,14 @@ def generate_rollouts(
 def _own_buffer(policy: Any, prompts: dict[str, Any], group_size: int, cap: int, pad_id: int) -> RolloutBuffer:
     hidden = policy.config.get_text_config().hidden_size
     device = prompts["input_ids"].device
-    return RolloutBuffer.make(prompts=len(prompts["lengths"]), group_size=group_size, max_tokens=cap, hidden=hidden,
-                              device=device, pad_id=pad_id)  # fmt: skip
+    return RolloutBuffer.make(
+        prompts=len(prompts["lengths"]),
+        group_size=group_size,
+        max_tokens=cap,
+        hidden=hidden,
+        device=device,
+        pad_id=pad_id,
+    )
 
 
 def _check_buffer(out: RolloutBuffer, prompts: int, group_size: int, cap: int, pad_id: int) -> None:

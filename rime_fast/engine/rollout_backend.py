@@ -114,9 +114,13 @@ class LocalBackend:
         if out is None:
             hidden = dual_mode_of(policy).config.get_text_config().hidden_size
             out = RolloutBuffer.make(
-                prompts=count, group_size=group, max_tokens=sampling.max_new_tokens, hidden=hidden,
-                device=prompts["input_ids"].device, pad_id=sampling.pad_id,
-            )  # fmt: skip
+                prompts=count,
+                group_size=group,
+                max_tokens=sampling.max_new_tokens,
+                hidden=hidden,
+                device=prompts["input_ids"].device,
+                pad_id=sampling.pad_id,
+            )
         images = [len(side.images) for side in sides]
         videos = [int(bool(side.video)) for side in sides]
         _see_once(policy, prompts)

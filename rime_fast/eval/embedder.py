@@ -238,9 +238,13 @@ class RimeEmbedder:
     def _gen(self, packed: dict[str, Any]) -> list[_Row]:
         tokenizer = self.processor.tokenizer
         rollout = generate_rollouts(
-            self.model, packed, gen_id=self.collator.gen_id, max_new_tokens=self.max_new_tokens, temperature=0.0,
+            self.model,
+            packed,
+            gen_id=self.collator.gen_id,
+            max_new_tokens=self.max_new_tokens,
+            temperature=0.0,
             pad_id=tokenizer.pad_token_id or 0,
-        )  # fmt: skip
+        )
         assert rollout.disc_states is not None
         states, discs = (
             torch.nn.functional.normalize(s, dim=1).cpu() for s in (rollout.gen_states, rollout.disc_states)
@@ -262,8 +266,10 @@ class RimeEmbedder:
         if encoded.missing_gen:
             logger.warning(
                 "%d of %d generations never reached <gen_emb> within %d tokens; their last state stands in",
-                encoded.missing_gen, len(encoded.tokens), self.max_new_tokens,
-            )  # fmt: skip
+                encoded.missing_gen,
+                len(encoded.tokens),
+                self.max_new_tokens,
+            )
 
 
 @dataclass

@@ -63,9 +63,15 @@ class PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor,
-        bounds: PrefixBounds, scale: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt_key: Tensor,
+        prompt_value: Tensor,
+        bounds: PrefixBounds,
+        scale: float,
+    ) -> Tensor:
         prefix, own = (_varlen_prefix, _varlen_own) if query.is_cuda else (_cpu_prefix, _cpu_own)
         out_1, lse_1 = prefix(query, prompt_key, prompt_value, bounds, scale)
         out_2, lse_2 = own(query, key, value, bounds, scale)
@@ -133,9 +139,7 @@ def _keys(rows: Tensor) -> Tensor:
     return rows.transpose(0, 1)[None]
 
 
-def _cpu_prefix(
-    query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, scale: float
-) -> tuple[Tensor, Tensor]:
+def _cpu_prefix(query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, scale: float) -> tuple[Tensor, Tensor]:
     kv = key.shape[1]
     shared = query.shape[1] // kv
     outs, sums = [], []
@@ -147,9 +151,15 @@ def _cpu_prefix(
 
 
 def _cpu_prefix_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bounds: PrefixBounds,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: PrefixBounds,
     scale: float,
-) -> Grads:  # fmt: skip
+) -> Grads:
     kv = key.shape[1]
     shared = query.shape[1] // kv
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -187,9 +197,15 @@ def _cpu_own(query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, sc
 
 
 def _cpu_own_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bounds: PrefixBounds,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: PrefixBounds,
     scale: float,
-) -> Grads:  # fmt: skip
+) -> Grads:
     own, heads = bounds.own, query.shape[1]
     inputs = [_blocks(x, own) for x in (query, _widened(key, heads), _widened(value, heads), out, lse)]
     if own.slot is not None:  # no gradient comes from the padding, unlike in _blocks, which repeats the last row
@@ -212,9 +228,14 @@ def _longest(bounds: Sequence[int]) -> int:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cuts: tuple[Tensor, Tensor], longest: tuple[int, int], causal: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cuts: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, *cuts, *longest, 0.0, causal, False, scale=scale
     )
@@ -222,15 +243,34 @@ def _varlen(
 
 
 def _varlen_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, cuts: tuple[Tensor, Tensor],
-    longest: tuple[int, int], causal: bool, scale: float,
-) -> Grads:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cuts: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    causal: bool,
+    scale: float,
+) -> Grads:
     nothing = torch.empty(0, device=query.device)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, lse.transpose(0, 1).contiguous(), *cuts, *longest, 0.0, causal, no_dropout,
-        nothing, scale=scale,
-    )  # fmt: skip
+        grad,
+        query,
+        key,
+        value,
+        out,
+        lse.transpose(0, 1).contiguous(),
+        *cuts,
+        *longest,
+        0.0,
+        causal,
+        no_dropout,
+        nothing,
+        scale=scale,
+    )
 
 
 def _prefix_cuts(bounds: PrefixBounds) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -250,21 +290,31 @@ def _varlen_prefix(
     return _varlen(query, key, value, *_prefix_cuts(bounds), False, scale)
 
 
-def _varlen_own(
-    query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, scale: float
-) -> tuple[Tensor, Tensor]:
+def _varlen_own(query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, scale: float) -> tuple[Tensor, Tensor]:
     return _varlen(query, key, value, *_own_cuts(bounds), True, scale)
 
 
 def _varlen_prefix_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bounds: PrefixBounds,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: PrefixBounds,
     scale: float,
-) -> Grads:  # fmt: skip
+) -> Grads:
     return _varlen_backward(grad, query, key, value, out, lse, *_prefix_cuts(bounds), False, scale)
 
 
 def _varlen_own_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bounds: PrefixBounds,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: PrefixBounds,
     scale: float,
-) -> Grads:  # fmt: skip
+) -> Grads:
     return _varlen_backward(grad, query, key, value, out, lse, *_own_cuts(bounds), True, scale)

@@ -24,9 +24,14 @@ from rime_fast.model.prefix_attention import PrefixAttention, PrefixBounds, flas
 
 IGNORED = -100
 _VISUAL_KEYS = (
-    "pixel_values", "image_grid_thw", "image_grids", "pixel_values_videos", "video_grid_thw", "video_grids",
+    "pixel_values",
+    "image_grid_thw",
+    "image_grids",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "video_grids",
     "vision_cache",
-)  # fmt: skip
+)
 
 
 class SharedPrefixLayout:
@@ -76,9 +81,15 @@ class SharedPrefixLayout:
         return torch.cat([front, back])[None]
 
     def _masked(
-        self, query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor, scale: float,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt_key: Tensor,
+        prompt_value: Tensor,
+        scale: float,
         dropout: float,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The same by one masked SDPA a prompt, where the flash passes have no kernel (fp32 on a GPU, dropout)."""
         sizes = [b - a for a, b in zip(self.bounds.group, self.bounds.group[1:], strict=False)]
         fronts = [b - a for a, b in zip(self.bounds.prefix, self.bounds.prefix[1:], strict=False)]
@@ -87,9 +98,13 @@ class SharedPrefixLayout:
         shared = query.shape[1] != key.shape[1]
         outs = []
         parts = (
-            self._masks, query.split(sizes), key.split(sizes), value.split(sizes), prompt_key.split(fronts),
+            self._masks,
+            query.split(sizes),
+            key.split(sizes),
+            value.split(sizes),
+            prompt_key.split(fronts),
             prompt_value.split(fronts),
-        )  # fmt: skip
+        )
         for mask, q, k, v, pk, pv in zip(*parts, strict=True):
             q, k, v = (x.transpose(0, 1)[None] for x in (q, torch.cat([pk, k]), torch.cat([pv, v])))
             out = F.scaled_dot_product_attention(

@@ -40,8 +40,9 @@ class VisionCache:
         self._device = features[0].device
         features = [x.detach() for x in features]
         if self.host and self._device.type != "cpu":
-            features = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-                        for x in features]  # fmt: skip
+            features = [
+                torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in features
+            ]
         self._held = features
 
     def take(self) -> list[Tensor]:

@@ -80,7 +80,6 @@ class BackendTable:
         probe = self.probes.get(backend)
         return f"{self.op} has no {backend} backend" if probe is None else probe(tensor)
 
-
     def explain(self, tensor: torch.Tensor) -> Explanation:
         """What "auto" takes for ``tensor``, and why. Raises ValueError where ``choose`` does."""
         backend = self.choose("auto", tensor)

@@ -128,9 +128,16 @@ class Rewarder:
             self._score(into, rows, anchors[name], among, gen[mine], disc[mine], format_ok[mine], lengths[mine])
 
     def _score(
-        self, into: RewardBuffers, rows: slice, anchors: SideAnchors, items: slice, gen: Tensor, disc: Tensor,
-        format_ok: Tensor, lengths: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        into: RewardBuffers,
+        rows: slice,
+        anchors: SideAnchors,
+        items: slice,
+        gen: Tensor,
+        disc: Tensor,
+        format_ok: Tensor,
+        lengths: Tensor,
+    ) -> None:
         """Prompts ``rows`` of the buffers, which are the side's ``items``."""
         similarity = None
         if anchors.own is not None:

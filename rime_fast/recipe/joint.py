@@ -150,8 +150,9 @@ def joint_loss(
     settings |= {"group": group, "backend": backend}
     loss = JointLoss(ce, {}, {})
 
-    def add(names: list[str], a: Mapping[str, Tensor], b: Mapping[str, Tensor], terms: list[Term], a_ids: Any,
-            b_ids: Any) -> None:  # fmt: skip
+    def add(
+        names: list[str], a: Mapping[str, Tensor], b: Mapping[str, Tensor], terms: list[Term], a_ids: Any, b_ids: Any
+    ) -> None:
         out = contrastive_loss(a, b, terms=terms, query_ids=a_ids, key_ids=b_ids, **settings)
         # value of the global loss, gradient of this rank's share times the ranks
         loss.total = loss.total + (out.loss if world == 1 else out.loss * world - out.loss.detach() * (world - 1))
@@ -164,8 +165,10 @@ def joint_loss(
         queries, keys = dict(queries), dict(keys)
         if detach_disc:
             queries[FIXED], keys[FIXED] = queries["disc"].detach(), keys["disc"].detach()
-            pair_terms = [(q, k, w) if q == k else (FIXED if q == "disc" else q, FIXED if k == "disc" else k, w)
-                          for q, k, w in pair_terms]  # fmt: skip
+            pair_terms = [
+                (q, k, w) if q == k else (FIXED if q == "disc" else q, FIXED if k == "disc" else k, w)
+                for q, k, w in pair_terms
+            ]
         add(names, queries, keys, pair_terms, query_ids, key_ids)
     if weights.same_item > 0:
         same: list[Term] = [("gen", "disc", 0.5 * weights.same_item)]

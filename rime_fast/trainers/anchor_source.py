@@ -75,8 +75,9 @@ class AnchorSource:
             return discriminative_rows(model, pairs.pairs, side, self.collator, batch, args.device, self.group, keep)
 
         data = set_fingerprint(ids, side, self.collator)
-        return anchor_bank(path, policy, ids, side, data, encode, resuming=resuming, save=args.should_save,
-                           group=self.group)  # fmt: skip
+        return anchor_bank(
+            path, policy, ids, side, data, encode, resuming=resuming, save=args.should_save, group=self.group
+        )
 
     def _placed(self, bank: AnchorBank) -> AnchorBank:
         """Where ``bank_storage`` wants it."""
@@ -91,9 +92,12 @@ class AnchorSource:
     # --- a batch -----------------------------------------------------------------------------------------------------
 
     def anchors(
-        self, inputs: dict[str, Any], gen: Tensor | None = None, disc: Tensor | None = None,
+        self,
+        inputs: dict[str, Any],
+        gen: Tensor | None = None,
+        disc: Tensor | None = None,
         opposite: Tensor | None = None,
-    ) -> dict[str, SideAnchors]:  # fmt: skip
+    ) -> dict[str, SideAnchors]:
         """Of every trained side of this batch; every rank calls it, in step, once for a batch.
 
         gen [N G, D], disc [N, D]: the batch's own embeddings, needed where ``together`` (and not sharded); opposite
@@ -160,4 +164,3 @@ class AnchorSource:
         rows = bank.anchors[inputs["rows"]]  # a host bank, read by host numbers
         rows = rows.pin_memory() if index.device.type == "cuda" else rows
         return rows.to(index.device, non_blocking=True)
-

@@ -49,9 +49,17 @@ def given_bank(source: str, model: Any, ids: Tensor, side: str, collator: Collat
 
 
 def anchor_bank(
-    path: Path, model: Any, ids: Tensor, side: str, data: str, encode: Callable[[], Tensor], *, resuming: bool,
-    save: bool, group: dist.ProcessGroup | None = None,
-) -> AnchorBank:  # fmt: skip
+    path: Path,
+    model: Any,
+    ids: Tensor,
+    side: str,
+    data: str,
+    encode: Callable[[], Tensor],
+    *,
+    resuming: bool,
+    save: bool,
+    group: dist.ProcessGroup | None = None,
+) -> AnchorBank:
     """The bank of one side: read from ``path`` where it fits, else made by ``encode`` and written there.
 
     ids: ``item_ids``; data: their ``set_fingerprint``. encode: gives all rows [A, D] (every rank calls it, or none).
@@ -80,9 +88,15 @@ def anchor_bank(
 
 @torch.no_grad()
 def discriminative_rows(
-    model: Any, pairs: Any, side: str, collator: Collator, batch_size: int, device: torch.device,
-    group: dist.ProcessGroup | None = None, keep: torch.device | None = None,
-) -> Tensor:  # fmt: skip
+    model: Any,
+    pairs: Any,
+    side: str,
+    collator: Collator,
+    batch_size: int,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    keep: torch.device | None = None,
+) -> Tensor:
     """d of one side of every pair, [A, D] fp32 on ``keep`` (default: ``device``).
 
     The ranks of ``group`` share the work, each with the same number of forwards (ZeRO-3 and FSDP gather parameters in

@@ -29,8 +29,9 @@ class DualModeTrainer(Trainer):
     model: Any
     optimizer: Any
 
-    def __init__(self, model: Any, args: CommonConfig, callbacks: list[TrainerCallback] | None = None,
-                 **kwargs: Any) -> None:  # fmt: skip
+    def __init__(
+        self, model: Any, args: CommonConfig, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
+    ) -> None:
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible but one process runs: one is used; launch with torchrun", args.n_gpu)
             args._n_gpu = 1
@@ -75,8 +76,10 @@ class DualModeTrainer(Trainer):
         if self.interrupt.stopped:
             if self.is_world_process_zero():
                 saved = get_last_checkpoint(self.args.output_dir)
-                print(f"stopped at step {self.state.global_step}; checkpoint: {saved}\n"
-                      f"go on with resume_from_checkpoint={saved!r}")  # fmt: skip
+                print(
+                    f"stopped at step {self.state.global_step}; checkpoint: {saved}\n"
+                    f"go on with resume_from_checkpoint={saved!r}"
+                )
             raise SystemExit(130)
         return result
 
@@ -111,8 +114,9 @@ class DualModeTrainer(Trainer):
             logs.update(gathered)
         super().log(logs, start_time)
 
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool,
-                        ignore_keys: list[str] | None = None) -> tuple[torch.Tensor, None, None]:  # fmt: skip
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
         """The loss of one evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

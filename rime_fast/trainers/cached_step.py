@@ -55,9 +55,14 @@ class CachedTraining:
 
         indexes = {f"{mode}_index": index for mode, index in pairs.pools.items()}
         encoder = PackedEncoder(
-            model, pairs.model_inputs | indexes, self.max_tokens, modes=tuple(pairs.pools), metrics=token_loss,
-            merge_size=trainer.collator.vision.merge_size, host_features=args.vision_features_on_host,
-        )  # fmt: skip
+            model,
+            pairs.model_inputs | indexes,
+            self.max_tokens,
+            modes=tuple(pairs.pools),
+            metrics=token_loss,
+            merge_size=trainer.collator.vision.merge_size,
+            host_features=args.vision_features_on_host,
+        )
         scale = 1.0 / trainer.current_gradient_accumulation_steps
         self.cache.sync = self._sync(model)
         done = self.cache.step(

@@ -401,8 +401,10 @@ class RefineConfig(CommonConfig):
         if self.reference == "none" and self.beta > 0:
             raise ValueError(f"reference='none' with beta={self.beta}: the KL needs a reference, or beta=0")
         if self.anchor_bank is not None and (self.anchors != "sft" or self.reward_mode != "anchor"):
-            raise ValueError("anchor_bank is set, but the reward uses no bank: expected anchors='sft', "
-                             f"reward_mode='anchor', got {self.anchors!r}, {self.reward_mode!r}")  # fmt: skip
+            raise ValueError(
+                "anchor_bank is set, but the reward uses no bank: expected anchors='sft', "
+                f"reward_mode='anchor', got {self.anchors!r}, {self.reward_mode!r}"
+            )
         if self.refill_degenerate:
             self._check_refill()
         if self.anchors == "policy" and self.negatives == "bank":

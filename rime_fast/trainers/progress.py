@@ -17,8 +17,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 # Shown first, in this order; a bar has room for about eight numbers. A trailing * stands for any ending.
-SHOWN = ("loss", "ce/*", "contrast/*", "hit@1/gen-gen", "reward/total", "reward/hit", "rewrite_tokens", "kl",
-         "clip_fraction", "group_std")  # fmt: skip
+SHOWN = (
+    "loss",
+    "ce/*",
+    "contrast/*",
+    "hit@1/gen-gen",
+    "reward/total",
+    "reward/hit",
+    "rewrite_tokens",
+    "kl",
+    "clip_fraction",
+    "group_std",
+)
 RATES = ("samples_per_second", "tokens_per_second")
 
 
@@ -59,10 +69,16 @@ class ProgressCallback(TrainerCallback):
         if not (state.is_world_process_zero and self.live):
             return
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[line]}"),
-            console=self.console, refresh_per_second=2,
-        )  # fmt: skip
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            refresh_per_second=2,
+        )
         self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, line="")
         self.bar.start()
         self.shown = state.global_step

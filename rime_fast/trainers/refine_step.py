@@ -96,8 +96,14 @@ class RefineStep:
         if slot is not None:
             slot.filled = again
         metrics = {"policy_loss": sums.policy} | ({} if scores is None else scores.metrics())
-        trainer.observe_step(metrics, sums.means(tokens), rollouts if fresh else None, scored=tokens, tokens=sums.rows,
-                             samples=len(rollouts.responses))  # fmt: skip
+        trainer.observe_step(
+            metrics,
+            sums.means(tokens),
+            rollouts if fresh else None,
+            scored=tokens,
+            tokens=sums.rows,
+            samples=len(rollouts.responses),
+        )
         return StepResult(sums.loss, out)
 
     # --- the parts ---------------------------------------------------------------------------------------------------
@@ -120,9 +126,17 @@ class RefineStep:
         return parts, most > 1
 
     def _part(
-        self, model: Any, inputs: dict[str, Any], rollouts: Rollouts, part: Part, scores: StepScores | None,
-        slot: Slot | None, fresh: bool, whole: dict[str, Any], sums: _PolicySums,
-    ) -> tuple[Tensor, Any]:  # fmt: skip
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        rollouts: Rollouts,
+        part: Part,
+        scores: StepScores | None,
+        slot: Slot | None,
+        fresh: bool,
+        whole: dict[str, Any],
+        sums: _PolicySums,
+    ) -> tuple[Tensor, Any]:
         """The loss of one part, its share of the step's. fresh: the first update on these rollouts."""
         trainer, args = self.trainer, self.trainer.args
         rows = part.rows(args.num_generations)
@@ -194,8 +208,9 @@ class RefineStep:
         if trainer.args.refill_degenerate and trainer.model.training:
             degenerate = DegenerateGroups(trainer, inputs, others)
         with whole_parameters(trainer.policy):
-            found = trainer.phase.draw(trainer.policy, inputs["sides"], inputs["prompts"],
-                                       None if slot is None else slot.buffer, degenerate)  # fmt: skip
+            found = trainer.phase.draw(
+                trainer.policy, inputs["sides"], inputs["prompts"], None if slot is None else slot.buffer, degenerate
+            )
         if slot is not None:
             slot.rollouts = found
         return found

@@ -74,15 +74,26 @@ class RefineRLTrainer(DualModeTrainer):
             evaluation = {name: self._opened(part, f"eval-{name}") for name, part in eval_dataset.items()}
         opposite = args.reward_mode == "anchor" and args.anchors == "policy" and len(self.trained) == 1
         super().__init__(
-            model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=processor,
-            callbacks=callbacks, data_collator=PromptBatches(self.collator, self.trained, opposite), **kwargs,
-        )  # fmt: skip
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processor,
+            callbacks=callbacks,
+            data_collator=PromptBatches(self.collator, self.trained, opposite),
+            **kwargs,
+        )
         sampling = Sampling(
-            gen_id=tokens.gen_id, group_size=args.num_generations, max_new_tokens=args.max_completion_length,
-            temperature=args.sampling_temperature, top_p=args.top_p, top_k=args.top_k,
-            repetition_limit=args.repetition_limit, pad_id=processor.tokenizer.pad_token_id or 0,
+            gen_id=tokens.gen_id,
+            group_size=args.num_generations,
+            max_new_tokens=args.max_completion_length,
+            temperature=args.sampling_temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            repetition_limit=args.repetition_limit,
+            pad_id=processor.tokenizer.pad_token_id or 0,
             suppress_ids=(self.collator.image_id, self.collator.video_id),
-        )  # fmt: skip
+        )
         backend = rollout_backend or LocalBackend(args.rollout_batch)
         self.phase = RolloutPhase(backend, self.collator, processor.tokenizer, sampling, args.refill_degenerate)
         self.reference = Reference(self.model, args.reference, args.beta)
@@ -149,8 +160,9 @@ class RefineRLTrainer(DualModeTrainer):
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:  # fmt: skip
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Rollout, reference, policy forward, reward in place, policy loss (first update on a batch); or the policy
         forward and loss on stored rollouts (later updates)."""
         done = self.step.run(model, inputs)
@@ -165,8 +177,16 @@ class RefineRLTrainer(DualModeTrainer):
             self.optimizer.train()
         return self.step.train(model, self._prepare_inputs(inputs))
 
-    def observe_step(self, metrics: dict[str, Tensor], of_tokens: dict[str, Tensor], drawn: Rollouts | None, *,
-                     samples: int, scored: int, tokens: int) -> None:  # fmt: skip
+    def observe_step(
+        self,
+        metrics: dict[str, Tensor],
+        of_tokens: dict[str, Tensor],
+        drawn: Rollouts | None,
+        *,
+        samples: int,
+        scored: int,
+        tokens: int,
+    ) -> None:
         """Add a step's metrics, and the counts of its rollouts where it drew them (``drawn``).
 
         of_tokens: those that are means over the step's ``scored`` tokens. tokens: rows of its policy forwards.

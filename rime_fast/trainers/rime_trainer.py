@@ -60,9 +60,12 @@ class RimeTrainer(DualModeTrainer):
             raise TypeError(f"args is {type(args).__name__}; expected RimeConfig")
         model, processor, _ = prepare_model(model, processing_class or processor, args, peft_config)
         self.collator = Collator(
-            processor, args.template if template is None else template, model.config, max_length=args.max_length,
+            processor,
+            args.template if template is None else template,
+            model.config,
+            max_length=args.max_length,
             ids=args.mask_false_negatives,
-        )  # fmt: skip
+        )
         rewrites = self.collator.template.filler is None
         train, self.bad_rows = as_pairs(train_dataset, "train_dataset", args, self.collator, rewrites=rewrites)
 
@@ -74,9 +77,14 @@ class RimeTrainer(DualModeTrainer):
             evaluation = {name: opened(part, name) for name, part in eval_dataset.items()}
         kwargs.setdefault("data_collator", PairBatches(self.collator, args.hard_negatives))
         super().__init__(
-            model=model, args=args, train_dataset=train, eval_dataset=evaluation, processing_class=processor,
-            callbacks=callbacks, **kwargs,
-        )  # fmt: skip
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processor,
+            callbacks=callbacks,
+            **kwargs,
+        )
         self.weights = args.weights()
         self.temperature: LearnableTemperature | None = None
         if args.learnable_temperature:
@@ -86,8 +94,9 @@ class RimeTrainer(DualModeTrainer):
         cached = args.micro_batch_tokens is not None and bool(self.weights.modes())
         self.cached = CachedTraining(self) if cached else None
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:  # fmt: skip
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The joint loss of one packed batch: one forward, and the recipe's functions on what it returns."""
         group, world = self.group, max(self.args.world_size, 1)
         pairs = PairBatch.of(inputs, self.args, group)

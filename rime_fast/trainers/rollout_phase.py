@@ -65,15 +65,22 @@ class RolloutPhase:
     def buffer(self, policy: Any, prompts: int, device: torch.device) -> RolloutBuffer:
         """Room for the rollouts of so many prompts."""
         return RolloutBuffer.make(
-            prompts=prompts, group_size=self.sampling.group_size, max_tokens=self.sampling.max_new_tokens,
-            hidden=dual_mode_of(policy).config.get_text_config().hidden_size, device=device,
+            prompts=prompts,
+            group_size=self.sampling.group_size,
+            max_tokens=self.sampling.max_new_tokens,
+            hidden=dual_mode_of(policy).config.get_text_config().hidden_size,
+            device=device,
             pad_id=self.sampling.pad_id,
-        )  # fmt: skip
+        )
 
     def draw(
-        self, policy: Any, sides: Sequence[Any], prompts: dict[str, Any], into: RolloutBuffer | None = None,
+        self,
+        policy: Any,
+        sides: Sequence[Any],
+        prompts: dict[str, Any],
+        into: RolloutBuffer | None = None,
         degenerate: Degenerate | None = None,
-    ) -> Rollouts:  # fmt: skip
+    ) -> Rollouts:
         """G rollouts of every prompt, in ``into`` (default: a new buffer); with ``degenerate``, those of the groups it
         names are drawn again.
 

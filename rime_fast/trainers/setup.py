@@ -120,7 +120,11 @@ def as_pairs(source: Any, name: str, args: CommonConfig, collator: Collator, *, 
         return PairDataset(source, image_root=args.image_root, name=name), 0
     rules = CheckRules(rewrites=rewrites, max_length=args.max_length, measure=collator.measure)
     dataset, report = open_pairs(
-        source, name=name, rules=rules, on_bad_row=args.on_bad_row, image_root=args.image_root  # type: ignore[arg-type]
+        source,
+        name=name,
+        rules=rules,
+        on_bad_row=args.on_bad_row,  # type: ignore[arg-type]
+        image_root=args.image_root,
     )
     if report.bad_rows and is_main_process():
         shown = "\n".join(str(problem) for problem in report.problems[:5])

@@ -98,9 +98,7 @@ def contrast() -> None:
         os.environ[GATHER_LIMIT] = limit
         for dtype, ids, symmetric in ((torch.float32, True, True), (torch.bfloat16, False, False)):
             found = sent(lambda d=dtype, i=ids, s=symmetric: call(d, i, s))
-            model = Contrast(
-                n * world, keys * world, width, element=dtype.itemsize, symmetric=symmetric, ids=ids
-            )
+            model = Contrast(n * world, keys * world, width, element=dtype.itemsize, symmetric=symmetric, ids=ids)
             close(found, (model.gathered if limit != "0" else model.ringed)(cluster()).nbytes)
     os.environ.pop(GATHER_LIMIT)
 
@@ -119,9 +117,11 @@ class Net(nn.Module):
 def step(model: nn.Module, sync: Any, parts: int, keep: float) -> Any:
     """A gradient-cached step of ``parts`` micro-batches without a loss that travels itself."""
     cache = GradCache(
-        lambda x, scored: Encoded({"rows": model(x)}), lambda rows: rows["rows"].square().mean(), sync=sync,
+        lambda x, scored: Encoded({"rows": model(x)}),
+        lambda rows: rows["rows"].square().mean(),
+        sync=sync,
         keep_bytes=keep,
-    )  # fmt: skip
+    )
     return cache.step(list(torch.randn(4 * parts, 16).split(4)))
 
 

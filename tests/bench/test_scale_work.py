@@ -30,9 +30,13 @@ CLASSES = {
 }
 # Billions of parameters by which the checkpoints are known (their model cards).
 PUBLISHED = {
-    "qwen2-vl-2b": 2.21, "qwen2-vl-7b": 8.29, "qwen2.5-vl-3b": 3.75, "qwen2.5-vl-7b": 8.29, "qwen3-vl-2b": 2.13,
+    "qwen2-vl-2b": 2.21,
+    "qwen2-vl-7b": 8.29,
+    "qwen2.5-vl-3b": 3.75,
+    "qwen2.5-vl-7b": 8.29,
+    "qwen3-vl-2b": 2.13,
     "qwen3-vl-8b": 8.77,
-}  # fmt: skip
+}
 
 
 def counted(call: Callable[[], Any]) -> float:

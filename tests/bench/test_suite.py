@@ -62,8 +62,9 @@ def test_ours_must_run_and_a_peer_may_be_missing():
     results, impls = Results(), {"ours": lambda: None, "peer": absent, "other version": changed}
     assert list(compare("op", "a", impls, shape={}, rounds=1, results=results)) == ["ours"]
     assert [(one.impl, one.reason) for one in results.skipped] == [
-        ("peer", "no such package"), ("other version", "AttributeError: module has no attribute 'loss'"),
-    ]  # fmt: skip
+        ("peer", "no such package"),
+        ("other version", "AttributeError: module has no attribute 'loss'"),
+    ]
     for name in ("ours", FLOOR):
         with pytest.raises(ImportError):
             compare("op", "a", {name: absent}, shape={}, rounds=1)

@@ -184,8 +184,9 @@ def test_growth_curves_find_what_varies_and_fit_its_slope():
     rows.append(row("ours", 1, bench="op_growth", shape={"pairs": 400, "width": 16, "dtype": "float32"}))
     varied = plots._varied(rows)
     assert {name: sorted(one.shape[name] for one in line) for name, line in varied.items()} == {
-        "pairs": [100, 200, 400], "width": [8, 16],
-    }  # fmt: skip
+        "pairs": [100, 200, 400],
+        "width": [8, 16],
+    }
 
 
 # --- the clock of a step ---------------------------------------------------------------------------------------------

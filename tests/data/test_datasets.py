@@ -73,9 +73,11 @@ def test_a_datasets_dataset_with_our_columns(folder):
 
 def test_a_datasets_dataset_with_decoded_images():
     features = datasets.Features(
-        {"query": {"text": datasets.Value("string"), "rewrite": datasets.Value("string"), "image": datasets.Image()},
-         "target": {"text": datasets.Value("string"), "rewrite": datasets.Value("string")}}
-    )  # fmt: skip
+        {
+            "query": {"text": datasets.Value("string"), "rewrite": datasets.Value("string"), "image": datasets.Image()},
+            "target": {"text": datasets.Value("string"), "rewrite": datasets.Value("string")},
+        }
+    )
     row = {"query": {"text": "q", "rewrite": "r", "image": picture(3)}, "target": {"text": "t", "rewrite": "s"}}
     made = Collator(processor(), "rewrite", config())
     expected = made([Pair(Side("q", [picture(3)], rewrite="r"), Side("t", rewrite="s"))])["pixel_values"]

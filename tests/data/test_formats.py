@@ -196,12 +196,16 @@ def test_all_that_is_wrong_with_a_row_is_told_at_once():
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["conversations", "from", "value", "image", "images", "video", "text", "rewrite", "fps", "id"])
-        | st.text(max_size=3),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["conversations", "from", "value", "image", "images", "video", "text", "rewrite", "fps", "id"]
+            )
+            | st.text(max_size=3),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )

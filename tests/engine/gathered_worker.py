@@ -48,8 +48,9 @@ def starting_model() -> Any:
 
 def decode(model: nn.Module, rank: int, steps: int) -> Rollout:
     batch = tiny_batch(dual_mode_of(model).config, PROMPTS[rank], seed=rank)
-    return generate_rollouts(model, batch, gen_id=VOCAB, max_new_tokens=steps, group_size=2, temperature=0.0,
-                             stop_ids=[])  # fmt: skip
+    return generate_rollouts(
+        model, batch, gen_id=VOCAB, max_new_tokens=steps, group_size=2, temperature=0.0, stop_ids=[]
+    )
 
 
 def check(

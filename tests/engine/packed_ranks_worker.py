@@ -44,7 +44,7 @@ def make(family: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model, and the batch of all ranks."""
     model = tiny_model(
         family, vocab_size=160, seed=1, init_std=0.12, hidden=32, layers=3, vision_hidden=16, dtype=dtype
-    )  # fmt: skip
+    )
     batch = tiny_batch(model.config, [query for query, _ in PAIRS] + [target for _, target in PAIRS])
     for key in ("pixel_values", "pixel_values_videos"):
         batch[key] = batch[key].to(dtype)
@@ -138,8 +138,9 @@ def lora() -> None:
 
     case = Case()
     torch.manual_seed(4)  # the same adapter on every rank
-    config = LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
-                        modules_to_save=["merger"])  # fmt: skip
+    config = LoraConfig(
+        r=4, lora_dropout=0.3, target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=["merger"]
+    )
     model = get_peft_model(case.model, config).train()
     wrapped = DistributedDataParallel(model)
     case.step(wrapped, grad_sync(wrapped))  # DDP lays out its buckets anew after this one: other orders of summation
@@ -195,8 +196,10 @@ def zero(stage: int) -> None:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         for keep in (0, 40):
             loss = case.step(engine, grad_sync(engine), keep)
-            found = {name.removeprefix("module."): safe_get_full_grad(p) if p.requires_grad else None
-                     for name, p in engine.named_parameters()}  # fmt: skip
+            found = {
+                name.removeprefix("module."): safe_get_full_grad(p) if p.requires_grad else None
+                for name, p in engine.named_parameters()
+            }
             case.check(found, loss, 1e-5)
             engine.step()
 

@@ -105,9 +105,15 @@ def _resident() -> int:
 def test_opening_maps_instead_of_reading(tmp_path: Path) -> None:
     n, width = 1 << 15, 512  # 64 MiB
     AnchorBank.make(
-        tmp_path / "bank", range(n), lambda batch: torch.full((len(batch), width), width**-0.5),
-        torch.zeros(n, 1, dtype=torch.int64), model="m", data="d", side="query", batch_size=4096,
-    )  # fmt: skip
+        tmp_path / "bank",
+        range(n),
+        lambda batch: torch.full((len(batch), width), width**-0.5),
+        torch.zeros(n, 1, dtype=torch.int64),
+        model="m",
+        data="d",
+        side="query",
+        batch_size=4096,
+    )
     before = _resident()
     bank = AnchorBank.open(tmp_path / "bank", model="m", data="d", rank=1, world=2)
     assert _resident() - before < 8 << 20

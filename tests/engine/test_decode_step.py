@@ -163,8 +163,10 @@ class TestGpu:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_graphs_give_the_eager_tokens(self, family):
         model = dual(family).cuda()
-        batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v
-                 for k, v in tiny_batch(model.config, PROMPTS, seed=2).items()}  # fmt: skip
+        batch = {
+            k: v.cuda() if isinstance(v, torch.Tensor) else v
+            for k, v in tiny_batch(model.config, PROMPTS, seed=2).items()
+        }
         for amp in (False, True):
             with torch.autocast("cuda", torch.bfloat16, enabled=amp), warnings.catch_warnings():
                 warnings.simplefilter("error")  # a step that could not be recorded

@@ -33,7 +33,7 @@ TERMS = [("disc", "disc", 1.0), ("gen", "gen", 1.0), ("gen", "disc", 0.5), ("dis
 def make(family: str, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, dict]:
     model = tiny_model(
         family, vocab_size=160, seed=1, init_std=0.12, hidden=32, layers=3, vision_hidden=16, dtype=dtype
-    )  # fmt: skip
+    )
     batch = tiny_batch(model.config, QUERIES + TARGETS)
     for key in ("pixel_values", "pixel_values_videos"):
         batch[key] = batch[key].to(dtype)
@@ -51,8 +51,15 @@ def whole_batch(model, batch: dict, backend: str = "reference") -> Tensor:
     return out.loss + contrast(out.embeddings, backend)
 
 
-def cached(model, batch: dict, *, keep: float = 0, backend: str = "reference", tokens: int = TOKENS,
-           bytes_per_token: float = 0.0):  # fmt: skip
+def cached(
+    model,
+    batch: dict,
+    *,
+    keep: float = 0,
+    backend: str = "reference",
+    tokens: int = TOKENS,
+    bytes_per_token: float = 0.0,
+):
     encoder = PackedEncoder(model, batch, tokens, logprob_backend=backend)
     cache = GradCache(sync=GradSync(model), keep_bytes=keep, cost=part_tokens)
     cache.bytes_per_cost = bytes_per_token

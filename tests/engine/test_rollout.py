@@ -148,8 +148,15 @@ def test_the_updates_forward_gives_the_scores_of_decoding(family):
     model = dual(family)
     batch = {k: v for k, v in tiny_batch(model.config, PROMPTS, seed=6).items() if k not in ("targets", "gen_index")}
     group = 5
-    out = generate_rollouts(model, batch, gen_id=20, max_new_tokens=30, group_size=group, stop_ids=[21, 22, 23],
-                            generator=torch.Generator().manual_seed(1))  # fmt: skip
+    out = generate_rollouts(
+        model,
+        batch,
+        gen_id=20,
+        max_new_tokens=30,
+        group_size=group,
+        stop_ids=[21, 22, 23],
+        generator=torch.Generator().manual_seed(1),
+    )
     lengths = out.lengths.tolist()
     assert len(set(lengths)) > 3
     assert out.finished.any()

@@ -49,8 +49,9 @@ def make_setting(family):
         Side(text="blue red which", images=[picture(16, 16, 2)], id="c"),
     ]
     collator = Collator(processor, TEMPLATE, model.config, ids=False)
-    return SimpleNamespace(model=model, sides=sides, prompts=collator.collate_prompts(sides), gen_id=gen_id,
-                           collator=collator)  # fmt: skip
+    return SimpleNamespace(
+        model=model, sides=sides, prompts=collator.collate_prompts(sides), gen_id=gen_id, collator=collator
+    )
 
 
 def greedy(setting, **more):
@@ -58,8 +59,14 @@ def greedy(setting, **more):
 
 
 def buffer_for(setting, sampling):
-    return RolloutBuffer.make(prompts=len(setting.sides), group_size=sampling.group_size, hidden=64, device="cpu",
-                              max_tokens=sampling.max_new_tokens, pad_id=sampling.pad_id)  # fmt: skip
+    return RolloutBuffer.make(
+        prompts=len(setting.sides),
+        group_size=sampling.group_size,
+        hidden=64,
+        device="cpu",
+        max_tokens=sampling.max_new_tokens,
+        pad_id=sampling.pad_id,
+    )
 
 
 def same(found, expected):
@@ -156,10 +163,17 @@ class StandIn:
         assert p.logprobs == 0
         assert p.ignore_eos
         rollout = generate_rollouts(
-            self.model, self.setting.prompts, gen_id=p.stop_token_ids[0], stop_ids=p.stop_token_ids[1:],
-            group_size=p.n, max_new_tokens=p.max_tokens, temperature=p.temperature, top_p=p.top_p, top_k=p.top_k,
+            self.model,
+            self.setting.prompts,
+            gen_id=p.stop_token_ids[0],
+            stop_ids=p.stop_token_ids[1:],
+            group_size=p.n,
+            max_new_tokens=p.max_tokens,
+            temperature=p.temperature,
+            top_p=p.top_p,
+            top_k=p.top_k,
             suppress_ids=list(p.logit_bias or ()),
-        )  # fmt: skip
+        )
         answers = []
         for b in range(len(requests)):
             outputs = []
@@ -250,12 +264,20 @@ def test_loops_are_cut_where_they_are_complete(limit):
 
 
 def test_a_looping_rollout_ends_early_and_unfinished(setting):
-    free = generate_rollouts(setting.model, setting.prompts, gen_id=setting.gen_id, max_new_tokens=60, temperature=0.0,
-                             stop_ids=[])  # fmt: skip
+    free = generate_rollouts(
+        setting.model, setting.prompts, gen_id=setting.gen_id, max_new_tokens=60, temperature=0.0, stop_ids=[]
+    )
     expected = cut_loops(free.tokens, free.lengths, 4, 0)
     assert (expected[1] < 60).any()  # greedy decoding of a random model does loop
-    guarded = generate_rollouts(setting.model, setting.prompts, gen_id=setting.gen_id, max_new_tokens=60,
-                                temperature=0.0, stop_ids=[], repetition_limit=4)  # fmt: skip
+    guarded = generate_rollouts(
+        setting.model,
+        setting.prompts,
+        gen_id=setting.gen_id,
+        max_new_tokens=60,
+        temperature=0.0,
+        stop_ids=[],
+        repetition_limit=4,
+    )
     assert torch.equal(guarded.lengths, expected[1])
     longest = guarded.tokens.shape[1]
     assert torch.equal(guarded.tokens, expected[0][:, :longest])

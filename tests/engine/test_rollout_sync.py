@@ -109,8 +109,15 @@ def test_the_count_sees_what_it_should(reads):
     """Reads of every kind are found."""
     x = torch.ones(3)
     with OperatorReads(reads):
-        for read in (lambda: x.sum().item(), lambda: int(x[0]), lambda: bool(x[0] > 0), lambda: x.nonzero(),
-                     lambda: x[x > 0], lambda: x.tolist(), lambda: float(x[0])):  # fmt: skip
+        for read in (
+            lambda: x.sum().item(),
+            lambda: int(x[0]),
+            lambda: bool(x[0] > 0),
+            lambda: x.nonzero(),
+            lambda: x[x > 0],
+            lambda: x.tolist(),
+            lambda: float(x[0]),
+        ):
             before = sum(reads.values())
             frame_of_ours(read)
             assert sum(reads.values()) > before

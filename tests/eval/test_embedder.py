@@ -80,9 +80,12 @@ def test_gen_is_generates_text_and_the_state_at_its_end(template):
         prompt = batch["input_ids"][None]
         with torch.no_grad():
             out = stock.generate(
-                prompt, max_new_tokens=10, do_sample=False, eos_token_id=[gen_id, tokenizer.eos_token_id],
+                prompt,
+                max_new_tokens=10,
+                do_sample=False,
+                eos_token_id=[gen_id, tokenizer.eos_token_id],
                 pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+            )
             hidden = stock.model(input_ids=out).last_hidden_state[0, -1]
         expected.append(torch.nn.functional.normalize(hidden, dim=0))
         answers.append(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=False))

@@ -144,8 +144,13 @@ def test_capped_recall_and_truncated_mrr():
 def test_summary_names():
     eye = torch.eye(4)
     assert metrics.summary(rank_candidates(eye, eye, torch.arange(4))) == {
-        "hit@1": 1.0, "hit@5": 1.0, "hit@10": 1.0, "mrr": 1.0, "ndcg@5": 1.0, "ndcg@10": 1.0,
-    }  # fmt: skip
+        "hit@1": 1.0,
+        "hit@5": 1.0,
+        "hit@10": 1.0,
+        "mrr": 1.0,
+        "ndcg@5": 1.0,
+        "ndcg@10": 1.0,
+    }
     assert "recall@5" in metrics.summary(rank_candidates(eye, eye, [[0, 1], [1], [2], [3]]))
 
 

@@ -74,8 +74,11 @@ def test_evaluate_counts_costs_and_keeps_examples(data):
     assert result.hit_at_1()["gen-gen"] == 1.0
     assert result.hit_at_1()["disc-disc"] == 0.0  # five ties each, and a tie is a miss
     assert result.cost["gen"] == {
-        "query_tokens": 7.5, "target_tokens": 7.5, "query_seconds": 0.4, "target_seconds": 0.4,
-    }  # fmt: skip
+        "query_tokens": 7.5,
+        "target_tokens": 7.5,
+        "query_seconds": 0.4,
+        "target_seconds": 0.4,
+    }
     plain = result.to_dict()
     assert plain["cells"]["gen-disc"]["query_tokens"] == 7.5
     assert plain["cells"]["gen-disc"]["target_tokens"] == 0.0

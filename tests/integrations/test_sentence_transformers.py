@@ -26,9 +26,14 @@ def base(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("bert"))
     tokenizer = tiny_tokenizer([" ".join(WORDS)])
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(0)
     BertModel(config).save_pretrained(folder)
     tokenizer.padding_side = "right"
@@ -109,10 +114,22 @@ def test_their_trainer_gives_the_same_weights(base, tmp_path, several):
         model = copy.deepcopy(base)
         model.set_pooling_include_prompt(not several)
         args = SentenceTransformerTrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=3,
-            learning_rate=1e-2, optim="sgd", save_strategy="no", logging_steps=1, eval_strategy="steps", eval_steps=3,
-            report_to="none", use_cpu=True, disable_tqdm=True, seed=3, **more,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            learning_rate=1e-2,
+            optim="sgd",
+            save_strategy="no",
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=3,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=3,
+            **more,
+        )
         trainer = SentenceTransformerTrainer(
             model=model, args=args, train_dataset=data, eval_dataset=data, loss=make(model, mini_batch_size=3)
         )

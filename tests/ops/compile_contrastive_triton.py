@@ -24,9 +24,23 @@ from tests.ops.compile_logprob_triton import DTYPES, resources
 OPERANDS = {"q", "k", "panel"}
 TYPES = {"labels": "*i64", "label_range": "*i64", "row_ids": "*i32", "col_ids": "*i32", "bounded": "*i32"}
 INTS = {
-    "row_first", "col_first", "n", "n_keys", "width", "stride_q", "stride_k", "stride_panel", "plane_q",
-    "first_row", "n_terms", "query_modes", "key_modes", "SM", "SN", "positives",
-}  # fmt: skip
+    "row_first",
+    "col_first",
+    "n",
+    "n_keys",
+    "width",
+    "stride_q",
+    "stride_k",
+    "stride_panel",
+    "plane_q",
+    "first_row",
+    "n_terms",
+    "query_modes",
+    "key_modes",
+    "SM",
+    "SN",
+    "positives",
+}
 
 
 def compile_kernel(name: str, constants: dict[str, Any], capability: int, operand: str, tma: bool) -> dict[str, Any]:
@@ -49,22 +63,32 @@ def compile_kernel(name: str, constants: dict[str, Any], capability: int, operan
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     # Real embeddings have rows of a multiple of 16 bytes; knowing it, loads are wide and asynchronous.
     aligned = [
-        i for i, a in enumerate(kernel.arg_names)
+        i
+        for i, a in enumerate(kernel.arg_names)
         if signature[a].startswith("*") or (signature[a] == "i32" and a.startswith(("width", "stride", "SM", "SN")))
-    ]  # fmt: skip
+    ]
     source = ASTSource(
-        kernel, signature, {(kernel.arg_names.index(a),): v for a, v in constants.items()},
+        kernel,
+        signature,
+        {(kernel.arg_names.index(a),): v for a, v in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
-    )  # fmt: skip
+    )
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
-        "kernel": name, "operand": operand, "ids": constants["IDS"], "margin": constants["MARGIN"],
-        "bounded": constants.get("BOUNDED"), "tile": list(tiles), "shared": built.metadata.shared,
-        **resources(built.asm["cubin"]), "wgmma": "wgmma.mma_async" in built.asm["ptx"],
-        "mma": "mma.sync" in built.asm["ptx"], "tcgen05": "tcgen05.mma" in built.asm["ptx"],
+        "kernel": name,
+        "operand": operand,
+        "ids": constants["IDS"],
+        "margin": constants["MARGIN"],
+        "bounded": constants.get("BOUNDED"),
+        "tile": list(tiles),
+        "shared": built.metadata.shared,
+        **resources(built.asm["cubin"]),
+        "wgmma": "wgmma.mma_async" in built.asm["ptx"],
+        "mma": "mma.sync" in built.asm["ptx"],
+        "tcgen05": "tcgen05.mma" in built.asm["ptx"],
         "tma": "cp.async.bulk.tensor" in built.asm["ptx"],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":
@@ -73,9 +97,10 @@ if __name__ == "__main__":
     for ids, margin in variants:
         flags = {"IDS": ids, "MARGIN": margin}
         for name, constants in (
-            ("statistics_kernel", {**flags, "BOUNDED": True}), ("statistics_kernel", {**flags, "BOUNDED": False}),
+            ("statistics_kernel", {**flags, "BOUNDED": True}),
+            ("statistics_kernel", {**flags, "BOUNDED": False}),
             ("gradient_kernel", flags),
-        ):  # fmt: skip
+        ):
             tma = chip >= 90 and dtype != "fp32" and "pointers" not in sys.argv
             found = compile_kernel(name, constants, chip, dtype, tma)
             print(json.dumps(found), flush=True)

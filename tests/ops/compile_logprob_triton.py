@@ -30,9 +30,18 @@ from rime_fast.ops.logprob_pool.triton_tiles import (
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTS = {
-    "capacity", "length", "width", "vocabulary", "stride_x", "stride_w", "stride_panel", "stride_head", "splits",
-    "first", "columns_in_panel",
-}  # fmt: skip
+    "capacity",
+    "length",
+    "width",
+    "vocabulary",
+    "stride_x",
+    "stride_w",
+    "stride_panel",
+    "stride_head",
+    "splits",
+    "first",
+    "columns_in_panel",
+}
 OPERANDS = {"x", "w", "panel", "dhead", "dhidden", "low"}
 
 
@@ -52,9 +61,11 @@ def pointer(name: str, operand: str, blocks: dict[str, tuple[int, int]]) -> str:
 def descriptors(name: str, t: Tiles) -> dict[str, tuple[int, int]]:
     """Which operands a kernel takes as descriptors, and their blocks (triton_backend.py)."""
     return {
-        "forward_kernel": {"w": (t.BN, t.BK)}, "dlogits_kernel": {"w": (t.BN, t.BK), "panel": (t.BM, t.BN)},
-        "dhead_kernel": {"panel": (t.BK, t.BM)}, "dhidden_kernel": {"panel": (t.BM, t.BK), "w": (t.BK, t.BN)},
-    }[name]  # fmt: skip
+        "forward_kernel": {"w": (t.BN, t.BK)},
+        "dlogits_kernel": {"w": (t.BN, t.BK), "panel": (t.BM, t.BN)},
+        "dhead_kernel": {"panel": (t.BK, t.BM)},
+        "dhidden_kernel": {"panel": (t.BM, t.BK), "w": (t.BK, t.BN)},
+    }[name]
 
 
 def compile_kernel(name: str, constants: dict, capability: int, operand: str, warps: int, stages: int) -> dict:
@@ -67,22 +78,32 @@ def compile_kernel(name: str, constants: dict, capability: int, operand: str, wa
     # The pointers and sizes of real models are multiples of 16; knowing it, loads are 16 bytes wide and asynchronous.
     sized = ("stride", "width", "vocabulary", "first", "columns")
     aligned = [
-        i for i, a in enumerate(kernel.arg_names)
+        i
+        for i, a in enumerate(kernel.arg_names)
         if signature[a].startswith("*") or (signature[a] == "i32" and a.startswith(sized))
-    ]  # fmt: skip
+    ]
     source = ASTSource(
-        kernel, signature, {(kernel.arg_names.index(a),): v for a, v in constants.items()},
+        kernel,
+        signature,
+        {(kernel.arg_names.index(a),): v for a, v in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
-    )  # fmt: skip
+    )
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
-        "kernel": name, "operand": operand, "capability": capability, "descriptors": sorted(blocks),
-        "shared": built.metadata.shared, **resources(built.asm["cubin"]),
-        "wgmma": "wgmma.mma_async" in built.asm["ptx"], "mma": "mma.sync" in built.asm["ptx"],
-        "tcgen05": "tcgen05.mma" in built.asm["ptx"], "tma": "cp.async.bulk.tensor" in built.asm["ptx"],
-        "copies": "cp.async.cg" in built.asm["ptx"], "tile": [constants.get(n) for n in ("BM", "BN", "BK")],
-    }  # fmt: skip
+        "kernel": name,
+        "operand": operand,
+        "capability": capability,
+        "descriptors": sorted(blocks),
+        "shared": built.metadata.shared,
+        **resources(built.asm["cubin"]),
+        "wgmma": "wgmma.mma_async" in built.asm["ptx"],
+        "mma": "mma.sync" in built.asm["ptx"],
+        "tcgen05": "tcgen05.mma" in built.asm["ptx"],
+        "tma": "cp.async.bulk.tensor" in built.asm["ptx"],
+        "copies": "cp.async.cg" in built.asm["ptx"],
+        "tile": [constants.get(n) for n in ("BM", "BN", "BK")],
+    }
 
 
 def resources(cubin: bytes) -> dict:

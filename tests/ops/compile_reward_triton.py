@@ -22,9 +22,17 @@ from rime_fast.ops.reward.triton_backend import BLOCK, DEPTH
 from rime_fast.ops.reward.triton_kernels import rank_tile_kernel
 
 POINTERS = {
-    "gen": "*fp32", "tile": "*fp32", "tile_norm": "*fp32", "norms": "*fp32", "own": "*fp64", "positive": "*i64",
-    "mask": "*u8", "state": "*fp64", "slack": "fp32", "inverse_tau": "fp32",
-}  # fmt: skip
+    "gen": "*fp32",
+    "tile": "*fp32",
+    "tile_norm": "*fp32",
+    "norms": "*fp32",
+    "own": "*fp64",
+    "positive": "*i64",
+    "mask": "*u8",
+    "state": "*fp64",
+    "slack": "fp32",
+    "inverse_tau": "fp32",
+}
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -42,11 +50,13 @@ def main(capability: int) -> None:
         constants = {"NEGATIVE": negative, "MASKED": masked, "EXACT": exact, "BLOCK": BLOCK, "DEPTH": DEPTH}
         names = rank_tile_kernel.arg_names
         signature = {
-            name: "constexpr" if name in constants
-            else ("*fp64" if exact else "*fp32") if name == "sims"
+            name: "constexpr"
+            if name in constants
+            else ("*fp64" if exact else "*fp32")
+            if name == "sims"
             else POINTERS.get(name, "i32")
             for name in names
-        }  # fmt: skip
+        }
         places = {(names.index(name),): value for name, value in constants.items()}
         source = ASTSource(rank_tile_kernel, signature, places)
         options = {"num_warps": 4, "enable_fp_fusion": True}

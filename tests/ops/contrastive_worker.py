@@ -158,8 +158,10 @@ def errors(rank: int, world: int) -> None:
     fails(f"on rank {world - 1} of the group: term .* expected equal D", sides=mixed if last else None)
     fails("the number of positives a query", labels=torch.tensor([[0, 1]] * 3) if last else None)
     fails("got none in row 1", labels=torch.tensor([[0, 1], [-1, -1], [1, -1]]))
-    fails(f"labels on rank {world - 1} hold values from -1 to 99; expected -1 <=",
-          labels=torch.tensor([[0, 99 if last else 1], [1, -1], [2, -1]]))  # fmt: skip
+    fails(
+        f"labels on rank {world - 1} hold values from -1 to 99; expected -1 <=",
+        labels=torch.tensor([[0, 99 if last else 1], [1, -1], [2, -1]]),
+    )
     fails("temperature is nan", temperature=torch.tensor(float("nan") if last else 1.0))
 
 
@@ -205,9 +207,9 @@ def thousand_pairs(rank: int, world: int) -> None:
 
 
 SCENARIOS = {
-    f.__name__: f
-    for f in (equality, default_labels, ddp_scaling, partly_frozen, errors, collectives, thousand_pairs)
+    f.__name__: f for f in (equality, default_labels, ddp_scaling, partly_frozen, errors, collectives, thousand_pairs)
 }
+
 
 def run_scenarios(rank: int, world: int, *names: str) -> None:
     for name in names:

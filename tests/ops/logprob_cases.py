@@ -66,9 +66,12 @@ class Case:
 
     def options(self, leaves: dict[str, Tensor], **more: object) -> dict:
         return {
-            "pools": self.named_pools(), "bias": leaves.get("bias"), "temperature": leaves["temperature"],
-            "softcap": self.softcap, **more,
-        }  # fmt: skip
+            "pools": self.named_pools(),
+            "bias": leaves.get("bias"),
+            "temperature": leaves["temperature"],
+            "softcap": self.softcap,
+            **more,
+        }
 
     def run(self, backend: str, *, schedule: str = "recompute", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Outputs and gradients of one call through the public functions."""

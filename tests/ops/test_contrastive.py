@@ -55,8 +55,9 @@ def test_masks_leave_out_twins_and_candidates_above_the_margin_but_never_the_pos
     similarity, tau = queries @ keys.T, 0.5  # rows: [0.6, 0, 1], [0.8, 1, 0]
 
     def loss(**masks: Any) -> float:
-        call = contrastive_loss({"a": queries}, {"a": keys}, terms=[("a", "a", 1.0)], temperature=tau, symmetric=False,
-                                **masks)  # fmt: skip
+        call = contrastive_loss(
+            {"a": queries}, {"a": keys}, terms=[("a", "a", 1.0)], temperature=tau, symmetric=False, **masks
+        )
         return call.loss.item()
 
     def expected(first: list[int], second: list[int]) -> float:
@@ -79,10 +80,12 @@ def test_second_direction_of_the_margin_belongs_to_the_key() -> None:
     a, b, ids = case.queries["disc"], case.keys["disc"], case.settings
     settings = {"terms": [("m", "m", 1.0)], "margin": 0.05, "temperature": 0.1}
     both = contrastive_loss({"m": a}, {"m": b}, query_ids=ids["query_ids"], key_ids=ids["key_ids"], **settings)
-    there = contrastive_loss({"m": a}, {"m": b}, query_ids=ids["query_ids"], key_ids=ids["key_ids"], symmetric=False,
-                             **settings)  # fmt: skip
-    back = contrastive_loss({"m": b}, {"m": a}, query_ids=ids["key_ids"], key_ids=ids["query_ids"], symmetric=False,
-                            **settings)  # fmt: skip
+    there = contrastive_loss(
+        {"m": a}, {"m": b}, query_ids=ids["query_ids"], key_ids=ids["key_ids"], symmetric=False, **settings
+    )
+    back = contrastive_loss(
+        {"m": b}, {"m": a}, query_ids=ids["key_ids"], key_ids=ids["query_ids"], symmetric=False, **settings
+    )
     assert relative(both.loss, 0.5 * (there.loss + back.loss)) < 1e-12
 
 
@@ -294,9 +297,15 @@ def test_compiles_as_one_graph() -> None:
 
     def step(queries: Tensor, keys: Tensor, temperature: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         out = contrastive_loss(
-            {"disc": queries, "gen": queries}, {"disc": keys}, terms=[("disc", "disc", 1.0), ("gen", "disc", 0.5)],
-            temperature=temperature, labels=index, query_ids=index, key_ids=index, margin=0.1,
-        )  # fmt: skip
+            {"disc": queries, "gen": queries},
+            {"disc": keys},
+            terms=[("disc", "disc", 1.0), ("gen", "disc", 0.5)],
+            temperature=temperature,
+            labels=index,
+            query_ids=index,
+            key_ids=index,
+            margin=0.1,
+        )
         return out.loss, out.accuracy
 
     leaves = [unit(33, 16).requires_grad_(), unit(33, 16).requires_grad_(), torch.tensor(0.05, requires_grad=True)]

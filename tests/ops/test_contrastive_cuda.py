@@ -41,11 +41,25 @@ def test_the_host_knows_the_patch() -> None:
 @pytest.mark.parametrize("arch", ["90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "100"))])
 def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     command = [
-        str(NVCC), "-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v",
-        "-Xcompiler", "-fPIC", "-DRIME_WITH_CUDA", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        f"-I{ROOT / 'csrc/include'}", "-isystem", str(Path(torch.__file__).parent / "include"),
-        "-c", str(ROOT / "csrc/cuda/contrast.cu"), "-o", str(tmp_path / "contrast.o"),
-    ]  # fmt: skip
+        str(NVCC),
+        "-std=c++20",
+        "-O3",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        "-Xcompiler",
+        "-fPIC",
+        "-DRIME_WITH_CUDA",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{ROOT / 'csrc/include'}",
+        "-isystem",
+        str(Path(torch.__file__).parent / "include"),
+        "-c",
+        str(ROOT / "csrc/cuda/contrast.cu"),
+        "-o",
+        str(tmp_path / "contrast.o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)

@@ -71,8 +71,9 @@ def test_class_labels_give_supcon_both_ways() -> None:
 
 def test_the_best_positive_makes_the_hit() -> None:
     queries, keys = torch.eye(3), torch.eye(3)
-    found = contrastive_loss({"a": queries}, {"a": keys}, terms=[("a", "a", 1.0)],
-                             labels=torch.tensor([[1, 0], [2, 0], [2, -1]]))  # fmt: skip
+    found = contrastive_loss(
+        {"a": queries}, {"a": keys}, terms=[("a", "a", 1.0)], labels=torch.tensor([[1, 0], [2, 0], [2, -1]])
+    )
     assert found.accuracy["a-a"] == pytest.approx(2 / 3)
 
 
@@ -101,9 +102,14 @@ def test_chunked_obeys_the_rule(
     for shape, peaked in (((3, 5, 7), False), ((80, 650, 33), True)):
         for symmetric in (True, False):
             case = make_case(
-                *shape, temperature=temperature, peaked=peaked, symmetric=symmetric, positives=4,
-                ids=masks == "both", margin=0.02 if masks == "both" else None,
-            )  # fmt: skip
+                *shape,
+                temperature=temperature,
+                peaked=peaked,
+                symmetric=symmetric,
+                positives=4,
+                ids=masks == "both",
+                margin=0.02 if masks == "both" else None,
+            )
             truth, eager = run(case, torch.float64, "reference"), run(case, torch.float32, "reference")
             with monkeypatch.context() as patch:
                 if not compiled:
@@ -122,8 +128,13 @@ def test_interpreted_kernels_obey_the_rule(dtype: torch.dtype, temperature: floa
 
 
 @settings(max_examples=20, deadline=None)
-@given(n=st.integers(1, 20), extra=st.integers(0, 20), positives=st.integers(2, 6), seed=st.integers(0, 10**6),
-       symmetric=st.booleans())  # fmt: skip
+@given(
+    n=st.integers(1, 20),
+    extra=st.integers(0, 20),
+    positives=st.integers(2, 6),
+    seed=st.integers(0, 10**6),
+    symmetric=st.booleans(),
+)
 def test_any_shape(n: int, extra: int, positives: int, seed: int, symmetric: bool) -> None:
     case = make_case(n, n + extra, 5, seed=seed, positives=positives, symmetric=symmetric)
     truth = run(case, torch.float64, "reference")

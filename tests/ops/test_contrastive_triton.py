@@ -29,9 +29,16 @@ def test_interpreted_kernels_obey_the_rule(dtype: torch.dtype, temperature: floa
     """Several tiles and superblocks, none whole; 0.02: one exponential. Rows of 24 halves come by descriptor (TMA)."""
     width, symmetric = (19, True) if dtype == torch.float32 else (24, not masked)
     case = make_case(
-        70, 90, width, temperature=temperature, shuffled=True, dtype=dtype, symmetric=symmetric, ids=masked,
+        70,
+        90,
+        width,
+        temperature=temperature,
+        shuffled=True,
+        dtype=dtype,
+        symmetric=symmetric,
+        ids=masked,
         margin=0.05 if masked else None,
-    )  # fmt: skip
+    )
     truth, eager = run(case, torch.float64, "reference"), run(case, dtype, "reference")
     check_rule(run(case, dtype, "triton"), eager, truth, dtype)
 
@@ -78,8 +85,11 @@ def compiled(capability: int, *arguments: str, folder: Path) -> list[dict[str, A
     environment |= {"TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(
         [sys.executable, str(COMPILER), str(capability), *arguments],
-        env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -96,8 +106,10 @@ def test_cross_compiles_for_hopper(tmp_path: Path) -> None:
     kernels = compiled(90, "bf16", "10", folder=tmp_path)
     check_resources(kernels, 90)
     assert [(k["kernel"], k["bounded"]) for k in kernels] == [
-        ("statistics_kernel", True), ("statistics_kernel", False), ("gradient_kernel", None)
-    ]  # fmt: skip
+        ("statistics_kernel", True),
+        ("statistics_kernel", False),
+        ("gradient_kernel", None),
+    ]
     for kernel in kernels:
         assert kernel["wgmma"], kernel
         assert kernel["tma"], kernel

@@ -29,8 +29,11 @@ def test_explanation_says_why_each_other_was_not_taken():
     found = TABLE.explain(torch.zeros(1, dtype=torch.float64))
     assert found.backend == "reference"
     assert "chunked, reference of cpu" in found.why
-    assert found.others == {"chunked": "fp32 only", "triton": "made has no triton backend",
-                            "cuda": "made has no cuda backend"}  # fmt: skip
+    assert found.others == {
+        "chunked": "fp32 only",
+        "triton": "made has no triton backend",
+        "cuda": "made has no cuda backend",
+    }
     assert TABLE.explain(torch.zeros(1)).others["reference"] == "chunked comes first"
 
 

@@ -44,10 +44,15 @@ def test_reference_keeps_the_rule(dtype: torch.dtype) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.integers(1, 70), width=st.integers(1, 40), vocabulary=st.integers(1, 300),
-    scored=st.sampled_from(["all", "some", "one", "none"]), bias=st.booleans(), softcap=st.sampled_from([None, 3.0]),
-    schedule=st.sampled_from(SCHEDULES), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 70),
+    width=st.integers(1, 40),
+    vocabulary=st.integers(1, 300),
+    scored=st.sampled_from(["all", "some", "one", "none"]),
+    bias=st.booleans(),
+    softcap=st.sampled_from([None, 3.0]),
+    schedule=st.sampled_from(SCHEDULES),
+    seed=st.integers(0, 99),
+)
 def test_any_shape(**drawn) -> None:
     schedule = drawn.pop("schedule")
     case = Case(**drawn)
@@ -76,9 +81,10 @@ def test_torch_row_kernels_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _row_inputs(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
-        torch.randn(1023, 96, dtype=dtype), torch.randn(vocabulary, 96, dtype=dtype),
+        torch.randn(1023, 96, dtype=dtype),
+        torch.randn(vocabulary, 96, dtype=dtype),
         torch.randint(0, vocabulary, (1023,)),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

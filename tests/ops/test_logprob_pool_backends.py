@@ -127,9 +127,13 @@ def test_max_scored_changes_nothing(backend: str) -> None:
     for bound in (None, scored, 99):
         leaves = case.leaves()
         loss, out = fused_linear_ce(
-            leaves["hidden"], leaves["lm_head"], case.tensors["targets"], entropy=True, max_scored=bound,
+            leaves["hidden"],
+            leaves["lm_head"],
+            case.tensors["targets"],
+            entropy=True,
+            max_scored=bound,
             **case.options(leaves, backend=backend),
-        )  # fmt: skip
+        )
         results.append(case.collect(leaves, loss + out.logp.sum(), out))
     for found in results[1:]:
         for name, value in results[0].items():

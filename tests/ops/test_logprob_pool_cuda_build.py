@@ -20,12 +20,27 @@ def test_compiles_without_spills(source: str, tmp_path: Path) -> None:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100")]
     done = subprocess.run(
         [
-            NVCC, "-std=c++20", "-O3", "-Xptxas", "-v", "-I", ROOT / "csrc" / "include",
-            "-isystem", Path(torch.__file__).parent / "include", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            "-DUSE_CUDA", *targets, "-c", ROOT / "csrc" / "cuda" / source, "-o", tmp_path / "out.o",
+            NVCC,
+            "-std=c++20",
+            "-O3",
+            "-Xptxas",
+            "-v",
+            "-I",
+            ROOT / "csrc" / "include",
+            "-isystem",
+            Path(torch.__file__).parent / "include",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            "-DUSE_CUDA",
+            *targets,
+            "-c",
+            ROOT / "csrc" / "cuda" / source,
+            "-o",
+            tmp_path / "out.o",
         ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(spills) >= 3 * len(targets)

@@ -113,9 +113,12 @@ def test_gradcheck_of_the_reference(softcap: float | None) -> None:
     def outputs(*values):
         given = dict(zip(leaves, values, strict=True))
         out = fused_logprob_pool(
-            given["hidden"], given["lm_head"], case.tensors["targets"], entropy=True,
+            given["hidden"],
+            given["lm_head"],
+            case.tensors["targets"],
+            entropy=True,
             **case.options(given, backend="reference"),
-        )  # fmt: skip
+        )
         return out.logp, out.entropy, *out.embeddings.values()
 
     assert torch.autograd.gradcheck(outputs, tuple(leaves.values()))

@@ -62,9 +62,12 @@ def test_frozen_inputs(trained: str, limit: int, monkeypatch: pytest.MonkeyPatch
     every = case.run("chunked", schedule="forward")
     leaves = {n: t.detach().requires_grad_(n == trained) for n, t in case.leaves().items()}
     loss, out = fused_linear_ce(
-        leaves["hidden"], leaves["lm_head"], case.tensors["targets"], token_weight=case.tensors["token_weight"],
+        leaves["hidden"],
+        leaves["lm_head"],
+        case.tensors["targets"],
+        token_weight=case.tensors["token_weight"],
         **case.options(leaves, backend="chunked"),
-    )  # fmt: skip
+    )
     found = case.collect({trained: leaves[trained]}, loss, out)
     torch.testing.assert_close(found[f"d_{trained}"], every[f"d_{trained}"], rtol=1e-5, atol=1e-5)
 
@@ -120,9 +123,20 @@ def test_nothing_waits_for_the_device() -> None:
         scored = panels.scored_rows(t["targets"], -100, 30)
         stats = panels.forward(t["hidden"], t["lm_head"], t["targets"], scored, bias, t["temperature"], 0.0, True)
         found = panels.backward(
-            t["hidden"], t["lm_head"], t["targets"], scored, stats.lse, stats.hit, stats.entropy, t["token_weight"],
-            t["grad_entropy"], bias, t["temperature"], 0.0, Needs(True, True, True, True),
-        )  # fmt: skip
+            t["hidden"],
+            t["lm_head"],
+            t["targets"],
+            scored,
+            stats.lse,
+            stats.hit,
+            stats.entropy,
+            t["token_weight"],
+            t["grad_entropy"],
+            bias,
+            t["temperature"],
+            0.0,
+            Needs(True, True, True, True),
+        )
     assert all(grad is not None and grad.isfinite().all() for grad in found)
     with pytest.raises(AssertionError), _NoSync():
         t["targets"].nonzero()

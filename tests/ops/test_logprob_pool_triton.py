@@ -113,9 +113,12 @@ def test_frozen_head_and_empty_batch() -> None:
     leaves, t = case.leaves(), case.tensors
     every = case.run("triton", schedule="forward")
     loss, out = fused_linear_ce(
-        leaves["hidden"], leaves["lm_head"].detach(), t["targets"], token_weight=t["token_weight"],
+        leaves["hidden"],
+        leaves["lm_head"].detach(),
+        t["targets"],
+        token_weight=t["token_weight"],
         **case.options(leaves, backend="triton"),
-    )  # fmt: skip
+    )
     assert torch.equal(case.collect({"hidden": leaves["hidden"]}, loss, out)["d_hidden"], every["d_hidden"])
     empty = torch.empty(0, 16, requires_grad=True)
     loss, _ = fused_linear_ce(empty, leaves["lm_head"], torch.empty(0, dtype=torch.long), backend="triton")

@@ -34,9 +34,7 @@ def test_chunked_equals_reference(
     kind: str, masked: bool, ties: bool, n_items: int, group_size: int, width: int, n_anchors: int
 ) -> None:
     weights = WEIGHTS[kind]
-    case = make_case(
-        n_items, group_size, width, n_anchors, positives=weights.positives, ties=ties, masked=masked
-    )
+    case = make_case(n_items, group_size, width, n_anchors, positives=weights.positives, ties=ties, masked=masked)
     assert_same(score(case, weights, backend="chunked"), score(case, weights, backend="reference"))
 
 
@@ -91,9 +89,15 @@ def test_large_banks_and_groups(kind: str, dtype: torch.dtype) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n_items=st.integers(1, 4), group_size=st.integers(1, 9), width=st.integers(1, 40), n_anchors=st.integers(5, 700),
-    kind=st.sampled_from(sorted(WEIGHTS)), ties=st.booleans(), masked=st.booleans(), seed=st.integers(0, 1000),
-)  # fmt: skip
+    n_items=st.integers(1, 4),
+    group_size=st.integers(1, 9),
+    width=st.integers(1, 40),
+    n_anchors=st.integers(5, 700),
+    kind=st.sampled_from(sorted(WEIGHTS)),
+    ties=st.booleans(),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 def test_any_shape(
     n_items: int, group_size: int, width: int, n_anchors: int, kind: str, ties: bool, masked: bool, seed: int
 ) -> None:
@@ -144,9 +148,11 @@ def test_advantages_of_a_tight_group(kind: str, dtype: torch.dtype, bound: float
     anchors = F.normalize(torch.randn(1024, width, generator=random, dtype=torch.float64), dim=-1)
     anchors[:n_items] = F.normalize(item[:, 0] + anchors[:n_items], dim=-1)
     case = {
-        "gen": gen, "anchors": anchors, "positive": torch.arange(n_items),
+        "gen": gen,
+        "anchors": anchors,
+        "positive": torch.arange(n_items),
         "format_ok": torch.ones(n_items, group_size, dtype=torch.bool),
-    }  # fmt: skip
+    }
     truth = score(case, WEIGHTS[kind], backend="reference")["advantage"]
     rounded = case | {"gen": gen.to(dtype), "anchors": anchors.to(dtype)}
     got = score(rounded, WEIGHTS[kind], backend="chunked")["advantage"]
@@ -236,9 +242,11 @@ def test_strided_inputs() -> None:
     wide = torch.zeros(4, 4, 64)
     wide[:, :, ::2] = case["gen"]
     strided = case | {
-        "gen": wide[:, :, ::2], "anchors": case["anchors"].T.contiguous().T,
-        "negatives_mask": case["negatives_mask"].T.contiguous().T, "format_ok": case["format_ok"].T.contiguous().T,
-    }  # fmt: skip
+        "gen": wide[:, :, ::2],
+        "anchors": case["anchors"].T.contiguous().T,
+        "negatives_mask": case["negatives_mask"].T.contiguous().T,
+        "format_ok": case["format_ok"].T.contiguous().T,
+    }
     assert_same(score(strided), want)
 
 
@@ -285,11 +293,22 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(
         torch.ops.rime_fast.score_rewrites_.default,
         (
-            torch.zeros(3, 2), torch.zeros(3, 2), [torch.zeros(3, 2), torch.zeros(3, 2)], [4, 6], case["gen"],
-            case["anchors"], case["positive"], case["format_ok"], case["lengths"], None, case["negatives_mask"],
-            RewardWeights().encode(), "", backend,
+            torch.zeros(3, 2),
+            torch.zeros(3, 2),
+            [torch.zeros(3, 2), torch.zeros(3, 2)],
+            [4, 6],
+            case["gen"],
+            case["anchors"],
+            case["positive"],
+            case["format_ok"],
+            case["lengths"],
+            None,
+            case["negatives_mask"],
+            RewardWeights().encode(),
+            "",
+            backend,
         ),
-    )  # fmt: skip
+    )
 
 
 def test_compiles_into_one_graph_and_writes_views() -> None:

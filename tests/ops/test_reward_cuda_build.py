@@ -21,11 +21,24 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     assert NVCC is not None
     headers = Path(torch.__file__).parent / "include"
     command = [
-        NVCC, "-std=c++20", "-O3", f"-arch=sm_{arch}", "--resource-usage", "-Xcompiler", "-fPIC",
-        "-DRIME_WITH_CUDA", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        f"-I{ROOT / 'csrc/include'}", "-isystem", str(headers),
-        "-c", str(ROOT / "csrc/cuda/rank_reward.cu"), "-o", str(tmp_path / "rank_reward.o"),
-    ]  # fmt: skip
+        NVCC,
+        "-std=c++20",
+        "-O3",
+        f"-arch=sm_{arch}",
+        "--resource-usage",
+        "-Xcompiler",
+        "-fPIC",
+        "-DRIME_WITH_CUDA",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{ROOT / 'csrc/include'}",
+        "-isystem",
+        str(headers),
+        "-c",
+        str(ROOT / "csrc/cuda/rank_reward.cu"),
+        "-o",
+        str(tmp_path / "rank_reward.o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = done.stdout + done.stderr

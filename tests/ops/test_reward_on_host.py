@@ -37,9 +37,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("g++ not found")
     out = tmp_path_factory.mktemp("kernels") / "kernels.so"
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", f"-I{HERE.parents[1] / 'csrc/include'}"]
-    done = subprocess.run(
-        [*command, str(HERE / "reward_on_host.cpp"), "-o", str(out)], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, str(HERE / "reward_on_host.cpp"), "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(out))
 
@@ -87,30 +85,84 @@ class OnHost:
         return found, norms
 
     def add_tile(
-        self, sims: Tensor, rows: Tensor, tile: Tensor, tile_norm: Tensor, norms: Tensor, own: Tensor,
-        positive: Tensor, mask: Tensor | None, first: int, weights: RewardWeights, state: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        sims: Tensor,
+        rows: Tensor,
+        tile: Tensor,
+        tile_norm: Tensor,
+        norms: Tensor,
+        own: Tensor,
+        positive: Tensor,
+        mask: Tensor | None,
+        first: int,
+        weights: RewardWeights,
+        state: Tensor,
+    ) -> None:
         call(
-            self.kernels.tile, sims, sims.dtype == torch.float64, rows, tile, tile_norm, norms, own, positive, mask,
-            state, rows.shape[0], sims.shape[1], rows.shape[1], rows.shape[0] // len(positive), weights.positives,
-            first, 0 if mask is None else mask.stride(0), weights.negative_code, weights.softmax_temperature,
+            self.kernels.tile,
+            sims,
+            sims.dtype == torch.float64,
+            rows,
+            tile,
+            tile_norm,
+            norms,
+            own,
+            positive,
+            mask,
+            state,
+            rows.shape[0],
+            sims.shape[1],
+            rows.shape[1],
+            rows.shape[0] // len(positive),
+            weights.positives,
+            first,
+            0 if mask is None else mask.stride(0),
+            weights.negative_code,
+            weights.softmax_temperature,
             longs=(10, 11, 12, 13, 14, 15, 16),
-        )  # fmt: skip
+        )
 
     def merge(self, parts: Tensor, state: Tensor, weights: RewardWeights) -> None:
-        call(self.kernels.merge, parts, state, *parts.shape, weights.negative_code, weights.softmax_temperature,
-             longs=(2, 3, 4))  # fmt: skip
+        call(
+            self.kernels.merge,
+            parts,
+            state,
+            *parts.shape,
+            weights.negative_code,
+            weights.softmax_temperature,
+            longs=(2, 3, 4),
+        )
 
-    def finish(self, state: Tensor, own: Tensor, format_ok: Tensor, lengths: Tensor | None,
-               disc_similarity: Tensor | None, weights: RewardWeights) -> Tensor:  # fmt: skip
+    def finish(
+        self,
+        state: Tensor,
+        own: Tensor,
+        format_ok: Tensor,
+        lengths: Tensor | None,
+        disc_similarity: Tensor | None,
+        weights: RewardWeights,
+    ) -> Tensor:
         out = torch.full((12, *format_ok.shape), torch.nan)
         numbers, code, negative = spec(weights)
         lengths = None if lengths is None else lengths.double()
         disc = None if disc_similarity is None else disc_similarity.double().expand_as(format_ok).contiguous()
         call(
-            self.kernels.finish, state, own, format_ok, lengths, disc, out, *format_ok.shape, weights.positives,
-            numbers, code, negative, weights.hit_k, weights.normalize_std, longs=(6, 7, 8, 12),
-        )  # fmt: skip
+            self.kernels.finish,
+            state,
+            own,
+            format_ok,
+            lengths,
+            disc,
+            out,
+            *format_ok.shape,
+            weights.positives,
+            numbers,
+            code,
+            negative,
+            weights.hit_k,
+            weights.normalize_std,
+            longs=(6, 7, 8, 12),
+        )
         return out
 
 
@@ -129,11 +181,33 @@ def in_one_launch(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> d
     numbers, code, negative = spec(weights)
     disc = case["disc_similarity"][:, None].expand(shape).contiguous()
     call(
-        kernels.small, gen, KINDS[gen.dtype], anchors, KINDS[anchors.dtype], case["positive"], mask,
-        0 if mask is None else mask.stride(0), case["format_ok"], case["lengths"], disc, buffers[0], buffers[1],
-        2 * shape[1], terms, *shape, anchors.shape[0], gen.shape[2], weights.positives, weights.softmax_temperature,
-        numbers, code, negative, weights.hit_k, weights.normalize_std, longs=(6, 12, 14, 15, 16, 17, 18, 23),
-    )  # fmt: skip
+        kernels.small,
+        gen,
+        KINDS[gen.dtype],
+        anchors,
+        KINDS[anchors.dtype],
+        case["positive"],
+        mask,
+        0 if mask is None else mask.stride(0),
+        case["format_ok"],
+        case["lengths"],
+        disc,
+        buffers[0],
+        buffers[1],
+        2 * shape[1],
+        terms,
+        *shape,
+        anchors.shape[0],
+        gen.shape[2],
+        weights.positives,
+        weights.softmax_temperature,
+        numbers,
+        code,
+        negative,
+        weights.hit_k,
+        weights.normalize_std,
+        longs=(6, 12, 14, 15, 16, 17, 18, 23),
+    )
     assert bool(buffers[:, :, 1].isnan().all())
     found = dict(zip(compiled.PLANES, terms, strict=True))
     for name, buffer in zip(("reward", "advantage"), buffers, strict=True):
@@ -171,10 +245,19 @@ def test_merge_kernel(kernels: ctypes.CDLL, kind: str) -> None:
     rows = case["gen"].flatten(0, 1)
     own, norms = chunked.own_similarities(engine, rows, case["anchors"], case["positive"], weights)
     parts = [
-        chunked.scan(engine, rows, norms, own, case["anchors"][first : first + 300], case["positive"] - first,
-                     case["negatives_mask"][:, first : first + 300].contiguous(), weights, exact=False)
+        chunked.scan(
+            engine,
+            rows,
+            norms,
+            own,
+            case["anchors"][first : first + 300],
+            case["positive"] - first,
+            case["negatives_mask"][:, first : first + 300].contiguous(),
+            weights,
+            exact=False,
+        )
         for first in (0, 300, 600)
-    ]  # fmt: skip
+    ]
     state = chunked.initial_state(rows, weights)
     engine.merge(torch.stack(parts), state, weights)
     disc = case["disc_similarity"][:, None]
@@ -192,9 +275,7 @@ def test_one_launch(
     kernels: ctypes.CDLL, kind: str, group_size: int, n_anchors: int, masked: bool, dtype: torch.dtype
 ) -> None:
     weights = WEIGHTS[kind]
-    case = make_case(
-        2, group_size, 37, n_anchors, positives=weights.positives, ties=True, masked=masked, dtype=dtype
-    )
+    case = make_case(2, group_size, 37, n_anchors, positives=weights.positives, ties=True, masked=masked, dtype=dtype)
     case["gen"][1, 0, 3] = torch.nan
     assert_same(in_one_launch(kernels, case, weights), score(case, weights, backend="reference"))
 

@@ -69,9 +69,13 @@ def _one(case: Case, weights: RewardWeights, b: int, g: int) -> dict[str, float]
         "length": -weights.w_len * over / weights.length_limit,
     }
     return row | {
-        "reward": sum(row.values()), "rank": stats.fmean(ranks), "hit": hit,
-        "positive": positive, "negative": negative, "nan": 0.0,
-    }  # fmt: skip
+        "reward": sum(row.values()),
+        "rank": stats.fmean(ranks),
+        "hit": hit,
+        "positive": positive,
+        "negative": negative,
+        "nan": 0.0,
+    }
 
 
 def _negative(others: list[float], weights: RewardWeights) -> float:

@@ -71,13 +71,21 @@ def _refusals(rank: int, world: int) -> None:
     sizes = _sizes(world)
     case = _local(_whole("mean", world, True), rank, sizes)
     calls: list[tuple[dict[str, Any], RewardWeights, str]] = [
-        (case | {"gen": case["gen"][:, : 2 + rank % 2], "format_ok": case["format_ok"][:, : 2 + rank % 2],
-                 "lengths": None}, WEIGHTS["mean"], "G must be the same on every rank"),
+        (
+            case
+            | {
+                "gen": case["gen"][:, : 2 + rank % 2],
+                "format_ok": case["format_ok"][:, : 2 + rank % 2],
+                "lengths": None,
+            },
+            WEIGHTS["mean"],
+            "G must be the same on every rank",
+        ),
         (case, RewardWeights(w_fmt=float(rank)), "weights must be the same on every rank"),
         (case | {"negatives_mask": None if rank else case["negatives_mask"]}, WEIGHTS["mean"], "negatives_mask given"),
         (case | {"positive": case["positive"] + (0 if rank else N_ANCHORS)}, WEIGHTS["mean"], "positive: expected"),
         (case | {"negatives_mask": case["negatives_mask"][:, 1:]}, WEIGHTS["mean"], "whole bank's 900 anchors"),
-    ]  # fmt: skip
+    ]
     for arguments, weights, message in calls:
         with pytest.raises(ValueError, match=message):
             score(arguments, weights, backend="chunked", group=dist.group.WORLD)

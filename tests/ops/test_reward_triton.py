@@ -57,18 +57,23 @@ def test_states_of_parts_merge_into_the_whole(kind: str) -> None:
     want = score(case, weights, backend="reference")
 
     rows = case["gen"].flatten(0, 1)
-    similarities, norms = chunked.own_similarities(
-        triton_backend, rows, case["anchors"], case["positive"], weights
-    )
+    similarities, norms = chunked.own_similarities(triton_backend, rows, case["anchors"], case["positive"], weights)
     parts = []
     for first in (0, 300, 600):
         part = slice(first, first + 300)
         parts.append(
             chunked.scan(
-                triton_backend, rows, norms, similarities, case["anchors"][part], case["positive"] - first,
-                case["negatives_mask"][:, part], weights, exact=False,
+                triton_backend,
+                rows,
+                norms,
+                similarities,
+                case["anchors"][part],
+                case["positive"] - first,
+                case["negatives_mask"][:, part],
+                weights,
+                exact=False,
             )
-        )  # fmt: skip
+        )
     state = chunked.initial_state(rows, weights)
     triton_backend.merge(torch.stack(parts), state, weights)
     planes = triton_backend.finish(
@@ -85,8 +90,10 @@ def test_compiles_without_spills(capability: int) -> None:
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/ops/compile_reward_triton.py"), str(capability)],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == 9

@@ -45,8 +45,15 @@ class Step:
         rewarder, first = Rewarder(self.weights, SIDES, G), 0
         for count in parts:
             rows = slice(first * G, (first + count) * G)
-            rewarder(buffers, self.anchors, self.gen[rows], self.disc[first : first + count], self.format_ok[rows],
-                     self.lengths[rows], first)  # fmt: skip
+            rewarder(
+                buffers,
+                self.anchors,
+                self.gen[rows],
+                self.disc[first : first + count],
+                self.format_ok[rows],
+                self.lengths[rows],
+                first,
+            )
             first += count
         return buffers
 

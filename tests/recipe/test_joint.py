@@ -36,8 +36,15 @@ def sides(n: int, h: int = 0, d: int = 16, seed: int = 0) -> tuple[dict[str, Ten
     return {m: unit(n) for m in MODES}, {m: unit(n + h) for m in MODES}
 
 
-def rime(q: dict[str, Tensor], k: dict[str, Tensor], w: JointWeights, tau: float | Tensor, symmetric: bool = True,
-         drop: Tensor | None = None, detach: bool = False) -> Tensor:  # fmt: skip
+def rime(
+    q: dict[str, Tensor],
+    k: dict[str, Tensor],
+    w: JointWeights,
+    tau: float | Tensor,
+    symmetric: bool = True,
+    drop: Tensor | None = None,
+    detach: bool = False,
+) -> Tensor:
     """The contrastive part of recipe.md 3, term by term."""
     fix = (lambda t: t.detach()) if detach else (lambda t: t)
     n = len(q["gen"])
@@ -67,12 +74,15 @@ def check(got: Tensor, want: Tensor, *groups: dict[str, Tensor]) -> None:
 ZERO = torch.zeros((), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("weights", [
-    JointWeights(),
-    JointWeights(cross=0),
-    JointWeights(disc=0.3, gen=0.7, cross=1.9, same_item=0.6),
-    JointWeights(disc=0, gen=0, cross=0, same_item=1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "weights",
+    [
+        JointWeights(),
+        JointWeights(cross=0),
+        JointWeights(disc=0.3, gen=0.7, cross=1.9, same_item=0.6),
+        JointWeights(disc=0, gen=0, cross=0, same_item=1),
+    ],
+)
 @pytest.mark.parametrize(("symmetric", "hard"), [(True, 0), (False, 0), (True, 3), (False, 3)])
 def test_terms_are_the_recipe(weights: JointWeights, symmetric: bool, hard: int):
     q, k = sides(7, hard)
@@ -194,8 +204,16 @@ def batch(n: int = 7, h: int = 3, length: int = 5) -> tuple[Tensor, Tensor, Tens
 WEIGHTS = JointWeights(ce_query=0.8, ce_target=1.3, same_item=0.4)
 
 
-def step(model: nn.Module, q_ids: Tensor, k_ids: Tensor, q_targets: Tensor, k_targets: Tensor, tau: Tensor,
-         group: object = None, world: int = 1) -> Tensor:  # fmt: skip
+def step(
+    model: nn.Module,
+    q_ids: Tensor,
+    k_ids: Tensor,
+    q_targets: Tensor,
+    k_targets: Tensor,
+    tau: Tensor,
+    group: object = None,
+    world: int = 1,
+) -> Tensor:
     n = len(q_ids)
     disc, gen, logp = model(torch.cat([q_ids, k_ids]), torch.cat([q_targets, k_targets]))
     targets, rows = torch.cat([q_targets, k_targets]).flatten(), q_targets.numel()
@@ -203,8 +221,16 @@ def step(model: nn.Module, q_ids: Tensor, k_ids: Tensor, q_targets: Tensor, k_ta
     ce = (token_weights(targets, rows, counts, WEIGHTS, world) * -logp).sum()
     ids = torch.arange(n) % 3 + 100  # repeated ids, also across ranks
     key_ids = torch.cat([ids, torch.arange(len(k_ids) - n)])
-    return joint_loss(ce, {"disc": disc[:n], "gen": gen[:n]}, {"disc": disc[n:], "gen": gen[n:]}, weights=WEIGHTS,
-                      temperature=tau, query_ids=ids, key_ids=key_ids, group=group).total  # fmt: skip
+    return joint_loss(
+        ce,
+        {"disc": disc[:n], "gen": gen[:n]},
+        {"disc": disc[n:], "gen": gen[n:]},
+        weights=WEIGHTS,
+        temperature=tau,
+        query_ids=ids,
+        key_ids=key_ids,
+        group=group,
+    ).total
 
 
 def reference(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -221,8 +247,15 @@ def reference(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, dict[str, Tensor
     ce_p = -logp[q_t.numel() :].sum() / mask[q_t.numel() :].sum()
     ids = torch.cat([torch.arange(s) % 3 + 100 for s in sizes])
     key_ids = torch.cat([ids] + [torch.arange(len(p[1]) - len(p[0])) for p in parts])
-    total = joint_loss(0.8 * ce_q + 1.3 * ce_p, {"disc": disc[:n], "gen": gen[:n]}, {"disc": disc[n:], "gen": gen[n:]},
-                       weights=WEIGHTS, temperature=tau, query_ids=ids, key_ids=key_ids).total  # fmt: skip
+    total = joint_loss(
+        0.8 * ce_q + 1.3 * ce_p,
+        {"disc": disc[:n], "gen": gen[:n]},
+        {"disc": disc[n:], "gen": gen[n:]},
+        weights=WEIGHTS,
+        temperature=tau,
+        query_ids=ids,
+        key_ids=key_ids,
+    ).total
     total.backward()
     return total.detach(), {name: p.grad for name, p in model.named_parameters()}, tau.grad
 

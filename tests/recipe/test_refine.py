@@ -48,8 +48,11 @@ def _by_hand(batch: dict[str, torch.Tensor], loss_type: str, low: float, high: f
     tokens = sum(LENGTHS)
     denominator = tokens if loss_type == "token_mean" else len(LENGTHS) * CAP
     return {
-        "loss": total / denominator, "kl": kl / tokens, "clip_fraction": removed / tokens, "ratio": ratios / tokens,
-    }  # fmt: skip
+        "loss": total / denominator,
+        "kl": kl / tokens,
+        "clip_fraction": removed / tokens,
+        "ratio": ratios / tokens,
+    }
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -95,10 +98,13 @@ def test_micro_batches_add_up(loss_type: str) -> None:
     parts = sum(
         policy_loss(
             **{name: value[rows] for name, value in batch.items()},
-            loss_type=loss_type, max_completion_length=CAP, n_rows=4, n_tokens=sum(LENGTHS),
+            loss_type=loss_type,
+            max_completion_length=CAP,
+            n_rows=4,
+            n_tokens=sum(LENGTHS),
         )[0]
         for rows in (slice(0, 1), slice(1, 4))
-    )  # fmt: skip
+    )
     torch.testing.assert_close(parts, whole)
 
 

@@ -21,10 +21,20 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PAIRS = 4  # in one contrast, all ranks together
 # Adam's sign-like step would blow up rounding differences where gradients are tiny: a large epsilon keeps it smooth.
 SAME: dict[str, Any] = {
-    "max_steps": 3, "learning_rate": 1e-2, "adam_epsilon": 1e-2, "warmup_steps": 0, "temperature": 0.1,
-    "train_sampling_strategy": "sequential", "save_strategy": "no", "logging_steps": 1, "progress": "none",
-    "learnable_temperature": True, "temperature_learning_rate": 0.05, "use_cpu": True, "seed": 3,
-}  # fmt: skip
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "adam_epsilon": 1e-2,
+    "warmup_steps": 0,
+    "temperature": 0.1,
+    "train_sampling_strategy": "sequential",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "learnable_temperature": True,
+    "temperature_learning_rate": 0.05,
+    "use_cpu": True,
+    "seed": 3,
+}
 # tokens of a rank's batch are 80 to 150: two to four micro-batches, not equally many on the ranks
 CACHED: dict[str, Any] = {"contrastive_batch_size": PAIRS, "micro_batch_tokens": 40}
 TWICE: dict[str, Any] = {"gradient_accumulation_steps": 2}

@@ -22,10 +22,20 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 G = 3
 # Adam's sign-like step would blow up rounding differences where gradients are tiny: a large epsilon keeps it smooth.
 SAME: dict[str, Any] = {
-    "max_steps": 2, "learning_rate": 1e-2, "adam_epsilon": 1e-2, "warmup_steps": 0, "save_strategy": "no",
-    "train_sampling_strategy": "sequential", "logging_steps": 1, "progress": "none", "num_generations": G,
-    "max_completion_length": 9, "use_cpu": True, "seed": 3, "beta": 0.0,
-}  # fmt: skip
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "adam_epsilon": 1e-2,
+    "warmup_steps": 0,
+    "save_strategy": "no",
+    "train_sampling_strategy": "sequential",
+    "logging_steps": 1,
+    "progress": "none",
+    "num_generations": G,
+    "max_completion_length": 9,
+    "use_cpu": True,
+    "seed": 3,
+    "beta": 0.0,
+}
 FSDP: dict[str, Any] = {"fsdp": True}
 
 
@@ -47,8 +57,14 @@ PLANS: dict[str, dict[str, Any]] = {
     "zero3-ume_r1": zero(3) | CUT | {"reward_mode": "ume_r1"},
 }
 # The plain run in one process that a plan must equal: everything but how it is split.
-SPLIT = {"micro_batch_tokens", "fsdp", "deepspeed", "bank_storage", "gradient_accumulation_steps",
-         "per_device_train_batch_size"}  # fmt: skip
+SPLIT = {
+    "micro_batch_tokens",
+    "fsdp",
+    "deepspeed",
+    "bank_storage",
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+}
 
 
 def plain(plan: dict[str, Any]) -> dict[str, Any]:

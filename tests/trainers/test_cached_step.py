@@ -10,15 +10,29 @@ import torch
 from rime_fast.trainers.config import RimeConfig
 from rime_fast.trainers.rime_trainer import RimeTrainer
 
-QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 6,
-         "learning_rate": 5e-3, "warmup_steps": 0, "temperature": 0.1, "max_steps": 2}  # fmt: skip
+QUIET = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "per_device_train_batch_size": 6,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "temperature": 0.1,
+    "max_steps": 2,
+}
 
 
 def trained(tiny, folder, more=None, *, negatives=1, **settings) -> RimeTrainer:
     args = RimeConfig(output_dir=str(folder), **(QUIET | settings))
     processor = tiny.processor()
-    run = RimeTrainer(tiny.model(processor), args, tiny.pairs(12, negatives=negatives), processing_class=processor,
-                      template=tiny.template, **(more or {}))  # fmt: skip
+    run = RimeTrainer(
+        tiny.model(processor),
+        args,
+        tiny.pairs(12, negatives=negatives),
+        processing_class=processor,
+        template=tiny.template,
+        **(more or {}),
+    )
     run.train()
     return run
 
@@ -89,13 +103,22 @@ def test_resume_to_the_bit_with_another_number_of_kept_graphs(tiny, tmp_path):
     def run(folder: str, resume: str | None = None) -> RimeTrainer:
         lora = LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj", "v_proj"])
         args = RimeConfig(
-            output_dir=str(tmp_path / folder), micro_batch_tokens=60, kept_graphs_gib=0.0005, seed=3,
+            output_dir=str(tmp_path / folder),
+            micro_batch_tokens=60,
+            kept_graphs_gib=0.0005,
+            seed=3,
             learnable_temperature=True,
             **(QUIET | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}),
-        )  # fmt: skip
+        )
         processor = tiny.processor()
-        made = RimeTrainer(tiny.model(processor), args, tiny.pairs(12), processing_class=processor,
-                           template=tiny.template, peft_config=lora)  # fmt: skip
+        made = RimeTrainer(
+            tiny.model(processor),
+            args,
+            tiny.pairs(12),
+            processing_class=processor,
+            template=tiny.template,
+            peft_config=lora,
+        )
         step, kept = made.cached.cache.step, []
 
         def counted(*args, **options):
@@ -111,8 +134,10 @@ def test_resume_to_the_bit_with_another_number_of_kept_graphs(tiny, tmp_path):
     resumed = run("b", str(tmp_path / "a" / "checkpoint-2"))
     assert straight.kept[0] == resumed.kept[0] == 1 < straight.kept[2]
     timed = ("per_second", "runtime", "flos", "train_loss")
-    curves = [[{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in one.state.log_history]
-              for one in (straight, resumed)]  # fmt: skip
+    curves = [
+        [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in one.state.log_history]
+        for one in (straight, resumed)
+    ]
     assert curves[0] == curves[1]
     other = dict(resumed.model.named_parameters())
     for name, parameter in straight.model.named_parameters():

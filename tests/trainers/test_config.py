@@ -41,11 +41,22 @@ def test_liger_says_that_it_needs_a_gpu(tmp_path):
         RimeConfig(output_dir=str(tmp_path), use_liger_kernel=True)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("cross_weight", -1.0), ("temperature", 0.0), ("temperature", float("nan")), ("on_bad_row", "ignore"),
-    ("progress", "fancy"), ("hard_negatives", -1), ("false_negative_margin", 3.0), ("remove_unused_columns", True),
-    ("max_length", 2), ("max_pixels", 0), ("model_dtype", "int8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cross_weight", -1.0),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("on_bad_row", "ignore"),
+        ("progress", "fancy"),
+        ("hard_negatives", -1),
+        ("false_negative_margin", 3.0),
+        ("remove_unused_columns", True),
+        ("max_length", 2),
+        ("max_pixels", 0),
+        ("model_dtype", "int8"),
+    ],
+)
 def test_bad_joint_settings_are_named(tmp_path, field, value):
     name = {"cross_weight": "cross"}.get(field, field)
     with pytest.raises(ValueError, match=name):
@@ -58,30 +69,41 @@ def test_nothing_to_train_is_an_error(tmp_path):
         RimeConfig(output_dir=str(tmp_path), **{f"{name}_weight": value for name, value in off.items()})
 
 
-@pytest.mark.parametrize(("settings", "name"), [
-    ({"trained_sides": "left"}, "trained_sides"),
-    ({"anchors": "old"}, "anchors"),
-    ({"loss_type": "ppo"}, "loss_type"),
-    ({"num_generations": 1}, "num_generations"),
-    ({"reward_mode": "ume_r1", "trained_sides": "query"}, "reward_mode"),
-    ({"reference": "none"}, "reference"),
-    ({"rank_reward": "first"}, "rank_reward"),
-    ({"length_weight": float("inf")}, "w_len"),
-    ({"top_p": 0.0}, "top_p"),
-    ({"sampling_temperature": 0.0}, "sampling_temperature"),
-    ({"num_iterations": 0}, "num_iterations"),
-    ({"epsilon": 2.0}, "epsilon"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"trained_sides": "left"}, "trained_sides"),
+        ({"anchors": "old"}, "anchors"),
+        ({"loss_type": "ppo"}, "loss_type"),
+        ({"num_generations": 1}, "num_generations"),
+        ({"reward_mode": "ume_r1", "trained_sides": "query"}, "reward_mode"),
+        ({"reference": "none"}, "reference"),
+        ({"rank_reward": "first"}, "rank_reward"),
+        ({"length_weight": float("inf")}, "w_len"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"sampling_temperature": 0.0}, "sampling_temperature"),
+        ({"num_iterations": 0}, "num_iterations"),
+        ({"epsilon": 2.0}, "epsilon"),
+    ],
+)
 def test_bad_refine_settings_are_named(tmp_path, settings, name):
     with pytest.raises(ValueError, match=name):
         RefineConfig(output_dir=str(tmp_path), **settings)
 
 
 def test_reward_settings_reach_the_operator(tmp_path):
-    args = RefineConfig(output_dir=str(tmp_path), rank_reward="hit", hit_k=3, negative="max", length_limit=9.0,
-                        length_weight=0.5, scale_rewards=False)  # fmt: skip
-    assert args.reward_weights() == RewardWeights(rank_reward="hit", hit_k=3, negative="max", length_limit=9.0,
-                                                  w_len=0.5, normalize_std=False)  # fmt: skip
+    args = RefineConfig(
+        output_dir=str(tmp_path),
+        rank_reward="hit",
+        hit_k=3,
+        negative="max",
+        length_limit=9.0,
+        length_weight=0.5,
+        scale_rewards=False,
+    )
+    assert args.reward_weights() == RewardWeights(
+        rank_reward="hit", hit_k=3, negative="max", length_limit=9.0, w_len=0.5, normalize_std=False
+    )
     theirs = RefineConfig(output_dir=str(tmp_path), reward_mode="ume_r1", num_generations=4).reward_weights()
     assert (theirs.mode, theirs.positives, theirs.w_refine, theirs.w_len) == ("ume_r1", 4, 0.0, 0.0)
 
@@ -91,7 +113,7 @@ def test_every_own_setting_explains_itself_and_parses(config, tmp_path):
     own = {f.name: f for f in dataclasses.fields(config)}
     for name in set(own) - {f.name for f in dataclasses.fields(config.__mro__[-2])}:
         assert len(own[name].metadata.get("help", "")) > 15, name
-    parsed, = HfArgumentParser(config).parse_args_into_dataclasses(
+    (parsed,) = HfArgumentParser(config).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--template", "cot", "--learning_rate", "1e-4", "--max_length", "64"]
-    )  # fmt: skip
+    )
     assert (parsed.template, parsed.learning_rate, parsed.max_length) == ("cot", 1e-4, 64)

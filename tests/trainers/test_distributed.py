@@ -21,15 +21,31 @@ from tests.ranks import run_ranks
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLANS = {"ddp": None, "zero1": "zero1.json", "zero2": "zero2.json", "zero3": "zero3.json"}
 # Adam's sign-like step would blow up rounding differences where gradients are tiny: a large epsilon keeps it smooth.
-SAME = {"max_steps": 3, "learning_rate": 1e-2, "adam_epsilon": 1e-2, "warmup_steps": 0, "temperature": 0.1,
-        "train_sampling_strategy": "sequential", "save_strategy": "no", "logging_steps": 1, "progress": "none",
-        "learnable_temperature": True, "temperature_learning_rate": 0.05}  # fmt: skip
+SAME = {
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "adam_epsilon": 1e-2,
+    "warmup_steps": 0,
+    "temperature": 0.1,
+    "train_sampling_strategy": "sequential",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "learnable_temperature": True,
+    "temperature_learning_rate": 0.05,
+}
 
 
 def joint(folder: Path, batch: int, plan: str | None = None) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Logs of a short run from the checkpoint beside ``folder``, and the weights it saved."""
-    args = RimeConfig(output_dir=str(folder), per_device_train_batch_size=batch, deepspeed=plan, use_cpu=True,
-                      ddp_backend="gloo" if dist.is_initialized() else None, **SAME)  # fmt: skip
+    args = RimeConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        deepspeed=plan,
+        use_cpu=True,
+        ddp_backend="gloo" if dist.is_initialized() else None,
+        **SAME,
+    )
     run = RimeTrainer(str(folder.parent / "start"), args, make_pairs(12, negatives=1), template=TEMPLATE)
     run.train()
     run.save_model(str(folder))
@@ -49,10 +65,23 @@ def dist_rank() -> int:
 def refine(folder: Path, plan: str | None) -> list[dict[str, float]]:
     """Logs of two steps of Refine-RL; the ranks decode for different numbers of steps."""
     cap = 2 + 2 * dist.get_rank()
-    args = RefineConfig(output_dir=str(folder), per_device_train_batch_size=2, num_generations=2, max_steps=2,
-                        max_completion_length=cap, learning_rate=5e-3, warmup_steps=0, logging_steps=1, deepspeed=plan,
-                        save_strategy="no", progress="none", use_cpu=True, ddp_backend="gloo",
-                        beta=0.0 if plan and "zero3" in plan else 0.04, negatives="batch")  # fmt: skip
+    args = RefineConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_steps=2,
+        max_completion_length=cap,
+        learning_rate=5e-3,
+        warmup_steps=0,
+        logging_steps=1,
+        deepspeed=plan,
+        save_strategy="no",
+        progress="none",
+        use_cpu=True,
+        ddp_backend="gloo",
+        beta=0.0 if plan and "zero3" in plan else 0.04,
+        negatives="batch",
+    )
     run = RefineRLTrainer(str(folder.parent / "start"), args, make_pairs(8), template=TEMPLATE)
     run.train()
     return run.state.log_history[:-1]
@@ -95,8 +124,15 @@ def test_ranks_and_zero_stages_equal_one_process(tmp_path):
     logs, want = joint(tmp_path / "one", 4)
     for plan, (got_logs, got, rl) in torch.load(tmp_path / "found.pt").items():
         for a, b in zip(got_logs, logs, strict=True):
-            for term in ("loss", "ce/query", "ce/target", "contrast/gen-gen", "contrast/disc-gen", "hit@1/gen-gen",
-                         "temperature"):  # fmt: skip
+            for term in (
+                "loss",
+                "ce/query",
+                "ce/target",
+                "contrast/gen-gen",
+                "contrast/disc-gen",
+                "hit@1/gen-gen",
+                "temperature",
+            ):
                 assert a[term] == pytest.approx(b[term], rel=2e-4), (plan, term)
         moved = 0
         for name, value in want.items():

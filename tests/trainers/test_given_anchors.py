@@ -13,8 +13,15 @@ from rime_fast.model.tokens import add_embedding_tokens
 from rime_fast.trainers.config import RefineConfig
 from rime_fast.trainers.refine_trainer import RefineRLTrainer
 
-QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 2,
-         "num_generations": 2, "max_completion_length": 4, "max_steps": 1}  # fmt: skip
+QUIET = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "per_device_train_batch_size": 2,
+    "num_generations": 2,
+    "max_completion_length": 4,
+    "max_steps": 1,
+}
 
 
 @pytest.fixture
@@ -28,8 +35,12 @@ def work(tiny, tmp_path):
     rows = []
     for i, pair in enumerate(tiny.pairs(5)):
         pair.query.images[0].save(tmp_path / f"{i}.png")
-        rows.append({"query": {"text": pair.query.text, "image": f"{i}.png", "id": f"q{i}"},
-                     "target": {"text": pair.target.text, "id": pair.target.id}})  # fmt: skip
+        rows.append(
+            {
+                "query": {"text": pair.query.text, "image": f"{i}.png", "id": f"q{i}"},
+                "target": {"text": pair.target.text, "id": pair.target.id},
+            }
+        )
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
     return tmp_path
@@ -60,8 +71,12 @@ def test_the_trainer_takes_the_bank(work, capsys):
     from peft import LoraConfig
 
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    run = trainer(work, more={"peft_config": lora}, trained_sides="query",
-                  anchor_bank=str(work / "bank" / "anchors-target.safetensors"))  # fmt: skip
+    run = trainer(
+        work,
+        more={"peft_config": lora},
+        trained_sides="query",
+        anchor_bank=str(work / "bank" / "anchors-target.safetensors"),
+    )
     run.train()
     assert run.state.log_history[0]["ratio"] == 1.0
 

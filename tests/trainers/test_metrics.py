@@ -26,7 +26,6 @@ def test_means_and_totals():
     assert sums.drain(CPU) == {}
 
 
-
 def test_means_over_tokens_weigh_by_tokens():
     sums = MetricSums()
     for value, tokens in ((1.0, 30), (4.0, 10), (2.0, 60)):
@@ -34,6 +33,7 @@ def test_means_over_tokens_weigh_by_tokens():
         sums.add({"reward": torch.tensor(value)})
     found = sums.drain(torch.device("cpu"))
     assert found == {"kl": pytest.approx(1.9), "reward": pytest.approx(7 / 3)}
+
 
 def test_adding_reads_nothing_back(monkeypatch):
     def forbidden(*_: object) -> None:
@@ -58,8 +58,16 @@ def test_clock_leaves_pauses_out():
 
 
 def test_progress_line_shows_terms_and_rates():
-    line = summary({"loss": 1.234567, "ce/query": 0.5, "contrast/gen-gen": 2.0, "epoch": 1.0,
-                    "samples_per_second": 1234.4, "tokens_per_second": 98765.0})  # fmt: skip
+    line = summary(
+        {
+            "loss": 1.234567,
+            "ce/query": 0.5,
+            "contrast/gen-gen": 2.0,
+            "epoch": 1.0,
+            "samples_per_second": 1234.4,
+            "tokens_per_second": 98765.0,
+        }
+    )
     assert line == "loss 1.23  ce/query 0.5  contrast/gen-gen 2  1,234 samples/s  98,765 tokens/s"
     assert (clock(75), clock(3661)) == ("01:15", "1:01:01")
 

@@ -15,15 +15,24 @@ from rime_fast.engine.rollout_backend import LocalBackend
 from rime_fast.trainers.config import RefineConfig
 from rime_fast.trainers.refine_trainer import RefineRLTrainer
 
-QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 2,
-         "learning_rate": 5e-3, "warmup_steps": 0, "num_generations": 3, "max_completion_length": 5}  # fmt: skip
+QUIET = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "per_device_train_batch_size": 2,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "num_generations": 3,
+    "max_completion_length": 5,
+}
 
 
 def trainer(tiny, folder, *, more=None, **settings):
     args = RefineConfig(output_dir=str(folder), **(QUIET | settings))
     processor = tiny.processor()
-    return RefineRLTrainer(tiny.model(processor), args, tiny.pairs(4), processing_class=processor,
-                           template=tiny.template, **(more or {}))  # fmt: skip
+    return RefineRLTrainer(
+        tiny.model(processor), args, tiny.pairs(4), processing_class=processor, template=tiny.template, **(more or {})
+    )
 
 
 def trained(*args, **settings):
@@ -36,8 +45,9 @@ def numbers(log):
     return {k: v for k, v in log.items() if not any(t in k for t in ("second", "runtime", "flos", "step", "epoch"))}
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2}, {"reward_mode": "ume_r1"}, {"anchors": "policy"}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_iterations": 2}, {"reward_mode": "ume_r1"}, {"anchors": "policy"}], ids=str
+)
 def test_the_step_is_that_of_separate_sequences(tiny, tmp_path, settings):
     shared, separate = (trained(tiny, tmp_path, shared_prefix=shared, **settings) for shared in (True, False))
     # The second step's rollouts come from updated weights: a last bit may change a draw, so only the first is compared.
@@ -134,15 +144,19 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("settings", [
-    {},
-    {"shared_prefix": False},
-    {"micro_batch_tokens": 1, "loss_type": "token_mean"},
-    {"num_iterations": 2},
-    {"reward_mode": "ume_r1", "micro_batch_tokens": 1},
-    {"anchors": "policy"},
-    {"anchors": "policy", "trained_sides": "query"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shared_prefix": False},
+        {"micro_batch_tokens": 1, "loss_type": "token_mean"},
+        {"num_iterations": 2},
+        {"reward_mode": "ume_r1", "micro_batch_tokens": 1},
+        {"anchors": "policy"},
+        {"anchors": "policy", "trained_sides": "query"},
+    ],
+    ids=str,
+)
 def test_a_step_waits_for_no_device(tiny, tmp_path, monkeypatch, settings):
     run = trained(tiny, tmp_path, **settings)
     inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
@@ -160,8 +174,16 @@ def test_a_step_waits_for_no_device(tiny, tmp_path, monkeypatch, settings):
 
 def test_the_count_of_host_reads_can_fail(monkeypatch):
     x = torch.arange(3.0)
-    for read in (lambda: bool(x[0] > 0), lambda: int(x[0]), lambda: x.nonzero(), lambda: x[x > 1], lambda: x.tolist(),
-                 lambda: x.cpu(), lambda: x.numpy(), lambda: x.unique()):  # fmt: skip
+    for read in (
+        lambda: bool(x[0] > 0),
+        lambda: int(x[0]),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        lambda: x.tolist(),
+        lambda: x.cpu(),
+        lambda: x.numpy(),
+        lambda: x.unique(),
+    ):
         with monkeypatch.context() as patch:
             reads = HostReads(patch)
             with reads:

@@ -12,9 +12,18 @@ from rime_fast.engine.rollout_backend import LocalBackend, SampledTokens
 from rime_fast.trainers.config import RefineConfig
 from rime_fast.trainers.refine_trainer import RefineRLTrainer
 
-QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 2,
-         "learning_rate": 5e-3, "warmup_steps": 0, "num_generations": 3, "max_completion_length": 32,
-         "trained_sides": "query", "max_steps": 1}  # fmt: skip
+QUIET = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "per_device_train_batch_size": 2,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "num_generations": 3,
+    "max_completion_length": 32,
+    "trained_sides": "query",
+    "max_steps": 1,
+}
 GEN, OPEN, CLOSE, RED = "<gen_emb>", "<rewrite>", "</rewrite>\n", "red"
 GOOD = OPEN + RED + CLOSE + GEN
 
@@ -22,8 +31,14 @@ GOOD = OPEN + RED + CLOSE + GEN
 def trainer(tiny, folder, *, backend=None, **settings):
     args = RefineConfig(output_dir=str(folder), **(QUIET | settings))
     processor = tiny.processor()
-    return RefineRLTrainer(tiny.model(processor), args, tiny.pairs(4), processing_class=processor,
-                           template=tiny.template, rollout_backend=backend)  # fmt: skip
+    return RefineRLTrainer(
+        tiny.model(processor),
+        args,
+        tiny.pairs(4),
+        processing_class=processor,
+        template=tiny.template,
+        rollout_backend=backend,
+    )
 
 
 class Says:
@@ -112,14 +127,17 @@ def test_a_group_of_one(tiny, tmp_path):
     assert log["policy_loss"] == 0.0
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"refill_degenerate": 1, "reward_mode": "ume_r1", "trained_sides": "both"}, "these rewards need all ranks"),
-    ({"refill_degenerate": 1, "num_generations": 1, "scale_rewards": False}, "every group of one is degenerate"),
-    ({"refill_degenerate": -1}, "refill_degenerate"),
-    ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
-    ({"bank_storage": "disk"}, "bank_storage is 'disk'; expected one of 'device', 'host', 'sharded'"),
-    ({"anchor_bank": "x", "anchors": "policy"}, "anchor_bank is set, but the reward uses no bank"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"refill_degenerate": 1, "reward_mode": "ume_r1", "trained_sides": "both"}, "these rewards need all ranks"),
+        ({"refill_degenerate": 1, "num_generations": 1, "scale_rewards": False}, "every group of one is degenerate"),
+        ({"refill_degenerate": -1}, "refill_degenerate"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens"),
+        ({"bank_storage": "disk"}, "bank_storage is 'disk'; expected one of 'device', 'host', 'sharded'"),
+        ({"anchor_bank": "x", "anchors": "policy"}, "anchor_bank is set, but the reward uses no bank"),
+    ],
+)
 def test_settings_that_do_not_fit_are_named(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         RefineConfig(output_dir=str(tmp_path), **settings)
@@ -137,9 +155,15 @@ class SameAtFirst(LocalBackend):
         return super().generate(policy, sides, prompts, sampling, out)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"num_iterations": 2, "micro_batch_tokens": 1}, {"anchors": "policy"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_iterations": 2, "micro_batch_tokens": 1},
+        {"anchors": "policy"},
+    ],
+    ids=str,
+)
 def test_degenerate_groups_are_counted_and_drawn_again(tiny, tmp_path, settings):
     counts = {}
     for refill in (0, 3):
@@ -164,8 +188,17 @@ def test_refilling_needs_states(tiny, tmp_path):
 
 def test_a_backend_without_states_costs_one_more_forward(tiny, tmp_path):
     """UME-R1's reward in parts, and several updates: g comes from a forward before them."""
-    log = logged(tiny, tmp_path, GOOD, RED + GEN, OPEN + GEN, trained_sides="both", reward_mode="ume_r1",
-                 micro_batch_tokens=1, num_iterations=2)  # fmt: skip
+    log = logged(
+        tiny,
+        tmp_path,
+        GOOD,
+        RED + GEN,
+        OPEN + GEN,
+        trained_sides="both",
+        reward_mode="ume_r1",
+        micro_batch_tokens=1,
+        num_iterations=2,
+    )
     assert log["ratio"] == 1.0
     assert log["reward/nan"] == 0.0
 

@@ -9,16 +9,25 @@ from rime_fast.trainers.config import RefineConfig
 from rime_fast.trainers.policy_batch import Part, plan_parts
 from rime_fast.trainers.refine_trainer import RefineRLTrainer
 
-QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 3,
-         "learning_rate": 5e-3, "warmup_steps": 0, "num_generations": 3, "max_completion_length": 6,
-         "lr_scheduler_type": "constant"}  # fmt: skip
+QUIET = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "per_device_train_batch_size": 3,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "num_generations": 3,
+    "max_completion_length": 6,
+    "lr_scheduler_type": "constant",
+}
 
 
 def trainer(tiny, folder, *, more=None, **settings):
     args = RefineConfig(output_dir=str(folder), **(QUIET | settings))
     processor = tiny.processor()
-    return RefineRLTrainer(tiny.model(processor), args, tiny.pairs(6), processing_class=processor,
-                           template=tiny.template, **(more or {}))  # fmt: skip
+    return RefineRLTrainer(
+        tiny.model(processor), args, tiny.pairs(6), processing_class=processor, template=tiny.template, **(more or {})
+    )
 
 
 def test_parts_are_as_few_as_neighbours_allow():
@@ -65,13 +74,17 @@ class Stepped:
                 assert self.metrics[name] == pytest.approx(want, rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize("settings", [
-    {},
-    {"loss_type": "token_mean", "trained_sides": "query"},
-    {"loss_type": "dr_grpo", "scale_rewards": False, "negatives": "batch"},
-    {"anchors": "policy", "trained_sides": "target"},
-    {"shared_prefix": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_type": "token_mean", "trained_sides": "query"},
+        {"loss_type": "dr_grpo", "scale_rewards": False, "negatives": "batch"},
+        {"anchors": "policy", "trained_sides": "target"},
+        {"shared_prefix": False},
+    ],
+    ids=str,
+)
 def test_a_step_in_parts_is_the_step(tiny, tmp_path, settings):
     whole = Stepped(tiny, tmp_path, beta=0.1, **settings)
     prompts = 3 if "trained_sides" in settings else 6
@@ -97,9 +110,16 @@ def test_rewards_that_need_the_whole_batch_come_from_decoding(tiny, tmp_path, se
     torch.testing.assert_close(plain.rollouts.buffer.rewards, rewards, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"micro_batch_tokens": 1}, {"num_iterations": 2, "micro_batch_tokens": 150}, {"beta": 0.0, "rollout_batch": 3},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"micro_batch_tokens": 1},
+        {"num_iterations": 2, "micro_batch_tokens": 150},
+        {"beta": 0.0, "rollout_batch": 3},
+    ],
+    ids=str,
+)
 def test_a_frozen_vision_tower_sees_an_image_once(tiny, tmp_path, settings):
     run = trainer(tiny, tmp_path, max_steps=2, anchors="policy", trained_sides="query", **settings)
     seen = []

@@ -20,17 +20,29 @@ LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": Fal
 
 def trainer(tiny, folder, lora=False, **settings):
     args = RefineConfig(
-        output_dir=str(folder), save_strategy="no", progress="none", per_device_train_batch_size=PAIRS, seed=1,
-        num_generations=G, max_completion_length=CAP, **settings,
-    )  # fmt: skip
+        output_dir=str(folder),
+        save_strategy="no",
+        progress="none",
+        per_device_train_batch_size=PAIRS,
+        seed=1,
+        num_generations=G,
+        max_completion_length=CAP,
+        **settings,
+    )
     processor = tiny.processor()
     config = None
     if lora:
         from peft import LoraConfig
 
         config = LoraConfig(**LORA)
-    run = RefineRLTrainer(tiny.model(processor), args, tiny.pairs(5), processing_class=processor,
-                          template=tiny.template, peft_config=config)  # fmt: skip
+    run = RefineRLTrainer(
+        tiny.model(processor),
+        args,
+        tiny.pairs(5),
+        processing_class=processor,
+        template=tiny.template,
+        peft_config=config,
+    )
     run.model.double()
     if run.reference.copy is not None:
         run.reference.copy.double()
@@ -50,8 +62,13 @@ def read(run, model, side, response):
     """(log-probabilities of the response's tokens, g, d) from one sequence by itself."""
     base = dual_mode_of(model)
     batch = run.collator.collate_responses([side], [response])
-    hidden = base.encode_hidden(**{k: v for k, v in batch.items() if k in (
-        "input_ids", "lengths", "position_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")})  # fmt: skip
+    hidden = base.encode_hidden(
+        **{
+            k: v
+            for k, v in batch.items()
+            if k in ("input_ids", "lengths", "position_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+        }
+    )
     n, prompt = batch["lengths"][0], batch["prompt_lengths"][0]
     logits = hidden[prompt - 1 : n - 1] @ base.lm_head.weight.T / run.args.sampling_temperature
     logp = logits.log_softmax(-1)[range(len(response)), response]
@@ -71,8 +88,11 @@ def plain_rewards(run, names, sides, rollouts, found):
             form = float(run.collator.template.parse_response(text).format_ok)
             _, gen, disc = found[row]
             if args.reward_mode == "ume_r1":
-                others = {i: [float(gen @ found[p * G + h][1]) for h in range(G)]
-                          for p, (n, i) in enumerate(names) if n == other}  # fmt: skip
+                others = {
+                    i: [float(gen @ found[p * G + h][1]) for h in range(G)]
+                    for p, (n, i) in enumerate(names)
+                    if n == other
+                }
                 ranked = sorted((s for values in others.values() for s in values), reverse=True)
                 hits = sum(s >= ranked[G - 1] for s in others[item]) / G
                 rest = [s for i, values in others.items() if i != item for s in values]
@@ -84,8 +104,13 @@ def plain_rewards(run, names, sides, rollouts, found):
             s = float(gen @ own)
             rank = 1 + sum(r > s for r in rest)
             over = max(0, len(rollouts[row]) - args.length_limit) / args.length_limit
-            rewards[-1].append(form + (s - statistics.fmean(rest)) / math.log2(1 + rank) + s - float(disc @ own)
-                               - args.length_weight * over)  # fmt: skip
+            rewards[-1].append(
+                form
+                + (s - statistics.fmean(rest)) / math.log2(1 + rank)
+                + s
+                - float(disc @ own)
+                - args.length_weight * over
+            )
     return rewards
 
 
@@ -131,13 +156,17 @@ def compare(run, loss, plain):
     return metrics
 
 
-@pytest.mark.parametrize(("settings", "lora"), [
-    ({}, False),
-    ({"trained_sides": "query", "loss_type": "token_mean", "length_limit": 2.0}, False),
-    ({"trained_sides": "target", "loss_type": "dr_grpo", "scale_rewards": False, "beta": 0.0}, False),
-    ({"reward_mode": "ume_r1"}, False),
-    ({"sampling_temperature": 0.7, "loss_type": "token_mean"}, True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "lora"),
+    [
+        ({}, False),
+        ({"trained_sides": "query", "loss_type": "token_mean", "length_limit": 2.0}, False),
+        ({"trained_sides": "target", "loss_type": "dr_grpo", "scale_rewards": False, "beta": 0.0}, False),
+        ({"reward_mode": "ume_r1"}, False),
+        ({"sampling_temperature": 0.7, "loss_type": "token_mean"}, True),
+    ],
+    ids=str,
+)
 def test_loss_and_metrics(tiny, tmp_path, settings, lora):
     run = trainer(tiny, tmp_path, lora, **({"beta": 0.2} | settings))
     assert run.reference.kind == ("adapter" if lora else "none" if settings.get("beta") == 0 else "copy")

@@ -15,8 +15,16 @@ from refine_ranks_worker import PLANS, plain, refine, run_plans
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
-TERMS = ("loss", "reward/total", "reward/rank", "group_std", "rewrite_tokens", "ratio", "clip_fraction",
-         "format_failed")  # fmt: skip
+TERMS = (
+    "loss",
+    "reward/total",
+    "reward/rank",
+    "group_std",
+    "rewrite_tokens",
+    "ratio",
+    "clip_fraction",
+    "format_failed",
+)
 
 
 def check(folder: Path, *names: str) -> None:

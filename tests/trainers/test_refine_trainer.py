@@ -13,15 +13,29 @@ import torch
 from rime_fast.trainers.config import RefineConfig
 from rime_fast.trainers.refine_trainer import RefineRLTrainer
 
-QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 2,
-         "learning_rate": 5e-3, "warmup_steps": 0, "num_generations": 3, "max_completion_length": 5}  # fmt: skip
+QUIET = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "per_device_train_batch_size": 2,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "num_generations": 3,
+    "max_completion_length": 5,
+}
 
 
 def trainer(tiny, folder, pairs=None, *, more=None, **settings) -> RefineRLTrainer:
     args = RefineConfig(output_dir=str(folder), **(QUIET | settings))
     processor = tiny.processor()
-    return RefineRLTrainer(tiny.model(processor), args, tiny.pairs(8) if pairs is None else pairs,
-                           processing_class=processor, template=tiny.template, **(more or {}))  # fmt: skip
+    return RefineRLTrainer(
+        tiny.model(processor),
+        args,
+        tiny.pairs(8) if pairs is None else pairs,
+        processing_class=processor,
+        template=tiny.template,
+        **(more or {}),
+    )
 
 
 def curve(run: RefineRLTrainer) -> list[dict[str, float]]:
@@ -29,21 +43,38 @@ def curve(run: RefineRLTrainer) -> list[dict[str, float]]:
     return [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in run.state.log_history]
 
 
-@pytest.mark.parametrize("settings", [
-    {},
-    {"trained_sides": "query"},
-    {"trained_sides": "target", "anchors": "policy"},
-    {"anchors": "policy"},
-    {"negatives": "batch", "loss_type": "token_mean"},
-    {"reward_mode": "ume_r1", "loss_type": "dr_grpo", "scale_rewards": False},
-    {"beta": 0.0},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"trained_sides": "query"},
+        {"trained_sides": "target", "anchors": "policy"},
+        {"anchors": "policy"},
+        {"negatives": "batch", "loss_type": "token_mean"},
+        {"reward_mode": "ume_r1", "loss_type": "dr_grpo", "scale_rewards": False},
+        {"beta": 0.0},
+    ],
+    ids=str,
+)
 def test_every_switch_runs_and_logs(tiny, tmp_path, settings):
     run = trainer(tiny, tmp_path, max_steps=2, **settings)
     run.train()
     log = run.state.log_history[0]
-    names = {"reward/total", "reward/format", "reward/score", "reward/refine", "reward/length", "rewrite_tokens", "kl",
-             "clip_fraction", "group_std", "degenerate_groups", "format_failed", "unfinished", "ratio"}  # fmt: skip
+    names = {
+        "reward/total",
+        "reward/format",
+        "reward/score",
+        "reward/refine",
+        "reward/length",
+        "rewrite_tokens",
+        "kl",
+        "clip_fraction",
+        "group_std",
+        "degenerate_groups",
+        "format_failed",
+        "unfinished",
+        "ratio",
+    }
     assert names <= set(log)
     assert log["ratio"] == 1.0
     assert log["clip_fraction"] == 0.0
@@ -77,9 +108,21 @@ def test_anchors_stay_those_of_the_start(tiny, tmp_path):
 
 def test_it_raises_the_reward_it_is_given(tiny, tmp_path):
     """Only the length costs: rewrites must become shorter."""
-    run = trainer(tiny, tmp_path, max_steps=12, format_weight=0, rank_weight=0, refine_weight=0, length_weight=1.0,
-                  length_limit=1.0, max_completion_length=8, beta=0.0, num_generations=8, trained_sides="query",
-                  per_device_train_batch_size=8)  # fmt: skip
+    run = trainer(
+        tiny,
+        tmp_path,
+        max_steps=12,
+        format_weight=0,
+        rank_weight=0,
+        refine_weight=0,
+        length_weight=1.0,
+        length_limit=1.0,
+        max_completion_length=8,
+        beta=0.0,
+        num_generations=8,
+        trained_sides="query",
+        per_device_train_batch_size=8,
+    )
     run.train()
     lengths = [entry["rewrite_tokens"] for entry in run.state.log_history[:-1]]
     rewards = [entry["reward/total"] for entry in run.state.log_history[:-1]]
@@ -112,9 +155,14 @@ def test_more_updates_per_rollout_batch_clip_against_the_stored_policy(tiny, tmp
     assert ["reward/total" in entry for entry in run.state.log_history[:-1]] == [True, False, False] * 2
 
 
-@pytest.mark.parametrize(("settings", "at"), [
-    ({}, 3), ({"num_iterations": 2, "gradient_accumulation_steps": 2}, 3),
-], ids=["one update", "inside a rollout batch"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "at"),
+    [
+        ({}, 3),
+        ({"num_iterations": 2, "gradient_accumulation_steps": 2}, 3),
+    ],
+    ids=["one update", "inside a rollout batch"],
+)
 def test_resume_reproduces_the_uninterrupted_run_to_the_bit(tiny, tmp_path, settings, at):
     settings = settings | {"max_steps": 5, "save_strategy": "steps", "save_steps": at}
     straight = trainer(tiny, tmp_path / "a", **settings)

@@ -19,15 +19,28 @@ from rime_fast.model.processor import RimeProcessor
 from rime_fast.trainers.config import RimeConfig
 from rime_fast.trainers.rime_trainer import RimeTrainer
 
-QUIET = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "per_device_train_batch_size": 4,
-         "learning_rate": 5e-3, "warmup_steps": 0, "temperature": 0.1}  # fmt: skip
+QUIET = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "temperature": 0.1,
+}
 
 
 def trainer(tiny, folder, pairs=None, *, more=None, **settings) -> RimeTrainer:
     args = RimeConfig(output_dir=str(folder), **(QUIET | settings))
     processor = tiny.processor()
-    return RimeTrainer(tiny.model(processor), args, tiny.pairs(16) if pairs is None else pairs,
-                       processing_class=processor, template=tiny.template, **(more or {}))  # fmt: skip
+    return RimeTrainer(
+        tiny.model(processor),
+        args,
+        tiny.pairs(16) if pairs is None else pairs,
+        processing_class=processor,
+        template=tiny.template,
+        **(more or {}),
+    )
 
 
 def curve(run: RimeTrainer) -> list[dict[str, float]]:
@@ -44,8 +57,14 @@ def test_it_learns_and_logs_every_term(tiny, tmp_path):
     names |= {"loss", "ce/query", "ce/target", "grad_norm", "samples_per_second", "tokens_per_second"}
     assert names <= set(last)
     assert last["loss"] < 0.6 * first["loss"]
-    total = (first["ce/query"] + first["ce/target"] + first["contrast/disc-disc"] + first["contrast/gen-gen"]
-             + 0.5 * first["contrast/gen-disc"] + 0.5 * first["contrast/disc-gen"])  # fmt: skip
+    total = (
+        first["ce/query"]
+        + first["ce/target"]
+        + first["contrast/disc-disc"]
+        + first["contrast/gen-gen"]
+        + 0.5 * first["contrast/gen-disc"]
+        + 0.5 * first["contrast/disc-gen"]
+    )
     assert math.isclose(first["loss"], total, rel_tol=1e-5)
 
 
@@ -146,8 +165,7 @@ def test_gradient_checkpointing_changes_no_number(tiny, tmp_path):
 def test_lora_trains_and_saves_an_adapter(tiny, tmp_path):
     from peft import LoraConfig
 
-    run = trainer(tiny, tmp_path / "run", max_steps=2,
-                  more={"peft_config": LoraConfig(r=2, target_modules=["q_proj"])})  # fmt: skip
+    run = trainer(tiny, tmp_path / "run", max_steps=2, more={"peft_config": LoraConfig(r=2, target_modules=["q_proj"])})
     assert {n.split(".")[-3] for n, p in run.model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     run.train()
     run.save_model(tmp_path / "adapter")
@@ -171,8 +189,15 @@ def test_gradient_accumulation_is_the_mean_of_its_micro_batches(tiny, tmp_path):
 def test_evaluation_reports_every_term_and_leaves_training_alone(tiny, tmp_path):
     plain = trainer(tiny, tmp_path, max_steps=4)
     plain.train()
-    run = trainer(tiny, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4,
-                  more={"eval_dataset": tiny.pairs(8, seed=5)})  # fmt: skip
+    run = trainer(
+        tiny,
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+        more={"eval_dataset": tiny.pairs(8, seed=5)},
+    )
     run.train()
     logged = [entry for entry in run.state.log_history if "eval_loss" in entry]
     assert len(logged) == 2
@@ -245,13 +270,19 @@ def test_wrong_arguments_are_named(tiny, tmp_path):
     with pytest.raises(TypeError, match="train_dataset is int"):
         trainer(tiny, tmp_path, 3)
     with pytest.raises(ValueError, match="without image_processor"):
-        RimeTrainer(model, RimeConfig(output_dir=str(tmp_path)), tiny.pairs(4),
-                    processing_class=type("T", (), {"tokenizer": processor.tokenizer})())  # fmt: skip
+        RimeTrainer(
+            model,
+            RimeConfig(output_dir=str(tmp_path)),
+            tiny.pairs(4),
+            processing_class=type("T", (), {"tokenizer": processor.tokenizer})(),
+        )
 
 
 def test_bad_rows_stop_before_step_one_or_are_skipped_and_counted(tiny, tmp_path):
-    rows = [{"query": {"text": f"which {i}", "rewrite": f"red {i}"}, "target": {"text": "x", "rewrite": f"tall {i}"}}
-            for i in range(8)]  # fmt: skip
+    rows = [
+        {"query": {"text": f"which {i}", "rewrite": f"red {i}"}, "target": {"text": "x", "rewrite": f"tall {i}"}}
+        for i in range(8)
+    ]
     rows[2]["target"]["rewrite"] = " "
     rows[5]["query"]["image"] = "nowhere.png"
     file = tmp_path / "pairs.jsonl"
@@ -269,10 +300,12 @@ def test_bad_rows_stop_before_step_one_or_are_skipped_and_counted(tiny, tmp_path
 def test_rows_of_a_datasets_table_train(tiny, tmp_path):
     import datasets
 
-    table = datasets.Dataset.from_list([
-        {"query": {"text": f"which {i}", "rewrite": f"red {i}"}, "target": {"text": f"{i}", "rewrite": f"tall {i}"}}
-        for i in range(8)
-    ])  # fmt: skip
+    table = datasets.Dataset.from_list(
+        [
+            {"query": {"text": f"which {i}", "rewrite": f"red {i}"}, "target": {"text": f"{i}", "rewrite": f"tall {i}"}}
+            for i in range(8)
+        ]
+    )
     run = trainer(tiny, tmp_path, table, max_steps=2)
     run.train()
     assert len(run.state.log_history) == 3
@@ -286,5 +319,10 @@ def test_a_template_with_filler_needs_no_rewrites(tiny, tmp_path):
         trainer(tiny, tmp_path, pairs)
     processor = tiny.processor()
     args = RimeConfig(output_dir=str(tmp_path), max_steps=1, **QUIET)
-    RimeTrainer(tiny.model(processor), args, pairs, processing_class=processor,
-                template=replace(tiny.template, filler="flat flat")).train()  # fmt: skip
+    RimeTrainer(
+        tiny.model(processor),
+        args,
+        pairs,
+        processing_class=processor,
+        template=replace(tiny.template, filler="flat flat"),
+    ).train()

@@ -89,8 +89,9 @@ def kept_graphs(shape: ModelShape, cluster: Cluster, plan: Plan) -> list[dict[st
     return lines
 
 
-def all_curves(shape: ModelShape, hardware: Hardware, assume: Assumptions, plan: Plan, refine: RefinePlan,
-               own: int) -> dict[str, Any]:  # fmt: skip
+def all_curves(
+    shape: ModelShape, hardware: Hardware, assume: Assumptions, plan: Plan, refine: RefinePlan, own: int
+) -> dict[str, Any]:
     """Every curve of the page, with the points where a part begins to cost. own: pairs a GPU of joint training."""
 
     def make(gpus: int) -> Cluster:

@@ -183,8 +183,13 @@ def joint_step(shape: ModelShape, cluster: Cluster, plan: Plan, load: Load | Non
     kept = max(1, round(plan.kept * micro)) if plan.cached else 1
     again = (micro - kept) / micro
     trained = shape.trained(plan.trained_vision)
-    sync = Sync(plan.strategy, shape.parameters, trained, units=shape.text.layers + 2,
-                gradient=memory.precision_of(plan.strategy).gradient)  # fmt: skip
+    sync = Sync(
+        plan.strategy,
+        shape.parameters,
+        trained,
+        units=shape.text.layers + 2,
+        gradient=memory.precision_of(plan.strategy).gradient,
+    )
 
     trunk_flops, trunk_s = rates.trunk(shape, load)
     merge_flops = work.merging(shape.vision, load.patches)
@@ -195,20 +200,24 @@ def joint_step(shape: ModelShape, cluster: Cluster, plan: Plan, load: Load | Non
     recomputed = 1.0 if plan.checkpointing else 0.0
     head_flops = work.head(shape.text, load.scored, "linear_ce")
     parts = [
-        Part("vision", trunk_passes * trunk_s + (3 + again) * merge_s,
-             trunk_passes * trunk_flops + (3 + again) * merge_flops),
+        Part(
+            "vision",
+            trunk_passes * trunk_s + (3 + again) * merge_s,
+            trunk_passes * trunk_flops + (3 + again) * merge_flops,
+        ),
         Part("forward", text_s, text_flops),
         Part("forward again", (again + recomputed) * text_s, (again + recomputed) * text_flops),
         Part("backward", 2 * text_s, 2 * text_flops),
         Part("head", rates.matmul(head_flops), head_flops),
-    ]  # fmt: skip
+    ]
     parts += contrast_parts(shape, cluster, plan, rates)
     forward, backward = (trunk_s + text_s) / micro, (2 + recomputed) * text_s / micro
     parts += sync_parts(cluster, sync, micro, 2 * micro - kept, forward, backward)
     updated = trained / (1 if plan.strategy == "ddp" else cluster.gpus)
     parts.append(optimizer_part(rates, updated))
-    return Step(parts, joint_memory(shape, cluster, plan, load, micro, kept), plan.pairs, load.tokens * cluster.gpus,
-                micro)  # fmt: skip
+    return Step(
+        parts, joint_memory(shape, cluster, plan, load, micro, kept), plan.pairs, load.tokens * cluster.gpus, micro
+    )
 
 
 def contrast_call(shape: ModelShape, plan: Plan) -> Contrast:
@@ -235,9 +244,7 @@ def contrast_parts(shape: ModelShape, cluster: Cluster, plan: Plan, rates: Rates
     ]
 
 
-def sync_parts(
-    cluster: Cluster, sync: Sync, micro: int, forwards: int, forward: float, backward: float
-) -> list[Part]:
+def sync_parts(cluster: Cluster, sync: Sync, micro: int, forwards: int, forward: float, backward: float) -> list[Part]:
     """Parameter gathers and gradient reduction of a step; forward, backward: seconds of ONE micro-batch's."""
     assume = cluster.assume
     gather = sync.one_pass(cluster)
@@ -249,10 +256,14 @@ def sync_parts(
     update = cluster.seconds(sync.update(cluster))
     gradients = reduction * times + sync.update(cluster)
     return [
-        Part("parameter gathers", gathers, sent=gather.nbytes * (forwards + micro),
-             alone=cluster.seconds(gather) * (forwards + micro)),
+        Part(
+            "parameter gathers",
+            gathers,
+            sent=gather.nbytes * (forwards + micro),
+            alone=cluster.seconds(gather) * (forwards + micro),
+        ),
         Part("gradient exchange", reduced + update, sent=gradients.nbytes, alone=cluster.seconds(gradients)),
-    ]  # fmt: skip
+    ]
 
 
 def optimizer_part(rates: Rates, parameters: float) -> Part:

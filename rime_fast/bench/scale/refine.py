@@ -100,8 +100,13 @@ def refine_step(shape: ModelShape, cluster: Cluster, plan: RefinePlan) -> Step:
     prompts = Load.of(shape, prompt_sides)
     rows, scores, scored = policy_load(shape, plan, own)
     micro = 1 if plan.micro_tokens is None else -int(-rows // plan.micro_tokens)
-    sync = Sync(plan.strategy, shape.parameters, shape.trained(), units=text.layers + 2,
-                gradient=memory.precision_of(plan.strategy).gradient)  # fmt: skip
+    sync = Sync(
+        plan.strategy,
+        shape.parameters,
+        shape.trained(),
+        units=text.layers + 2,
+        gradient=memory.precision_of(plan.strategy).gradient,
+    )
 
     trunk_flops, trunk_s = rates.trunk(shape, prompts)
     merge_flops = work.merging(shape.vision, prompts.patches)

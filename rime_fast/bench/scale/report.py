@@ -67,18 +67,37 @@ def make_report(options: ScaleOptions) -> dict[str, Any]:
     if not options.gpus:
         raise ValueError("gpus is empty; expected at least one number of GPUs")
     shape = checkpoint_shape(options.model)
-    assume = Assumptions(matmul=options.matmul, attention=options.attention, network=options.network,
-                         hbm=options.hbm, overlap=options.overlap)  # fmt: skip
+    assume = Assumptions(
+        matmul=options.matmul,
+        attention=options.attention,
+        network=options.network,
+        hbm=options.hbm,
+        overlap=options.overlap,
+    )
     side = Side(options.text_tokens, options.pixels, options.rewrite_tokens)
     own, refine_own = options.pairs_per_gpu, options.refine_pairs_per_gpu
 
     def joint_plan(gpus: int) -> Plan:
-        return Plan(own * gpus, side, side, options.strategy, options.micro_batch_tokens, kept=options.kept,
-                    checkpointing=options.checkpointing)  # fmt: skip
+        return Plan(
+            own * gpus,
+            side,
+            side,
+            options.strategy,
+            options.micro_batch_tokens,
+            kept=options.kept,
+            checkpointing=options.checkpointing,
+        )
 
     def refine_plan(gpus: int) -> RefinePlan:
-        return RefinePlan(refine_own * gpus, side, side, options.rollouts, strategy=options.strategy,
-                          checkpointing=options.checkpointing, micro_tokens=options.micro_batch_tokens)  # fmt: skip
+        return RefinePlan(
+            refine_own * gpus,
+            side,
+            side,
+            options.rollouts,
+            strategy=options.strategy,
+            checkpointing=options.checkpointing,
+            micro_tokens=options.micro_batch_tokens,
+        )
 
     clusters = [Cluster(gpus, H100, assume) for gpus in options.gpus]
     return {
@@ -118,15 +137,21 @@ def print_report(report: dict[str, Any]) -> None:
     """Both tables, for people."""
     model, hardware = report["model"], report["hardware"]
     print(f"{report['note']}.")
-    print(f"{hardware['name']}, {hardware['gpus_per_node']} a node ({hardware['source']}); assumed: " + ", ".join(
-        f"{name} {value:g}" for name, value in report["assumptions"].items()))  # fmt: skip
-    print(f"{model['name']}: {model['parameters'] / 1e9:.2f} billion parameters, {model['vision'] / 1e9:.2f} of them "
-          f"vision, {model['trained'] / 1e9:.2f} trained")  # fmt: skip
+    print(
+        f"{hardware['name']}, {hardware['gpus_per_node']} a node ({hardware['source']}); assumed: "
+        + ", ".join(f"{name} {value:g}" for name, value in report["assumptions"].items())
+    )
+    print(
+        f"{model['name']}: {model['parameters'] / 1e9:.2f} billion parameters, {model['vision'] / 1e9:.2f} of them "
+        f"vision, {model['trained'] / 1e9:.2f} trained"
+    )
     options = report["options"]
     print(f"\njoint training, {options['strategy']}, {options['pairs_per_gpu']} pairs a GPU: milliseconds of a step")
     print_table(report["joint"], "pairs")
-    print(f"\nRefine-RL, {options['strategy']}, {options['refine_pairs_per_gpu']} pairs a GPU x 2 sides x "
-          f"{options['rollouts']} rollouts: milliseconds of a step")  # fmt: skip
+    print(
+        f"\nRefine-RL, {options['strategy']}, {options['refine_pairs_per_gpu']} pairs a GPU x 2 sides x "
+        f"{options['rollouts']} rollouts: milliseconds of a step"
+    )
     print_table(report["refine"], "rollouts")
     begins = report["curves"]["contrast_begins"]
     print(f"\ncontrast and its exchange reach {begins['share']:.0%} of a joint step at")

@@ -170,9 +170,7 @@ def _check_matrices(
                 raise ValueError(f"{label} has {tensor.shape[0]} rows; expected {rows}, as {name}[{modes[0]!r}]")
 
 
-def _check_index(
-    name: str, index: object, length: int, what: str, device: torch.device, several: bool = False
-) -> None:
+def _check_index(name: str, index: object, length: int, what: str, device: torch.device, several: bool = False) -> None:
     """[length] int64; with ``several`` also [length, P], P >= 1."""
     if index is None:
         return

@@ -126,9 +126,19 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
     if grad is None:
         return [None] * n_query_modes, [None] * n_key_modes, None, *rest
     dq, dk, dt = torch.ops.rime_fast.contrastive_backward(
-        grad, rows, cols, embeddings[:n_query_modes], embeddings[n_query_modes:], temperature, labels, query_ids,
-        key_ids, *ctx.options, [need or need_t for need in need_q], list(need_k),
-    )  # fmt: skip
+        grad,
+        rows,
+        cols,
+        embeddings[:n_query_modes],
+        embeddings[n_query_modes:],
+        temperature,
+        labels,
+        query_ids,
+        key_ids,
+        *ctx.options,
+        [need or need_t for need in need_q],
+        list(need_k),
+    )
     return (
         [d if need else None for d, need in zip(dq, need_q, strict=True)],
         [d if need else None for d, need in zip(dk, need_k, strict=True)],

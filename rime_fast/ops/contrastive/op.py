@@ -120,9 +120,16 @@ def _local_terms(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     else:
         check_values(labels, problem.n_keys)
     loss, hits = reference_terms(
-        problem.queries, problem.keys, problem.terms, problem.temperature, labels,
-        problem.query_ids, problem.key_ids, problem.margin, problem.symmetric,
-    )  # fmt: skip
+        problem.queries,
+        problem.keys,
+        problem.terms,
+        problem.temperature,
+        labels,
+        problem.query_ids,
+        problem.key_ids,
+        problem.margin,
+        problem.symmetric,
+    )
     if readable and not bool(loss.detach().isfinite().all()):
         _name_bad_row(problem)
     return loss, hits
@@ -130,9 +137,18 @@ def _local_terms(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
 def _by_operator(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     arguments = (
-        problem.queries, problem.keys, problem.temperature, problem.labels, problem.query_ids, problem.key_ids,
-        [q for q, _ in problem.terms], [k for _, k in problem.terms], problem.margin, problem.symmetric, backend,
-    )  # fmt: skip
+        problem.queries,
+        problem.keys,
+        problem.temperature,
+        problem.labels,
+        problem.query_ids,
+        problem.key_ids,
+        [q for q, _ in problem.terms],
+        [k for _, k in problem.terms],
+        problem.margin,
+        problem.symmetric,
+        backend,
+    )
     if torch.compiler.is_compiling():
         return torch.ops.rime_fast.contrastive(*arguments)[:2]
     try:

@@ -60,9 +60,7 @@ class Statistics:
     rival: Tensor  # [N] largest logit of a row
 
     @classmethod
-    def empty(
-        cls, labels: Tensor, n_keys: int, bounded: bool, dtype: torch.dtype
-    ) -> Statistics:
+    def empty(cls, labels: Tensor, n_keys: int, bounded: bool, dtype: torch.dtype) -> Statistics:
         """Before the first tile. labels [N, P]."""
 
         def full(size: int, value: float, of: torch.dtype = dtype) -> Tensor:
@@ -112,9 +110,7 @@ class Rows(Protocol):
 
     def statistics(self, tile: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None: ...
 
-    def gradient(
-        self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype
-    ) -> Tensor:
+    def gradient(self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype) -> Tensor:
         """The gradient to the tile's similarities, in ``dtype``, in the tile's memory where that can be."""
         ...
 
@@ -128,20 +124,46 @@ class NativeRows:
 
     def statistics(self, tile: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None:
         torch.ops.rime_fast_C.contrast_statistics(
-            tile, self.scale, row, col, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit,
-            self.flag, into.row_max, into.row_sum, into.col_max, into.col_sum, into.positive, into.rival,
+            tile,
+            self.scale,
+            row,
+            col,
+            masks.labels,
+            masks.row_ids,
+            masks.col_ids,
+            masks.row_limit,
+            masks.col_limit,
+            self.flag,
+            into.row_max,
+            into.row_sum,
+            into.col_max,
+            into.col_sum,
+            into.positive,
+            into.rival,
             self._workspace(tile),
-        )  # fmt: skip
+        )
 
-    def gradient(
-        self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype
-    ) -> Tensor:
+    def gradient(self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype) -> Tensor:
         out = narrow_view(tile, dtype)
         torch.ops.rime_fast_C.contrast_gradient(
-            tile, self.scale, row, col, masks.labels, masks.row_ids, masks.col_ids, masks.row_limit, masks.col_limit,
-            self.flag, slopes.row_shift, slopes.row_coef, slopes.col_shift, slopes.col_coef,
-            slopes.positive_slope, slopes.factor, out,
-        )  # fmt: skip
+            tile,
+            self.scale,
+            row,
+            col,
+            masks.labels,
+            masks.row_ids,
+            masks.col_ids,
+            masks.row_limit,
+            masks.col_limit,
+            self.flag,
+            slopes.row_shift,
+            slopes.row_coef,
+            slopes.col_shift,
+            slopes.col_coef,
+            slopes.positive_slope,
+            slopes.factor,
+            out,
+        )
         return out
 
     def _workspace(self, tile: Tensor) -> Tensor | None:
@@ -179,9 +201,7 @@ class TorchRows:
         _merge(by_row, 1, into.row_max[rows], into.row_sum[rows], into.bounded)
         _merge(logits.masked_fill_(col_masked, -torch.inf), 0, into.col_max[cols], into.col_sum[cols], into.bounded)
 
-    def gradient(
-        self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype
-    ) -> Tensor:
+    def gradient(self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype) -> Tensor:
         rows, cols = slice(row, row + tile.shape[0]), slice(col, col + tile.shape[1])
         row_masked, col_masked = _masked(tile, rows, cols, masks)
         logits = tile * self.scale

@@ -26,10 +26,25 @@ import triton.language as tl
 
 @triton.jit
 def _similarities(
-    q, k, row0, col0, q_base, k_base, n, n_keys, width, stride_q, stride_k,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    row0,
+    col0,
+    q_base,
+    k_base,
+    n,
+    n_keys,
+    width,
+    stride_q,
+    stride_k,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """q . k [BM, BN] fp32 of rows row0 and columns col0 onwards, which lie q_base and k_base rows into q and k.
 
     What stands in rows and columns past the end is finite wherever q and k are: the next mode's, zeros, the last one.
@@ -62,11 +77,43 @@ def _finite(shift):
 
 @triton.jit
 def statistics_kernel(
-    q, k, labels, label_range, row_ids, col_ids, row_limit, col_limit, positives, scale2, bounded, positive, row_part,
-    col_part, n, n_keys, width, stride_q, stride_k, first_row, plane_q, n_terms, query_modes, key_modes, SM, SN,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IDS: tl.constexpr, MARGIN: tl.constexpr,
-    BOUNDED: tl.constexpr, WIDEN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    labels,
+    label_range,
+    row_ids,
+    col_ids,
+    row_limit,
+    col_limit,
+    positives,
+    scale2,
+    bounded,
+    positive,
+    row_part,
+    col_part,
+    n,
+    n_keys,
+    width,
+    stride_q,
+    stride_k,
+    first_row,
+    plane_q,
+    n_terms,
+    query_modes,
+    key_modes,
+    SM,
+    SN,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IDS: tl.constexpr,
+    MARGIN: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """row_part [terms, 3, key superblocks, n]: maximum, sum, largest rival. col_part [terms, 2, row superblocks,
     n_keys]. q [modes x plane_q, width], of which rows first_row .. first_row + n - 1 of each mode; k [modes x n_keys,
     width]; either a pointer or (TMA) a descriptor of blocks [BM or BN, BK]. labels [n, positives], label_range [tiles
@@ -93,9 +140,25 @@ def statistics_kernel(
             rows = row0 + tl.arange(0, BM)
             live = rows < n
             s = scale * _similarities(
-                q, k, row0, col0, q_base, k_base, n, n_keys, width, stride_q, stride_k, BM, BN, BK, WIDEN, EVEN,
-                PRECISION, TMA,
-            )  # fmt: skip
+                q,
+                k,
+                row0,
+                col0,
+                q_base,
+                k_base,
+                n,
+                n_keys,
+                width,
+                stride_q,
+                stride_k,
+                BM,
+                BN,
+                BK,
+                WIDEN,
+                EVEN,
+                PRECISION,
+                TMA,
+            )
             first_label, last_label = tl.load(label_range + row0 // BM * 2), tl.load(label_range + row0 // BM * 2 + 1)
             if (row0 + BM > n) | (col0 + BN > n_keys) | ((last_label >= col0) & (first_label < col0 + BN)):
                 s = tl.where(live[:, None] & inside[None, :], s, float("-inf"))
@@ -151,11 +214,41 @@ def statistics_kernel(
 
 @triton.jit
 def gradient_kernel(
-    q, k, labels, positives, row_ids, col_ids, row_limit, col_limit, scale2, bounded, ratio, row_shift, row_coef,
-    col_shift, col_coef, positive_slope, panel, row_first, col_first, n, n_keys, width, stride_q, stride_k,
-    stride_panel, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IDS: tl.constexpr, MARGIN: tl.constexpr,
-    WIDEN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    labels,
+    positives,
+    row_ids,
+    col_ids,
+    row_limit,
+    col_limit,
+    scale2,
+    bounded,
+    ratio,
+    row_shift,
+    row_coef,
+    col_shift,
+    col_coef,
+    positive_slope,
+    panel,
+    row_first,
+    col_first,
+    n,
+    n_keys,
+    width,
+    stride_q,
+    stride_k,
+    stride_panel,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IDS: tl.constexpr,
+    MARGIN: tl.constexpr,
+    WIDEN: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """panel [rows, columns] <- ratio x (row_coef 2^(s - row_shift) + col_coef 2^(s - col_shift)), and
     ratio x positive_slope at the positives, for rows row_first .. n - 1 and columns col_first .. n_keys - 1."""
     row0, col0 = row_first + tl.program_id(0) * BM, col_first + tl.program_id(1) * BN

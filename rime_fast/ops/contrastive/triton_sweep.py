@@ -118,13 +118,34 @@ class TritonSweep:
             for bounded in (True, False):
                 tiles = light if bounded else _tiles("statistics_kernel", q, tma, heavy=True)
                 statistics_kernel[(len(terms) * a_blocks * b_blocks,)](
-                    _operand(q, tma, tiles.BM, tiles.BK), _operand(k, tma, tiles.BN, tiles.BK), labels,
-                    _label_range(labels, tiles.BM), _part(first.row_ids, rows), first.col_ids,
-                    None if limits is None else limits[0][:, rows].contiguous(), None if limits is None else limits[1],
-                    labels.shape[1], scale2, self.flag, positive, row_part, col_part, n, n_keys, width, q.stride(0),
-                    k.stride(0), row, plane, len(terms), *words, side, side, BOUNDED=bounded,
+                    _operand(q, tma, tiles.BM, tiles.BK),
+                    _operand(k, tma, tiles.BN, tiles.BK),
+                    labels,
+                    _label_range(labels, tiles.BM),
+                    _part(first.row_ids, rows),
+                    first.col_ids,
+                    None if limits is None else limits[0][:, rows].contiguous(),
+                    None if limits is None else limits[1],
+                    labels.shape[1],
+                    scale2,
+                    self.flag,
+                    positive,
+                    row_part,
+                    col_part,
+                    n,
+                    n_keys,
+                    width,
+                    q.stride(0),
+                    k.stride(0),
+                    row,
+                    plane,
+                    len(terms),
+                    *words,
+                    side,
+                    side,
+                    BOUNDED=bounded,
                     **self._options(q, tiles, tma, limits is not None),
-                )  # fmt: skip
+                )
             for term, state in enumerate(into):
                 _merge(row_part[term, 0], row_part[term, 1], state.row_max[rows], state.row_sum[rows])
                 _merge(col_part[term, 0], col_part[term, 1], state.col_max, state.col_sum)
@@ -154,11 +175,33 @@ class TritonSweep:
                     rows, cols = slice(row, min(row + height, q.shape[0])), slice(col, min(col + width, k.shape[0]))
                     grid = (-(-(rows.stop - row) // tiles.BM), -(-(cols.stop - col) // tiles.BN))
                     gradient_kernel[grid](
-                        q_operand, k_operand, masks.labels, masks.labels.shape[1], masks.row_ids, masks.col_ids,
-                        masks.row_limit, masks.col_limit, scale2, self.flag, factor, row_shift, row_coef, col_shift,
-                        col_coef, slope.positive_slope.float(), panel, row, col, rows.stop, cols.stop, q.shape[1],
-                        q.stride(0), k.stride(0), width, **options,
-                    )  # fmt: skip
+                        q_operand,
+                        k_operand,
+                        masks.labels,
+                        masks.labels.shape[1],
+                        masks.row_ids,
+                        masks.col_ids,
+                        masks.row_limit,
+                        masks.col_limit,
+                        scale2,
+                        self.flag,
+                        factor,
+                        row_shift,
+                        row_coef,
+                        col_shift,
+                        col_coef,
+                        slope.positive_slope.float(),
+                        panel,
+                        row,
+                        col,
+                        rows.stop,
+                        cols.stop,
+                        q.shape[1],
+                        q.stride(0),
+                        k.stride(0),
+                        width,
+                        **options,
+                    )
                     g = panel[: rows.stop - row, : cols.stop - col]
                     add_product(dq[qm], rows, g, k[cols])
                     add_product(dk[km], cols, g.T, q[rows])
@@ -169,10 +212,18 @@ class TritonSweep:
     def _options(self, q: Tensor, tiles: Tiles, tma: bool, margin: bool) -> dict[str, object]:
         tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
         return {
-            "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "IDS": self.masks[0].row_ids is not None, "MARGIN": margin,
-            "WIDEN": not q.is_cuda, "EVEN": q.shape[-1] % tiles.BK == 0, "PRECISION": "tf32" if tf32 else "ieee",
-            "TMA": tma, "num_warps": tiles.warps, "num_stages": tiles.stages,
-        }  # fmt: skip
+            "BM": tiles.BM,
+            "BN": tiles.BN,
+            "BK": tiles.BK,
+            "IDS": self.masks[0].row_ids is not None,
+            "MARGIN": margin,
+            "WIDEN": not q.is_cuda,
+            "EVEN": q.shape[-1] % tiles.BK == 0,
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "TMA": tma,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
 
 
 def bounded_flag(queries: list[Tensor], keys: list[Tensor], scale: Tensor) -> Tensor:

@@ -84,9 +84,23 @@ def prepare(
         _check_max_scored(max_scored, targets, ignore_index)
     names, sizes, starts, ends = _pack_pools(pools, rows, device)
     return Call(
-        hidden, lm_head, targets, starts, ends, bias, _temperature(temperature, hidden), float(softcap or 0.0),
-        ignore_index, entropy, normalize, names, sizes, vocab_start, group, -1 if max_scored is None else max_scored,
-    )  # fmt: skip
+        hidden,
+        lm_head,
+        targets,
+        starts,
+        ends,
+        bias,
+        _temperature(temperature, hidden),
+        float(softcap or 0.0),
+        ignore_index,
+        entropy,
+        normalize,
+        names,
+        sizes,
+        vocab_start,
+        group,
+        -1 if max_scored is None else max_scored,
+    )
 
 
 def check_weight(token_weight: Tensor | None, hidden: Tensor) -> Tensor:

@@ -127,10 +127,20 @@ def backward(
     scored = engine.scored_rows(targets, ignore_index, max_scored)
     rows_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp
     found = engine.backward(
-        hidden, lm_head, targets - vocab_start, scored, lse, logp + lse[0],
-        None if grad_entropy is None else row_entropy, rows_logp, grad_entropy, _plain(bias), temperature, softcap,
+        hidden,
+        lm_head,
+        targets - vocab_start,
+        scored,
+        lse,
+        logp + lse[0],
+        None if grad_entropy is None else row_entropy,
+        rows_logp,
+        grad_entropy,
+        _plain(bias),
+        temperature,
+        softcap,
         needs,
-    )  # fmt: skip
+    )
     if group:
         found = vocab_parallel.reduce_gradients(found, group)
     if found.hidden is not None and grad_pooled is not None:
@@ -147,9 +157,11 @@ def _as_results(
         return grad.to(source.dtype)
 
     return (
-        result(found.hidden, hidden), result(found.lm_head, lm_head), result(found.bias, bias),
+        result(found.hidden, hidden),
+        result(found.lm_head, lm_head),
+        result(found.bias, bias),
         result(found.temperature, temperature),
-    )  # fmt: skip
+    )
 
 
 @_in_own_precision
@@ -185,9 +197,20 @@ def linear_ce(
         stats = engine.forward(hidden, lm_head, local, scored, shift, temperature, softcap, entropy)
         stats = merge(stats) if merge else stats
         found = engine.backward(
-            hidden, lm_head, local, scored, stats.lse, stats.hit, None, -token_weight, None, shift, temperature,
-            softcap, needs,
-        )  # fmt: skip
+            hidden,
+            lm_head,
+            local,
+            scored,
+            stats.lse,
+            stats.hit,
+            None,
+            -token_weight,
+            None,
+            shift,
+            temperature,
+            softcap,
+            needs,
+        )
     if group:
         found = vocab_parallel.reduce_gradients(found, group)
     logp, row_entropy = _finish_rows(stats, targets, ignore_index)
@@ -201,6 +224,14 @@ def linear_ce(
         return grad.to(gradient_dtype(source.dtype))
 
     return (
-        loss, logp, stats.lse, row_entropy, pooled, inv_norm, result(found.hidden, hidden),
-        result(found.lm_head, lm_head), result(found.bias, bias), result(found.temperature, temperature),
-    )  # fmt: skip
+        loss,
+        logp,
+        stats.lse,
+        row_entropy,
+        pooled,
+        inv_norm,
+        result(found.hidden, hidden),
+        result(found.lm_head, lm_head),
+        result(found.bias, bias),
+        result(found.temperature, temperature),
+    )

@@ -78,9 +78,17 @@ def backward(
     for rows, x, aim in blocks:
         logits = blocks.logits(x)
         dlogits, products = rows_backward_(
-            logits, aim, blocks.pick(lse, rows), _maybe(blocks, entropy, rows), blocks.pick(hit, rows),
-            blocks.pick(grad_logp, rows), _maybe(blocks, grad_entropy, rows), bias, temperature, softcap,
-        )  # fmt: skip
+            logits,
+            aim,
+            blocks.pick(lse, rows),
+            _maybe(blocks, entropy, rows),
+            blocks.pick(hit, rows),
+            blocks.pick(grad_logp, rows),
+            _maybe(blocks, grad_entropy, rows),
+            bias,
+            temperature,
+            softcap,
+        )
         sums.add(rows, x, dlogits, products)
     return sums.finish(temperature)
 

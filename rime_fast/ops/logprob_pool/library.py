@@ -60,9 +60,22 @@ def logprob_pool(
 ) -> Outputs:
     """(logp [T], lse [2, T], entropy [T] or [0], read-outs [K, H], inv_norm [K]), fp32."""
     return backends.forward(
-        hidden, lm_head, targets, starts, ends, bias, temperature, softcap, ignore_index, entropy, normalize,
-        backend, max_scored, vocab_start, group,
-    )  # fmt: skip
+        hidden,
+        lm_head,
+        targets,
+        starts,
+        ends,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+        entropy,
+        normalize,
+        backend,
+        max_scored,
+        vocab_start,
+        group,
+    )
 
 
 @logprob_pool.register_fake
@@ -111,9 +124,16 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     entropy = ctx.options[2]
     found = torch.ops.rime_fast.logprob_pool_backward(
-        grad_logp, grad_entropy if entropy else None, grad_pooled, *ctx.saved_tensors, *ctx.options,
-        needs[0], needs[1], needs[5], needs[6],
-    )  # fmt: skip
+        grad_logp,
+        grad_entropy if entropy else None,
+        grad_pooled,
+        *ctx.saved_tensors,
+        *ctx.options,
+        needs[0],
+        needs[1],
+        needs[5],
+        needs[6],
+    )
     return _spread(found, needs, len(ctx.options) + 1)
 
 
@@ -160,10 +180,30 @@ def logprob_pool_backward(
 ) -> Grads:
     """Gradients of hidden, lm_head, bias and temperature, in their dtypes; empty where not needed."""
     return backends.backward(
-        grad_logp, grad_entropy, grad_pooled, hidden, lm_head, targets, starts, ends, bias, temperature,
-        logp, lse, row_entropy, pooled, inv_norm, softcap, ignore_index, normalize, backend, max_scored, vocab_start,
-        group, Needs(need_hidden, need_lm_head, need_bias, need_temperature),
-    )  # fmt: skip
+        grad_logp,
+        grad_entropy,
+        grad_pooled,
+        hidden,
+        lm_head,
+        targets,
+        starts,
+        ends,
+        bias,
+        temperature,
+        logp,
+        lse,
+        row_entropy,
+        pooled,
+        inv_norm,
+        softcap,
+        ignore_index,
+        normalize,
+        backend,
+        max_scored,
+        vocab_start,
+        group,
+        Needs(need_hidden, need_lm_head, need_bias, need_temperature),
+    )
 
 
 def _fake_grads(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, temperature: Tensor, needs: Needs) -> Grads:
@@ -173,9 +213,11 @@ def _fake_grads(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, temperatur
         return tensor.new_empty(tensor.shape)
 
     return (
-        like(hidden, needs.hidden), like(lm_head, needs.lm_head), like(bias, needs.bias),
+        like(hidden, needs.hidden),
+        like(lm_head, needs.lm_head),
+        like(bias, needs.bias),
         like(temperature, needs.temperature),
-    )  # fmt: skip
+    )
 
 
 @logprob_pool_backward.register_fake
@@ -230,9 +272,18 @@ def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in saved]
         up, (hidden, lm_head, targets, starts, ends, bias, temperature) = leaves[:3], leaves[3:]
         logp, entropy, pooled = reference(
-            hidden, lm_head, targets, starts, ends, bias, temperature, ctx.softcap, ctx.ignore_index, ctx.entropy,
+            hidden,
+            lm_head,
+            targets,
+            starts,
+            ends,
+            bias,
+            temperature,
+            ctx.softcap,
+            ctx.ignore_index,
+            ctx.entropy,
             ctx.normalize,
-        )  # fmt: skip
+        )
         pairs = [(y, u) for y, u in zip((logp, entropy, pooled), up, strict=True) if y is not None and u is not None]
         inputs = [t for t, need in zip((hidden, lm_head, bias, temperature), ctx.needs, strict=True) if need]
         first = torch.autograd.grad(

@@ -46,10 +46,24 @@ def linear_ce(
 ) -> Results:
     """(loss, logp, lse, entropy, read-outs, inv_norm, d hidden, d lm_head, d bias, d temperature)."""
     return backends.linear_ce(
-        hidden, lm_head, targets, token_weight, starts, ends, bias, temperature, softcap, ignore_index, entropy,
-        normalize, backend, max_scored, vocab_start, group,
+        hidden,
+        lm_head,
+        targets,
+        token_weight,
+        starts,
+        ends,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+        entropy,
+        normalize,
+        backend,
+        max_scored,
+        vocab_start,
+        group,
         Needs(need_hidden, need_lm_head, need_bias, need_temperature),
-    )  # fmt: skip
+    )
 
 
 @linear_ce.register_fake
@@ -83,12 +97,17 @@ def _(
 
     row = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return (
-        row.new_empty(()), row, row.new_empty(2, hidden.shape[0]),
+        row.new_empty(()),
+        row,
+        row.new_empty(2, hidden.shape[0]),
         torch.empty_like(row) if entropy else row.new_empty(0),
-        row.new_empty(starts.shape[0], hidden.shape[1]), row.new_empty(starts.shape[0]),
-        like(hidden, need_hidden), like(lm_head, need_lm_head), like(bias, need_bias),
+        row.new_empty(starts.shape[0], hidden.shape[1]),
+        row.new_empty(starts.shape[0]),
+        like(hidden, need_hidden),
+        like(lm_head, need_lm_head),
+        like(bias, need_bias),
         like(temperature, need_temperature),
-    )  # fmt: skip
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
@@ -106,24 +125,46 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_loss, grad_logp, _, grad_entropy, grad_pooled = grads[:5]
-    (hidden, lm_head, targets, token_weight, starts, ends, bias, temperature,
-     logp, lse, entropy, pooled, inv_norm) = ctx.saved_tensors  # fmt: skip
+    (hidden, lm_head, targets, token_weight, starts, ends, bias, temperature, logp, lse, entropy, pooled, inv_norm) = (
+        ctx.saved_tensors
+    )
     needs = ctx.needs_input_grad
     wanted = (needs[0], needs[1], needs[6], needs[7])
     _, _, with_entropy, normalize, *_ = ctx.options
     grad_entropy = grad_entropy if with_entropy else None
     made, ctx.made = ctx.made, None
     if made is not None and grad_logp is None and grad_entropy is None and not torch.is_grad_enabled():
-        found = _finish(made, (hidden, lm_head, bias, temperature), wanted, grad_loss, grad_pooled,
-                        (pooled, inv_norm, starts, ends, normalize))  # fmt: skip
+        found = _finish(
+            made,
+            (hidden, lm_head, bias, temperature),
+            wanted,
+            grad_loss,
+            grad_pooled,
+            (pooled, inv_norm, starts, ends, normalize),
+        )
     else:
         upstream = grad_logp
         if grad_loss is not None:
             upstream = -grad_loss * token_weight if grad_logp is None else grad_logp - grad_loss * token_weight
         found = torch.ops.rime_fast.logprob_pool_backward(
-            upstream, grad_entropy, grad_pooled, hidden, lm_head, targets, starts, ends, bias, temperature, logp,
-            lse, entropy, pooled, inv_norm, *ctx.options, *wanted,
-        )  # fmt: skip
+            upstream,
+            grad_entropy,
+            grad_pooled,
+            hidden,
+            lm_head,
+            targets,
+            starts,
+            ends,
+            bias,
+            temperature,
+            logp,
+            lse,
+            entropy,
+            pooled,
+            inv_norm,
+            *ctx.options,
+            *wanted,
+        )
     d_hidden, d_head, d_bias, d_temperature = (g if need else None for g, need in zip(found, wanted, strict=True))
     d_weight = -logp * grad_loss if needs[3] and grad_loss is not None else None
     rest = [None] * (len(ctx.options) + 5)  # the revision and the four needs
@@ -159,9 +200,7 @@ def _finish(
         if real:
             pool_backward_(result[0], grad_pooled, pooled, inv_norm, starts, ends, normalize)
         else:
-            result[0] = torch.ops.rime_fast.pool_add(
-                result[0], grad_pooled, pooled, inv_norm, starts, ends, normalize
-            )
+            result[0] = torch.ops.rime_fast.pool_add(result[0], grad_pooled, pooled, inv_norm, starts, ends, normalize)
     return tuple(result)
 
 

@@ -68,9 +68,19 @@ def fused_logprob_pool(
     asynchronous device assertion instead.
     """
     call = prepare(
-        hidden, lm_head, targets, pools, bias, temperature, softcap, ignore_index, entropy, normalize, vocab_group,
+        hidden,
+        lm_head,
+        targets,
+        pools,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+        entropy,
+        normalize,
+        vocab_group,
         max_scored,
-    )  # fmt: skip
+    )
     chosen = backends.TABLE.choose(backend, call.hidden)
     return _logprob_pool(call, chosen)
 
@@ -101,9 +111,19 @@ def fused_linear_ce(
     recomputed here as well (8 M H V): docs/logprob_pool.md says why.
     """
     call = prepare(
-        hidden, lm_head, targets, pools, bias, temperature, softcap, ignore_index, entropy, normalize, vocab_group,
+        hidden,
+        lm_head,
+        targets,
+        pools,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+        entropy,
+        normalize,
+        vocab_group,
         max_scored,
-    )  # fmt: skip
+    )
     weight = check_weight(token_weight, call.hidden)
     chosen = backends.TABLE.choose(backend, call.hidden)
     trains = torch.is_grad_enabled() and any(
@@ -114,11 +134,28 @@ def fused_linear_ce(
         # Ignored rows are left out, not multiplied by 0: their weight may be anything, 1/0 as well.
         return -torch.where(call.targets == ignore_index, 0.0, weight * found.logp).sum(), found
     loss, logp, _, row_entropy, pooled, *_ = torch.ops.rime_fast.linear_ce(
-        call.hidden, call.lm_head, call.targets, weight, call.starts, call.ends, call.bias, call.temperature,
-        call.softcap, call.ignore_index, call.entropy, call.normalize, chosen, call.max_scored, call.vocab_start,
-        call.group, library.REVISION, call.hidden.requires_grad, call.lm_head.requires_grad,
-        call.bias is not None and call.bias.requires_grad, call.temperature.requires_grad,
-    )  # fmt: skip
+        call.hidden,
+        call.lm_head,
+        call.targets,
+        weight,
+        call.starts,
+        call.ends,
+        call.bias,
+        call.temperature,
+        call.softcap,
+        call.ignore_index,
+        call.entropy,
+        call.normalize,
+        chosen,
+        call.max_scored,
+        call.vocab_start,
+        call.group,
+        library.REVISION,
+        call.hidden.requires_grad,
+        call.lm_head.requires_grad,
+        call.bias is not None and call.bias.requires_grad,
+        call.temperature.requires_grad,
+    )
     return loss, _as_output(call, logp, row_entropy, pooled)
 
 
@@ -127,15 +164,37 @@ def _logprob_pool(call: Call, backend: str) -> LogprobPool:
         if call.group:
             raise ValueError("vocab_group: the reference backend works on a whole head; use backend='chunked'")
         logp, row_entropy, pooled = reference(
-            call.hidden, call.lm_head, call.targets, call.starts, call.ends, call.bias, call.temperature,
-            call.softcap, call.ignore_index, call.entropy, call.normalize,
-        )  # fmt: skip
+            call.hidden,
+            call.lm_head,
+            call.targets,
+            call.starts,
+            call.ends,
+            call.bias,
+            call.temperature,
+            call.softcap,
+            call.ignore_index,
+            call.entropy,
+            call.normalize,
+        )
     else:
         logp, _, row_entropy, pooled, _ = torch.ops.rime_fast.logprob_pool(
-            call.hidden, call.lm_head, call.targets, call.starts, call.ends, call.bias, call.temperature,
-            call.softcap, call.ignore_index, call.entropy, call.normalize, backend, call.max_scored, call.vocab_start,
-            call.group, library.REVISION,
-        )  # fmt: skip
+            call.hidden,
+            call.lm_head,
+            call.targets,
+            call.starts,
+            call.ends,
+            call.bias,
+            call.temperature,
+            call.softcap,
+            call.ignore_index,
+            call.entropy,
+            call.normalize,
+            backend,
+            call.max_scored,
+            call.vocab_start,
+            call.group,
+            library.REVISION,
+        )
     return _as_output(call, logp, row_entropy, pooled)
 
 

@@ -222,9 +222,18 @@ class _Backward:
         assert grad_logp is not None
         dtype = x.dtype if x.is_cuda else torch.float32
         return rows_backward_(
-            logits, aim, self.lse[:, group], entropy, hit, grad_logp, grad_entropy,
-            None if self.bias is None else self.bias[part], self.temperature, self.softcap, dtype,
-        )  # fmt: skip
+            logits,
+            aim,
+            self.lse[:, group],
+            entropy,
+            hit,
+            grad_logp,
+            grad_entropy,
+            None if self.bias is None else self.bias[part],
+            self.temperature,
+            self.softcap,
+            dtype,
+        )
 
 
 def _gather(hidden: Tensor, targets: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

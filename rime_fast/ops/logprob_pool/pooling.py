@@ -46,16 +46,12 @@ def pool_backward_(
     """Add the read-outs' gradients [K, H] into ``grad_hidden`` [T, H] in place."""
     grad = grad.float()
     if native.available(cuda=grad_hidden.is_cuda):
-        torch.ops.rime_fast_C.pool_backward(
-            grad_hidden, grad.contiguous(), pooled, inv_norm, starts, ends, normalize
-        )
+        torch.ops.rime_fast_C.pool_backward(grad_hidden, grad.contiguous(), pooled, inv_norm, starts, ends, normalize)
         return
     if _on_triton(grad_hidden):
         from rime_fast.ops.logprob_pool import triton_pool
 
-        triton_pool.pool_backward(
-            grad_hidden, grad.contiguous(), pooled, inv_norm, starts, ends, normalize, EPSILON
-        )
+        triton_pool.pool_backward(grad_hidden, grad.contiguous(), pooled, inv_norm, starts, ends, normalize, EPSILON)
         return
     if normalize:
         # At |m| < 1e-12 the norm is a constant, so e's own direction is not taken out.

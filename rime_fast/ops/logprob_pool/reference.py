@@ -83,7 +83,5 @@ def reference(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(logp [T], entropy [T] | None, pooled [K, H]) in fp32 (fp64 for fp64 inputs); differentiable twice and more."""
     with torch.autocast(hidden.device.type, enabled=False):  # it would make the logits in 16 bits
-        logp, row_entropy = reference_rows(
-            hidden, lm_head, targets, bias, temperature, softcap, ignore_index, entropy
-        )
+        logp, row_entropy = reference_rows(hidden, lm_head, targets, bias, temperature, softcap, ignore_index, entropy)
     return logp, row_entropy, reference_pools(hidden, starts, ends, normalize)

@@ -90,9 +90,15 @@ class _Launch:
     def cut(self, tiles: Tiles) -> dict[str, Any]:
         """The constants that all kernels with products take."""
         return {
-            "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "GROUP": GROUP, "WIDEN": not self.hidden.is_cuda,
-            "TMA": self.tma, "num_warps": tiles.warps, "num_stages": tiles.stages,
-        }  # fmt: skip
+            "BM": tiles.BM,
+            "BN": tiles.BN,
+            "BK": tiles.BK,
+            "GROUP": GROUP,
+            "WIDEN": not self.hidden.is_cuda,
+            "TMA": self.tma,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
 
     def programs(self, units: int) -> tuple[int]:
         """Persistent: as many programs as processors, or as units of work if these are fewer."""
@@ -124,10 +130,24 @@ def forward(
         rows = part.order.shape[0]
         partial = run.empty(4, splits, rows)
         kernels.forward_kernel[run.programs(_cdiv(rows, t.BM) * splits)](
-            run.hidden, run.operand(run.lm_head, t.BN, t.BK), bias, targets, *part, temperature, partial, rows,
-            run.width, run.vocabulary, run.hidden.stride(0), run.lm_head.stride(0), softcap, SPLIT=split,
-            ENTROPY=entropy, **run.flags, **run.cut(t),
-        )  # fmt: skip
+            run.hidden,
+            run.operand(run.lm_head, t.BN, t.BK),
+            bias,
+            targets,
+            *part,
+            temperature,
+            partial,
+            rows,
+            run.width,
+            run.vocabulary,
+            run.hidden.stride(0),
+            run.lm_head.stride(0),
+            softcap,
+            SPLIT=split,
+            ENTROPY=entropy,
+            **run.flags,
+            **run.cut(t),
+        )
         kernels.merge_kernel[(_cdiv(rows, 128),)](
             partial, *part, *stats, rows, run.length, splits, BM=128, ENTROPY=entropy, num_warps=4
         )
@@ -210,11 +230,30 @@ def _sweep(run: _Launch, scored: Scored, rows: _Rows, sums: _Sums, needs: Needs,
         if products is not None:
             products.zero_()
         kernels.dlogits_kernel[run.programs(_cdiv(capacity, t.BM) * tiles)](
-            run.hidden, run.operand(run.lm_head, t.BN, t.BK), rows.bias, rows.targets, *scored, rows.temperature,
-            *rows.upstream, run.operand(panel, t.BM, t.BN), products, first, here, capacity, run.length, run.width,
-            run.vocabulary, run.hidden.stride(0), run.lm_head.stride(0), columns, rows.softcap, ENTROPY=rows.entropy,
-            PRODUCTS=products is not None, **run.flags, **run.cut(t),
-        )  # fmt: skip
+            run.hidden,
+            run.operand(run.lm_head, t.BN, t.BK),
+            rows.bias,
+            rows.targets,
+            *scored,
+            rows.temperature,
+            *rows.upstream,
+            run.operand(panel, t.BM, t.BN),
+            products,
+            first,
+            here,
+            capacity,
+            run.length,
+            run.width,
+            run.vocabulary,
+            run.hidden.stride(0),
+            run.lm_head.stride(0),
+            columns,
+            rows.softcap,
+            ENTROPY=rows.entropy,
+            PRODUCTS=products is not None,
+            **run.flags,
+            **run.cut(t),
+        )
         sums.add(panel, scored, needs, low, first, here, products)
 
 
@@ -248,19 +287,40 @@ class _Sums:
             t = run.head_tiles
             units = _cdiv(columns, t.BM) * _cdiv(run.width, t.BN)
             kernels.dhead_kernel[run.programs(units)](
-                run.operand(panel, t.BK, t.BM), run.hidden, *scored, self.head, self.bias, first, columns, run.width,
-                panel.stride(0), run.hidden.stride(0), self.head.stride(0), BIAS=self.bias is not None, **run.cut(t),
-            )  # fmt: skip
+                run.operand(panel, t.BK, t.BM),
+                run.hidden,
+                *scored,
+                self.head,
+                self.bias,
+                first,
+                columns,
+                run.width,
+                panel.stride(0),
+                run.hidden.stride(0),
+                self.head.stride(0),
+                BIAS=self.bias is not None,
+                **run.cut(t),
+            )
         elif needs.bias and self.bias is not None:
             self.bias[first : first + columns] = panel[:, :columns].sum(dim=0, dtype=torch.float32)
         if needs.hidden and self.hidden is not None:
             t = run.hidden_tiles
             units = _cdiv(panel.shape[0], t.BM) * _cdiv(run.width, t.BN)
             kernels.dhidden_kernel[run.programs(units)](
-                run.operand(panel, t.BM, t.BK), run.operand(run.lm_head, t.BK, t.BN), *scored, self.hidden, low, first,
-                columns, run.width, panel.stride(0), run.lm_head.stride(0), ADD=first > 0, LOW=low.numel() > 0,
+                run.operand(panel, t.BM, t.BK),
+                run.operand(run.lm_head, t.BK, t.BN),
+                *scored,
+                self.hidden,
+                low,
+                first,
+                columns,
+                run.width,
+                panel.stride(0),
+                run.lm_head.stride(0),
+                ADD=first > 0,
+                LOW=low.numel() > 0,
                 **run.cut(t),
-            )  # fmt: skip
+            )
         if products is not None and self.products is not None:
             self.products += products.sum(dtype=torch.float64)
 

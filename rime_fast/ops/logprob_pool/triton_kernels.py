@@ -53,10 +53,26 @@ def _place(unit, rows, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def _scores(
-    x, w, bias, at, live, first, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    WIDEN: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    bias,
+    at,
+    live,
+    first,
+    width,
+    vocabulary,
+    stride_x,
+    stride_w,
+    inv_temperature,
+    softcap,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """z [BM, BN] fp32 of rows ``at`` and BN columns from ``first``; those past the vocabulary come out as -inf."""
     columns = first + tl.arange(0, BN)
     inside = columns < vocabulary
@@ -83,10 +99,31 @@ def _scores(
 
 @triton.jit
 def forward_kernel(
-    x, w, bias, targets, order, count, temperature, partial, capacity, width, vocabulary, stride_x, stride_w, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, WIDEN: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    bias,
+    targets,
+    order,
+    count,
+    temperature,
+    partial,
+    capacity,
+    width,
+    vocabulary,
+    stride_x,
+    stride_w,
+    softcap,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """partial [4, splits, capacity]: top, sum, weighted sum (with ENTROPY), the target's score (0 if elsewhere)."""
     rows_live = tl.load(count)
     inv_temperature = 1.0 / tl.load(temperature)
@@ -106,9 +143,26 @@ def forward_kernel(
         for j in range(tl.minimum(SPLIT, tl.cdiv(vocabulary, BN) - split * SPLIT)):
             first = (split * SPLIT + j) * BN
             z = _scores(
-                x, w, bias, at, live, first, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
-                BM, BN, BK, HAS_BIAS, HAS_CAP, WIDEN, TMA,
-            )  # fmt: skip
+                x,
+                w,
+                bias,
+                at,
+                live,
+                first,
+                width,
+                vocabulary,
+                stride_x,
+                stride_w,
+                inv_temperature,
+                softcap,
+                BM,
+                BN,
+                BK,
+                HAS_BIAS,
+                HAS_CAP,
+                WIDEN,
+                TMA,
+            )
             columns = first + tl.arange(0, BN)
             hit += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), axis=1)
             new_top = tl.maximum(top, tl.max(z, axis=1))
@@ -132,7 +186,7 @@ def forward_kernel(
 @triton.jit
 def merge_kernel(
     partial, order, count, lse, hit, entropy, capacity, length, splits, BM: tl.constexpr, ENTROPY: tl.constexpr
-):  # fmt: skip
+):
     """Statistics at the rows' own places in lse [2, T], hit [T], entropy [T]; ``length`` is T."""
     rows_live = tl.load(count)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -170,11 +224,41 @@ def merge_kernel(
 
 @triton.jit
 def dlogits_kernel(
-    x, w, bias, targets, order, count, temperature, lse, hit, entropy, grad_logp, grad_entropy, panel, products,
-    first, columns_in_panel, capacity, length, width, vocabulary, stride_x, stride_w, stride_panel, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, PRODUCTS: tl.constexpr, WIDEN: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    bias,
+    targets,
+    order,
+    count,
+    temperature,
+    lse,
+    hit,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    panel,
+    products,
+    first,
+    columns_in_panel,
+    capacity,
+    length,
+    width,
+    vocabulary,
+    stride_x,
+    stride_w,
+    stride_panel,
+    softcap,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """panel[r, v - first] = dlogits of scored row r and column v; products [tile, capacity] = sum_v dz (z - hit).
 
     Whole tiles are written: 0 for rows past M and columns past the vocabulary, which the products then may read.
@@ -191,9 +275,26 @@ def dlogits_kernel(
         local = tile * BN + tl.arange(0, BN)
         columns = first + local
         z = _scores(
-            x, w, bias, at, live, first + tile * BN, width, vocabulary, stride_x, stride_w, inv_temperature, softcap,
-            BM, BN, BK, HAS_BIAS, HAS_CAP, WIDEN, TMA,
-        )  # fmt: skip
+            x,
+            w,
+            bias,
+            at,
+            live,
+            first + tile * BN,
+            width,
+            vocabulary,
+            stride_x,
+            stride_w,
+            inv_temperature,
+            softcap,
+            BM,
+            BN,
+            BK,
+            HAS_BIAS,
+            HAS_CAP,
+            WIDEN,
+            TMA,
+        )
         target = tl.load(targets + at, mask=live, other=-1)
         g = tl.load(grad_logp + at, mask=live, other=0.0)
         # From here z is what it lacks to the row's log-sum-exp; its own value is not kept, for the registers.
@@ -224,10 +325,26 @@ def dlogits_kernel(
 
 @triton.jit
 def dhead_kernel(
-    panel, x, order, count, dhead, dbias, first, columns_in_panel, width, stride_panel, stride_x, stride_head,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
-    WIDEN: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    panel,
+    x,
+    order,
+    count,
+    dhead,
+    dbias,
+    first,
+    columns_in_panel,
+    width,
+    stride_panel,
+    stride_x,
+    stride_head,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """dW[first + v, h] = sum_r panel[r, v] x[order[r], h]; dbias[first + v] = sum_r panel[r, v]."""
     rows_live = tl.load(count)
     v_blocks = tl.cdiv(columns_in_panel, BM)
@@ -264,10 +381,26 @@ def dhead_kernel(
 
 @triton.jit
 def dhidden_kernel(
-    panel, w, order, count, dhidden, low, first, columns_in_panel, width, stride_panel, stride_w, ADD: tl.constexpr,
-    LOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, WIDEN: tl.constexpr,
+    panel,
+    w,
+    order,
+    count,
+    dhidden,
+    low,
+    first,
+    columns_in_panel,
+    width,
+    stride_panel,
+    stride_w,
+    ADD: tl.constexpr,
+    LOW: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDEN: tl.constexpr,
     TMA: tl.constexpr,
-):  # fmt: skip
+):
     """dhidden[order[r], h] (+)= sum_v panel[r, v] W[first + v, h]; added to what is there with ADD.
 
     With LOW, for bf16: what rounding a sum cut off waits in low [C, H], so that a sum keeps 16 bits between panels.

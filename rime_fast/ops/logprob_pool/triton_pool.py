@@ -18,9 +18,17 @@ COLUMNS = 128
 
 @triton.jit
 def pool_forward_kernel(
-    hidden, starts, ends, pooled, inv_norm, width, stride, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr,
+    hidden,
+    starts,
+    ends,
+    pooled,
+    inv_norm,
+    width,
+    stride,
+    FLOOR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     k = tl.program_id(0).to(tl.int64)
     first, last = tl.load(starts + k), tl.load(ends + k)
     share = 1.0 / (last - first).to(tl.float32)
@@ -49,9 +57,18 @@ def pool_forward_kernel(
 
 @triton.jit
 def pool_along_kernel(
-    grad, pooled, inv_norm, starts, ends, along, factor, width, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr,
+    grad,
+    pooled,
+    inv_norm,
+    starts,
+    ends,
+    along,
+    factor,
+    width,
+    FLOOR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     k = tl.program_id(0).to(tl.int64)
     scale = tl.load(inv_norm + k)
     dot = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -69,9 +86,7 @@ def pool_along_kernel(
 
 
 @triton.jit
-def pool_add_kernel(
-    grad_hidden, grad, pooled, along, factor, starts, ends, count, width, stride, BLOCK: tl.constexpr
-):  # fmt: skip
+def pool_add_kernel(grad_hidden, grad, pooled, along, factor, starts, ends, count, width, stride, BLOCK: tl.constexpr):
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     for k in range(count):
@@ -94,9 +109,17 @@ def pool_forward(
     """Fill pooled [K, H] and inv_norm [K]; hidden has unit column stride."""
     if starts.shape[0]:
         pool_forward_kernel[(starts.shape[0],)](
-            hidden, starts, ends, pooled, inv_norm, hidden.shape[1], hidden.stride(0), FLOOR=floor,
-            NORMALIZE=normalize, BLOCK=COLUMNS * 8,
-        )  # fmt: skip
+            hidden,
+            starts,
+            ends,
+            pooled,
+            inv_norm,
+            hidden.shape[1],
+            hidden.stride(0),
+            FLOOR=floor,
+            NORMALIZE=normalize,
+            BLOCK=COLUMNS * 8,
+        )
 
 
 def pool_backward(
@@ -115,10 +138,29 @@ def pool_backward(
         return
     along, factor = torch.empty_like(inv_norm), torch.empty_like(inv_norm)
     pool_along_kernel[(count,)](
-        grad, pooled, inv_norm, starts, ends, along, factor, width, FLOOR=floor, NORMALIZE=normalize,
+        grad,
+        pooled,
+        inv_norm,
+        starts,
+        ends,
+        along,
+        factor,
+        width,
+        FLOOR=floor,
+        NORMALIZE=normalize,
         BLOCK=COLUMNS * 8,
-    )  # fmt: skip
+    )
     pool_add_kernel[(triton.cdiv(width, COLUMNS),)](
-        grad_hidden, grad, pooled, along, factor, starts, ends, count, width, grad_hidden.stride(0), BLOCK=COLUMNS,
+        grad_hidden,
+        grad,
+        pooled,
+        along,
+        factor,
+        starts,
+        ends,
+        count,
+        width,
+        grad_hidden.stride(0),
+        BLOCK=COLUMNS,
         num_warps=4,
-    )  # fmt: skip
+    )

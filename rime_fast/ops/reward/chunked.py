@@ -40,16 +40,31 @@ class Engine(Protocol):
     def scans(self, rows: Tensor) -> bool: ...
 
     def add_tile(
-        self, sims: Tensor, rows: Tensor, tile: Tensor, tile_norm: Tensor, norms: Tensor, own: Tensor,
-        positive: Tensor, mask: Tensor | None, first: int, weights: RewardWeights, state: Tensor,
-    ) -> None: ...  # fmt: skip
+        self,
+        sims: Tensor,
+        rows: Tensor,
+        tile: Tensor,
+        tile_norm: Tensor,
+        norms: Tensor,
+        own: Tensor,
+        positive: Tensor,
+        mask: Tensor | None,
+        first: int,
+        weights: RewardWeights,
+        state: Tensor,
+    ) -> None: ...
 
     def merge(self, parts: Tensor, state: Tensor, weights: RewardWeights) -> None: ...
 
     def finish(
-        self, state: Tensor, own: Tensor, format_ok: Tensor, lengths: Tensor | None, disc_similarity: Tensor | None,
+        self,
+        state: Tensor,
+        own: Tensor,
+        format_ok: Tensor,
+        lengths: Tensor | None,
+        disc_similarity: Tensor | None,
         weights: RewardWeights,
-    ) -> Tensor: ...  # fmt: skip
+    ) -> Tensor: ...
 
 
 @contextmanager

@@ -73,11 +73,29 @@ def score_small(
     if mask is not None and mask.stride(1) != 1:
         mask = mask.contiguous()
     torch.ops.rime_fast_C.rank_small(
-        gen.contiguous(), anchors.contiguous(), positive.contiguous(), mask, format_ok.contiguous(), values(lengths),
-        values(disc_similarity), weights.positives, _score_code(weights), weights.hit_k, weights.negative_code,
-        weights.softmax_temperature, weights.normalize_std, weights.w_fmt, weights.w_rank, weights.w_refine,
-        weights.w_len, weights.length_limit, weights.eps, rewards, advantages, terms,
-    )  # fmt: skip
+        gen.contiguous(),
+        anchors.contiguous(),
+        positive.contiguous(),
+        mask,
+        format_ok.contiguous(),
+        values(lengths),
+        values(disc_similarity),
+        weights.positives,
+        _score_code(weights),
+        weights.hit_k,
+        weights.negative_code,
+        weights.softmax_temperature,
+        weights.normalize_std,
+        weights.w_fmt,
+        weights.w_rank,
+        weights.w_refine,
+        weights.w_len,
+        weights.length_limit,
+        weights.eps,
+        rewards,
+        advantages,
+        terms,
+    )
 
 
 def _score_code(weights: RewardWeights) -> int:
@@ -124,9 +142,7 @@ def add_tile(
     bank, of which ``positive`` speaks.
     """
     code, tau = weights.negative_code, weights.softmax_temperature
-    torch.ops.rime_fast_C.rank_tile(
-        sims, rows, tile, tile_norm, norms, own, positive, mask, first, code, tau, state
-    )
+    torch.ops.rime_fast_C.rank_tile(sims, rows, tile, tile_norm, norms, own, positive, mask, first, code, tau, state)
 
 
 def merge(parts: Tensor, state: Tensor, weights: RewardWeights) -> None:
@@ -145,10 +161,21 @@ def finish(
     """Rewards, advantages and terms [12, B, G] fp32 from the states and the own similarities of all rollouts."""
     out = own.new_empty(len(PLANES), *format_ok.shape, dtype=torch.float32)
     torch.ops.rime_fast_C.rank_finish(
-        state, own, format_ok.contiguous(),
+        state,
+        own,
+        format_ok.contiguous(),
         None if lengths is None else lengths.double().contiguous(),
         None if disc_similarity is None else disc_similarity.double().expand_as(format_ok).contiguous(),
-        _score_code(weights), weights.hit_k, weights.negative_code, weights.normalize_std,
-        weights.w_fmt, weights.w_rank, weights.w_refine, weights.w_len, weights.length_limit, weights.eps, out,
-    )  # fmt: skip
+        _score_code(weights),
+        weights.hit_k,
+        weights.negative_code,
+        weights.normalize_std,
+        weights.w_fmt,
+        weights.w_rank,
+        weights.w_refine,
+        weights.w_len,
+        weights.length_limit,
+        weights.eps,
+        out,
+    )
     return out

@@ -80,10 +80,21 @@ def score_rewrites_(
     per_item = disc_similarity if disc_similarity is None or disc_similarity.dim() == 2 else disc_similarity[:, None]
     wanted = terms or {}
     torch.ops.rime_fast.score_rewrites_(
-        rewards, advantages, list(wanted.values()), [compiled.PLANES.index(name) for name in wanted],
-        gen, anchors, positive, format_ok, lengths, per_item, negatives_mask,
-        weights.encode(), "" if group is None or group.size() == 1 else group.group_name, backend,
-    )  # fmt: skip
+        rewards,
+        advantages,
+        list(wanted.values()),
+        [compiled.PLANES.index(name) for name in wanted],
+        gen,
+        anchors,
+        positive,
+        format_ok,
+        lengths,
+        per_item,
+        negatives_mask,
+        weights.encode(),
+        "" if group is None or group.size() == 1 else group.group_name,
+        backend,
+    )
 
 
 @torch.library.custom_op("rime_fast::score_rewrites_", mutates_args=("rewards", "advantages", "terms"))
@@ -115,9 +126,18 @@ def _score_rewrites(
     if chosen == "cuda" and group is None and compiled.small(gen, anchors, weights):
         filled = gen.new_empty(len(compiled.PLANES), *format_ok.shape, dtype=torch.float32) if terms else None
         compiled.score_small(
-            rewards, advantages, filled, gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask,
+            rewards,
+            advantages,
+            filled,
+            gen,
+            anchors,
+            positive,
+            format_ok,
+            lengths,
+            disc_similarity,
+            negatives_mask,
             weights,
-        )  # fmt: skip
+        )
         if filled is not None:
             for buffer, plane in zip(terms, planes, strict=True):
                 buffer.copy_(filled[plane])

@@ -78,7 +78,7 @@ def rewards(
     disc_similarity: Tensor | None,
     weights: RewardWeights,
 ) -> dict[str, Tensor]:
-    """"reward", "advantage" and every term of ``TERM_NAMES`` as [B, G] fp64.
+    """ "reward", "advantage" and every term of ``TERM_NAMES`` as [B, G] fp64.
 
     A rollout with a missing own similarity gets the format-failed reward: no format, score or refine term (its
     length term stays), counts 1 in "nan", and 0 in every other diagnostic, so that sums over a log window stay finite.

@@ -65,12 +65,31 @@ def add_tile(
     exact = sims.dtype == torch.float64
     slack = 0.0 if exact else 1.01 * (width + 16) * 2.0**-24  # rank_reward.h, similarity_band
     rank_tile_kernel[(n_rows,)](
-        sims, rows, tile, tile_norm, norms, own, positive, state if mask is None else mask.view(torch.uint8), state,
-        sims.shape[1], width, n_rows // positive.shape[0], weights.positives, first,
-        0 if mask is None else mask.stride(0), slack, 1.0 / weights.softmax_temperature,
-        NEGATIVE=weights.negative_code, MASKED=mask is not None, EXACT=exact, BLOCK=BLOCK, DEPTH=DEPTH,
-        num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+        sims,
+        rows,
+        tile,
+        tile_norm,
+        norms,
+        own,
+        positive,
+        state if mask is None else mask.view(torch.uint8),
+        state,
+        sims.shape[1],
+        width,
+        n_rows // positive.shape[0],
+        weights.positives,
+        first,
+        0 if mask is None else mask.stride(0),
+        slack,
+        1.0 / weights.softmax_temperature,
+        NEGATIVE=weights.negative_code,
+        MASKED=mask is not None,
+        EXACT=exact,
+        BLOCK=BLOCK,
+        DEPTH=DEPTH,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
 
 
 def merge(parts: Tensor, state: Tensor, weights: RewardWeights) -> None:

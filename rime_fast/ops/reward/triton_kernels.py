@@ -47,10 +47,29 @@ def _step(value, threshold):
 
 @triton.jit
 def rank_tile_kernel(
-    sims, gen, tile, tile_norm, norms, own, positive, mask, state,
-    columns, width, group_size, positives, first, mask_stride, slack, inverse_tau,
-    NEGATIVE: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    sims,
+    gen,
+    tile,
+    tile_norm,
+    norms,
+    own,
+    positive,
+    mask,
+    state,
+    columns,
+    width,
+    group_size,
+    positives,
+    first,
+    mask_stride,
+    slack,
+    inverse_tau,
+    NEGATIVE: tl.constexpr,
+    MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     item = row // group_size
     sims += row * columns

@@ -94,16 +94,37 @@ class RewardWeights:
     def encode(self) -> list[float]:
         """All fields as numbers (choices as their index), the form that passes through an operator's schema."""
         return [
-            self.w_fmt, self.w_rank, self.w_refine, self.w_len, MODES.index(self.mode), self.positives,
-            RANK_REWARDS.index(self.rank_reward), self.hit_k, NEGATIVES.index(self.negative),
-            self.softmax_temperature, self.length_limit, self.normalize_std, self.eps,
-        ]  # fmt: skip
+            self.w_fmt,
+            self.w_rank,
+            self.w_refine,
+            self.w_len,
+            MODES.index(self.mode),
+            self.positives,
+            RANK_REWARDS.index(self.rank_reward),
+            self.hit_k,
+            NEGATIVES.index(self.negative),
+            self.softmax_temperature,
+            self.length_limit,
+            self.normalize_std,
+            self.eps,
+        ]
 
     @classmethod
     def decode(cls, numbers: Sequence[float]) -> RewardWeights:
         """The inverse of ``encode``."""
         w_fmt, w_rank, w_refine, w_len, mode, positives, rank, hit_k, negative, tau, limit, std, eps = numbers
         return cls(
-            w_fmt, w_rank, w_refine, w_len, MODES[int(mode)], int(positives), RANK_REWARDS[int(rank)], int(hit_k),
-            NEGATIVES[int(negative)], tau, limit, bool(std), eps,
-        )  # fmt: skip
+            w_fmt,
+            w_rank,
+            w_refine,
+            w_len,
+            MODES[int(mode)],
+            int(positives),
+            RANK_REWARDS[int(rank)],
+            int(hit_k),
+            NEGATIVES[int(negative)],
+            tau,
+            limit,
+            bool(std),
+            eps,
+        )
