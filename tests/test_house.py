@@ -13,7 +13,7 @@ PACKAGE = Path(rime_fast.__file__).parent
 # Floors from the ground up; a module may import its own folder and anything below.
 FLOORS = {"ops": 0, "model": 1, "data": 2, "engine": 2, "recipe": 2}
 FLOORS |= {"integrations": 3, "trainers": 3, "eval": 3, "bench": 3, "demo": 4}
-TOP = 5  # cli.py, commands/, doctor.py
+TOP = 5  # cli/, doctor.py
 
 
 def _floor(parts: tuple[str, ...]) -> int:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import TEMPLATE, make_pairs
 
-from rime_fast.commands.training import TrainingOptions, save_outputs
+from rime_fast.cli.training import TrainingOptions, save_outputs
 from rime_fast.trainers.config import RimeConfig
 from rime_fast.trainers.rime_trainer import RimeTrainer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rime_fast.commands.training import TrainingOptions
-from rime_fast.commands.values import build
+from rime_fast.cli.training import TrainingOptions
+from rime_fast.cli.values import build
 from rime_fast.trainers.config import RefineConfig, RimeConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

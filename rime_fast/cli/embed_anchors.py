@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rime_fast.commands.loading import EmbedderOptions, load_embedder
-from rime_fast.commands.options import UsageError
+from rime_fast.cli.loading import EmbedderOptions, load_embedder
+from rime_fast.cli.options import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ def embed_anchors(model: str, data: str, output_dir: str, anchors: str, loading:
     """One bank a side: the discriminative embedding of that side of every pair of ``data``, in the file's order."""
     if anchors not in SIDES:
         raise UsageError(f"--anchors is {anchors!r}; expected {', '.join(SIDES)}")
-    from rime_fast.commands.bars import bars
+    from rime_fast.cli.bars import bars
     from rime_fast.data.check import CheckRules
     from rime_fast.data.datasets import open_pairs
     from rime_fast.engine.anchor_bank import AnchorBank, model_fingerprint

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rime_fast.commands.command import Command, model_exists, required
-from rime_fast.commands.loading import EmbedderOptions, load_embedder
-from rime_fast.commands.options import Group, UsageError
-from rime_fast.commands.values import build
+from rime_fast.cli.command import Command, model_exists, required
+from rime_fast.cli.loading import EmbedderOptions, load_embedder
+from rime_fast.cli.options import Group, UsageError
+from rime_fast.cli.values import build
 
 if TYPE_CHECKING:
     from rime_fast.data.records import Side
@@ -46,12 +46,12 @@ def run(values: dict[str, Any]) -> int:
         raise UsageError(f"--mode is {options.mode!r}; expected {', '.join(MODES)}")
     model_exists(options.model)
     if options.anchors is not None:
-        from rime_fast.commands.embed_anchors import embed_anchors
+        from rime_fast.cli.embed_anchors import embed_anchors
 
         return embed_anchors(options.model, options.data, options.output_dir, options.anchors, loading)
     from safetensors.torch import save_file
 
-    from rime_fast.commands.bars import bars
+    from rime_fast.cli.bars import bars
 
     items = read_items(options.data, loading.image_root)
     embedder = load_embedder(options.model, loading)
@@ -133,7 +133,7 @@ COMMAND = Command(
     ),
     run=run,
     groups=(
-        Group("What", "rime_fast.commands.embed", "EmbedOptions"),
-        Group("How", "rime_fast.commands.loading", "EmbedderOptions"),
+        Group("What", "rime_fast.cli.embed", "EmbedOptions"),
+        Group("How", "rime_fast.cli.loading", "EmbedderOptions"),
     ),
 )

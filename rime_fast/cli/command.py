@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rime_fast.commands.options import Group, Option, UsageError, parse_arguments, read_yaml
+from rime_fast.cli.options import Group, Option, UsageError, parse_arguments, read_yaml
 
 HELP = ("-h", "--help", "--help_all", "--help-all")
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rime_fast.commands.command import Command, model_exists, required
-from rime_fast.commands.loading import EmbedderOptions, load_embedder
-from rime_fast.commands.options import Group, UsageError
-from rime_fast.commands.values import build
+from rime_fast.cli.command import Command, model_exists, required
+from rime_fast.cli.loading import EmbedderOptions, load_embedder
+from rime_fast.cli.options import Group, UsageError
+from rime_fast.cli.values import build
 
 if TYPE_CHECKING:
     from rime_fast.data.retrieval import RetrievalSet
@@ -38,7 +38,7 @@ def run(values: dict[str, Any]) -> int:
     required(values, "model", "data")
     options, loading = build(EvalOptions, values), build(EmbedderOptions, values)
     model_exists(*options.model)
-    from rime_fast.commands.bars import bars
+    from rime_fast.cli.bars import bars
     from rime_fast.data.retrieval import RetrievalSet
     from rime_fast.eval.mutual import MODES, evaluate_mutual
     from rime_fast.eval.report import write_report
@@ -139,7 +139,7 @@ COMMAND = Command(
     ),
     run=run,
     groups=(
-        Group("What", "rime_fast.commands.evaluate", "EvalOptions"),
-        Group("How", "rime_fast.commands.loading", "EmbedderOptions"),
+        Group("What", "rime_fast.cli.evaluate", "EvalOptions"),
+        Group("How", "rime_fast.cli.loading", "EmbedderOptions"),
     ),
 )

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rime_fast.commands.command import Command
-from rime_fast.commands.options import Group, UsageError
-from rime_fast.commands.values import build
+from rime_fast.cli.command import Command
+from rime_fast.cli.options import Group, UsageError
+from rime_fast.cli.values import build
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}
 NAMES = ("float32", "float16", "bfloat16")
@@ -85,7 +85,7 @@ def _command(op: str, text: str, examples: tuple[tuple[str, str], ...]) -> Comma
         run=lambda values: micro(op, values),
         groups=(
             Group("Shape", f"rime_fast.bench.{op}", "Shape"),
-            Group("Measurement", "rime_fast.commands.bench_micro", "MicroOptions"),
+            Group("Measurement", "rime_fast.cli.bench_micro", "MicroOptions"),
         ),
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rime_fast.commands.command import Command
-from rime_fast.commands.options import Group, UsageError
-from rime_fast.commands.values import build
+from rime_fast.cli.command import Command
+from rime_fast.cli.options import Group, UsageError
+from rime_fast.cli.values import build
 
 
 def run(values: dict[str, Any]) -> int:

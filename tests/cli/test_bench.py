@@ -77,7 +77,7 @@ def test_wrong_use(words, message, capsys):
 
 
 def test_an_installed_package_has_no_suite_and_says_what_it_has(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("rime_fast.commands.bench.BENCHMARKS", tmp_path / "benchmarks")
+    monkeypatch.setattr("rime_fast.cli.bench.BENCHMARKS", tmp_path / "benchmarks")
     assert cli.main(["bench"]) == 2
     assert "Without one: rime-fast bench logprob, contrastive or reward" in capsys.readouterr().err
 

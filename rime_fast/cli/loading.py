@@ -41,8 +41,8 @@ def load_embedder(path: str, options: EmbedderOptions) -> RimeEmbedder:
     """The embedder of the model at ``path`` (directory or hub name)."""
     import torch
 
-    from rime_fast.commands.bars import quiet
-    from rime_fast.commands.options import UsageError
+    from rime_fast.cli.bars import quiet
+    from rime_fast.cli.options import UsageError
     from rime_fast.eval.embedder import RimeEmbedder
 
     dtypes: dict[str, Any] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}

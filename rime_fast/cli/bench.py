@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rime_fast.commands.command import Command
-from rime_fast.commands.options import Group, UsageError
-from rime_fast.commands.values import build
+from rime_fast.cli.command import Command
+from rime_fast.cli.options import Group, UsageError
+from rime_fast.cli.values import build
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -102,5 +102,5 @@ COMMAND = Command(
         ("roofline, ratios, memory, growth, step times", "rime-fast bench --plot runs/bench.json --output runs/plots"),
     ),
     run=run,
-    groups=(Group("Options", "rime_fast.commands.bench", "BenchOptions"),),
+    groups=(Group("Options", "rime_fast.cli.bench", "BenchOptions"),),
 )

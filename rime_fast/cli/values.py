@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from rime_fast.commands.options import _FALSE, _TRUE, UsageError
+from rime_fast.cli.options import _FALSE, _TRUE, UsageError
 
 T = TypeVar("T")
 

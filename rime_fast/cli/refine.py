@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from rime_fast.commands.command import Command, required
-from rime_fast.commands.training import MORE, groups
+from rime_fast.cli.command import Command, required
+from rime_fast.cli.training import MORE, groups
 
 
 def run(values: dict[str, Any]) -> int:
     """Refine-RL from raw option values."""
     required(values, "model", "train_data")
-    from rime_fast.commands.training import run_training
+    from rime_fast.cli.training import run_training
     from rime_fast.trainers.config import RefineConfig
     from rime_fast.trainers.refine_trainer import RefineRLTrainer
 

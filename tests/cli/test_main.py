@@ -100,7 +100,7 @@ def test_bad_value_and_failed_check_of_a_config(tmp_path, capsys):
 
 
 def test_command_line_wins_over_later_over_earlier_file(tmp_path):
-    from rime_fast.commands.train import COMMAND
+    from rime_fast.cli.train import COMMAND
 
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("seed: 1\nlearning_rate: 1e-3\nmax_steps: 5\n")
@@ -110,7 +110,7 @@ def test_command_line_wins_over_later_over_earlier_file(tmp_path):
 
 
 def test_interrupt_exits_130(monkeypatch, capsys):
-    from rime_fast.commands import doctor
+    from rime_fast.cli import doctor
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -177,7 +177,7 @@ def test_data_check_refuses_unknown_strictness(pairs, capsys):
 
 def documented_lines() -> list[str]:
     """Every rime-fast line of a bash block in docs/cli.md, docs/benchmarks.md and the overview."""
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     text = (docs / "cli.md").read_text() + (docs / "benchmarks.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```bash")[1:]]
     lines = [line.strip() for block in [*blocks, cli.overview().split("report:")[1]] for line in block.splitlines()]
@@ -189,7 +189,7 @@ def test_documented_lines_are_accepted(line, monkeypatch):
     """The command exists and takes these options; configs (examples/) are read, data and models are not."""
     from shlex import split
 
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     words = split(line.split(" > ")[0], comments=True)
     rest = words[words.index("rime_fast.cli" if "rime_fast.cli" in words else "rime-fast") + 1 :]
     name, rest = cli._command(rest)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
-from rime_fast.commands.options import Group, UsageError, parse_arguments, read_fields, read_yaml
-from rime_fast.commands.values import build, coerce
+from rime_fast.cli.options import Group, UsageError, parse_arguments, read_fields, read_yaml
+from rime_fast.cli.values import build, coerce
 
 
 class Colour(Enum):
@@ -159,9 +159,9 @@ def test_trainer_options_by_source_equal_the_real_dataclasses():
     """The fast reader and the imported classes must agree, or help and checks would lie."""
     from dataclasses import fields
 
-    from rime_fast.commands.refine import COMMAND as refine
-    from rime_fast.commands.train import COMMAND as train
-    from rime_fast.commands.training import TrainingOptions
+    from rime_fast.cli.refine import COMMAND as refine
+    from rime_fast.cli.train import COMMAND as train
+    from rime_fast.cli.training import TrainingOptions
     from rime_fast.trainers.config import RefineConfig, RimeConfig
 
     for command, config in ((train, RimeConfig), (refine, RefineConfig)):
@@ -185,7 +185,7 @@ def test_every_real_default_survives_being_written_out():
 
 
 def test_group_with_a_choice_of_fields():
-    group = Group("t", "rime_fast.commands.training", "TrainingOptions", only=("report", "model"))
+    group = Group("t", "rime_fast.cli.training", "TrainingOptions", only=("report", "model"))
     assert list(group.options()) == ["report", "model"]
 
 
@@ -196,10 +196,10 @@ def test_example_files_are_options_that_fit(name, config):
     from pathlib import Path
     from typing import get_type_hints
 
-    from rime_fast.commands.training import TrainingOptions
+    from rime_fast.cli.training import TrainingOptions
     from rime_fast.trainers import config as configs
 
-    values = import_module(f"rime_fast.commands.{name}").COMMAND.read(
+    values = import_module(f"rime_fast.cli.{name}").COMMAND.read(
         ["--config", str(Path(__file__).parents[2] / "examples" / config)]
     )
     assert build(TrainingOptions, values).train_data

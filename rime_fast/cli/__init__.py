@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from rime_fast import __version__
-from rime_fast.commands.command import Command
-from rime_fast.commands.options import UsageError, suggestion
+from rime_fast.cli.command import Command
+from rime_fast.cli.options import UsageError, suggestion
 
 # words typed -> (module, or module:NAME where it is not COMMAND; one line for the overview)
 COMMANDS = {
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load(name: str) -> Command:
     """The command of that name in COMMANDS."""
     module, _, attribute = COMMANDS[name][0].partition(":")
-    return getattr(import_module(f"rime_fast.commands.{module}"), attribute or "COMMAND")
+    return getattr(import_module(f"rime_fast.cli.{module}"), attribute or "COMMAND")
 
 
 def overview() -> str:
@@ -103,7 +103,3 @@ def _kind(error: Exception) -> str:
 def _fail(name: str, message: str, code: int) -> int:
     print(f"rime-fast {name}: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rime_fast.commands.bars import quiet
-from rime_fast.commands.command import model_exists
-from rime_fast.commands.options import Group, UsageError
-from rime_fast.commands.values import build
+from rime_fast.cli.bars import quiet
+from rime_fast.cli.command import model_exists
+from rime_fast.cli.options import Group, UsageError
+from rime_fast.cli.values import build
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # The part of transformers' TrainingArguments that a first run needs; --help_all shows the rest.
@@ -63,7 +63,7 @@ class TrainingOptions:
 def groups(config: str, title: str) -> tuple[Group, ...]:
     """The option groups of a trainer whose config class is ``config``."""
     return (
-        Group("Model and data", "rime_fast.commands.training", "TrainingOptions"),
+        Group("Model and data", "rime_fast.cli.training", "TrainingOptions"),
         Group(title, "rime_fast.trainers.config", config),
         Group("Input, model loading, logging", "rime_fast.trainers.config", "CommonConfig"),
         Group("Training", "transformers.training_args", "TrainingArguments", only=COMMON),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rime_fast.commands.command import Command
-from rime_fast.commands.options import Group
-from rime_fast.commands.values import build
+from rime_fast.cli.command import Command
+from rime_fast.cli.options import Group
+from rime_fast.cli.values import build
 
 
 @dataclass
@@ -38,5 +38,5 @@ COMMAND = Command(
         ("another seed", "rime-fast demo --seed 1 --output_dir runs/demo-1"),
     ),
     run=run,
-    groups=(Group("Options", "rime_fast.commands.demo", "DemoOptions"),),
+    groups=(Group("Options", "rime_fast.cli.demo", "DemoOptions"),),
 )

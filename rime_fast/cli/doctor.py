@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from rime_fast.commands.command import Command
-from rime_fast.commands.options import Group
-from rime_fast.commands.values import build
+from rime_fast.cli.command import Command
+from rime_fast.cli.options import Group
+from rime_fast.cli.values import build
 
 
 @dataclass
@@ -37,5 +37,5 @@ COMMAND = Command(
     "operator takes and why. Exits 0 in a bare environment too.",
     examples=(("tables", "rime-fast doctor"), ("for a bug report", "rime-fast doctor --json > doctor.json")),
     run=run,
-    groups=(Group("Options", "rime_fast.commands.doctor", "DoctorOptions"),),
+    groups=(Group("Options", "rime_fast.cli.doctor", "DoctorOptions"),),
 )

@@ -1,1 +1,0 @@
-"""The commands behind ``rime-fast``: options.py reads and checks them, one module a command runs them."""
