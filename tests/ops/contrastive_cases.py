@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rime_fast.ops.contrastive import ContrastiveOutput, contrastive_loss
+from tests.ops.error_rule import assert_rule, relative
+
+__all__ = ["RIME_TERMS", "Case", "Result", "check_rule", "make_case", "relative", "run"]
 
 RIME_TERMS = [("disc", "disc", 1.0), ("gen", "gen", 1.0), ("gen", "disc", 0.5), ("disc", "gen", 0.5)]
-FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass
@@ -25,11 +27,18 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     terms: list[tuple[str, str, float]] = field(default_factory=lambda: list(RIME_TERMS))
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.queries.values())).device
+
 
 @dataclass
 class Result:
+    """temperature_terms: of the fp64 reference, the sum of the absolute terms of the temperature's gradient."""
+
     out: ContrastiveOutput
     gradients: dict[str, Tensor]
+    temperature_terms: float = 0.0
 
 
 def make_case(
@@ -97,26 +106,35 @@ def run(case: Case, dtype: torch.dtype, backend: str, **changes: Any) -> Result:
     leaves = {f"queries[{m}]": v for m, v in queries.items()} | {f"keys[{m}]": v for m, v in keys.items()}
     gradients = {name: v.grad for name, v in leaves.items() if v.grad is not None}
     assert temperature.grad is not None
-    return Result(out, {**gradients, "temperature": temperature.grad})
+    is_truth = dtype == torch.float64 and backend == "reference" and settings.get("group") is None
+    terms = temperature_terms(replace(case, settings=settings)) if is_truth else 0.0
+    return Result(out, {**gradients, "temperature": temperature.grad}, terms)
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth; absolute where the truth is 0 (a loss that cannot fall)."""
-    scale = truth.double().norm().item()
-    return (found.double() - truth.double()).norm().item() / (scale if scale > 1e-12 else 1.0)
+def temperature_terms(case: Case) -> float:
+    """Sum over all similarities s of |dL/ds s| / temperature, of which the temperature's gradient is minus the sum."""
+    sides = {f"{q}-{k}": (case.queries[q] @ case.keys[k].T).requires_grad_() for q, k, _ in case.terms}
+    each_key = torch.eye(next(iter(case.keys.values())).shape[0], dtype=torch.float64, device=case.device)
+    out = contrastive_loss(
+        sides,  # similarities as rows: against the unit vectors they are their own products
+        dict.fromkeys(sides, each_key),
+        terms=[(f"{q}-{k}", f"{q}-{k}", weight) for q, k, weight in case.terms],
+        temperature=case.temperature,
+        backend="reference",
+        **case.settings,
+    )
+    slopes = torch.autograd.grad(out.loss, list(sides.values()))
+    products = [(slope * side.detach()).abs().sum() for slope, side in zip(slopes, sides.values(), strict=True)]
+    return sum(products).item() / case.temperature
 
 
 def check_rule(found: Result, eager: Result, truth: Result, dtype: torch.dtype) -> None:
-    """operators.md: error(kernel) <= 2 error(same-dtype eager) + floor, for the loss, each term and each gradient."""
-
-    def judge(name: str, ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
-        error, allowed = relative(ours, exact), 2 * relative(theirs, exact) + FLOOR[dtype]
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
-
-    judge("loss", found.out.loss, eager.out.loss, truth.out.loss)
+    """The test rule (error_rule.py) for the loss, each term and each gradient; accuracies agree."""
+    assert_rule("loss", found.out.loss, eager.out.loss, truth.out.loss, dtype)
     for name, exact in truth.out.per_term.items():
-        judge(name, found.out.per_term[name], eager.out.per_term[name], exact)
+        assert_rule(name, found.out.per_term[name], eager.out.per_term[name], exact, dtype)
         assert abs(found.out.accuracy[name].item() - truth.out.accuracy[name].item()) < 1e-6, f"accuracy of {name}"
     assert found.gradients.keys() == truth.gradients.keys()
     for name, exact in truth.gradients.items():
-        judge(f"gradient of {name}", found.gradients[name], eager.gradients[name], exact)
+        absolute = truth.temperature_terms if name == "temperature" else 0.0
+        assert_rule(f"gradient of {name}", found.gradients[name], eager.gradients[name], exact, dtype, absolute)

@@ -16,6 +16,7 @@ from rime_fast.ops.contrastive import agreement, chunked, contrastive_loss
 from rime_fast.ops.contrastive import collectives as collective_module
 from rime_fast.ops.contrastive.agreement import GATHER_LIMIT
 from tests.ops.contrastive_cases import RIME_TERMS, Case, make_case, relative, run
+from tests.ops.error_rule import cancellation
 
 
 def share(case: Case, rank: int, queries: list[int], keys: list[int]) -> Case:
@@ -49,7 +50,7 @@ def check_against_one_process(
         if name == "temperature":
             total = found.gradients[name].clone()
             dist.all_reduce(total)
-            errors[name] = relative(total, gradient)
+            errors[name] = relative(total, gradient) / cancellation(gradient, whole.temperature_terms)
         else:
             own = gradient.split(queries if name.startswith("queries") else keys)[rank]
             errors[name] = relative(found.gradients[name], own)

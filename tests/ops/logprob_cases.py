@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rime_fast.ops.logprob_pool import LogprobPool, fused_linear_ce, fused_logprob_pool
+from tests.ops.error_rule import assert_rule, relative
 
-FLOOR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+__all__ = ["Case", "assert_close_to_truth", "relative"]
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Case:
     pools: bool = True
     seed: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    temperature_terms: float = field(default=0.0, repr=False)  # set by ``eager`` in fp64, see error_rule.py
 
     def __post_init__(self) -> None:
         g = torch.Generator().manual_seed(self.seed)
@@ -117,21 +119,17 @@ class Case:
             mean = [leaves["hidden"][a:b].to(wide).mean(0) for a, b in spans]
             embeddings["last"] = F.normalize(leaves["hidden"][t["last"]].to(wide), dim=1)
             embeddings["mean"] = F.normalize(torch.stack(mean), dim=1)
+        if dtype == torch.float64:  # the loss reaches the temperature through z / temperature alone
+            (slope,) = torch.autograd.grad(0.5 * loss, z, retain_graph=True)
+            self.temperature_terms = (slope * z.detach()).abs().sum().item() / self.temperature
         return self.collect(leaves, loss, LogprobPool(logp, entropy, embeddings))
 
 
-def relative(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth|; absolute where the truth is zero up to fp64 rounding."""
-    truth = truth.double()
-    size = truth.norm()
-    return float((value.double() - truth).norm() / (size if size > 1e-9 else 1.0))
-
-
 def assert_close_to_truth(case: Case, found: dict[str, Tensor], schedule: str = "recompute") -> None:
-    """The test rule: error <= 2 x the error of same-dtype eager torch + the dtype's floor, for every output."""
+    """The test rule (error_rule.py) for every output and gradient."""
     truth, eager = case.eager(torch.float64, schedule), case.eager(None, schedule)
     for name, value in truth.items():
         if name == "loss" and schedule == "recompute":
             continue  # a sum of terms of both signs, used for its gradient only
-        error, allowed = relative(found[name], value), 2 * relative(eager[name], value) + FLOOR[case.dtype]
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e} ({case})"
+        absolute = case.temperature_terms if name == "d_temperature" else 0.0
+        assert_rule(f"{name} of {case}", found[name], eager[name], value, case.dtype, absolute)
