@@ -1,4 +1,4 @@
-"""A step through the gradient cache beside the plain step; what is measured: rime_fast/bench/grad_cache.py.
+"""A step through the gradient cache beside the plain step; what is measured: benchmarks/lib/grad_cache.py.
 
 Gradients are asserted; time is reported beside its bound (the row's note), not asserted.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from rime_fast.bench.grad_cache import SHAPES, Shape, measure
+from benchmarks.lib.grad_cache import SHAPES, Shape, measure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,10 +1,10 @@
-"""One joint-training step against the plain recipe; what is measured: rime_fast/bench/joint_step.py."""
+"""One joint-training step against the plain recipe; what is measured: benchmarks/lib/joint_step.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from rime_fast.bench.joint_step import SHAPES, Shape, measure
+from benchmarks.lib.joint_step import SHAPES, Shape, measure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,10 +1,10 @@
-"""One Refine-RL step against the plain recipe; what is measured: rime_fast/bench/refine_step.py."""
+"""One Refine-RL step against the plain recipe; what is measured: benchmarks/lib/refine_step.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from rime_fast.bench.refine_step import SHAPES, Shape, measure
+from benchmarks.lib.refine_step import SHAPES, Shape, measure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,10 +1,26 @@
-"""Operator C beside its peers, and UME-R1's reward; what is measured: rime_fast/bench/reward.py."""
+"""Rewards and advantages beside their peers, and UME-R1's reward: the shapes, and the bounds of our errors."""
 
 from __future__ import annotations
 
 import pytest
 
-from rime_fast.bench.reward import SHAPES, UME_SHAPES, Shape, measure, measure_ume_r1
+from benchmarks.lib.ume_r1 import measure_ume_r1
+from rime_fast.bench.reward import Shape, measure
+
+SHAPES = {
+    "tiny": [Shape(4, 8, 32, 16)],
+    "cpu": [Shape(128, 8, 1024, 256), Shape(8, 8, 4096, 1536), Shape(32, 8, 16_384, 256), Shape(32, 8, 65_536, 256)],
+    "cuda": [
+        Shape(8, 8, 256, 1536),
+        Shape(128, 8, 1024, 256),
+        Shape(64, 8, 65_536, 1536),
+        Shape(1024, 8, 16_384, 2048),
+        Shape(64, 8, 1_000_000, 1536),
+        Shape(1024, 8, 1_000_000, 1536),
+    ],
+}
+# UME-R1's bank is the other side's rollouts, as many as rows
+UME_SHAPES = {size: [shape for shape in table if shape.anchors == shape.rows] for size, table in SHAPES.items()}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -40,7 +40,7 @@ def pytest_configure(config):
 
 
 class Run:
-    """Calls a ``measure`` of rime_fast.bench with this run's device, its dtype and results; one round when tiny."""
+    """Calls a ``measure`` with this run's device, its dtype and results; one round when tiny."""
 
     def __init__(self, config) -> None:
         self.results, self.device = config.rime_results, config.getoption("--rime-device")
@@ -52,9 +52,9 @@ class Run:
         """Whether the inputs are fp32."""
         return self.dtype == torch.float32
 
-    def __call__(self, measure, shape: Any, *, rounds: int, dtype: str = "") -> dict[str, Row]:
+    def __call__(self, measure, shape: Any, *, rounds: int, dtype: str = "", **options: Any) -> dict[str, Row]:
         kind = getattr(torch, dtype) if dtype else self.dtype
-        return measure(shape, self.device, kind, self.results, 1 if self.tiny else rounds)
+        return measure(shape, self.device, kind, self.results, 1 if self.tiny else rounds, **options)
 
 
 @pytest.fixture

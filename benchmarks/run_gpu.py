@@ -116,7 +116,7 @@ def build(session: Session, capability: tuple[int, int] | None) -> None:
 
 def collect(session: Session) -> None:
     """OUTPUT/bench.json of all parts' rows, and its figures."""
-    from rime_fast.bench.stored import merge
+    from benchmarks.lib.stored import merge
 
     paths = [session.output / f"{part['part']}.json" for part in session.parts]
     paths = [path for path in paths if path.is_file()]
@@ -126,7 +126,7 @@ def collect(session: Session) -> None:
     merge(paths, merged)
     print(f"rows: {merged}")
     try:
-        from rime_fast.bench.plots import plot_file
+        from benchmarks.lib.plots import plot_file
 
         for path in plot_file(merged, session.output):
             print(f"figure: {path}")

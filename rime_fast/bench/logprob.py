@@ -1,17 +1,16 @@
-"""Operator A: loss and all gradients of the head, against the bare GEMMs on the scored rows and against the peers.
+"""Loss and all gradients of the language-model head, against the bare GEMMs on the scored rows and against the peers.
 
 The floor is three library products on the M scored rows, logits, dX and dW (6MHV FLOP); "ours_forward" is
 fused_linear_ce (6MHV on a CPU), "ours_recompute" fused_logprob_pool with a gradient for every token (8MHV: 1.33 x the
-floor's FLOP), "ours_library" CUDA's library backend, "ours_entropy" the second with the entropies' gradient. Peers:
-eager torch with full logits, torch.compile of it, F.linear_cross_entropy with its chunks, TRL's chunked log-probs,
-Liger's fused linear cross-entropy and its sm_90 kernel, cut-cross-entropy. Errors: relative, of the head's gradient
-(the hidden states' where the head is frozen), against fp64. Data: random logits and peaked ones (the target leads by
-about 10).
+floor's FLOP), "ours_library" CUDA's library backend, "ours_entropy" the second with the entropies' gradient. torch's
+own forms run beside them: full logits, torch.compile of it, F.linear_cross_entropy with its chunks; benchmarks/lib/
+peers.py adds third-party packages. Errors: relative, of the head's gradient (the hidden states' where the head is
+frozen), against fp64. Data: random logits and peaked ones (the target leads by about 10).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -47,30 +46,6 @@ class Shape:
         return f"T{self.tokens}-H{self.hidden}-V{self.vocab}-ign{round(100 * self.ignored)}{tail}"
 
 
-SHAPES = {
-    "tiny": [Shape(32, 16, 200, 0.5), Shape(32, 16, 200, 0.5, entropy=True)],
-    "cpu": [
-        Shape(1024, 256, 32_000, 0.9),
-        Shape(1024, 256, 32_000, 0.0),
-        Shape(256, 256, 32_000, 0.5, peaked=True),
-        Shape(256, 256, 32_000, 0.9, frozen=True),
-        Shape(256, 256, 32_000, 0.9, entropy=True),
-        Shape(64, 256, 151_936, 0.5),
-    ],
-    # The shapes that targets are set for come first; a run with a deadline leaves out the last.
-    "cuda": [
-        *(Shape(8192, 4096, V, ignored) for V in (151_936, 248_320) for ignored in (0.0, 0.9)),
-        *(Shape(8192, H, 151_936, ignored) for H in (1536, 2048, 2560, 3584) for ignored in (0.0, 0.9)),
-        Shape(16_384, 4096, 151_936, 0.0),
-        Shape(8192, 4096, 151_936, 0.5),
-        Shape(8192, 4096, 151_936, 0.97),
-        Shape(8192, 4096, 151_936, 0.0, peaked=True),
-        Shape(8192, 4096, 151_936, 0.0, frozen=True),
-        Shape(8192, 4096, 151_936, 0.9, frozen=True),
-        Shape(8192, 4096, 151_936, 0.0, entropy=True),
-        *(Shape(T, 2048, 151_936, 0.9) for T in (2048, 16_384, 32_768, 65_536)),
-    ],
-}
 ENTROPY = 0.01  # its weight in the objective of the shapes with entropy
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -154,7 +129,7 @@ def ours_entropy(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
     return -found.logp.sum() - ENTROPY * found.entropy.sum()
 
 
-# --- peers -----------------------------------------------------------------------------------------------------------
+# --- torch's own forms ------------------------------------------------------------------------------------------------
 
 
 def eager(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
@@ -190,53 +165,10 @@ def torch_chunked(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
     return F.linear_cross_entropy(hidden, lm_head, targets, reduction="sum", options=options)
 
 
-def trl_chunked(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    scored = targets != -100
-    logp = ChunkedLogProbFunction.apply(hidden, lm_head, None, targets.clamp_min(0), 1.0, 8192, None, 1.0, ())[0]
-    return -(logp * scored).sum()
-
-
-def liger(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
-    if not hidden.is_cuda:
-        raise RuntimeError("Liger's kernels need a GPU")
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(lm_head, hidden, targets)
-
-
-def liger_sm90(entropy: bool) -> Loss:
-    """Liger's kernel for Hopper: per-token losses (and entropies) without logits."""
-
-    def loss(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
-        if not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) != (9, 0):
-            raise RuntimeError("Liger's sm_90 kernel needs a GPU of compute capability 9.0")
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
-
-        found = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, lm_head, targets, 1.0, -100, 1, entropy)
-        return found[0].sum() - ENTROPY * found[1].sum() if entropy else found.sum()
-
-    return loss
-
-
-def cut_cross_entropy(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
-    if not hidden.is_cuda:
-        raise RuntimeError("cut-cross-entropy's kernels need a GPU")
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(hidden, lm_head, targets, reduction="sum", filter_eps=None)
-
-
 def losses(shape: Shape, cuda: bool) -> dict[str, Loss]:
     """Name of the row -> the loss, ours first. With entropy only those that give its gradient."""
     if shape.entropy:
-        return {
-            "ours_entropy": ours_entropy,
-            "eager": eager_entropy,
-            "compile": compiled(eager_entropy),
-            "liger_sm90": liger_sm90(True),
-        }
+        return {"ours_entropy": ours_entropy, "eager": eager_entropy, "compile": compiled(eager_entropy)}
     return {
         "ours_forward": ours_forward,
         "ours_recompute": ours_recompute,
@@ -244,10 +176,6 @@ def losses(shape: Shape, cuda: bool) -> dict[str, Loss]:
         "eager": eager,
         "compile": compiled(eager),
         "F.linear_cross_entropy": torch_chunked,
-        "trl_chunked": trl_chunked,
-        "liger": liger,
-        "liger_sm90": liger_sm90(False),
-        "cce": cut_cross_entropy,
     }
 
 
@@ -260,10 +188,11 @@ def measure(
     dtype: torch.dtype = torch.float32,
     results: Results | None = None,
     rounds: int = 5,
+    peers: Mapping[str, Loss] | None = None,
 ) -> dict[str, Row]:
-    """Rows of the floor, ours and every peer that runs here."""
+    """Rows of the floor, ours, torch's own forms and every one of ``peers`` that runs here."""
     inputs = Inputs(shape, device, dtype)
-    scored, every = inputs.rows.shape[0], losses(shape, inputs.hidden.is_cuda)
+    scored, every = inputs.rows.shape[0], losses(shape, inputs.hidden.is_cuda) | dict(peers or {})
     return compare(
         "logprob_pool",
         str(shape),

@@ -1,8 +1,7 @@
-"""Operator C: rewards and advantages in place, against its bare similarity product, eager torch and a row loop.
+"""Rewards and advantages in place, against the bare similarity product and eager torch.
 
 The floor is the fp32 product rollouts x bank into a ready buffer. "ours_*" differ in the negatives' statistic and in
-the bank's mask; "ume_r1 loop" is UME-R1's reward as its paper describes it, row by row with a top-k, written anew, and
-"ours_ume_r1" the same reward here. Errors: largest difference of an advantage from the fp64 reference.
+the bank's mask. Errors: largest difference of an advantage from the fp64 reference.
 """
 
 from __future__ import annotations
@@ -43,20 +42,6 @@ class Shape:
         return f"{self.rows}x{self.anchors}x{self.width}" + ("" if self.group == 8 else f"-G{self.group}")
 
 
-SHAPES = {
-    "tiny": [Shape(4, 8, 32, 16)],
-    "cpu": [Shape(128, 8, 1024, 256), Shape(8, 8, 4096, 1536), Shape(32, 8, 16_384, 256), Shape(32, 8, 65_536, 256)],
-    "cuda": [
-        Shape(8, 8, 256, 1536),
-        Shape(128, 8, 1024, 256),
-        Shape(64, 8, 65_536, 1536),
-        Shape(1024, 8, 16_384, 2048),
-        Shape(64, 8, 1_000_000, 1536),
-        Shape(1024, 8, 1_000_000, 1536),
-    ],
-}
-# UME-R1's bank is the other side's rollouts, as many as rows
-UME_SHAPES = {size: [shape for shape in table if shape.anchors == shape.rows] for size, table in SHAPES.items()}
 KINDS = {
     "ours_mean": RewardWeights(),
     "ours_softmax": RewardWeights(negative="softmax"),
@@ -82,15 +67,6 @@ def make(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Input
     }
 
 
-def others_generations(inputs: Inputs) -> Inputs:
-    """UME-R1's bank: the other side's G generations of every item."""
-    n_items, group, width = inputs["gen"].shape
-    noise = F.normalize(torch.randn(n_items, group, width, generator=torch.Generator().manual_seed(1)), dim=-1)
-    bank = F.normalize(inputs["gen"][:, :1] + 0.5 * noise.to(inputs["gen"]), dim=-1).view(-1, width)
-    first = group * torch.arange(n_items, device=bank.device)
-    return inputs | {"anchors": bank, "positive": first}
-
-
 def floor(inputs: Inputs) -> Callable[[], Tensor]:
     """The similarities alone, in fp32."""
     rows, bank = inputs["gen"].flatten(0, 1).float(), inputs["anchors"].float()
@@ -111,9 +87,6 @@ def ours(inputs: Inputs, weights: RewardWeights, mask: Tensor | None = None, **o
     return call
 
 
-# --- peers -----------------------------------------------------------------------------------------------------------
-
-
 def eager(inputs: Inputs) -> Callable[[], Tensor]:
     """The default reward as vectorised torch over the whole [B, G, A] matrix."""
 
@@ -131,27 +104,6 @@ def eager(inputs: Inputs) -> Callable[[], Tensor]:
     return call
 
 
-def ume_loop(inputs: Inputs) -> Callable[[], Tensor]:
-    """For every rollout: its similarities, the top G of them, how many are its own group's, the two means."""
-
-    def call() -> Tensor:
-        n_items, group, width = inputs["gen"].shape
-        rows, bank = inputs["gen"].reshape(-1, width), inputs["anchors"]
-        rewards = []
-        for i, row in enumerate(rows):
-            first = i // group * group
-            sims = bank @ row
-            own = set(range(first, first + group))
-            hits = len(own.intersection(sims.topk(group).indices.tolist()))
-            positive = sims[first : first + group].mean().item()
-            negative = torch.cat([sims[:first], sims[first + group :]]).mean().item()
-            rewards.append(1.0 + hits / group * (positive - negative))
-        reward = torch.tensor(rewards).view(n_items, group)
-        return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
-
-    return call
-
-
 # --- the measurement -------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +114,7 @@ def measure(
     results: Results | None = None,
     rounds: int = 9,
 ) -> dict[str, Row]:
-    """Rows of the floor, ours and every peer that runs here."""
+    """Rows of the floor, ours and the eager form."""
     inputs = make(shape, device, dtype)
     impls = {FLOOR: floor(inputs), **{name: ours(inputs, weights) for name, weights in KINDS.items()}}
     mask = torch.ones(shape.items, shape.anchors, dtype=torch.bool, device=device)
@@ -173,25 +125,10 @@ def measure(
         exact = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
         truth = {name: ours(exact, weights, backend="reference")() for name, weights in KINDS.items()}
         truth |= {"ours_masked": truth["ours_mean"], "eager": truth["ours_mean"]}
-    return _compare("reward", shape, dtype, impls, truth, device, results, rounds)
+    return compare_rewards("reward", shape, dtype, impls, truth, device, results, rounds)
 
 
-def measure_ume_r1(
-    shape: Shape,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    results: Results | None = None,
-    rounds: int = 5,
-) -> dict[str, Row]:
-    """UME-R1's reward, whose bank is as long as the batch (``anchors`` must equal items * group)."""
-    inputs = others_generations(make(shape, device, dtype))
-    weights = RewardWeights.ume_r1(shape.group)
-    impls = {FLOOR: floor(inputs), "ours_ume_r1": ours(inputs, weights), "ume_r1 loop": ume_loop(inputs)}
-    wanted = ours(inputs, weights, backend="reference")()
-    return _compare("reward_ume_r1", shape, dtype, impls, dict.fromkeys(impls, wanted), device, results, rounds)
-
-
-def _compare(
+def compare_rewards(
     bench: str,
     shape: Shape,
     dtype: torch.dtype,
@@ -201,6 +138,7 @@ def _compare(
     results: Results | None,
     rounds: int,
 ) -> dict[str, Row]:
+    """harness.compare with the facts of a reward's shape."""
     sizes = {"rows": shape.rows, "group": shape.group, "anchors": shape.anchors, "width": shape.width}
     return compare(
         bench,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from rime_fast import __version__
@@ -23,12 +23,13 @@ COMMANDS = {
     "data check": ("data_check", "name file, row and field of every bad row; write the good ones"),
     "demo": ("demo", "the whole recipe on digit scans, from random weights to a report"),
     "doctor": ("doctor", "what is active here, what is missing, what that costs"),
-    "bench": ("bench", "the benchmark suite (in a source checkout); compare and plot its results"),
+    "bench": ("bench", "the benchmark suite (in a source checkout)"),
     "bench logprob": ("bench_micro:LOGPROB", "the head's log-probabilities and gradients beside their peers"),
     "bench contrastive": ("bench_micro:CONTRASTIVE", "the contrastive loss beside its peers"),
     "bench reward": ("bench_micro:REWARD", "rewards and advantages beside their peers"),
-    "bench scale": ("bench_scale", "a step on 8 to 512 H100s by a written model: tables, JSON, curves"),
 }
+# words of `rime-fast bench` of earlier releases -> the module of a source checkout that does this now
+MOVED = {"scale": "benchmarks.scale", "--compare": "benchmarks.compare", "--plot": "benchmarks.plot"}
 DEBUG = "RIME_FAST_DEBUG"
 
 
@@ -42,11 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rime-fast {__version__}")
         return 0
     name, rest = _command(words)
-    try:
+
+    def found() -> int:
+        for word in rest if name == "bench" else ():
+            if moved := MOVED.get(word.partition("=")[0]):
+                raise UsageError(f"{word} is a command of the source checkout now: python -m {moved} --help")
         if name not in COMMANDS:
             known = dict.fromkeys(command.split()[0] for command in COMMANDS)
             raise UsageError(f"no such command{suggestion(name, known, 'rime-fast ')}")
         return load(name).main(rest)
+
+    return guarded(f"rime-fast {name}", found)
+
+
+def guarded(name: str, call: Callable[[], int]) -> int:
+    """The exit code of ``call``; what it raises is one line on stderr that begins with ``name``."""
+    try:
+        return call()
     except UsageError as error:
         return _fail(name, str(error), 2)
     except KeyboardInterrupt:
@@ -101,5 +114,5 @@ def _kind(error: Exception) -> str:
 
 
 def _fail(name: str, message: str, code: int) -> int:
-    print(f"rime-fast {name}: {message}", file=sys.stderr)
+    print(f"{name}: {message}", file=sys.stderr)
     return code

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
+from rime_fast.cli.bench import BENCHMARKS
 from rime_fast.cli.command import Command
 from rime_fast.cli.options import Group, UsageError
 from rime_fast.cli.values import build
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16"}
 NAMES = ("float32", "float16", "bfloat16")
+PEERS = BENCHMARKS / "lib" / "peers.py"
 
 
 @dataclass
@@ -64,7 +67,7 @@ def micro(op: str, values: dict[str, Any]) -> int:
     taken = explain(op, device, dtype)  # an impossible RIME_FAST_BACKEND ends here
     where = environment(device)
     print(f"{where['device']}, torch {where['torch']}, {where['threads']} threads, {name}")
-    module.measure(shape, device, dtype, results, options.rounds)
+    module.measure(shape, device, dtype, results, options.rounds, **third_party(op, shape))
     print_rows(results.rows, results.skipped)
     print(f"\nauto takes {taken.backend}: {taken.why}")
     for other, reason in taken.others.items():
@@ -76,11 +79,18 @@ def micro(op: str, values: dict[str, Any]) -> int:
     return 0
 
 
+def third_party(op: str, shape: Any) -> dict[str, Any]:
+    """``peers=`` of the measurement: other packages' forms, which come with a source checkout (benchmarks/lib)."""
+    found = run_path(str(PEERS)).get(op) if PEERS.is_file() else None
+    return {"peers": found(shape)} if found else {}
+
+
 def _command(op: str, text: str, examples: tuple[tuple[str, str], ...]) -> Command:
     return Command(
         name=f"bench {op}",
         text=f"{text} The floor is the bare matrix products of the same shape; a peer that is not installed or cannot "
-        "run here is named with the reason. Says which backend auto takes, and why.",
+        "run here is named with the reason (packages other than torch are measured in a source checkout). Says which "
+        "backend auto takes, and why.",
         examples=examples,
         run=lambda values: micro(op, values),
         groups=(

@@ -17,7 +17,7 @@ HELP = ("-h", "--help", "--help_all", "--help-all")
 
 @dataclass(frozen=True)
 class Command:
-    """name: as typed after ``rime-fast``. text: one paragraph. examples: (what it does, the line to type).
+    """name: as typed after ``program``. text: one paragraph. examples: (what it does, the line to type).
 
     groups: the options that the help shows. more: those it shows only with --help_all; both are accepted.
     positional: the option that words without a name go to. run: called with the raw values by name.
@@ -30,6 +30,7 @@ class Command:
     groups: tuple[Group, ...] = ()
     more: tuple[Group, ...] = ()
     positional: str | None = None
+    program: str = "rime-fast"
 
     def options(self) -> dict[str, Option]:
         """Every accepted option; where two groups have one, the first counts."""
@@ -60,7 +61,7 @@ class Command:
         width = min(shutil.get_terminal_size((100, 40)).columns, 110)
         bold = _bold if sys.stdout.isatty() else str
         words = f" {self.positional.upper()}..." if self.positional else ""
-        parts = [bold(f"rime-fast {self.name}{words} [--config FILE.yaml] [--option value ...]"), ""]
+        parts = [bold(f"{self.program} {self.name}{words} [--config FILE.yaml] [--option value ...]"), ""]
         parts += [textwrap.fill(self.text, width), ""]
         parts.append(bold("Examples"))
         for what, line in self.examples:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rime_fast.bench.scale.hardware import H100, Assumptions
-from rime_fast.bench.scale.network import Cluster, Contrast, Sync
+from benchmarks.scale.hardware import H100, Assumptions
+from benchmarks.scale.network import Cluster, Contrast, Sync
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.grad_sync import FSDPSync, grad_sync
 from rime_fast.ops.contrastive import contrastive_loss
@@ -23,7 +23,7 @@ TERMS = [("disc", "disc", 1.0), ("gen", "gen", 1.0), ("gen", "disc", 0.5), ("dis
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes a rank sends in its collectives, a ring's for each (rime_fast/bench/scale/network.py)."""
+    """Counts the bytes a rank sends in its collectives, a ring's for each (benchmarks/scale/network.py)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.lib.stored import load
 from rime_fast.bench.harness import Results, Row
-from rime_fast.bench.stored import load
 
 ROOT = Path(__file__).parents[2]
 

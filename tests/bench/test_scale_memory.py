@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rime_fast.bench.scale import memory
-from rime_fast.bench.scale.network import Contrast
-from rime_fast.bench.scale.shapes import checkpoint_shape, shape_of
+from benchmarks.scale import memory
+from benchmarks.scale.network import Contrast
+from benchmarks.scale.shapes import checkpoint_shape, shape_of
 from rime_fast.engine.graph_memory import measured_graph
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_config, tiny_model

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from rime_fast.bench.scale.hardware import H100, Assumptions
-from rime_fast.bench.scale.network import Cluster, Contrast, Sync
+from benchmarks.scale.hardware import H100, Assumptions
+from benchmarks.scale.network import Cluster, Contrast, Sync
 from tests.bench.network_worker import run_scenarios
 from tests.ranks import run_ranks
 

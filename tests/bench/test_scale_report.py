@@ -1,4 +1,4 @@
-"""``rime-fast bench scale``: tables, JSON, curves."""
+"""``python -m benchmarks.scale``: tables, JSON, curves."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rime_fast.bench.scale.plots import PANELS, plot_scale
-from rime_fast.bench.scale.report import ScaleOptions, make_report
-from rime_fast.cli import main
+from benchmarks.scale.__main__ import main
+from benchmarks.scale.plots import PANELS, plot_scale
+from benchmarks.scale.report import ScaleOptions, make_report
 
 DOCS = Path(__file__).parents[2] / "docs" / "measurements"
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys):
-    words = ["bench", "scale", "--gpus", "8", "64", "--model", "qwen3-vl-2b", "--output", str(tmp_path)]
+    words = ["--gpus", "8", "64", "--model", "qwen3-vl-2b", "--output", str(tmp_path)]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "MODELLED, NOT MEASURED" in printed
@@ -43,7 +43,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     ],
 )
 def test_bad_options_say_what_is_expected(words, message, capsys):
-    assert main(["bench", "scale", *words]) == 2
+    assert main(words) == 2
     assert message in capsys.readouterr().err
 
 
@@ -65,4 +65,4 @@ def test_the_committed_page_is_what_the_code_says(model):
     stored = json.loads((DOCS / f"scale-{model}.json").read_text())
     options = ScaleOptions(**stored["options"])
     fresh = json.loads(json.dumps(make_report(options)))
-    assert fresh == stored, f"rime-fast bench scale --model {model} --output docs/measurements"
+    assert fresh == stored, f"python -m benchmarks.scale --model {model} --output docs/measurements"

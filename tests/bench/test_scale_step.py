@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rime_fast.bench import joint_step as measured
-from rime_fast.bench.scale import work
-from rime_fast.bench.scale.hardware import H100, Assumptions
-from rime_fast.bench.scale.joint import Load, Plan, Side, Step, joint_step
-from rime_fast.bench.scale.network import Cluster
-from rime_fast.bench.scale.refine import RefinePlan, decode, refine_step
-from rime_fast.bench.scale.shapes import ModelShape, checkpoint_shape, shape_of
+from benchmarks.lib import joint_step as measured
+from benchmarks.scale import work
+from benchmarks.scale.hardware import H100, Assumptions
+from benchmarks.scale.joint import Load, Plan, Side, Step, joint_step
+from benchmarks.scale.network import Cluster
+from benchmarks.scale.refine import RefinePlan, decode, refine_step
+from benchmarks.scale.shapes import ModelShape, checkpoint_shape, shape_of
 
 TWO_B = checkpoint_shape("qwen2-vl-2b")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu"

@@ -15,8 +15,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from rime_fast.bench.scale import work
-from rime_fast.bench.scale.shapes import CHECKPOINTS, checkpoint_config, checkpoint_shape, shape_of
+from benchmarks.scale import work
+from benchmarks.scale.shapes import CHECKPOINTS, checkpoint_config, checkpoint_shape, shape_of
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_config, tiny_model
 from rime_fast.model.tiny_batch import tiny_batch

@@ -8,19 +8,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from rime_fast.bench import ceiling, contrastive, joint_step, logprob, refine_step, reward
+from benchmarks import bench_contrastive, bench_logprob_pool, bench_reward
+from benchmarks.lib import growth, joint_step, peers, refine_step, ume_r1
+from benchmarks.lib.stored import load
+from rime_fast.bench import ceiling, contrastive, logprob, reward
 from rime_fast.bench.harness import FLOOR, Results, compare
-from rime_fast.bench.stored import load
 
 ROOT = Path(__file__).parents[2]
 # name -> what benchmarks/bench_*.py calls, shape, implementations that must have run, bound of our error
+HEAD, CONTRAST, REWARD = bench_logprob_pool.SHAPES, bench_contrastive.SHAPES, bench_reward.SHAPES
+UME = bench_reward.UME_SHAPES
 SUITE = {
     "ceiling": (ceiling.measure, ceiling.SHAPES["tiny"][0], {"copy", "gemm"}, 0.0),
-    "logprob": (logprob.measure, logprob.SHAPES["tiny"][0], {FLOOR, "ours_forward", "ours_recompute", "eager"}, 1e-5),
-    "contrastive": (contrastive.measure, contrastive.SHAPES["tiny"][-1], {FLOOR, "ours", "eager", "open_clip"}, 1e-5),
-    "contrastive_growth": (contrastive.measure_growth, contrastive.GROWTH["tiny"][0], {"ours"}, 0.0),
-    "reward": (reward.measure, reward.SHAPES["tiny"][0], {FLOOR, "ours_mean", "eager"}, 1e-6),
-    "reward_ume_r1": (reward.measure_ume_r1, reward.UME_SHAPES["tiny"][0], {FLOOR, "ours_ume_r1", "ume_r1 loop"}, 1e-6),
+    "logprob": (
+        logprob.measure,
+        bench_logprob_pool.SHAPES["tiny"][0],
+        {FLOOR, "ours_forward", "ours_recompute", "eager"},
+        1e-5,
+    ),
+    "contrastive": (
+        contrastive.measure,
+        CONTRAST["tiny"][-1],
+        {FLOOR, "ours", "eager", "open_clip"},
+        1e-5,
+    ),
+    "contrastive_growth": (growth.measure_growth, bench_contrastive.GROWTH["tiny"][0], {"ours"}, 0.0),
+    "reward": (reward.measure, REWARD["tiny"][0], {FLOOR, "ours_mean", "eager"}, 1e-6),
+    "reward_ume_r1": (
+        ume_r1.measure_ume_r1,
+        bench_reward.UME_SHAPES["tiny"][0],
+        {FLOOR, "ours_ume_r1", "ume_r1 loop"},
+        1e-6,
+    ),
     "joint_step": (joint_step.measure, joint_step.SHAPES["tiny"][0], {"ours", "ours_kept", joint_step.PLAIN}, 1e-3),
     "joint_step, one pass": (joint_step.measure, joint_step.SHAPES["tiny"][1], {"ours", joint_step.PLAIN}, 1e-3),
     "refine_step": (refine_step.measure, refine_step.SHAPES["tiny"][0], {"ours"}, 1e-3),
@@ -31,7 +50,8 @@ SUITE = {
 def test_tiny_case(name, tmp_path):
     measure, shape, wanted, bound = SUITE[name]
     results = Results(seconds=1.0)
-    found = measure(shape, "cpu", torch.float32, results, 1)
+    third_party = {"peers": getattr(peers, name)(shape)} if hasattr(peers, name) else {}
+    found = measure(shape, "cpu", torch.float32, results, 1, **third_party)
     assert wanted <= set(found)
     assert all(row.median_ms > 0 and row.first_call_s is not None for row in found.values())
     ours = {impl: row for impl, row in found.items() if impl.startswith("ours")}
@@ -76,8 +96,18 @@ def test_a_time_limit_leaves_rounds_out_and_keeps_one():
     assert len(calls) == 2  # the first, and one round that its memory is read from
 
 
-def test_every_benchmark_file_measures_through_the_package():
-    """The pytest cases stay thin: what is measured is in rime_fast/bench, where the suite above runs it."""
+def test_every_benchmark_file_measures_through_one_harness():
+    """The cases hold shapes and bounds; what is measured is in rime_fast/bench or benchmarks/lib, as above."""
     for path in (ROOT / "benchmarks").glob("bench_*.py"):
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-        assert any((node.module or "").startswith("rime_fast.bench") for node in nodes), path
+        assert any((node.module or "").startswith(("rime_fast.bench", "benchmarks.lib")) for node in nodes), path
+
+
+def test_without_a_checkout_torchs_own_forms_remain(monkeypatch, tmp_path):
+    from rime_fast.cli import bench_micro
+
+    shape = bench_logprob_pool.SHAPES["tiny"][0]
+    assert set(bench_micro.third_party("logprob", shape)["peers"]) == set(peers.logprob(shape))
+    monkeypatch.setattr(bench_micro, "PEERS", tmp_path / "peers.py")
+    assert bench_micro.third_party("logprob", shape) == {}
+    assert {"eager", "compile", "F.linear_cross_entropy"} < set(logprob.losses(shape, False))

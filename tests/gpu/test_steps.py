@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rime_fast.bench import joint_step, refine_step
+from benchmarks.lib import joint_step, refine_step
 from tests.gpu.devices import BOTH, CUDA, no_synchronisation
 
 SHAPES = {"cached": joint_step.SHAPES["tiny"][0], "one pass": joint_step.SHAPES["tiny"][1]}

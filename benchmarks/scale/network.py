@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rime_fast.bench.scale.hardware import Assumptions, Hardware
+from benchmarks.scale.hardware import Assumptions, Hardware
 
 
 @dataclass(frozen=True)

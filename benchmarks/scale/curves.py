@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rime_fast.bench.scale.hardware import Assumptions, Hardware
-from rime_fast.bench.scale.joint import Plan, Side, joint_step
-from rime_fast.bench.scale.network import Cluster
-from rime_fast.bench.scale.refine import RefinePlan, refine_step
-from rime_fast.bench.scale.shapes import ModelShape
+from benchmarks.scale.hardware import Assumptions, Hardware
+from benchmarks.scale.joint import Plan, Side, joint_step
+from benchmarks.scale.network import Cluster
+from benchmarks.scale.refine import RefinePlan, refine_step
+from benchmarks.scale.shapes import ModelShape
 
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 BEGINS = 0.05  # of the step: from here on a part counts as a cost

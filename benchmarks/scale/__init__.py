@@ -6,7 +6,7 @@
     memory.py    bytes a rank holds
     joint.py     the joint-training step          refine.py    the Refine-RL step
     hardware.py  a GPU node by its published figures, and what is ASSUMED to be achieved of them
-    report.py    ``rime-fast bench scale``: tables, JSON, curves
+    report.py    ``python -m benchmarks.scale``: tables, JSON, curves
 
 What it counts is checked against counted FLOP, counted network bytes and measured memory (tests/bench). Seconds are
 NOT measurements: they are counts divided by assumed rates, to see which part grows into the largest one and when.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rime_fast.bench.scale.network import Contrast
-from rime_fast.bench.scale.shapes import ModelShape, TextShape, VisionShape
+from benchmarks.scale.network import Contrast
+from benchmarks.scale.shapes import ModelShape, TextShape, VisionShape
 
 WORKSPACE = 256 * 2**20  # what the operators allow themselves beside their results on a GPU
 

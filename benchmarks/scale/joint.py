@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rime_fast.bench.scale import memory, work
-from rime_fast.bench.scale.hardware import Assumptions
-from rime_fast.bench.scale.network import Cluster, Contrast, Sync, Traffic
-from rime_fast.bench.scale.shapes import ModelShape
+from benchmarks.scale import memory, work
+from benchmarks.scale.hardware import Assumptions
+from benchmarks.scale.network import Cluster, Contrast, Sync, Traffic
+from benchmarks.scale.shapes import ModelShape
 
 GATHER_LIMIT = 8192 * 2**20  # ops/contrastive/agreement.py
 

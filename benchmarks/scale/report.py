@@ -1,4 +1,4 @@
-"""``rime-fast bench scale``: the tables of the scale model, its JSON and its curves."""
+"""``python -m benchmarks.scale``: the tables of the scale model, its JSON and its curves."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rime_fast.bench.scale.curves import GPUS, all_curves
-from rime_fast.bench.scale.hardware import H100, Assumptions
-from rime_fast.bench.scale.joint import Plan, Side, Step, joint_step
-from rime_fast.bench.scale.network import Cluster
-from rime_fast.bench.scale.refine import RefinePlan, refine_step
-from rime_fast.bench.scale.shapes import ModelShape, checkpoint_shape
+from benchmarks.scale.curves import GPUS, all_curves
+from benchmarks.scale.hardware import H100, Assumptions
+from benchmarks.scale.joint import Plan, Side, Step, joint_step
+from benchmarks.scale.network import Cluster
+from benchmarks.scale.refine import RefinePlan, refine_step
+from benchmarks.scale.shapes import ModelShape, checkpoint_shape
 
 SCHEMA = 1
 NOTE = "MODELLED, NOT MEASURED: counted FLOP and bytes divided by assumed rates"
@@ -20,7 +20,7 @@ NOTE = "MODELLED, NOT MEASURED: counted FLOP and bytes divided by assumed rates"
 
 @dataclass
 class ScaleOptions:
-    """Options of ``bench scale``."""
+    """Options of ``python -m benchmarks.scale``."""
 
     model: str = field(
         default="qwen2-vl-2b",
@@ -47,16 +47,16 @@ class ScaleOptions:
     )
 
 
-def main(options: ScaleOptions) -> int:
+def report(options: ScaleOptions) -> int:
     """Print both tables; with ``output`` also write JSON and curves. Raises ValueError for options that do not fit."""
-    report = make_report(options)
-    print_report(report)
+    made = make_report(options)
+    print_report(made)
     if options.output:
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"scale-{options.model}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        from rime_fast.bench.scale.plots import plot_scale
+        path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        from benchmarks.scale.plots import plot_scale
 
         print(f"{path}\n{plot_scale(path)}")
     return 0

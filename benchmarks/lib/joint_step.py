@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2VLForConditionalGeneration
 
+from benchmarks.lib.parts import PartClock, breakdown
 from rime_fast.bench.harness import Results, Row, add_parts, compare, dtype_name
-from rime_fast.bench.parts import PartClock, breakdown
 from rime_fast.engine.grad_cache import GradCache
 from rime_fast.engine.grad_sync import GradSync
 from rime_fast.engine.packed_encoder import PackedEncoder, part_tokens

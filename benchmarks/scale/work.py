@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rime_fast.bench.scale.shapes import ModelShape, TextShape, VisionShape
+from benchmarks.scale.shapes import ModelShape, TextShape, VisionShape
 
 # Products over the scored rows, 2 M H V each: of a forward alone, and of the two ways to score with gradients.
 HEAD_PRODUCTS = {"forward": 1, "linear_ce": 3, "recompute": 4}

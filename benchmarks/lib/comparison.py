@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lib.stored import Stored, load
 from rime_fast.bench.harness import Row
-from rime_fast.bench.stored import Stored, load
 
 PLAIN = "plain"  # how the name of a step benchmark's stock recipe begins
 LEAST_MIB = 4.0  # a change of memory below this is the allocator's

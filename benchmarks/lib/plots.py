@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.lib.stored import Stored, load
 from rime_fast.bench.ceiling import BENCH as CEILING
 from rime_fast.bench.harness import FLOOR, PARTS, Row
-from rime_fast.bench.stored import Stored, load
 from rime_fast.eval.plots import COLOURS, FAINT, INK
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.lib.joint_step import MODELS, gradient_difference, stock_model
+from benchmarks.lib.parts import PartClock, breakdown
 from rime_fast.bench.harness import Results, Row, add_parts, compare, dtype_name
-from rime_fast.bench.joint_step import MODELS, gradient_difference, stock_model
-from rime_fast.bench.parts import PartClock, breakdown
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.shared_prefix import shared_prefix_batch

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rime_fast.bench.scale import memory, work
-from rime_fast.bench.scale.joint import Load, Part, Rates, Side, Step, optimizer_part, sync_parts
-from rime_fast.bench.scale.network import Cluster, Sync
-from rime_fast.bench.scale.shapes import ModelShape
+from benchmarks.scale import memory, work
+from benchmarks.scale.joint import Load, Part, Rates, Side, Step, optimizer_part, sync_parts
+from benchmarks.scale.network import Cluster, Sync
+from benchmarks.scale.shapes import ModelShape
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What the cases in benchmarks/ share: whole steps, peers, the files of results and their figures."""
