@@ -7,8 +7,9 @@ so that Trainer, peft, DeepSpeed, FSDP, ``generate`` and ``save_pretrained`` see
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from functools import cache, wraps
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache, partial, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rime_fast.model.adapter import is_adapter, merged_adapter
 from rime_fast.model.head import ScoringHead, make_scoring
@@ -125,12 +127,24 @@ class DualModeModel:
         and Qwen2.5-VL's `model.layers...`) to its own classes only, and would leave these at random values."""
         return False
 
-    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
-        """As transformers', but the weights keep the modules' own names on disk unless asked otherwise.
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers': under the published names, which every loader reads (stock ``AutoModel`` among them),
+        whatever names the weights came from and whatever wraps the model (FSDP2 changes its class's name)."""
+        stock = dual_mode_class(self.config).__name__
+        self._weight_conversions = get_checkpoint_conversion_mapping(stock) or []
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
-        Every loader reads both forms, except Trainer's own when it resumes: it takes the names as they are.
-        """
-        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)  # type: ignore[misc]
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's, and the published names are taken too: transformers' Trainer resumes by it."""
+        named = {_module_name(name): value for name, value in state_dict.items()}
+        if named.keys() == state_dict.keys():
+            named = state_dict  # type: ignore[assignment]  # with its metadata
+        return super().load_state_dict(named, *args, **kwargs)  # type: ignore[misc]
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """As transformers', which puts a plain linear layer in place when it resizes an untied table."""
+        super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
+        make_scoring(self.lm_head)
 
     def _make_dual(self) -> None:
         make_scoring(self.lm_head)
@@ -277,7 +291,7 @@ class DualModeModel:
             pools = {k: v for k, v in (("disc", disc_index), ("gen", gen_index)) if v is not None}
         if not (pools or targets is not None):
             return DualModeOutput(embeddings={}, hidden=hidden)
-        self._check_head()
+        head = self._scoring_head()
         scoring = {
             "targets": targets,
             "token_weight": token_weight,
@@ -287,18 +301,22 @@ class DualModeModel:
             "normalize": normalize,
             "backend": logprob_backend,
         }
-        found: dict[str, Tensor] = self.lm_head(hidden, scoring=scoring)
+        found: dict[str, Tensor] = head(hidden, scoring=scoring)
         embeddings = {k.removeprefix("pool:"): found.pop(k) for k in list(found) if k.startswith("pool:")}
         return DualModeOutput(**found, embeddings=embeddings, hidden=hidden if return_hidden else None)
 
-    def _check_head(self) -> None:
+    def _scoring_head(self) -> Any:
+        """The head to call with ``scoring``: peft's wrapper of a whole trained head passes the call on, its wrapper of
+        single trained rows (``trainable_token_indices`` on a tied model) does not, but gives the weight with them."""
         head = self.lm_head
-        inner = getattr(head, "original_module", head)  # peft's modules_to_save wrapper passes calls on
+        inner = getattr(head, "original_module", head)
+        make_scoring(inner)
         if not isinstance(inner, ScoringHead):
             raise TypeError(
                 f"lm_head is a {type(head).__name__}; the fused scoring needs a plain linear head: leave it out of "
                 "LoRA's target_modules (train it whole by modules_to_save) and out of quantisation"
             )
+        return partial(inner, weight=lambda: head.weight) if hasattr(head, "token_adapter") else head
 
 
 class _DenseDeepstack:
@@ -325,6 +343,13 @@ def _require_all(missing: set[str] | list[str], source: str | Path, name: str) -
         keys = sorted(missing)
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
         raise ValueError(f"the checkpoint {source} lacks weights of {name}: {', '.join(keys[:8])}{more}")
+
+
+def _module_name(name: str) -> str:
+    """The module that a published name of Qwen2-VL and Qwen2.5-VL stands for; any other name as it is."""
+    return re.sub(
+        r"^model\.(?!language_model\.|visual\.)", "model.language_model.", re.sub(r"^visual\.", "model.visual.", name)
+    )
 
 
 def _shape(tensor: Tensor | None) -> str:

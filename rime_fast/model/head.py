@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ class ScoringHead(nn.Linear):
     """``lm_head`` with a second way to be called.
 
     ``head(hidden)`` gives logits as before. ``head(hidden, scoring={...})`` runs the fused operator with the head's
-    own weight. The operator runs inside this module's forward, so that FSDP's and ZeRO-3's hooks have the weight
-    whole at that moment, and again in the backward; hence also a plain dict of tensors for a result.
+    own weight, or with ``weight()``, a table made from it. The operator runs inside this module's forward, so that
+    FSDP's and ZeRO-3's hooks have the weight whole at that moment, and again in the backward; hence also a plain dict
+    of tensors for a result.
     """
 
-    def forward(self, hidden: Tensor, scoring: dict[str, Any] | None = None) -> Any:
+    def forward(
+        self, hidden: Tensor, scoring: dict[str, Any] | None = None, weight: Callable[[], Tensor] | None = None
+    ) -> Any:
         if scoring is None:
             return F.linear(hidden, self.weight, self.bias)
-        return score_rows(hidden, self.weight, self.bias, **scoring)
+        return score_rows(hidden, self.weight if weight is None else weight(), self.bias, **scoring)
 
 
 def make_scoring(head: nn.Module) -> None:
