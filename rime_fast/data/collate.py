@@ -240,7 +240,7 @@ class Collator:
             video = None
             if side.video:
                 steps = -(-len(side.video) // self.vision.temporal_patch_size)
-                video = (steps, self.vision.image_tokens(image_size(side.video[0])))
+                video = (steps, self.vision.frame_tokens(image_size(side.video[0])))
             heads.append(([self.vision.image_tokens(size) for size in sizes], video))
         return heads
 

@@ -9,6 +9,7 @@ processors (which need torchvision and resize through it, so their resized frame
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rime_fast.data.records import ImageSource, load_image
+from rime_fast.data.records import ImageSource, image_size, load_image
 
 Size = tuple[int, int]  # height, width
 
@@ -37,6 +38,7 @@ class VisionInputs:
         self.resample: int = int(pil.resample)
         self.min_pixels: int = pil.size["shortest_edge"]
         self.max_pixels: int = pil.size["longest_edge"]
+        self.video_min_pixels, self.video_max_pixels = self.min_pixels, self.max_pixels  # of one frame
         self._pil = pil
         values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
         if pil.do_rescale:
@@ -51,10 +53,19 @@ class VisionInputs:
             return size
         return _smart_resize(size, self.patch_size * self.merge_size, self.min_pixels, self.max_pixels)
 
+    def video_size(self, size: Size) -> Size:
+        """Height and width of every frame of a video whose first has ``size``. Raises as ``target_size``."""
+        if not self.do_resize:
+            return size
+        return _smart_resize(size, self.patch_size * self.merge_size, self.video_min_pixels, self.video_max_pixels)
+
     def image_tokens(self, size: Size) -> int:
-        """Tokens that an image (or one temporal patch of frames) of this height and width takes in the prompt."""
-        height, width = self.target_size(size)
-        return height * width // (self.patch_size * self.merge_size) ** 2
+        """Tokens that an image of this height and width takes in the prompt."""
+        return math.prod(self.target_size(size)) // (self.patch_size * self.merge_size) ** 2
+
+    def frame_tokens(self, size: Size) -> int:
+        """Tokens of one temporal patch of a video whose first frame has this height and width."""
+        return math.prod(self.video_size(size)) // (self.patch_size * self.merge_size) ** 2
 
     def images(self, sources: Sequence[ImageSource]) -> tuple[torch.Tensor, torch.Tensor]:
         """pixel_values [patches, channels * temporal * patch * patch] fp32 and image_grid_thw [n, 3] int64."""
@@ -64,9 +75,8 @@ class VisionInputs:
         """pixel_values_videos and video_grid_thw of lists of frames; all frames take the first one's target size."""
         stacks = []
         for frames in videos:
-            pixels = [self._pixels(frames[0])]
-            size = pixels[0].shape[:2]
-            pixels += [self._pixels(frame, size) for frame in frames[1:]]
+            size = self.video_size(image_size(frames[0]))
+            pixels = [self._pixels(frame, size) for frame in frames]
             pixels += pixels[-1:] * (-len(pixels) % self.temporal_patch_size)
             stacks.append(pixels)
         return self._patches(stacks, [len(stack) // self.temporal_patch_size for stack in stacks])
