@@ -8,7 +8,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-EXTRAS := dev,demo,peft,deepspeed,bench
+EXTRAS := dev,demo,peft,deepspeed,bench,serve
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/rime/*.h)
 PYTEST_ARGS ?=
 

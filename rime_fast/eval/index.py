@@ -1,0 +1,136 @@
+"""An index of embeddings: the nearest items of a query, and how sure the first place is.
+
+A folder holds ``index.safetensors`` (``rows`` [N, D] fp32, unit norm), ``items.jsonl`` (an item a line) and
+``index.json`` (what made it); with FAISS also ``index.faiss``. Plain search is exact and needs nothing; FAISS is for
+sets where reading every row is too slow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+CHUNK = 1 << 16  # rows compared at a time
+
+
+class EmbeddingIndex:
+    """Unit rows to search in; ``RimeEmbedder`` and the server ask it for margins (mode "auto").
+
+    rows: [N, D] floating, N >= 1; kept as fp32. items: N dicts to return with the hits (None: only row numbers).
+    facts: what the rows are, for messages and for ``search`` to do the same with a query: "mode", "model", "template".
+    faiss: a FAISS factory string ("Flat", "HNSW32", "IVF4096,Flat") to search through (package faiss-cpu); None: plain.
+
+        index = EmbeddingIndex(embedder.encode(catalogue), items=catalogue)
+        scores, rows = index.search(embedder.encode(["a red shoe"]), k=5)
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        *,
+        items: Sequence[dict[str, Any]] | None = None,
+        facts: dict[str, Any] | None = None,
+        faiss: str | None = None,
+    ) -> None:
+        if rows.ndim != 2 or not len(rows) or not rows.is_floating_point():
+            raise ValueError(f"rows is {rows.dtype} {tuple(rows.shape)}; expected floating [N, D] with N of 1 or more")
+        if items is not None and len(items) != len(rows):
+            raise ValueError(f"items has {len(items)} entries; expected one for each of the {len(rows)} rows")
+        self.rows = rows.detach().float().cpu()
+        if not bool(torch.isfinite(self.rows).all()):
+            raise ValueError("rows holds values that are not finite; expected unit embeddings")
+        self.items = items
+        self.facts = facts or {}
+        self.faiss = faiss
+        self._faiss = _build(self.rows, faiss) if faiss else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def search(self, queries: torch.Tensor, k: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores [n, k] fp32, rows [n, k] int64), best first, k at most N; equal scores: the lower row first.
+
+        queries: [n, D'], unit rows; wider ones are cut to the index's D and normalised again (Matryoshka). Raises
+        ValueError for narrower ones.
+        """
+        if queries.ndim != 2 or queries.shape[1] < self.rows.shape[1]:
+            raise ValueError(f"queries is {tuple(queries.shape)}; expected [n, {self.rows.shape[1]}] (or wider)")
+        if k < 1:
+            raise ValueError(f"k is {k}; expected 1 or more")
+        queries = truncated(queries.float().cpu(), self.rows.shape[1])
+        k = min(k, len(self))
+        if self._faiss is not None:
+            scores, rows = self._faiss.search(queries.contiguous().numpy(), k)
+            return torch.from_numpy(scores), torch.from_numpy(rows)
+        best = queries.new_empty(len(queries), 0)
+        places = torch.empty(len(queries), 0, dtype=torch.int64)
+        for start in range(0, len(self), CHUNK):
+            scores = queries @ self.rows[start : start + CHUNK].T
+            best = torch.cat([best, scores], dim=1)
+            places = torch.cat([places, torch.arange(start, start + scores.shape[1]).expand(len(queries), -1)], dim=1)
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, places = best[:, :k], places.gather(1, order[:, :k])
+        return best, places
+
+    def margins(self, queries: torch.Tensor) -> torch.Tensor:
+        """[n] fp32: the first place's score less the second's; infinite where the index has one row only."""
+        scores, _ = self.search(queries, 2)
+        return scores[:, 0] - scores[:, 1] if scores.shape[1] > 1 else scores.new_full((len(scores),), torch.inf)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the folder (made if absent)."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({"rows": self.rows.contiguous()}, str(directory / "index.safetensors"))
+        facts = {"rows": len(self), "dims": self.rows.shape[1], "faiss": self.faiss} | self.facts
+        (directory / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in self.items or ()]
+        (directory / "items.jsonl").write_text("".join(lines), encoding="utf-8")
+        if self._faiss is not None:
+            import faiss
+
+            faiss.write_index(self._faiss, str(directory / "index.faiss"))
+
+    @classmethod
+    def load(cls, directory: str | Path) -> EmbeddingIndex:
+        """Read a folder of ``save``. Raises ValueError for a folder that is none."""
+        directory = Path(directory)
+        if not (directory / "index.json").is_file():
+            raise ValueError(f"{directory} holds no index.json; expected a folder of `rime-fast index`")
+        facts = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+        lines = (directory / "items.jsonl").read_text(encoding="utf-8").splitlines()
+        items = [json.loads(line) for line in lines]
+        index = cls(load_file(str(directory / "index.safetensors"))["rows"], items=items or None, facts=facts)
+        if factory := index.facts.pop("faiss", None):
+            import faiss
+
+            index.faiss, index._faiss = factory, faiss.read_index(str(directory / "index.faiss"))
+        return index
+
+
+def truncated(rows: torch.Tensor, dims: int | None) -> torch.Tensor:
+    """The first ``dims`` columns, normalised again (Matryoshka); None: as they are. ValueError for too many."""
+    if dims is None or dims == rows.shape[1]:
+        return rows
+    if not 1 <= dims < rows.shape[1]:
+        raise ValueError(f"dimensions is {dims}; expected 1 to {rows.shape[1]}")
+    return torch.nn.functional.normalize(rows[:, :dims], dim=1)
+
+
+def _build(rows: torch.Tensor, factory: str) -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError(f"faiss is {factory!r}, but FAISS is not installed; pip install 'rime-fast[serve]'") from None
+    try:
+        index = faiss.index_factory(rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(rows.numpy())
+        index.add(rows.numpy())
+    except RuntimeError as error:
+        raise ValueError(f"faiss is {factory!r}: {str(error).strip().splitlines()[-1]}") from None
+    return index
