@@ -1,15 +1,15 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL with a dual-mode forward: one causal pass, two embeddings, token scores.
 
 ``DualModeModel`` is a mixin; its three concrete classes are true subclasses of transformers' own, under their names,
-so that Trainer, peft, DeepSpeed, FSDP, ``generate`` and ``save_pretrained`` see the stock model.
+so that Trainer, peft, DeepSpeed, FSDP, ``generate`` and ``save_pretrained`` see the stock model. ``forward`` is stock's
+unless it is given ``lengths``.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache, partial, wraps
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -27,9 +27,6 @@ from rime_fast.model.outputs import DualModeOutput
 from rime_fast.model.packing import PACKED_SDPA, AttentionLayout, packed_layout
 from rime_fast.model.vision import segment_attention, vision_features
 from rime_fast.model.vision_cache import VisionCache
-
-# What a caller of the stock signature may pass along with a packed batch as long as it says nothing (peft does).
-_STOCK_ONLY = {"attention_mask", "labels", "inputs_embeds", "past_key_values", "mm_encoder_outputs"}
 
 
 def resolve_attention(requested: str | None) -> str:
@@ -150,9 +147,8 @@ class DualModeModel:
         make_scoring(self.lm_head)
         segment_attention(self.model.visual)
         text = self.model.language_model
-        stock: Any = type(text)
-        if hasattr(text, "_deepstack_process") and not issubclass(stock, _DenseDeepstack):
-            text.__class__ = _dense(stock)
+        if isinstance(text, transformers.Qwen3VLTextModel):
+            text.__class__ = Qwen3VLTextModel
 
     def encode_hidden(
         self,
@@ -262,11 +258,27 @@ class DualModeModel:
         features, deepstack = vision_features(self.model.visual, pixels, [(1, merge, merge)], cache)
         return sum((x.sum() for x in deepstack), start=features.sum()).to(embeds.dtype)
 
-    def _dual_forward(
+    def forward(
         self,
-        input_ids: Tensor,
-        lengths: Sequence[int],
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: Any = None,
+        lengths: Sequence[int] | None = None,
+        image_grids: Sequence[Sequence[int]] | None = None,
+        video_grids: Sequence[Sequence[int]] | None = None,
+        layout: AttentionLayout | None = None,
+        vision_cache: VisionCache | None = None,
         targets: Tensor | None = None,
         token_weight: Tensor | None = None,
         pools: dict[str, Tensor] | None = None,
@@ -277,16 +289,54 @@ class DualModeModel:
         normalize: bool = True,
         return_hidden: bool = False,
         logprob_backend: str = "auto",
-        **batch: Any,
-    ) -> DualModeOutput:
-        stock = sorted(k for k in _STOCK_ONLY & batch.keys() if batch[k] is not None)
-        if stock:
-            raise ValueError(f"lengths (a packed batch) was given together with {', '.join(stock)}; expected only one")
+        **kwargs: Any,
+    ) -> Any:
+        """Scores and embeddings of a packed batch in one causal pass; without ``lengths``, transformers' own forward.
+
+        input_ids, lengths, position_ids and what an image or video needs: see ``encode_hidden``. targets [T]: the token
+        to score at each row (-100: none); token_weight [T]: its weight in the loss. pools: name -> row index or pool
+        weights of an embedding (``fused_logprob_pool``), or disc_index and gen_index [N] for the two of the recipe.
+        entropy, temperature, normalize: as in ``fused_logprob_pool``. Returns a DualModeOutput. Raises ValueError for
+        arguments of transformers' own forward beside ``lengths``. Names that neither knows are left alone, as there.
+        """
+        stock = {
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        vision: dict[str, Any] = {
+            "position_ids": position_ids,
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
+            "mm_token_type_ids": mm_token_type_ids,
+        }
+        if lengths is None:
+            packed = {"targets": targets, "token_weight": token_weight, "pools": pools}
+            packed |= {"disc_index": disc_index, "gen_index": gen_index}
+            if alone := [name for name, value in packed.items() if value is not None]:
+                raise ValueError(f"{', '.join(alone)} was given without lengths (a packed batch)")
+            given = {name: value for name, value in {**stock, **vision}.items() if value is not None}
+            return super().forward(input_ids, logits_to_keep=logits_to_keep, **given, **kwargs)  # type: ignore[misc]
+        if input_ids is None:
+            raise ValueError("lengths (a packed batch) was given without input_ids")
+        both = sorted(name for name, value in stock.items() if value is not None)  # peft passes them as None
+        if both:
+            raise ValueError(f"lengths (a packed batch) was given together with {', '.join(both)}; expected only one")
         if token_weight is not None and targets is None:
             raise ValueError("token_weight was given without targets")
-        encoder = {k: batch[k] for k in _ENCODER_KEYS & batch.keys()}
-        encoder.setdefault("position_ids", None)
-        hidden = self.encode_hidden(input_ids, lengths, **encoder)
+        hidden = self.encode_hidden(
+            input_ids,
+            lengths,
+            **vision,
+            image_grids=image_grids,
+            video_grids=video_grids,
+            layout=layout,
+            vision_cache=vision_cache,
+        )
         if pools is None:
             pools = {k: v for k, v in (("disc", disc_index), ("gen", gen_index)) if v is not None}
         if not (pools or targets is not None):
@@ -317,25 +367,6 @@ class DualModeModel:
                 "LoRA's target_modules (train it whole by modules_to_save) and out of quantisation"
             )
         return partial(inner, weight=lambda: head.weight) if hasattr(head, "token_adapter") else head
-
-
-class _DenseDeepstack:
-    """Mixin over Qwen3-VL's text model: deepstack features laid out over all rows are added without a mask.
-
-    The stock code indexes by a boolean mask, which waits for the device.
-    """
-
-    def _deepstack_process(
-        self, hidden_states: Tensor, visual_pos_masks: Tensor | None, visual_embeds: Tensor
-    ) -> Tensor:
-        if visual_pos_masks is None:
-            return hidden_states + visual_embeds.to(hidden_states.dtype)
-        return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)  # type: ignore[misc]
-
-
-@cache
-def _dense(stock: Any) -> Any:
-    return type(stock.__name__, (_DenseDeepstack, stock), {"__module__": __name__})
 
 
 def _require_all(missing: set[str] | list[str], source: str | Path, name: str) -> None:
@@ -380,39 +411,31 @@ def _visual_input(
     return pixels, [*image_grids, *video_grids], 0 if images is None else int(images.shape[0])
 
 
-_ENCODER_KEYS = set(inspect.signature(DualModeModel.encode_hidden).parameters) - {"self", "input_ids", "lengths"}
-_DUAL_KEYS = ["lengths", "targets", "token_weight", "pools", "disc_index", "gen_index", "entropy", "temperature"]
-_DUAL_KEYS += ["normalize", "return_hidden", "logprob_backend", "image_grids", "video_grids", "side", "vision_cache"]
+class Qwen2VLForConditionalGeneration(DualModeModel, transformers.Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+    """Dual-mode Qwen2-VL."""
 
 
-def _make_forward(stock: type[nn.Module]) -> Any:
-    """``forward`` that is stock's own unless ``lengths`` is given; its signature names the arguments of both."""
-    stock_forward: Any = stock.forward
-
-    @wraps(stock_forward)
-    def forward(self: Any, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("lengths") is None:
-            kwargs.pop("lengths", None)
-            return stock_forward(self, input_ids, *args, **kwargs)
-        return self._dual_forward(input_ids, *args, **kwargs)
-
-    own = inspect.signature(stock_forward)
-    named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    new = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=None) for k in _DUAL_KEYS]
-    forward.__signature__ = own.replace(parameters=[*named, *new, *rest])  # type: ignore[attr-defined]
-    return forward
+class Qwen2_5_VLForConditionalGeneration(DualModeModel, transformers.Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+    """Dual-mode Qwen2.5-VL."""
 
 
-def _subclass(name: str) -> type:
-    stock = getattr(transformers, name)
-    body = {"forward": _make_forward(stock), "__module__": __name__, "__doc__": f"Dual-mode {name}."}
-    return type(name, (DualModeModel, stock), body)
+class Qwen3VLForConditionalGeneration(DualModeModel, transformers.Qwen3VLForConditionalGeneration):  # type: ignore[misc]
+    """Dual-mode Qwen3-VL."""
 
 
-Qwen2VLForConditionalGeneration: Any = _subclass("Qwen2VLForConditionalGeneration")
-Qwen2_5_VLForConditionalGeneration: Any = _subclass("Qwen2_5_VLForConditionalGeneration")
-Qwen3VLForConditionalGeneration: Any = _subclass("Qwen3VLForConditionalGeneration")
+class Qwen3VLTextModel(transformers.Qwen3VLTextModel):
+    """Qwen3-VL's text model; deepstack features laid out over all rows are added without a mask.
+
+    The stock code indexes by a boolean mask, which waits for the device.
+    """
+
+    def _deepstack_process(
+        self, hidden_states: Tensor, visual_pos_masks: Tensor | None, visual_embeds: Tensor
+    ) -> Tensor:
+        if visual_pos_masks is None:
+            return hidden_states + visual_embeds.to(hidden_states.dtype)
+        return super()._deepstack_process(hidden_states, visual_pos_masks, visual_embeds)
+
 
 _CLASSES: dict[str, Any] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 
 import pytest
@@ -288,11 +289,26 @@ def test_bad_input_is_named():
         model(**{**batch, "input_ids": stray, "mm_token_type_ids": None})
     with pytest.raises(ValueError, match="token_weight was given without targets"):
         model(**{**batch, "targets": None}, token_weight=torch.ones(3))
+    with pytest.raises(ValueError, match=r"targets, disc_index was given without lengths \(a packed batch\)"):
+        model(batch["input_ids"][None], targets=batch["input_ids"], disc_index=torch.tensor([1]))
+    with pytest.raises(ValueError, match="without input_ids"):
+        model(lengths=batch["lengths"])
     with pytest.raises(ValueError, match="attn_implementation is 'eager'"):
         resolve_attention("eager")
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="cannot keep packed sequences apart"):
         model(**batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_names_what_generate_and_trainers_look_for(family):
+    """transformers asks forward's signature for these; a parameter that only one family has stays among **kwargs."""
+    dual = DualModeModel.from_model(stock_model(family))
+    names = inspect.signature(dual.forward).parameters
+    own = inspect.signature(type(dual).__mro__[2].forward).parameters
+    assert own.keys() - names.keys() <= {"self", "use_cache", "second_per_grid_ts"}
+    assert names["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+    assert type(dual).__name__ == type(dual).__mro__[2].__name__
 
 
 def test_other_families_are_refused():
