@@ -25,7 +25,7 @@ from rime_fast.model.adapter import is_adapter, merged_adapter
 from rime_fast.model.head import ScoringHead, make_scoring
 from rime_fast.model.outputs import DualModeOutput
 from rime_fast.model.packing import PACKED_SDPA, AttentionLayout, packed_layout
-from rime_fast.model.vision import segment_attention, vision_features
+from rime_fast.model.vision import host_grids, segment_attention, vision_features, visual_input
 from rime_fast.model.vision_cache import VisionCache
 
 
@@ -180,9 +180,9 @@ class DualModeModel:
         if position_ids is None or tuple(position_ids.shape) != (3, rows):
             raise ValueError(f"position_ids is {_shape(position_ids)}; expected [3, {rows}]")
         embeds = self.model.get_input_embeddings()(input_ids)
-        image_grids = _host_grids(image_grids, image_grid_thw)
-        video_grids = _host_grids(video_grids, video_grid_thw)
-        pixels, grids, n_image = _visual_input(pixel_values, image_grids, pixel_values_videos, video_grids)
+        image_grids = host_grids(image_grids, image_grid_thw)
+        video_grids = host_grids(video_grids, video_grid_thw)
+        pixels, grids, n_image = visual_input(pixel_values, image_grids, pixel_values_videos, video_grids)
         extra: dict[str, Any] = {}
         if pixels is not None:
             features, deepstack = vision_features(self.model.visual, pixels, grids, vision_cache)
@@ -385,30 +385,6 @@ def _module_name(name: str) -> str:
 
 def _shape(tensor: Tensor | None) -> str:
     return "None" if tensor is None else f"{list(tensor.shape)}"
-
-
-def _host_grids(host: Any, grids: Any) -> list[tuple[int, int, int]]:
-    known = host if host is not None else grids
-    if known is None:
-        return []
-    return [(int(t), int(h), int(w)) for t, h, w in (known.tolist() if isinstance(known, Tensor) else known)]
-
-
-def _visual_input(
-    images: Tensor | None, image_grids: list[Any], videos: Tensor | None, video_grids: list[Any]
-) -> tuple[Tensor | None, list[Any], int]:
-    """Images and videos as one input of the tower (one call on every rank, whatever its batch holds).
-
-    Returns pixels, grids, and the number of image patches.
-    """
-    for name, pixels, grids in (("image", images, image_grids), ("video", videos, video_grids)):
-        if (pixels is None) != (not grids):
-            raise ValueError(f"{name} pixels and {name} grids must come together; got one without the other")
-    parts = [x for x in (images, videos) if x is not None]
-    if not parts:
-        return None, [], 0
-    pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return pixels, [*image_grids, *video_grids], 0 if images is None else int(images.shape[0])
 
 
 class Qwen2VLForConditionalGeneration(DualModeModel, transformers.Qwen2VLForConditionalGeneration):  # type: ignore[misc]

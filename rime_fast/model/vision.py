@@ -122,3 +122,28 @@ def vision_features(
         known["rime_cache"] = cache
     out = tower(pixels.to(tower.dtype), grid_thw=torch.tensor(grids, device="cpu"), **known)
     return out.pooler_output, list(getattr(out, "deepstack_features", None) or [])
+
+
+def host_grids(host: Any, grids: Any) -> list[tuple[int, int, int]]:
+    """The grids (t, h, w) as host integers: those given as such, else read back from a tensor."""
+    known = host if host is not None else grids
+    if known is None:
+        return []
+    return [(int(t), int(h), int(w)) for t, h, w in (known.tolist() if isinstance(known, Tensor) else known)]
+
+
+def visual_input(
+    images: Tensor | None, image_grids: list[Any], videos: Tensor | None, video_grids: list[Any]
+) -> tuple[Tensor | None, list[Any], int]:
+    """Images and videos as one input of the tower (one call on every rank, whatever its batch holds).
+
+    Returns pixels, grids, and the number of image patches.
+    """
+    for name, pixels, grids in (("image", images, image_grids), ("video", videos, video_grids)):
+        if (pixels is None) != (not grids):
+            raise ValueError(f"{name} pixels and {name} grids must come together; got one without the other")
+    parts = [x for x in (images, videos) if x is not None]
+    if not parts:
+        return None, [], 0
+    pixels = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return pixels, [*image_grids, *video_grids], 0 if images is None else int(images.shape[0])
