@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rime_fast.ops._checks import describe
+from rime_fast.ops.checks import describe
 
 FORMAT = "rime-anchor-bank/1"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

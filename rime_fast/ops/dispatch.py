@@ -21,7 +21,7 @@ ENVIRONMENT = "RIME_FAST_BACKEND"
 
 TABLES = {  # operator -> the module with its TABLE
     "logprob": "rime_fast.ops.logprob_pool.backends",
-    "contrastive": "rime_fast.ops.contrastive.backends",
+    "contrastive": "rime_fast.ops.contrastive.op",
     "reward": "rime_fast.ops.reward.op",
 }
 
@@ -98,6 +98,22 @@ def explain(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = to
     """What "auto" takes for operator ``op`` (logprob, contrastive, reward) on such tensors, and why."""
     table: BackendTable = import_module(TABLES[op]).TABLE
     return table.explain(torch.empty(1, device=device, dtype=dtype))
+
+
+def interpreted() -> bool:
+    """True when Triton's CPU interpreter runs the kernels (the variable is read when triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_why_not(tensor: torch.Tensor) -> str | None:
+    """The reason Triton cannot serve a call on the tensor's device, or None."""
+    if not tensor.is_cuda and not (interpreted() and tensor.device.type == "cpu"):
+        return f"it needs CUDA tensors (or TRITON_INTERPRET=1 for the CPU), got {tensor.device.type}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
 
 
 def _from_environment(op: str) -> str | None:

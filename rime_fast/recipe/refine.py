@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rime_fast.ops._checks import FLOATS, check_number, check_positive, check_tensor
+from rime_fast.ops.checks import FLOATS, check_number, check_positive, check_tensor
 
 LOSS_TYPES = ("ume_r1", "token_mean", "dr_grpo")
 

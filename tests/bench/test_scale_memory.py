@@ -17,7 +17,7 @@ from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_config, tiny_model
 from rime_fast.model.tiny_batch import tiny_batch
 from rime_fast.ops.contrastive import contrastive_loss
-from rime_fast.ops.contrastive.chunked import CPU_TILE
+from rime_fast.ops.contrastive.cpu import TILE
 from rime_fast.ops.cpu_products import PART_BYTES
 from rime_fast.ops.logprob_pool import fused_linear_ce
 from rime_fast.ops.logprob_pool.chunked import block_rows
@@ -60,8 +60,8 @@ def test_contrast(n: int) -> None:
     for side in sides:
         for rows in side.values():
             rows.grad = None
-    tile = 4.0 * min(n, CPU_TILE[0]) * min(n, CPU_TILE[1])
-    part = 4.0 * min(n, CPU_TILE[1]) * width
+    tile = 4.0 * min(n, TILE[0]) * min(n, TILE[1])
+    part = 4.0 * min(n, TILE[1]) * width
     want = memory.contrast(Contrast(n, n, width), gpus=1, workspace=2 * tile + part)
     assert peak(call) == pytest.approx(want, rel=0.05)
 

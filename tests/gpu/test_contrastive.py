@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rime_fast.ops.contrastive import contrastive_loss
-from rime_fast.ops.contrastive.backends import TABLE
+from rime_fast.ops.contrastive.op import TABLE
 from tests.gpu.devices import BOTH, CUDA, backends, moved, no_synchronisation
 from tests.ops.contrastive_cases import RIME_TERMS, check_rule, make_case, run
 

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rime_fast.ops.contrastive import triton_kernels as kernels
-from rime_fast.ops.contrastive.triton_sweep import tiles_for
+from rime_fast.ops.contrastive.triton import tiles_for
 from tests.ops.compile_logprob_triton import DTYPES, resources
 
 OPERANDS = {"q", "k", "panel"}

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rime_fast.ops.contrastive import agreement, chunked, contrastive_loss
-from rime_fast.ops.contrastive import collectives as collective_module
+from rime_fast.ops import collectives as collective_module
+from rime_fast.ops.contrastive import agreement, contrastive_loss, cpu
 from rime_fast.ops.contrastive.agreement import GATHER_LIMIT
 from tests.ops.contrastive_cases import RIME_TERMS, Case, make_case, relative, run
 from tests.ops.error_rule import cancellation
@@ -137,6 +137,8 @@ def errors(rank: int, world: int) -> None:
     fails(f"on rank {world - 1} of the group: queries is empty", sides=({}, {}) if last else None)
     fails(f"labels on rank {world - 1} hold values", labels=torch.arange(3) + (99 if last else 0))
     fails("temperature differs", temperature=0.1 if last else 0.2)
+    fails("temperature differs .*: 0.2.* on rank 0, 0.1", temperature=torch.tensor(0.1 if last else 0.2))
+    fails("temperature is -0.2", temperature=torch.tensor(-0.2 if last else 0.2))
     fails("margin differs", margin=0.1 if last else None)
     fails("symmetric differs", symmetric=last)
     fails("query_ids and key_ids", **({"query_ids": torch.arange(3), "key_ids": torch.arange(3)} if last else {}))
@@ -182,19 +184,49 @@ def collectives(rank: int, world: int) -> None:
 
             patch.setattr(module, name, counted)
 
-        for module in (agreement, collective_module):
-            count(module, "all_gather_single")
+        count(collective_module, "all_gather_single")
         count(collective_module, "reduce_scatter_single")
         count(dist, "all_reduce")
         count(dist, "batch_isend_irecv")
         for one, rest in ((short, (0, 3)), (case, (1, 4))):
             for terms in (RIME_TERMS[:1], RIME_TERMS):
                 for tile in ((512, 2048), (3, 5)):
-                    patch.setattr(chunked, "CPU_TILE", tile)
+                    patch.setattr(cpu, "TILE", tile)
                     counts.clear()
                     run(replace(one, terms=terms), torch.float32, "chunked", group=dist.group.WORLD)
                     ids, reduced = rest  # one more gather for ids; maxima, sums and totals (and the margin's limits)
                     assert counts == {"all_gather_single": 2 + ids, "reduce_scatter_single": 1, "all_reduce": reduced}
+
+
+def words_only_where_records_differ(rank: int, world: int) -> None:
+    """The first collective is the same whatever a rank was given or remembers; the long exchange is for trouble."""
+    rows, sizes, exchanged = torch.ones(3, 4), [], []
+    gather, exchange = collective_module.all_gather_single, agreement._exchange
+
+    def gathered(out: Tensor, values: Tensor, **more: Any) -> None:
+        sizes.append(tuple(values.shape))
+        gather(out, values, **more)
+
+    def worded(*arguments: Any) -> list[str]:
+        exchanged.append(rank)
+        return exchange(*arguments)
+
+    several = torch.tensor([[0, -1], [1, 2], [2, 0]])
+    calls: list[dict[str, Any]] = [{}, {}, {"labels": several}, {"temperature": torch.tensor(0.1, requires_grad=True)}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collective_module, "all_gather_single", gathered)
+        patch.setattr(agreement, "_exchange", worded)
+        for call in calls:
+            contrastive_loss({"a": rows}, {"a": rows}, terms=[("a", "a", 1.0)], group=dist.group.WORLD, **call)
+        assert not exchanged
+        del sizes[:]
+        changed = {"margin": 0.1} if rank == 0 else {}  # rank 0 alone leaves what every rank did before
+        with pytest.raises(ValueError, match="margin differs"):
+            contrastive_loss({"a": rows}, {"a": rows}, terms=[("a", "a", 1.0)], group=dist.group.WORLD, **changed)
+    assert exchanged == [rank]
+    assert sizes == [(1, len(agreement.FIELDS)), (1, agreement.EXPLANATION_BYTES)]
+    huge = torch.full((3, 4), 1e30)  # its norm overflows, its rows are finite: nothing is wrong after all
+    contrastive_loss({"a": huge}, {"a": rows}, terms=[("a", "a", 1.0)], temperature=1e38, group=dist.group.WORLD)
 
 
 def thousand_pairs(rank: int, world: int) -> None:
@@ -208,7 +240,17 @@ def thousand_pairs(rank: int, world: int) -> None:
 
 
 SCENARIOS = {
-    f.__name__: f for f in (equality, default_labels, ddp_scaling, partly_frozen, errors, collectives, thousand_pairs)
+    f.__name__: f
+    for f in (
+        equality,
+        default_labels,
+        ddp_scaling,
+        partly_frozen,
+        errors,
+        collectives,
+        words_only_where_records_differ,
+        thousand_pairs,
+    )
 }
 
 

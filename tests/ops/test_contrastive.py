@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rime_fast.ops import native
-from rime_fast.ops.contrastive import chunked, contrastive_loss, local
-from rime_fast.ops.contrastive.rows import BOUNDED
+from rime_fast.ops.contrastive import contrastive_loss, cpu, schedule
+from rime_fast.ops.contrastive.problem import Options
+from rime_fast.ops.contrastive.softmax import BOUNDED
 from tests.ops.contrastive_cases import RIME_TERMS, Case, check_rule, make_case, relative, run
 
 ONE_TERM = [("disc", "disc", 1.0)]
@@ -23,7 +24,7 @@ ONE_TERM = [("disc", "disc", 1.0)]
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles each way, none of them a round number of vectors."""
-    monkeypatch.setattr(chunked, "CPU_TILE", (37, 300))
+    monkeypatch.setattr(cpu, "TILE", (37, 300))
 
 
 def unit(*shape: int) -> Tensor:
@@ -227,7 +228,7 @@ def test_unchecked_a_bad_row_gives_nan_and_touches_no_other_query(
     bad: float, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does, where nobody looks: the loss is NaN, the other queries' gradients are right."""
-    monkeypatch.setattr(local, "require_finite", lambda *_: None)
+    monkeypatch.setattr(schedule, "require_finite", lambda *_: None)
     queries, keys = unit(40, 8), unit(40, 8)
     queries[7, 3] = bad
     queries.requires_grad_()
@@ -284,7 +285,7 @@ def test_opcheck(with_masks: bool) -> None:
     temperature = torch.tensor(0.1, requires_grad=True)
     index = torch.arange(9)
     masks = (index, index, torch.arange(11)) if with_masks else (None, None, None)
-    tail = ([0, 1], [0, 0], 0.1 if with_masks else None, with_masks, "chunked")
+    tail = (Options(((0, 0), (1, 0)), 0.1 if with_masks else None, with_masks, "chunked").encode(),)
     torch.library.opcheck(torch.ops.rime_fast.contrastive.default, (queries, keys, temperature, *masks, *tail))
     _, _, rows, cols = torch.ops.rime_fast.contrastive(queries, keys, temperature, *masks, *tail)
     plain = [t.detach() for t in (rows, cols, *queries, *keys, temperature)]

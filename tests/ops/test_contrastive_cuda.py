@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rime_fast.ops.contrastive import chunked, local, products
-from rime_fast.ops.contrastive.rows import PATCH, Masks, Statistics, TorchRows, narrow_view
+from rime_fast.ops.contrastive import cpu, softmax, tiles
+from rime_fast.ops.contrastive.cuda import PATCH, narrow_view
+from rime_fast.ops.contrastive.softmax import Statistics
+from rime_fast.ops.contrastive.tiles import Masks, TorchRows
 from tests.ops.contrastive_cases import check_rule, make_case, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,14 +78,14 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_narrow_operands_obey_the_rule(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA form of the chunked sweep on the CPU; a small loss must not underflow in fp16."""
-    monkeypatch.setattr(chunked, "CPU_TILE", (37, 300))
+    monkeypatch.setattr(cpu, "TILE", (37, 300))
     case = make_case(80, 650, 33, temperature=0.02, ids=True, margin=0.2, shuffled=True, dtype=dtype)
     case.terms = [(q, k, weight * scale) for q, k, weight in case.terms]
     truth, eager = run(case, torch.float64, "reference"), run(case, torch.float32, "reference")
-    monkeypatch.setattr(local.backends, "operands", lambda _, tensors: [t.detach().contiguous() for t in tensors])
-    monkeypatch.setattr(chunked, "has_native_rows", lambda _: False)
+    monkeypatch.setattr(cpu, "operands", lambda tensors: [t.detach().contiguous() for t in tensors])
+    monkeypatch.setattr(tiles, "has_compiled_rows", lambda _: False)
     found = run(case, dtype, "chunked")
-    assert products.unit_of(torch.tensor([0.0, -3.0]), dtype) == 3.0
+    assert tiles.unit_of(torch.tensor([0.0, -3.0]), dtype) == 3.0
     check_rule(found, eager, truth, dtype)
 
 
@@ -100,16 +102,14 @@ def test_a_narrow_gradient_lies_in_the_first_half_of_its_rows() -> None:
 
 def test_sums_by_key_in_fixed_point_equal_sums_in_floating_point() -> None:
     """On an accelerator shared keys are summed in fixed point, which no order of additions can change."""
-    from rime_fast.ops.contrastive import positives
-
     torch.manual_seed(0)
     values, at = torch.rand(5000, dtype=torch.float64), torch.randint(0, 7, (5000,))
-    plain, fixed = positives.sum_by_key(values, at, 9), positives.fixed_sum_by_key(values, at, 9)
+    plain, fixed = softmax.sum_by_key(values, at, 9), softmax.fixed_sum_by_key(values, at, 9)
     assert torch.allclose(plain, fixed, rtol=1e-12, atol=0)
     order = torch.randperm(5000)
-    assert torch.equal(fixed, positives.fixed_sum_by_key(values[order], at[order], 9))
+    assert torch.equal(fixed, softmax.fixed_sum_by_key(values[order], at[order], 9))
     values[3] = torch.nan
-    assert positives.fixed_sum_by_key(values, at, 9).isnan().sum() == 1
+    assert softmax.fixed_sum_by_key(values, at, 9).isnan().sum() == 1
 
 
 def test_statistics_of_torch_rows_are_those_of_the_definition() -> None:

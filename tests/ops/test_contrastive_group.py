@@ -30,4 +30,4 @@ def test_four_ranks() -> None:
 
 
 def test_three_ranks_agree_on_errors() -> None:
-    run_ranks(run_scenarios, 3, "errors", "partly_frozen")
+    run_ranks(run_scenarios, 3, "errors", "partly_frozen", "words_only_where_records_differ")

@@ -10,16 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rime_fast.ops import native
-from rime_fast.ops.contrastive import chunked, contrastive_loss, triton_sweep
+from rime_fast.ops import dispatch, native
+from rime_fast.ops.contrastive import contrastive_loss, cpu
+from rime_fast.ops.contrastive.problem import Options
 from tests.ops.contrastive_cases import Case, check_rule, make_case, relative, run
 
-interpreter = pytest.mark.skipif(not triton_sweep.interpreted(), reason="needs TRITON_INTERPRET=1 (no GPU)")
+interpreter = pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1 (no GPU)")
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CPU_TILE", (37, 300))
+    monkeypatch.setattr(cpu, "TILE", (37, 300))
 
 
 def by_definition(case: Case) -> Tensor:
@@ -162,7 +163,15 @@ def test_opcheck_and_one_graph() -> None:
     case = make_case(9, 11, 4, positives=3)
     leaves = [case.queries["disc"].float().requires_grad_(), case.keys["disc"].float().requires_grad_()]
     labels, temperature = case.settings["labels"], torch.tensor(0.1)
-    arguments = ([leaves[0]], [leaves[1]], temperature, labels, None, None, [0], [0], None, True, "chunked")
+    arguments = (
+        [leaves[0]],
+        [leaves[1]],
+        temperature,
+        labels,
+        None,
+        None,
+        Options(((0, 0),), None, True, "chunked").encode(),
+    )
     torch.library.opcheck(torch.ops.rime_fast.contrastive.default, arguments)
 
     def step(queries: Tensor, keys: Tensor) -> Tensor:

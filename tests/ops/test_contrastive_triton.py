@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from rime_fast.ops.contrastive import triton_sweep
+from rime_fast.ops import dispatch
+from rime_fast.ops.contrastive import triton as on_triton
 from tests.ops.contrastive_cases import check_rule, make_case, run
 
 pytest.importorskip("triton")
 COMPILER = Path(__file__).with_name("compile_contrastive_triton.py")
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-interpreter = pytest.mark.skipif(not triton_sweep.interpreted(), reason="needs TRITON_INTERPRET=1 (no GPU)")
+interpreter = pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1 (no GPU)")
 
 
 @interpreter
@@ -47,10 +48,10 @@ def test_interpreted_kernels_obey_the_rule(dtype: torch.dtype, temperature: floa
 def test_descriptors_and_pointers_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that start on 16 bytes come by descriptor; others, and those of older chips, by pointers."""
     case = make_case(40, 70, 24, shuffled=True, ids=True, dtype=torch.float16)
-    assert triton_sweep.uses_descriptors(case.queries["disc"].half(), case.keys["disc"].half())
-    assert not triton_sweep.uses_descriptors(case.queries["disc"][:, 1:].half(), case.keys["disc"].half()[:, :23])
+    assert on_triton.uses_descriptors(case.queries["disc"].half(), case.keys["disc"].half())
+    assert not on_triton.uses_descriptors(case.queries["disc"][:, 1:].half(), case.keys["disc"].half()[:, :23])
     by_descriptor = run(case, torch.float16, "triton")
-    monkeypatch.setattr(triton_sweep, "INTERPRETER_TMA", False)
+    monkeypatch.setattr(on_triton, "INTERPRETER_TMA", False)
     by_pointer = run(case, torch.float16, "triton")
     assert torch.equal(by_descriptor.out.loss, by_pointer.out.loss)
     for name, gradient in by_pointer.gradients.items():
@@ -70,8 +71,8 @@ def test_stripes_and_panels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     """Rows in several launches, the gradient in several panels: the same numbers to rounding."""
     case = make_case(70, 90, 8, shuffled=True, ids=True)
     truth, whole = run(case, torch.float64, "reference"), run(case, torch.float32, "triton")
-    monkeypatch.setattr(triton_sweep, "STRIPE", 32)
-    monkeypatch.setattr(triton_sweep, "PANEL_BYTES", 32 * 64 * 4)
+    monkeypatch.setattr(on_triton, "STRIPE", 32)
+    monkeypatch.setattr(on_triton, "PANEL_BYTES", 32 * 64 * 4)
     check_rule(run(case, torch.float32, "triton"), whole, truth, torch.float32)
 
 

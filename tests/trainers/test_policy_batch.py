@@ -99,8 +99,8 @@ HOST_ONLY = {
     ("model/vision.py", "_geometry"): "grids are host tensors",
     ("model/vision.py", "vision_features"): "grids are host tensors",
     ("model/dual_mode.py", "_placeholders"): "checks the numbers of image tokens on the CPU only; asynchronous on CUDA",
-    ("ops/_checks.py", "require"): "value checks, on the CPU only; asynchronous on CUDA",
-    ("ops/_checks.py", "require_range"): "the same",
+    ("ops/checks.py", "require"): "value checks, on the CPU only; asynchronous on CUDA",
+    ("ops/checks.py", "require_range"): "the same",
     ("ops/logprob_pool/arguments.py", "_check_targets"): "the same",
     ("ops/logprob_pool/chunked.py", "scored_rows"): "the CPU's backend numbers its scored rows; Triton's does not",
 }

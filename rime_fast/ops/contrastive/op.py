@@ -1,22 +1,35 @@
-"""The public contrastive loss: checks, choice of backend, and the weighted sum of the terms."""
+"""The contrastive loss, public and in torch.library.
+
+    contrastive_loss                  checks (problem.py), then one of
+      rime_fast::contrastive          one process: loss and hit@1 of each term (+ log-sum-exps for the backward)
+      rime_fast::contrastive_backward its gradients; recomputes the tiles
+      _Grouped                        the same over a process group (not under torch.compile)
+      reference.py                    plain torch, the only one with second derivatives
+The first three run one schedule (schedule.py). An operator takes the tensors and ``Options`` as one list of numbers.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rime_fast.ops.contrastive import library  # noqa: F401  (registers the operators)
-from rime_fast.ops.contrastive.backends import TABLE
-from rime_fast.ops.contrastive.distributed import check_group, grouped_terms
-from rime_fast.ops.contrastive.finite import NonFiniteRow, reason, require_finite, require_temperature
-from rime_fast.ops.contrastive.inputs import Problem, make_problem
-from rime_fast.ops.contrastive.positives import check_values
-from rime_fast.ops.contrastive.reference import reference_terms
+from rime_fast.ops.contrastive import reference, triton
+from rime_fast.ops.contrastive.agreement import Agreement, agree
+from rime_fast.ops.contrastive.problem import Inputs, NonFiniteRow, Options, accumulation_dtype, make_problem
+from rime_fast.ops.contrastive.schedule import of_one_rank
+from rime_fast.ops.dispatch import BackendTable
+
+TABLE = BackendTable(
+    op="contrastive",
+    probes={"reference": lambda _: None, "chunked": lambda _: None, "triton": triton.why_not},
+    order={"cpu": ("chunked",), "cuda": ("triton", "chunked")},
+)
 
 
 @dataclass
@@ -90,11 +103,23 @@ def contrastive_loss(
             stay finite with symmetric=False).
     """
     arguments = (queries, keys, terms, temperature, labels, query_ids, key_ids, margin, symmetric)
-    if group is not None and check_group(group):
-        problem, per_term, hits = grouped_terms(arguments, group, backend)
+    if group is not None and _has_others(group):
+        agreed = agree(arguments, group, lambda tensor: TABLE.choose(backend, tensor))
+        problem = agreed.problem
+        x = problem.inputs
+        if problem.options.backend == "reference":
+            per_term, hits = reference.over_group(x, problem.options, agreed)
+        else:
+            per_term, hits = _Grouped.apply(agreed, x.temperature, *x.queries, *x.keys)
     else:
-        problem = make_problem(*arguments)
-        per_term, hits = _local_terms(problem, backend)
+        problem = make_problem(*arguments, choose=lambda tensor: TABLE.choose(backend, tensor))
+        try:
+            if problem.options.backend == "reference":
+                per_term, hits = reference.one_rank(problem.inputs, problem.options)
+            else:
+                per_term, hits, _, _ = torch.ops.rime_fast.contrastive(*problem.inputs, problem.options.encode())
+        except NonFiniteRow as error:  # below the public function modes have no names
+            raise ValueError(problem.row_message(error)) from None
     losses = per_term.unbind()
     # Weights stay Python numbers: a tensor made from host data would make the host wait on CUDA.
     loss = problem.weights[0] * losses[0]
@@ -107,64 +132,142 @@ def contrastive_loss(
     )
 
 
-def _local_terms(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = TABLE.choose(backend, problem.queries[0])
-    if chosen != "reference":
-        return _by_operator(problem, chosen)
-    labels = problem.labels
-    readable = problem.queries[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable:
-        require_temperature(problem.temperature.detach())
-    if labels is None:
-        labels = torch.arange(problem.n_queries, device=problem.queries[0].device)
-    else:
-        check_values(labels, problem.n_keys)
-    loss, hits = reference_terms(
-        problem.queries,
-        problem.keys,
-        problem.terms,
-        problem.temperature,
-        labels,
-        problem.query_ids,
-        problem.key_ids,
-        problem.margin,
-        problem.symmetric,
+def _has_others(group: Any) -> bool:
+    """True when ``group`` holds more than this process; errors when it cannot be used."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("group was given, but torch.distributed is not initialised; expected a live process group")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group is {type(group).__name__}; expected a torch.distributed process group this rank is in")
+    return dist.get_world_size(group) > 1
+
+
+class _Grouped(torch.autograd.Function):
+    """The schedule over a group; gathered keys stay for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, agreed: Agreement, temperature: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.agreed, ctx.schedule = agreed, agreed.schedule()
+        loss, hit, *ctx.solved = ctx.schedule.forward()
+        ctx.save_for_backward(*rows)  # so that autograd sees a change in place between forward and backward
+        ctx.mark_non_differentiable(hit)
+        return loss, hit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        rows, x = ctx.saved_tensors, ctx.agreed.problem.inputs
+        needs = [True] * len(x.queries), [ctx.agreed.keys_trained] * len(x.keys)
+        dq, dk, dt = ctx.schedule.backward(grad, *ctx.solved, *needs)
+        found = [None if d is None else d.to(row.dtype) for d, row in zip((*dq, *dk), rows, strict=True)]
+        return None, dt, *found
+
+
+@torch.library.custom_op("rime_fast::contrastive", mutates_args=())
+def contrastive(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    temperature: Tensor,
+    labels: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [terms], hit@1 [terms], and softmax.Solved for the backward: [terms, 2 + P, N] and [terms, 3, K] fp64)."""
+    x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
+    return of_one_rank(x, Options.decode(options)).forward()
+
+
+@contrastive.register_fake
+def _(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    temperature: Tensor,
+    labels: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    terms, like = (len(options) - 4) // 2, queries[0]
+    loss = like.new_empty(terms, dtype=accumulation_dtype(like.dtype))
+    positives = 1 if labels is None or labels.dim() == 1 else labels.shape[1]
+    rows = like.new_empty(terms, 2 + positives, like.shape[0], dtype=torch.float64)
+    cols = like.new_empty(terms, 3, keys[0].shape[0], dtype=torch.float64)
+    return loss, torch.empty_like(loss), rows, cols
+
+
+@torch.library.custom_op("rime_fast::contrastive_backward", mutates_args=())
+def contrastive_backward(
+    grad: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    temperature: Tensor,
+    labels: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    options: Sequence[float],
+    need_queries: Sequence[bool],
+    need_keys: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(dq of each query mode, dk of each key mode, d temperature); [0] where not needed (a result cannot be None)."""
+    x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
+    dq, dk, dt = of_one_rank(x, Options.decode(options)).backward(grad, rows, cols, list(need_queries), list(need_keys))
+
+    def results(found: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
+        return [t.new_empty(0) if d is None else d.to(t.dtype) for d, t in zip(found, like, strict=True)]
+
+    return results(dq, x.queries), results(dk, x.keys), dt
+
+
+@contrastive_backward.register_fake
+def _(
+    grad: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    temperature: Tensor,
+    labels: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    options: Sequence[float],
+    need_queries: Sequence[bool],
+    need_keys: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def like(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+        return [t.new_empty(t.shape) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)]
+
+    return like(queries, need_queries), like(keys, need_keys), torch.empty_like(temperature)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    queries, keys, temperature, labels, query_ids, key_ids, ctx.options = inputs
+    ctx.n_query_modes = len(queries)
+    ctx.save_for_backward(*output[2:], temperature, labels, query_ids, key_ids, *queries, *keys)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    rows, cols, temperature, *indices = ctx.saved_tensors[:6]
+    queries, keys = ctx.saved_tensors[6 : 6 + ctx.n_query_modes], ctx.saved_tensors[6 + ctx.n_query_modes :]
+    need_q, need_k, need_t = ctx.needs_input_grad[:3]
+    if grad is None:
+        return [None] * len(queries), [None] * len(keys), None, None, None, None, None
+    needs = [need or need_t for need in need_q], list(need_k)
+    dq, dk, dt = torch.ops.rime_fast.contrastive_backward(
+        grad, rows, cols, list(queries), list(keys), temperature, *indices, ctx.options, *needs
     )
-    if readable and not bool(loss.detach().isfinite().all()):
-        _name_bad_row(problem)
-    return loss, hits
-
-
-def _by_operator(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    arguments = (
-        problem.queries,
-        problem.keys,
-        problem.temperature,
-        problem.labels,
-        problem.query_ids,
-        problem.key_ids,
-        [q for q, _ in problem.terms],
-        [k for _, k in problem.terms],
-        problem.margin,
-        problem.symmetric,
-        backend,
+    return (
+        [d if need else None for d, need in zip(dq, need_q, strict=True)],
+        [d if need else None for d, need in zip(dk, need_k, strict=True)],
+        dt if need_t else None,
+        None,
+        None,
+        None,
+        None,
     )
-    if torch.compiler.is_compiling():
-        return torch.ops.rime_fast.contrastive(*arguments)[:2]
-    try:
-        return torch.ops.rime_fast.contrastive(*arguments)[:2]
-    except NonFiniteRow as error:  # the operator does not know the modes' names
-        raise ValueError(_named(problem, error)) from None
 
 
-def _name_bad_row(problem: Problem) -> None:
-    try:
-        require_finite("queries", problem.queries, math.inf)
-        require_finite("keys", problem.keys, math.inf)
-    except NonFiniteRow as error:
-        raise ValueError(_named(problem, error)) from None
-
-
-def _named(problem: Problem, error: NonFiniteRow) -> str:
-    modes = problem.query_modes if error.side == "queries" else problem.key_modes
-    return f"{error.side}[{modes[error.mode]!r}] {reason(error.row)}"
+contrastive.register_autograd(_backward, setup_context=_setup)

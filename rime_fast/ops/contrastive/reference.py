@@ -5,36 +5,90 @@ It holds the whole similarity matrix of a term; read it first, the other backend
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from rime_fast.ops.contrastive.inputs import accumulation_dtype
-from rime_fast.ops.contrastive.positives import Positives
+from rime_fast.ops.collectives import gather_rows
+from rime_fast.ops.contrastive.problem import (
+    Inputs,
+    Options,
+    accumulation_dtype,
+    check_labels,
+    positive_temperature,
+    require_finite,
+    require_temperature,
+)
+from rime_fast.ops.contrastive.softmax import Positives
+
+if TYPE_CHECKING:
+    from rime_fast.ops.contrastive.agreement import Agreement
 
 
-def reference_terms(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    terms: list[tuple[int, int]],
-    temperature: Tensor,
-    labels: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    margin: float | None,
-    symmetric: bool,
-) -> tuple[Tensor, Tensor]:
+def one_rank(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """(loss of each term, hit@1 of each term) of one process alone, its values checked as far as they can be read."""
+    if x.labels is None:
+        x = x._replace(labels=torch.arange(x.n_queries, device=x.queries[0].device))
+    else:
+        check_labels(x.labels, x.n_keys)
+    readable = x.queries[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable:
+        require_temperature(x.temperature.detach())
+    loss, hits = reference_terms(x._replace(temperature=positive_temperature(x.temperature)), options)
+    if readable and not bool(loss.detach().isfinite().all()):
+        require_finite("queries", x.queries, math.inf)
+        require_finite("keys", x.keys, math.inf)
+    return loss, hits
+
+
+def over_group(x: Inputs, options: Options, agreed: Agreement) -> tuple[Tensor, Tensor]:
+    """Every rank computes the whole loss from gathered rows, its own rows live and the others constant.
+
+    The gradient of its rows is then complete without a collective in the backward; W times the arithmetic, no matter:
+    this is the truth that the tiled path is tested against.
+    """
+
+    def with_own(rows: Tensor, counts: list[int]) -> Tensor:
+        parts = list(gather_rows(rows, counts, agreed.group).split(counts))
+        parts[agreed.rank] = rows
+        return torch.cat(parts)
+
+    queries, keys = agreed.n_queries, agreed.n_keys
+    labels = x.labels
+    if labels is None:
+        labels = torch.arange(x.n_queries, device=x.queries[0].device) + sum(keys[: agreed.rank])
+    # Each rank takes its own rows' share of the gradient to the temperature.
+    temperature = list(x.temperature.detach().expand(sum(queries)).split(queries))
+    temperature[agreed.rank] = x.temperature.expand(x.n_queries)
+    whole = Inputs(
+        [with_own(rows, queries) for rows in x.queries],
+        [with_own(rows, keys) for rows in x.keys],
+        torch.cat(temperature),
+        gather_rows(labels, queries, agreed.group),
+        None if x.query_ids is None else gather_rows(x.query_ids, queries, agreed.group),
+        None if x.key_ids is None else gather_rows(x.key_ids, keys, agreed.group),
+    )
+    return reference_terms(whole, options)
+
+
+def reference_terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """(loss of each term [n_terms], hit@1 of each term [n_terms]) in the accumulation dtype.
 
-    labels: [N] or [N, P], see positives.py. temperature: 0-d, or [N] with one value a query (the group path uses it to
-    split the gradient over ranks).
+    The temperature is 0-d, or [N] with one value a query (``over_group`` splits the gradient over ranks by it); labels
+    are given.
     """
+    assert x.labels is not None
     losses, hits = [], []
-    positives = Positives.of(labels)
-    columns = torch.arange(keys[0].shape[0], device=labels.device)
+    positives = Positives.of(x.labels)
+    columns = torch.arange(x.n_keys, device=x.labels.device)
     own = (positives.labels[:, :, None] == columns).any(1)
-    twins = torch.zeros_like(own) if query_ids is None or key_ids is None else query_ids[:, None] == key_ids[None, :]
-    for q, k in terms:
-        loss, hit = _one_term(queries[q], keys[k], temperature, positives, own, twins & ~own, margin, symmetric)
+    twins = torch.zeros_like(own)
+    if x.query_ids is not None and x.key_ids is not None:
+        twins = (x.query_ids[:, None] == x.key_ids[None, :]) & ~own
+    for q, k in options.terms:
+        loss, hit = _one_term(x.queries[q], x.keys[k], x.temperature, positives, own, twins, options)
         losses.append(loss)
         hits.append(hit)
     return torch.stack(losses), torch.stack(hits)
@@ -47,8 +101,7 @@ def _one_term(
     positives: Positives,
     own: Tensor,
     twins: Tensor,
-    margin: float | None,
-    symmetric: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """C(a, b) of recipe.md 3: 1/2 [CE(s a b^T, own) + CE(s b a^T, own)], or its first half when not symmetric."""
     dtype = accumulation_dtype(queries.dtype)
@@ -60,7 +113,7 @@ def _one_term(
 
     # Each direction compares with its own anchor's positive: the best one of the row, or of the column.
     row_masked, column_masked = twins, twins
-    if margin is not None:
+    if (margin := options.margin) is not None:
         positive = pair_similarity.detach()
         row_masked = twins | ((similarity > positive.amax(1, keepdim=True) + margin) & ~own)
         column_masked = twins | ((similarity > positives.best_by_key(positive, keys.shape[0]) + margin) & ~own)
@@ -76,7 +129,7 @@ def _one_term(
     ):
         # The other positives of a row, and of a column, stay in the denominator.
         pair_loss = _cross_entropy(_without(candidates, at), pair)
-        if symmetric:
+        if options.symmetric:
             # Only labelled keys are anchors of the second direction: a hard negative has no query of its own.
             pair_loss = 0.5 * (pair_loss + _cross_entropy(_without(columns.T[at], rows), pair))
         loss = loss + torch.where(is_there, share * pair_loss, 0).sum()

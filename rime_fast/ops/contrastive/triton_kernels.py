@@ -1,4 +1,4 @@
-"""Operator B's Triton kernels: tiles of similarities that never reach memory as logits.
+"""The contrastive loss's Triton kernels: tiles of similarities that never reach memory as logits.
 
 statistics_kernel  program = one term x one superblock of SM queries x SN keys, walked in BM x BN tiles, down the rows
                    first. Column statistics (rivals' maximum and sum) live in registers down a column of tiles and are
@@ -7,13 +7,13 @@ statistics_kernel  program = one term x one superblock of SM queries x SN keys, 
                    order: no atomics, the same bits always. The term varies fastest, so the programs that run together
                    share tiles of q and k in L2.
 gradient_kernel    program = one BM x BN tile of a panel: the similarities again, turned into G in the operands' dtype.
-                   Library GEMMs then add G k to dq and G^T q to dk (triton_sweep.py).
+                   Library GEMMs then add G k to dq and G^T q to dk (triton.py).
 FLOP: 2 N K D each, a term; with the two GEMMs 8 N K D. Bytes: q and k once per superblock through L2; per tile BM + BN
 statistics; the panel (bounded) written once and read twice.
 
 Logits are in base 2: s = (q . k) scale2, scale2 = log2(e) / temperature. While ``bounded`` is set (no |logit| can
-exceed 60, see rows.py) no maximum is subtracted and ONE exponential serves a row and its column. A tile that holds a
-positive, or the matrix's edge, takes the branch ``care``: positives are lifted out (rime/contrast.h). The bodies are
+exceed 60, see softmax.py) no maximum is subtracted and ONE exponential serves a row and its column. A tile that holds a
+positive, or the matrix's edge, takes the branch ``care``: positives are lifted out (csrc/include/rime). The bodies are
 free of autotuning, libdevice and inline assembly, so that they run in the interpreter; there ``WIDEN`` casts the
 operands to fp32, as its bf16 dot is wrong.
 """
@@ -123,8 +123,8 @@ def statistics_kernel(
     a_blocks, b_blocks = tl.cdiv(n, SM), tl.cdiv(n_keys, SN)
     a = (tl.program_id(0) // n_terms) % a_blocks
     b = tl.program_id(0) // n_terms // a_blocks
-    q_base = ((query_modes >> (4 * term)) & 15) * plane_q + first_row
-    k_base = ((key_modes >> (4 * term)) & 15) * n_keys
+    q_base = ((query_modes >> (4 * term)) & 15).to(tl.int32) * plane_q + first_row  # nine terms fill more than 31 bits
+    k_base = ((key_modes >> (4 * term)) & 15).to(tl.int32) * n_keys
     scale = tl.load(scale2)
     mine = (tl.load(bounded) != 0) == BOUNDED  # otherwise it is the other launch's work
     row_out = row_part + (term * 3 * b_blocks + b).to(tl.int64) * n

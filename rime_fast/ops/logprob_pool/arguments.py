@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rime_fast.ops import _checks as check
+from rime_fast.ops import checks as check
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rime_fast.ops._checks import FLOATS, INDICES, check_tensor, describe, require_range
+from rime_fast.ops.checks import FLOATS, INDICES, check_tensor, describe, require_range
 from rime_fast.ops.dispatch import BackendTable
 from rime_fast.ops.reward import chunked, compiled, reference, sharded, triton_backend
 from rime_fast.ops.reward.weights import TERM_NAMES, RewardWeights

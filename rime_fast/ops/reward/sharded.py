@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rime_fast.ops._checks import require_range
+from rime_fast.ops.checks import require_range
 from rime_fast.ops.reward import chunked
 from rime_fast.ops.reward.weights import RewardWeights
 

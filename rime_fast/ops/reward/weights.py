@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rime_fast.ops._checks import check_flag, check_int, check_number, check_positive
+from rime_fast.ops.checks import check_flag, check_int, check_number, check_positive
 
 MODES = ("anchor", "ume_r1")
 RANK_REWARDS = ("hit", "1/rank", "1/log2(1+rank)")

@@ -1,26 +1,27 @@
-"""Operator B on Triton: the host side of triton_kernels.py, with the same two sweeps as chunked.Sweep.
+"""The contrastive loss on Triton: the host side of triton_kernels.py, with the same two sweeps as tiles.TileSweep.
 
 Operands stay in their dtype (bf16, fp16, fp32). The forward runs over stripes of rows so that partial statistics stay
 bounded; the backward over panels of G in the operands' dtype (PANEL_BYTES), each consumed by two library GEMMs with
-fp32 accumulation (products.py).
+fp32 accumulation (tiles.add_product).
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rime_fast.ops.contrastive.products import add_product
-from rime_fast.ops.contrastive.rows import BOUNDED, Masks, Slopes, Statistics
+from rime_fast.ops import dispatch
+from rime_fast.ops.contrastive.softmax import Slopes, Statistics
+from rime_fast.ops.contrastive.tiles import Masks, add_product
 
 PANEL_BYTES = 128 << 20
 INTERPRETER_TMA = True  # descriptors where a GPU would take them; tests compare both
+SHIFTLESS = False  # softmax.py always gets the shifts, also where they are 0
 STRIPE = 65_536  # queries a launch of the forward; bounds the partial statistics
 LOG2E = math.log2(math.e)
 
@@ -35,22 +36,28 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def interpreted() -> bool:
-    """True when Triton's CPU interpreter runs the kernels (the variable is read when triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def why_not(tensor: Tensor) -> str | None:
     """The reason Triton cannot serve a call on ``tensor``, or None."""
     if tensor.dtype == torch.float64:
         return "it computes in fp32; fp64 runs on chunked or reference"
-    if not tensor.is_cuda and not (interpreted() and tensor.device.type == "cpu"):
-        return f"it needs CUDA tensors (or TRITON_INTERPRET=1 for the CPU), got {tensor.device.type}"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return None
+    return dispatch.triton_why_not(tensor)
+
+
+def operands(tensors: list[Tensor]) -> list[Tensor]:
+    """The rows as they are multiplied: in their own dtype, of any stride."""
+    return [tensor.detach() for tensor in tensors]
+
+
+def sweep(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    terms: Sequence[tuple[int, int]],
+    scale: Tensor,
+    masks: list[Masks],
+    flag: Tensor,
+) -> TritonSweep:
+    """As cpu.sweep."""
+    return TritonSweep(queries, keys, terms, scale, masks, flag)
 
 
 def tiles_for(kernel: str, dtype: torch.dtype, capability: tuple[int, int], tma: bool, heavy: bool) -> Tiles:
@@ -77,15 +84,14 @@ def superblock(n: int, n_keys: int, terms: int, tile: int) -> int:
 
 @dataclass
 class TritonSweep:
-    """As chunked.Sweep, on operands in their own dtype. ``flag``: 0-d int32, 1 when every |logit| <= BOUNDED."""
+    """As tiles.TileSweep, on operands in their own dtype. ``flag``: 0-d int32, 1 when every |logit| <= BOUNDED."""
 
     queries: list[Tensor]
     keys: list[Tensor]
-    terms: list[tuple[int, int]]
+    terms: Sequence[tuple[int, int]]
     scale: Tensor
     masks: list[Masks]
     flag: Tensor
-    bounded = False  # softmax.py always gets the shifts, also where they are 0
 
     def statistics(self, into: list[Statistics]) -> None:
         """Add every term's tiles to its statistics; terms whose modes have one D run in one launch."""
@@ -94,7 +100,8 @@ class TritonSweep:
             chosen = [i for i, w in enumerate(widths) if w == width]
             for first in range(0, len(chosen), 15):  # four bits a term and mode in the launch's mode words
                 part = chosen[first : first + 15]
-                self._statistics([self.terms[i] for i in part], [self.masks[i] for i in part], [into[i] for i in part])
+                with torch.cuda.device_of(self.scale):  # Triton launches on the current device
+                    self._statistics(*([of[i] for i in part] for of in (self.terms, self.masks, into)))
 
     def _statistics(self, terms: list[tuple[int, int]], masks: list[Masks], into: list[Statistics]) -> None:
         from rime_fast.ops.contrastive.triton_kernels import statistics_kernel
@@ -156,6 +163,10 @@ class TritonSweep:
 
     def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         """Add every term's gradient to dq and dk in fp32."""
+        with torch.cuda.device_of(self.scale):
+            self._gradients(slopes, dq, dk)
+
+    def _gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         from rime_fast.ops.contrastive.triton_kernels import gradient_kernel
 
         scale2 = self._scale2()
@@ -224,15 +235,6 @@ class TritonSweep:
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }
-
-
-def bounded_flag(queries: list[Tensor], keys: list[Tensor], scale: Tensor) -> Tensor:
-    """0-d int32 on the device: 1 when no logit can leave [-BOUNDED, BOUNDED] (NaN: 0); nothing is read back."""
-
-    def norm(tensors: list[Tensor]) -> Tensor:
-        return torch.stack([torch.linalg.vector_norm(t, dim=1, dtype=torch.float32).amax() for t in tensors]).amax()
-
-    return (norm(queries) * norm(keys) * scale.abs() < BOUNDED).to(torch.int32)
 
 
 def uses_descriptors(q: Tensor, k: Tensor) -> bool:
@@ -308,8 +310,8 @@ def _base2(shift: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _panel_shape(q: Tensor, k: Tensor, tiles: Tiles) -> tuple[int, int]:
-    """(width, height): whole tiles, as wide as the keys when that leaves at least 2,048 rows."""
+    """(width, height): whole tiles, a square where the sides allow (dq and dk are read and written once a panel)."""
     elements = PANEL_BYTES // q.element_size()
-    width = min(-(-k.shape[0] // tiles.BN) * tiles.BN, max(tiles.BN, elements // 2048 // tiles.BN * tiles.BN))
+    width = min(-(-k.shape[0] // tiles.BN) * tiles.BN, max(tiles.BN, math.isqrt(elements) // tiles.BN * tiles.BN))
     height = min(-(-q.shape[0] // tiles.BM) * tiles.BM, max(tiles.BM, elements // width // tiles.BM * tiles.BM))
     return width, height

@@ -1,45 +1,68 @@
 """Turns the arguments of ``contrastive_loss`` into one checked, flat problem that every backend reads.
 
-Only properties that the host knows are checked here (types, shapes, dtypes, devices, Python numbers), so that a call
-under ``torch.compile`` or on a GPU never waits. Values on the device (labels in range) are checked where the work is
-done, by ``_checks.require_range``.
+Properties that the host knows (types, shapes, dtypes, devices, Python numbers) are checked in ``make_problem``, so that
+a call under ``torch.compile`` or on a GPU never waits. Values held in tensors are checked where the work is done: on
+the CPU, and in the handshake of a grouped call, a NaN or a label out of range is an error that names it. On an
+accelerator looking would make the host wait: there labels become an asynchronous assertion, and NaN, Inf or a
+temperature that is not positive a NaN loss (which a loss scaler can skip).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rime_fast.ops._checks import FLOATS
+from rime_fast.ops.checks import FLOATS, require, require_range
+from rime_fast.ops.dispatch import BACKENDS
 
 
-@dataclass
-class Problem:
-    """One contrastive call, flattened: modes become positions in two lists of tensors.
+@dataclass(frozen=True)
+class Options:
+    """The settings of a call that are no tensors; as numbers (``encode``) they pass through an operator's schema.
 
-    query_modes, key_modes: their names; queries: list of [N, D]; keys: list of [K, D];
-    terms: (position in queries, position in keys) of each term;
-    names, weights: of each term; temperature: 0-d tensor; labels [N] or [N, P], query_ids [N],
-    key_ids [K] int64 or None.
+    terms: (position in queries, position in keys) of each term. backend: the one that runs, never "auto".
     """
 
-    query_modes: list[str]
-    key_modes: list[str]
+    terms: tuple[tuple[int, int], ...]
+    margin: float | None
+    symmetric: bool
+    backend: str
+
+    def encode(self) -> list[float]:
+        """[backend, symmetric, margin given, margin, then two positions a term]."""
+        margin = 0.0 if self.margin is None else self.margin
+        flat = [float(position) for term in self.terms for position in term]
+        return [
+            float(BACKENDS.index(self.backend)),
+            float(self.symmetric),
+            float(self.margin is not None),
+            margin,
+            *flat,
+        ]
+
+    @classmethod
+    def decode(cls, numbers: Sequence[float]) -> Options:
+        """The inverse of ``encode``."""
+        backend, symmetric, masked, margin = numbers[:4]
+        flat = [int(number) for number in numbers[4:]]
+        terms = tuple(zip(flat[::2], flat[1::2], strict=True))
+        return cls(terms, margin if masked else None, bool(symmetric), BACKENDS[int(backend)])
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call: lists of [N, D] and [K, D], 0-d, then [N] or [N, P], [N], [K] int64 or None."""
+
     queries: list[Tensor]
     keys: list[Tensor]
-    terms: list[tuple[int, int]]
-    names: list[str]
-    weights: list[float]
     temperature: Tensor
     labels: Tensor | None
     query_ids: Tensor | None
     key_ids: Tensor | None
-    margin: float | None
-    symmetric: bool
 
     @property
     def n_queries(self) -> int:
@@ -48,6 +71,38 @@ class Problem:
     @property
     def n_keys(self) -> int:
         return self.keys[0].shape[0]
+
+
+@dataclass
+class Problem:
+    """One contrastive call, flattened: modes become positions in two lists of tensors.
+
+    query_modes, key_modes: their names. names, weights: of each term.
+    """
+
+    query_modes: list[str]
+    key_modes: list[str]
+    names: list[str]
+    weights: list[float]
+    inputs: Inputs
+    options: Options
+
+    def row_message(self, error: NonFiniteRow) -> str:
+        """The error of a row by its mode's name."""
+        modes = self.query_modes if error.side == "queries" else self.key_modes
+        return f"{error.side}[{modes[error.mode]!r}] {_not_finite(error.row)}"
+
+
+class NonFiniteRow(ValueError):
+    """side: "queries" or "keys"; mode: position in the list of that side's modes; row: the first bad one."""
+
+    def __init__(self, side: str, mode: int, row: int) -> None:
+        super().__init__(f"{side} (mode {mode} in the order of terms) {_not_finite(row)}")
+        self.side, self.mode, self.row = side, mode, row
+
+
+def _not_finite(row: int) -> str:
+    return f"holds NaN or Inf in row {row}; expected finite embeddings"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -65,8 +120,13 @@ def make_problem(
     key_ids: Tensor | None,
     margin: float | None,
     symmetric: bool,
+    *,
+    choose: Callable[[Tensor], str],
 ) -> Problem:
-    """Check every argument and flatten it; raises ValueError or TypeError naming the argument."""
+    """Check every argument and flatten it; raises ValueError or TypeError naming the argument.
+
+    choose: a tensor that stands for the call -> the backend that runs.
+    """
     _check_side("queries", queries)
     _check_side("keys", keys)
     pairs, names, weights = _check_terms(queries, keys, terms)
@@ -95,20 +155,15 @@ def make_problem(
             f"labels is None, so key i is the positive of query i, but keys hold {n_keys} rows for {n} queries; "
             "expected at least as many keys as queries, or labels"
         )
+    positions = tuple((query_modes.index(q), key_modes.index(k)) for q, k in pairs)
+    scale = _check_temperature(temperature, first)
     return Problem(
-        query_modes=query_modes,
-        key_modes=key_modes,
-        queries=flat_queries,
-        keys=flat_keys,
-        terms=[(query_modes.index(q), key_modes.index(k)) for q, k in pairs],
-        names=names,
-        weights=weights,
-        temperature=_check_temperature(temperature, first),
-        labels=labels,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        margin=_check_margin(margin),
-        symmetric=bool(symmetric),
+        query_modes,
+        key_modes,
+        names,
+        weights,
+        Inputs(flat_queries, flat_keys, scale, labels, query_ids, key_ids),
+        Options(positions, _check_margin(margin), bool(symmetric), choose(first)),
     )
 
 
@@ -138,7 +193,7 @@ def _check_terms(
             raise ValueError(f"terms[{row}] names key mode {key_mode!r}; keys hold {sorted(keys)}")
         if (query_mode, key_mode) in pairs:
             raise ValueError(f"terms[{row}] repeats ({query_mode!r}, {key_mode!r}); expected each pair once")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _finite(weight):
             raise ValueError(f"terms[{row}] has weight {weight!r}; expected a finite number")
         pairs.append((query_mode, key_mode))
         weights.append(float(weight))
@@ -197,7 +252,7 @@ def _check_temperature(temperature: object, like: Tensor) -> Tensor:
         return temperature.to(device=like.device, dtype=dtype)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is {type(temperature).__name__}; expected a number or a 0-d tensor")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a finite number > 0")
     return torch.full((), float(temperature), dtype=dtype, device=like.device)
 
@@ -205,6 +260,87 @@ def _check_temperature(temperature: object, like: Tensor) -> Tensor:
 def _check_margin(margin: object) -> float | None:
     if margin is None:
         return None
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not _finite(margin):
         raise ValueError(f"margin is {margin!r}; expected a finite number (in units of q.k) or None")
     return float(margin)
+
+
+def _finite(number: float) -> bool:
+    """What torch.compile can trace of a number that changes between calls, unlike ``math.isfinite``."""
+    return -math.inf < number < math.inf
+
+
+# Values held in tensors.
+
+
+def largest_norm(tensors: list[Tensor]) -> Tensor:
+    """0-d: the largest row norm; NaN when a row holds one."""
+    norms = [torch.linalg.vector_norm(t.detach(), dim=1, dtype=accumulation_dtype(t.dtype)).amax() for t in tensors]
+    return torch.stack(norms).amax()
+
+
+def require_finite(side: str, tensors: list[Tensor], largest_norm: float) -> None:
+    """Raise NonFiniteRow if ``largest_norm`` (of these tensors) betrays a bad row.
+
+    The largest norm is known before any product, so a NaN or Inf costs no extra pass to notice. A finite row may have
+    an infinite norm in fp32; it passes.
+    """
+    if math.isfinite(largest_norm):
+        return
+    for mode, rows in enumerate(tensors):
+        bad = ~torch.isfinite(rows).all(1)
+        if bool(bad.any()):
+            raise NonFiniteRow(side, mode, _first(bad))
+
+
+def require_temperature(temperature: Tensor) -> None:
+    """A finite temperature above 0 (one made by arithmetic may be anything); reads it on the host."""
+    value = float(temperature)
+    if not 0 < value < math.inf:
+        raise ValueError(f"temperature is {value}; expected a finite number > 0")
+
+
+def positive_temperature(temperature: Tensor) -> Tensor:
+    """The temperature, NaN in place of one that is not above 0."""
+    return torch.where(temperature > 0, temperature, torch.nan)
+
+
+def check_labels(labels: Tensor, n_keys: int) -> None:
+    """[N]: every label names a key. [N, P]: a key or -1, one at least in a row, none twice (``checks.require``)."""
+    if labels.dim() == 1:
+        require_range("labels", labels, 0, n_keys)
+        return
+    require_range("labels", labels, -1, n_keys)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if (problem := labels_problem(labels)) is not None:
+            raise ValueError(problem)
+        return
+    require(~no_positive(labels), "labels: expected at least one positive (a label >= 0) in every row")
+    require(~repeated(labels), "labels: expected the positives of a row to differ; one names a key twice")
+
+
+def no_positive(labels: Tensor) -> Tensor:
+    """[N] bool: the row of labels [N, P] names no key."""
+    return (labels < 0).all(1)
+
+
+def repeated(labels: Tensor) -> Tensor:
+    """[N] bool: the row of labels [N, P] names a key twice."""
+    ordered = labels.sort(1).values
+    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+
+
+def labels_problem(labels: Tensor) -> str | None:
+    """What ``check_labels`` would refuse whatever the number of keys, in words; reads the labels on the host."""
+    if labels.dim() == 1:
+        return None
+    if bool((empty := no_positive(labels)).any()):
+        return f"labels: expected at least one positive (a label >= 0) in every row, got none in row {_first(empty)}"
+    if bool((twice := repeated(labels)).any()):
+        return f"labels: expected the positives of a row to differ; row {_first(twice)} names a key twice"
+    return None
+
+
+def _first(bad: Tensor) -> int:
+    """The first True of a boolean [N]."""
+    return int(bad.to(torch.int8).argmax())

@@ -1,4 +1,4 @@
-"""Row-wise collectives over a process group whose ranks may hold different numbers of rows."""
+"""Collectives of rows and numbers over a process group whose ranks may hold different numbers of rows."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def all_gather(values: Tensor, group: Any) -> Tensor:
+    """All ranks' values [n, ...] one after the other: [W n, ...]; n is the same on every rank. No gradient."""
+    values = values.detach().contiguous()
+    out = values.new_empty(dist.get_world_size(group) * values.shape[0], *values.shape[1:])
+    all_gather_single(out, values, group=group)
+    return out
+
+
 def gather_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
     """All ranks' rows in rank order: [counts[rank], ...] -> [sum(counts), ...]. No gradient.
 
     Unequal counts travel padded to the largest, because gloo gathers equal blocks only.
     """
     longest = max(counts)
-    padded = rows.detach().contiguous()
+    padded = rows.detach()
     if rows.shape[0] < longest:
         padded = torch.cat([padded, padded.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
-    blocks = padded.new_empty(len(counts) * longest, *rows.shape[1:])
-    all_gather_single(blocks, padded, group=group)
+    blocks = all_gather(padded, group)
     if min(counts) == longest:
         return blocks
     return torch.cat([block[:count] for block, count in zip(blocks.split(longest), counts, strict=True)])

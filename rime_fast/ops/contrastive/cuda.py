@@ -1,0 +1,57 @@
+"""The chunked backend on CUDA: tiles by cuBLAS from rows in their own dtype, consumed by csrc's row kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops.contrastive import tiles
+
+TILE = (4096, 8192)  # 128 MiB of fp32, enough to fill the card
+PATCH = (64, 256)  # rows and columns of the patches whose parts the kernel writes (csrc/include/rime)
+SHIFTLESS = False
+
+
+def operands(tensors: list[Tensor]) -> list[Tensor]:
+    """The rows as they are multiplied."""
+    return [tensor.detach().contiguous() for tensor in tensors]
+
+
+def sweep(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    terms: Sequence[tuple[int, int]],
+    scale: Tensor,
+    masks: list[tiles.Masks],
+    flag: Tensor,
+) -> tiles.TileSweep:
+    """As cpu.sweep; rows of the kernels' tiles start at 16 bytes."""
+    rows = CudaRows(scale, flag) if tiles.has_compiled_rows(queries[0]) else tiles.TorchRows(scale)
+    return tiles.TileSweep(queries, keys, terms, masks, rows, TILE, align=4)
+
+
+class CudaRows(tiles.CompiledRows):
+    """With room for the parts of a tile's statistics, and narrow gradients in the tile's own memory."""
+
+    def __init__(self, scale: Tensor, flag: Tensor) -> None:
+        super().__init__(scale, flag)
+        self._parts: Tensor | None = None
+
+    def workspace(self, tile: Tensor) -> Tensor | None:
+        if self._parts is None:  # the first tile of a sweep is its largest
+            (rows, cols), (high, wide) = tile.shape, PATCH
+            self._parts = tile.new_empty(3 * rows * -(-cols // wide) + 2 * cols * -(-rows // high))
+        return self._parts
+
+    def narrow(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
+        return narrow_view(tile, dtype)
+
+
+def narrow_view(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of an fp32 tile as ``dtype``: rows keep their place, a narrow type fills the first half of each."""
+    if tile.dtype == dtype:
+        return tile
+    whole = torch.as_strided(tile, (tile.shape[0], tile.stride(0)), tile.stride())
+    return whole.view(dtype)[:, : tile.shape[1]]

@@ -1,0 +1,175 @@
+"""The one schedule of the contrastive loss: this rank's queries against the keys of a key source, both ways.
+
+A rank owns the rows of the similarity matrix that belong to its queries, so row softmaxes are its own. Column softmaxes
+go over the queries of all ranks: one MAX and one SUM of O(all keys) numbers. Gradients: dq is complete here, dk goes
+home through the key source. One process is a group whose key source has one block and whose sums are its own
+(keys.OwnKeys). A backend brings ``operands`` and ``sweep`` (cpu.py is the one to read); all else, O(N D), is here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops.contrastive import cpu, cuda, triton
+from rime_fast.ops.contrastive.keys import OwnKeys
+from rime_fast.ops.contrastive.problem import (
+    Inputs,
+    Options,
+    accumulation_dtype,
+    check_labels,
+    largest_norm,
+    positive_temperature,
+    require_finite,
+    require_temperature,
+)
+from rime_fast.ops.contrastive.softmax import BOUNDED, Positives, Slopes, Solved, Statistics
+from rime_fast.ops.contrastive.tiles import Masks, TileSweep, id_classes, pair_similarity, scale_by, unit_of
+
+
+class Schedule:
+    """One call on one rank; ``forward`` and ``backward`` may belong to different objects made of equal arguments.
+
+    flag: 0-d int32, 1 when every |logit| <= BOUNDED: then one exponential serves rows and columns. shiftless: that this
+    is so is known on the host, to a backend that then keeps sums without shifts.
+    """
+
+    def __init__(self, x: Inputs, options: Options, source: OwnKeys, bounded: bool | None) -> None:
+        """bounded: whether every |logit| <= BOUNDED; None: found out on the device."""
+        self.x, self.options, self.source = x, options, source
+        device = x.queries[0].device
+        self.backend: Any = triton if options.backend == "triton" else cuda if device.type == "cuda" else cpu
+        self.dtype = accumulation_dtype(x.queries[0].dtype)
+        self.temperature = positive_temperature(x.temperature.detach())
+        self.scale = self.temperature.reciprocal()
+        if bounded is None:
+            logit = largest_norm(x.queries) * largest_norm(source.keys) * self.scale.abs()
+            self.flag = (logit < BOUNDED).to(torch.int32)
+        else:
+            self.flag = torch.full((), int(bounded), dtype=torch.int32, device=device)
+        self.shiftless = bool(bounded) and self.backend.SHIFTLESS
+        labels = x.labels
+        if labels is None:
+            labels = torch.arange(x.n_queries, device=device) + source.first_key
+        self.positives = Positives.of(labels)
+        self.queries = self.backend.operands(x.queries)
+        self.masks = self._masks()
+        self.key_weights: Tensor | None = None  # Positives.key_weights over all ranks
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss of each term, hit@1 of each term; Solved.rows and Solved.cols of each term for the backward)."""
+        labels = self.positives.labels
+        states = [Statistics.empty(labels, self.source.n_keys, self.shiftless, self.dtype) for _ in self.options.terms]
+        for start, stop, keys in self.source.blocks():
+            self._sweep(start, stop, keys).statistics([state.columns(start, stop) for state in states])
+        solved = [Solved.of(state, self.positives) for state in states]
+        cols = torch.stack([term.cols for term in solved])
+        if self.options.symmetric:
+            self._merge_columns(cols)
+        solved = [Solved(term.rows, own) for term, own in zip(solved, cols.unbind(), strict=True)]
+        losses = [term.total(self.positives, self.options.symmetric) for term in solved]
+        totals = self.source.sum_(torch.stack([*losses, *(state.hits().sum() for state in states)]))
+        loss, hit = (totals / self.source.n_queries).to(self.dtype).view(2, -1).unbind()
+        return loss.clone(), hit.clone(), torch.stack([term.rows for term in solved]), cols
+
+    def backward(
+        self, grad: Tensor, rows: Tensor, cols: Tensor, need_queries: list[bool], need_keys: list[bool]
+    ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor]:
+        """(dq and dk of each mode in the accumulation dtype, None where not needed; d temperature).
+
+        The temperature's gradient comes from dq alone: with no query needed it is 0.
+        """
+        symmetric, positives = self.options.symmetric, self.positives
+        weights = positives.key_weights(self.source.n_keys) if self.key_weights is None else self.key_weights
+        factors = grad.double() * (0.5 if symmetric else 1.0) / (self.temperature.double() * self.source.n_queries)
+        unit = unit_of(factors, self.queries[0].dtype)
+        factors = factors if unit is None else factors / unit
+        slopes = [
+            Slopes.of(Solved(*term), positives, weights, factor, symmetric, self.shiftless, self.dtype)
+            for *term, factor in zip(rows, cols, factors.unbind(), strict=True)
+        ]
+        dq = [
+            torch.zeros_like(q, dtype=self.dtype) if need else None
+            for q, need in zip(self.queries, need_queries, strict=True)
+        ]
+
+        def add(start: int, stop: int, keys: list[Tensor], dk: list[Tensor | None]) -> None:
+            part = [slope.columns(start, stop) for slope in slopes]
+            self._sweep(start, stop, keys).gradients(part, dq, dk)
+            scale_by(unit, dk)
+
+        dk = self.source.gradients(add, need_keys)
+        scale_by(unit, dq)
+        return dq, dk, self._temperature_gradient(dq)
+
+    def _merge_columns(self, cols: Tensor) -> None:
+        """Log-sum-exps of cols [terms, 3, K] over all ranks' queries, in place, and how much each key weighs."""
+        weights = self.positives.key_weights(self.source.n_keys)
+        if not self.source.alone:
+            local = cols[:, 1:]
+            best = self.source.max_(local.clone())
+            shift = torch.where(best == -torch.inf, 0, best)
+            merged = self.source.sum_(torch.cat([(local - shift).exp().flatten(0, 1), weights[None]]))
+            cols[:, 1:] = shift + merged[:-1].view_as(shift).log()
+            weights = merged[-1]
+        self.key_weights = weights
+
+    def _sweep(self, start: int, stop: int, keys: list[Tensor]) -> TileSweep | triton.TritonSweep:
+        masks = [masks.columns(start, stop) for masks in self.masks]
+        moved = self.backend.operands(keys)
+        return self.backend.sweep(self.queries, moved, self.options.terms, self.scale, masks, self.flag)
+
+    def _masks(self) -> list[Masks]:
+        """One a term, over all keys. Limits need the positives' similarities, which may lie with any rank."""
+        x, margin = self.x, self.options.margin
+        key_ids = None if x.key_ids is None else self.source.gather(x.key_ids)
+        row_ids, col_ids = id_classes(x.query_ids, key_ids)
+        masks = [Masks(self.positives.labels, row_ids, col_ids) for _ in self.options.terms]
+        if margin is None:
+            return masks
+        similarity = self._pair_similarities()
+        best = torch.stack([self.positives.best_by_key(term, self.source.n_keys) for term in similarity])
+        best = self.source.max_(best)
+        for mask, row_limit, col_limit in zip(masks, similarity.amax(2), best, strict=True):
+            mask.row_limit, mask.col_limit = row_limit + margin, col_limit + margin
+        return masks
+
+    def _pair_similarities(self) -> Tensor:
+        """[terms, N, P] similarity of each query with its positives, -inf for a missing one."""
+        labels = self.positives.labels
+        found = labels.new_full((len(self.options.terms), *labels.shape), -torch.inf, dtype=self.dtype)
+        for start, stop, keys in self.source.blocks():
+            here = (labels >= start) & (labels < stop)
+            block = Positives(labels, torch.where(here, labels - start, 0), here.double())
+            for term, (q, k) in zip(found, self.options.terms, strict=True):
+                term.copy_(torch.where(here, pair_similarity(self.queries[q], keys[k], block), term))
+        return found
+
+    def _temperature_gradient(self, dq: list[Tensor | None]) -> Tensor:
+        """-(1/t) sum_i dq_i . q_i over all modes, since every logit is q.k / t."""
+        total = torch.zeros((), dtype=torch.float64, device=self.scale.device)
+        for d, q in zip(dq, self.queries, strict=True):
+            if d is not None:
+                total = total - (d * q.to(d.dtype)).sum(1).double().sum()
+        return (total / self.temperature.double()).to(self.temperature.dtype)
+
+
+def of_one_rank(x: Inputs, options: Options) -> Schedule:
+    """The schedule of one process alone, its values checked (on an accelerator: as far as nothing is read back)."""
+    if x.labels is not None:
+        check_labels(x.labels, x.n_keys)
+    bounded = None
+    if x.queries[0].device.type == "cpu":
+        require_temperature(x.temperature)
+        norms = float(largest_norm(x.queries)), float(largest_norm(x.keys))
+        require_finite("queries", x.queries, norms[0])
+        require_finite("keys", x.keys, norms[1])
+        bounded = is_bounded(*norms, float(x.temperature))
+    return Schedule(x, options, OwnKeys(x.keys, x.n_queries), bounded)
+
+
+def is_bounded(query_norm: float, key_norm: float, temperature: float) -> bool:
+    """True when no logit can leave [-BOUNDED, BOUNDED]."""
+    return query_norm * key_norm < BOUNDED * temperature

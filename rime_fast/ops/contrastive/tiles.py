@@ -1,0 +1,295 @@
+"""The sweep of the chunked backends: a library product fills a tile of similarities, a row kernel consumes it at once.
+
+Forward: one product a tile gives the statistics of its rows AND its columns (2 N K D FLOP a term). Backward: the same
+product again, turned in place into the gradient G of the tile, then dq += G k and dk += G^T q (6 N K D FLOP). Memory:
+one tile plus O(N D). Tiles, and with them all sums, depend on the shapes alone: the result is deterministic.
+
+Row kernels come compiled (csrc, fp32 tiles) or in plain torch (fp64, installations without a compiler). Element rules
+are documented in csrc/include/rime; both follow them. Sizes of tiles and operands are the device's: cpu.py, cuda.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops import cpu_products, native
+from rime_fast.ops.contrastive.problem import accumulation_dtype
+from rime_fast.ops.contrastive.softmax import Positives, Slopes, Statistics
+
+
+@dataclass
+class Masks:
+    """Which candidates do not count: ids as int32 classes, limits as similarities; None where there is no such mask.
+
+    labels [N, P] int64: the positives of each row; one outside the keys at hand (or -1) is not met here. row_ids [N],
+    col_ids [K] int32. row_limit [N], col_limit [K]: a candidate more similar than this is
+    left out of that row's / column's softmax.
+    """
+
+    labels: Tensor
+    row_ids: Tensor | None = None
+    col_ids: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    def columns(self, start: int, stop: int) -> Masks:
+        """The same rows against keys start .. stop - 1 only."""
+        return replace(
+            self,
+            labels=self.labels - start,
+            col_ids=None if self.col_ids is None else self.col_ids[start:stop],
+            col_limit=None if self.col_limit is None else self.col_limit[start:stop],
+        )
+
+
+def id_classes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """64-bit ids as int32 class numbers, equal exactly where the ids are: half the bytes to compare in a tile.
+
+    By a sort, as counting classes (torch.unique) would make the host wait for an accelerator.
+    """
+    if query_ids is None or key_ids is None:
+        return None, None
+    ordered, place = torch.cat([query_ids, key_ids]).sort()
+    rank = torch.zeros_like(place)
+    rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    classes = torch.empty_like(rank, dtype=torch.int32).scatter_(0, place, rank.to(torch.int32))
+    row_ids, col_ids = classes.split([query_ids.shape[0], key_ids.shape[0]])
+    return row_ids.contiguous(), col_ids.contiguous()
+
+
+def pair_similarity(queries: Tensor, keys: Tensor, positives: Positives) -> Tensor:
+    """[N, P] similarity of each query with its positives, -inf for a missing one; by blocks (no copy of the keys)."""
+    dtype = accumulation_dtype(queries.dtype)
+    columns = []
+    for at in positives.at.unbind(1):
+        pairs = zip(queries.split(4096), at.split(4096), strict=True)
+        columns.append(torch.cat([(q.to(dtype) * keys[index]).sum(1) for q, index in pairs]))
+    found = torch.stack(columns, dim=1)
+    return found if len(columns) == 1 else torch.where(positives.weight > 0, found, -torch.inf)
+
+
+# Library products with fp32 accumulation and result, whatever the operands' dtype. Gradients of similarities reach them
+# relative to the largest factor of the call (``unit_of``), so that G stays within +-2 and neither bf16 nor fp16 can
+# underflow, whatever the batch size and the loss scale.
+
+
+def similarities(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a b^T."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b.T, out=out)
+    if not a.is_cuda:
+        return torch.mm(a.to(out.dtype), b.T.to(out.dtype), out=out)
+    return torch.mm(a, b.T, out_dtype=out.dtype, out=out)
+
+
+def add_product(into: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:
+    """into[rows] += a b; nothing where ``into`` is not wanted."""
+    if into is None:
+        return
+    target = into[rows]
+    if a.dtype == target.dtype:
+        cpu_products.add_product(target, a, b)
+    elif not a.is_cuda:
+        target.addmm_(a.to(target.dtype), b.to(target.dtype))
+    else:
+        torch.addmm(target, a, b, out_dtype=target.dtype, out=target)
+
+
+def unit_of(factors: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """0-d: the largest factor in magnitude, for operands of a 16-bit dtype; None (no unit is needed) for others."""
+    if dtype in (torch.float32, torch.float64):
+        return None
+    largest = factors.abs().amax()
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def scale_by(unit: Tensor | None, tensors: Sequence[Tensor | None]) -> None:
+    """Give gradients that were made relative to ``unit`` their size, in place."""
+    if unit is None:
+        return
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.mul_(unit)
+
+
+@dataclass
+class TileSweep:
+    """One pass over the tiles of all terms; queries and keys are contiguous, their rows of one dtype.
+
+    tile: (rows, columns) of a tile at most. align: elements at whose multiples a tile's rows start.
+    """
+
+    queries: list[Tensor]
+    keys: list[Tensor]
+    terms: Sequence[tuple[int, int]]
+    masks: list[Masks]
+    rows: CompiledRows | TorchRows
+    tile: tuple[int, int]
+    align: int
+
+    def tiles(self, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+        """(similarities of a tile, first row, first column), each tile valid until the next."""
+        height, width = min(self.tile[0], q.shape[0]), min(self.tile[1], k.shape[0])
+        buffer: Tensor | None = None
+        for row in range(0, q.shape[0], height):
+            for col in range(0, k.shape[0], width):
+                block, candidates = q[row : row + height], k[col : col + width]
+                if cpu_products.fast_products(block, candidates.T):
+                    yield cpu_products.fast_product(block, candidates.T), row, col
+                    continue
+                if buffer is None:
+                    buffer = q.new_empty(height * (width + self.align - 1), dtype=accumulation_dtype(q.dtype))
+                rows, cols = block.shape[0], candidates.shape[0]
+                stride = -(-cols // self.align) * self.align
+                tile = buffer[: rows * stride].view(rows, stride)[:, :cols]
+                yield similarities(block, candidates, tile), row, col
+
+    def statistics(self, into: list[Statistics]) -> None:
+        """Add every tile of every term to that term's statistics."""
+        for (q, k), masks, state in zip(self.terms, self.masks, into, strict=True):
+            for tile, row, col in self.tiles(self.queries[q], self.keys[k]):
+                self.rows.statistics(tile, row, col, masks, state)
+                del tile  # before the next one is made
+
+    def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
+        """Add every tile's gradient to dq and dk (None: not wanted)."""
+        for (qm, km), masks, slope in zip(self.terms, self.masks, slopes, strict=True):
+            q, k = self.queries[qm], self.keys[km]
+            for tile, row, col in self.tiles(q, k):
+                g = self.rows.gradient(tile, row, col, masks, slope, q.dtype)
+                rows, cols = slice(row, row + g.shape[0]), slice(col, col + g.shape[1])
+                add_product(dq[qm], rows, g, k[cols])
+                add_product(dk[km], cols, g.T, q[rows])
+                del tile, g
+
+
+def has_compiled_rows(tensor: Tensor) -> bool:
+    """True where the compiled kernels handle the tiles of these operands."""
+    return tensor.dtype != torch.float64 and native.available(cuda=tensor.is_cuda)
+
+
+class CompiledRows:
+    """csrc's kernels on one tile: that of keys ``col`` onwards and queries ``row`` onwards, in fp32.
+
+    flag: 0-d int32, 1 when every |logit| <= BOUNDED.
+    """
+
+    def __init__(self, scale: Tensor, flag: Tensor) -> None:
+        self.scale, self.flag = scale, flag
+
+    def statistics(self, tile: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None:
+        torch.ops.rime_fast_C.contrast_statistics(
+            tile,
+            self.scale,
+            row,
+            col,
+            masks.labels,
+            masks.row_ids,
+            masks.col_ids,
+            masks.row_limit,
+            masks.col_limit,
+            self.flag,
+            into.row_max,
+            into.row_sum,
+            into.col_max,
+            into.col_sum,
+            into.positive,
+            into.rival,
+            self.workspace(tile),
+        )
+
+    def gradient(self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype) -> Tensor:
+        """The gradient to the tile's similarities, in ``dtype``, in the tile's memory."""
+        out = self.narrow(tile, dtype)
+        torch.ops.rime_fast_C.contrast_gradient(
+            tile,
+            self.scale,
+            row,
+            col,
+            masks.labels,
+            masks.row_ids,
+            masks.col_ids,
+            masks.row_limit,
+            masks.col_limit,
+            self.flag,
+            slopes.row_shift,
+            slopes.row_coef,
+            slopes.col_shift,
+            slopes.col_coef,
+            slopes.positive_slope,
+            slopes.factor,
+            out,
+        )
+        return out
+
+    def workspace(self, tile: Tensor) -> Tensor | None:
+        """What the statistics kernel needs besides."""
+        return None
+
+    def narrow(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where the gradient goes."""
+        return tile
+
+
+class TorchRows:
+    """The same in torch operations, for any dtype and device (nothing is read back)."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def statistics(self, tile: Tensor, row: int, col: int, masks: Masks, into: Statistics) -> None:
+        rows, cols = slice(row, row + tile.shape[0]), slice(col, col + tile.shape[1])
+        row_masked, col_masked = _masked(tile, rows, cols, masks)
+        logits = tile * self.scale
+        labels = masks.labels[rows]
+        met = (labels >= cols.start) & (labels < cols.stop)
+        found = logits.gather(1, torch.where(met, labels - cols.start, 0))
+        into.positive[rows] = torch.where(met, found, into.positive[rows])
+        by_row = logits.masked_fill(row_masked, -torch.inf)
+        into.rival[rows] = torch.maximum(into.rival[rows], by_row.amax(1))
+        _merge(by_row, 1, into.row_max[rows], into.row_sum[rows], into.shiftless)
+        _merge(logits.masked_fill_(col_masked, -torch.inf), 0, into.col_max[cols], into.col_sum[cols], into.shiftless)
+
+    def gradient(self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype) -> Tensor:
+        """See ``CompiledRows.gradient``; a narrow dtype takes memory of its own."""
+        rows, cols = slice(row, row + tile.shape[0]), slice(col, col + tile.shape[1])
+        row_masked, col_masked = _masked(tile, rows, cols, masks)
+        logits = tile * self.scale
+        by_row = (logits - slopes.row_shift[rows, None]).exp_().mul_(slopes.row_coef[rows, None])
+        by_col = (logits - slopes.col_shift[None, cols]).exp_().mul_(slopes.col_coef[None, cols])
+        total = by_row.masked_fill_(row_masked, 0).add_(by_col.masked_fill_(col_masked, 0))
+        for index in range(masks.labels.shape[1]):
+            here = masks.labels[rows, index, None] == torch.arange(cols.start, cols.stop, device=tile.device)
+            total = torch.where(here, slopes.positive_slope[rows, index, None], total)
+        return torch.mul(total, slopes.factor, out=tile).to(dtype)
+
+
+def _masked(tile: Tensor, rows: slice, cols: slice, masks: Masks) -> tuple[Tensor, Tensor]:
+    """(no rival for the row, no rival for the column) of a tile, boolean; positives are neither's."""
+    columns = torch.arange(cols.start, cols.stop, device=tile.device)
+    own = torch.zeros_like(tile, dtype=torch.bool)
+    for labels in masks.labels[rows].unbind(1):
+        own |= labels[:, None] == columns
+    row_masked = col_masked = torch.zeros_like(own)
+    if masks.row_ids is not None and masks.col_ids is not None:
+        row_masked = col_masked = masks.row_ids[rows, None] == masks.col_ids[None, cols]
+    if masks.row_limit is not None and masks.col_limit is not None:
+        row_masked = row_masked | (tile > masks.row_limit[rows, None])
+        col_masked = col_masked | (tile > masks.col_limit[None, cols])
+    return row_masked | own, col_masked | own
+
+
+def _merge(logits: Tensor, dim: int, running_max: Tensor, running_sum: Tensor, shiftless: bool) -> None:
+    """Add a tile's exponentials to running (max, sum) views; masked logits are -inf."""
+    if shiftless:
+        running_sum += logits.exp_().sum(dim)
+        return
+    new_max = torch.maximum(running_max, logits.amax(dim))
+    shift = torch.where(new_max == -torch.inf, 0, new_max)
+    part = (logits - shift.unsqueeze(dim)).exp_().sum(dim)
+    running_sum.mul_((running_max - shift).double().exp()).add_(part)
+    running_max.copy_(new_max)
