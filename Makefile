@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 EXTRAS := dev,demo,peft,deepspeed,bench,serve
-CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/rime/*.h)
+CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh csrc/include/rime/*.h)
 PYTEST_ARGS ?=
 
 .PHONY: setup demo test bench gpu lint ablation curves clean

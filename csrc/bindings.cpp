@@ -3,9 +3,27 @@
 // rime_fast/ops/native.py loads the library. Convention: outputs are passed in, "(a!)" marks what is written.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/simd.h"
+
+namespace {
+
+int64_t build_info() {
+#ifdef RIME_WITH_CUDA
+  return 3;
+#else
+  return 1;
+#endif
+}
+
+int64_t cpu_level() { return rime::cpu_level(); }
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
   // Which kernels this build holds: bit 0 CPU, bit 1 CUDA.
   m.def("build_info() -> int");
+  // The instruction set of the CPU kernels: 0 the plainest, 1 AVX2, 2 AVX-512 (csrc/cpu/simd.h; RIME_FAST_CPU).
+  m.def("cpu_level() -> int");
   // Operator A (rime_fast/ops/logprob_pool): rows of logits, and read-outs. `dlogits` is the memory of `logits`, on
   // CUDA also seen as bf16 or fp16 (the gradient is written over the logits it is made from).
   m.def(
@@ -22,7 +40,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
       "pool_backward(Tensor(a!) grad_hidden, Tensor grad, Tensor pooled, Tensor inv_norm, Tensor starts, "
       "Tensor ends, bool normalize) -> ()");
 
-  // Contrastive loss (csrc/*/contrast.*). Both read one tile of similarities q k^T whose corner is (row0, col0) of the
+  // Contrastive loss (csrc/*/contrastive.*). Both read one tile of similarities q k^T whose corner is (row0, col0) of the
   // whole; row and column arrays are those of the whole; labels, positive and positive_slope are [rows, positives].
   // Ids and `bounded` are int32, sums are float64, everything else float32. parts:
   // the parts of a tile's statistics (CUDA only). out: the memory of the tile, on CUDA also as bf16 or fp16.
@@ -35,7 +53,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
       "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, Tensor bounded, Tensor row_shift, Tensor row_coef, "
       "Tensor col_shift, Tensor col_coef, Tensor positive_slope, Tensor factor, Tensor(b!) out) -> ()");
 
-  // score_rewrites_ (rank_reward): R = B G rollouts of width D, P own anchors an item, a tile of n anchors.
+  // score_rewrites_ (csrc/*/reward.*): R = B G rollouts of width D, P own anchors an item, a tile of n anchors.
   // CUDA, a bank of one tile, everything in one launch: gen [B, G, D] -> rewards, advantages [B, G] of any strides, and
   // terms [12, B, G] as rank_finish's out
   m.def("rank_small(Tensor gen, Tensor anchors, Tensor positive, Tensor? mask, Tensor format_ok, Tensor? lengths, "
@@ -44,10 +62,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
         "Tensor(b!) advantages, Tensor(c!)? terms) -> ()");
   // gen [R, D], own_anchors [B, P, D] -> own [R, P] fp64, norms [R]
   m.def("rank_own(Tensor gen, Tensor own_anchors, Tensor(a!) own, Tensor(b!) norms) -> ()");
-  // CPU. anchors [n, D] -> state [R, 4 + P]; mask [B, n]; first: the anchors' place in the bank; level: of the
-  // instruction set, 0 the plainest, 1 up to AVX2, 2 what there is
+  // CPU. anchors [n, D] -> state [R, 4 + P]; mask [B, n]; first: the anchors' place in the bank
   m.def("rank_scan(Tensor gen, Tensor anchors, Tensor norms, Tensor own, Tensor positive, Tensor? mask, int first, "
-        "int negative, float tau, int level, Tensor(a!) state) -> ()");
+        "int negative, float tau, Tensor(a!) state) -> ()");
   // The same from their products: sims [R, n] fp64 (CUDA: or fp32), tile [n, D], tile_norm [1] the largest norm in it
   m.def("rank_tile(Tensor sims, Tensor gen, Tensor tile, Tensor tile_norm, Tensor norms, Tensor own, "
         "Tensor positive, Tensor? mask, int first, int negative, float tau, Tensor(a!) state) -> ()");
@@ -57,4 +74,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
   m.def("rank_finish(Tensor state, Tensor own, Tensor format_ok, Tensor? lengths, Tensor? disc_similarity, int score, "
         "int hit_k, int negative, bool normalize, float w_fmt, float w_rank, float w_refine, float w_len, "
         "float length_limit, float eps, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("cpu_level", TORCH_BOX(&cpu_level));
 }

@@ -18,7 +18,8 @@ from typing import Any
 
 from rime_fast import __version__
 
-VARIABLES = ("RIME_FAST_BACKEND", "RIME_FAST_BUILD", "RIME_FAST_CUDA_ARCHS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("RIME_FAST_BACKEND", "RIME_FAST_CPU", "RIME_FAST_BUILD", "RIME_FAST_CUDA_ARCHS", "OMP_NUM_THREADS")
+VARIABLES += ("CUDA_VISIBLE_DEVICES",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,11 @@ def _compiled_parts(cuda: bool) -> Iterator[Part]:
     reason = native if isinstance(native, str) else native.why_not()
     build = "pip install --no-build-isolation . with cmake and a C++ compiler"
     if reason is None:
-        yield Part("compiled CPU kernels", "ok", str(native.LIBRARY))
+        try:
+            yield Part("compiled CPU kernels", "ok", f"{native.cpu_level()}, {native.LIBRARY}")
+        except RuntimeError as error:
+            cost, words = "they raise this error", ", ".join(native.CPU_LEVELS)
+            yield Part("compiled CPU kernels", "missing", str(error).split("\n")[0], cost, f"one of {words}, or none")
     else:
         yield Part("compiled CPU kernels", "missing", reason, "on the CPU the operators run as plain torch", build)
     reason = native if isinstance(native, str) else native.why_not(cuda=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+CPU_LEVELS = ("default", "avx2", "avx512")  # of csrc/cpu/simd.h
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.so"
 
 
@@ -37,3 +38,12 @@ def why_not(cuda: bool = False) -> str | None:
     if reason is None and cuda and not available(cuda=True):
         reason = "this build holds no CUDA kernels (nvcc and a CUDA torch are needed when it is built)"
     return reason
+
+
+def cpu_level() -> str:
+    """The instruction set that the compiled CPU kernels use: default (the compiler's), avx2 or avx512.
+
+    The widest of the processor, or what the environment's ``RIME_FAST_CPU`` allows; it is read once. RuntimeError where
+    that is another word. Call it where ``available()``.
+    """
+    return CPU_LEVELS[torch.ops.rime_fast_C.cpu_level()]

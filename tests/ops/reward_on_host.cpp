@@ -1,16 +1,17 @@
-// The kernels of csrc/cuda/rank_reward_kernels.cuh for ctypes, run on the host (cuda_coroutines.h).
-#include "cuda_coroutines.h"
+// The kernels of csrc/cuda/reward_kernels.cuh for ctypes, run on the host.
+#include "../testing/cuda_on_host.h"
 
-#include "../../csrc/cuda/rank_reward_kernels.cuh"
+#include "../../csrc/cuda/reward_kernels.cuh"
 
 using namespace rime;
+using namespace rime::reward;
 
 extern "C" {
 
 void own(const float* gen, const float* own_anchors, double* found, float* norms, int64_t rows, int64_t group_size,
          int64_t positives, int64_t width) {
   const auto blocks = static_cast<unsigned>((rows * (positives + 1) * kWarp + kThreads - 1) / kThreads);
-  on_host::launch(blocks, kThreads, 0, [=] { own_kernel(gen, own_anchors, found, norms, rows, group_size, positives, width); });
+  cuda_on_host::launch(blocks, 1, kThreads, 0, [=] { own_kernel(gen, own_anchors, found, norms, rows, group_size, positives, width); });
 }
 
 void tile(const void* sims, bool exact, const float* gen, const float* anchors, const float* anchor_norm,
@@ -20,7 +21,7 @@ void tile(const void* sims, bool exact, const float* gen, const float* anchors, 
   const Tile t{gen,     anchors, anchor_norm, norms,      own,       positive, mask,        state,
                columns, width,   group_size,  positives,  first,     mask_stride, 1.0 / tau};
   const auto run = [&](auto* values, auto kernels) {
-    on_host::launch(static_cast<unsigned>(rows), kThreads, 0, [=] { kernels[negative](t, values); });
+    cuda_on_host::launch(static_cast<unsigned>(rows), 1, kThreads, 0, [=] { kernels[negative](t, values); });
   };
   if (exact)
     run(static_cast<const double*>(sims), std::vector<void (*)(Tile, const double*)>{
@@ -31,7 +32,7 @@ void tile(const void* sims, bool exact, const float* gen, const float* anchors, 
 }
 
 void merge(const double* parts, double* state, int64_t n_parts, int64_t rows, int64_t size, int negative, double tau) {
-  on_host::launch(static_cast<unsigned>((rows + kThreads - 1) / kThreads), kThreads, 0,
+  cuda_on_host::launch(static_cast<unsigned>((rows + kThreads - 1) / kThreads), 1, kThreads, 0,
                   [=] { merge_kernel(parts, state, n_parts, rows, size, negative, 1.0 / tau); });
 }
 
@@ -45,7 +46,7 @@ void finish(const double* states, const double* own, const bool* format_ok, cons
             int negative, int64_t hit_k, bool normalize) {
   const Finish f{states, own, format_ok, lengths, disc, out, items * group_size, group_size, positives};
   const RewardSpec spec = spec_of(numbers, score, negative, hit_k, normalize);
-  on_host::launch(static_cast<unsigned>(items), kThreads, 0, [=] { finish_kernel(f, spec); });
+  cuda_on_host::launch(static_cast<unsigned>(items), 1, kThreads, 0, [=] { finish_kernel(f, spec); });
 }
 
 void small(const void* gen, int gen_kind, const void* anchors, int anchor_kind, const int64_t* positive,
@@ -74,7 +75,7 @@ void small(const void* gen, int gen_kind, const void* anchors, int anchor_kind, 
                 negative,
                 1.0 / tau};
   const RewardSpec spec = spec_of(numbers, score, negative, hit_k, normalize);
-  on_host::launch(static_cast<unsigned>(items), kThreads,
+  cuda_on_host::launch(static_cast<unsigned>(items), 1, kThreads,
                   static_cast<size_t>(small_room(group_size, width, positives)) * sizeof(double),
                   [=] { small_kernel(s, spec); });
 }

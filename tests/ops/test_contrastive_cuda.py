@@ -15,26 +15,21 @@ from rime_fast.ops.contrastive.cuda import PATCH, narrow_view
 from rime_fast.ops.contrastive.softmax import Statistics
 from rime_fast.ops.contrastive.tiles import Masks, TorchRows
 from tests.ops.contrastive_cases import check_rule, make_case, run
+from tests.testing.on_host import CXX, run_on_host
 
 ROOT = Path(__file__).resolve().parents[2]
-CXX = shutil.which("g++") or shutil.which("clang++")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-def test_kernels_run_on_the_cpu(tmp_path: Path) -> None:
-    """csrc/cuda/contrast_kernels.cuh itself, its threads as fibers, against loops in double."""
-    source, binary = ROOT / "tests/ops/contrast_kernels_host.cpp", tmp_path / "kernels"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc/include'}"]
-    built = subprocess.run([str(CXX), *flags, str(source), "-o", str(binary)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith("ok")
+@pytest.mark.parametrize("cases", ["quick", pytest.param("full", marks=pytest.mark.slow)])
+def test_kernels_run_on_the_cpu(cases: str, tmp_path: Path) -> None:
+    """csrc/cuda/contrastive_kernels.cuh itself, its threads as fibers, against loops in double."""
+    run_on_host(ROOT / "tests/ops/contrastive_on_host.cpp", tmp_path, cases)
 
 
 def test_the_host_knows_the_patch() -> None:
-    header = (ROOT / "csrc/include/rime/contrast_patch.h").read_text()
+    header = (ROOT / "csrc/rime/contrastive.h").read_text()
     found = [int(re.search(rf"{name} = (\d+);", header)[1]) for name in ("kPatchRows", "kPatchCols")]  # type: ignore[index]
     assert tuple(found) == PATCH
 
@@ -54,13 +49,13 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
         "-DRIME_WITH_CUDA",
         "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        f"-I{ROOT / 'csrc/include'}",
+        f"-I{ROOT / 'csrc'}",
         "-isystem",
         str(Path(torch.__file__).parent / "include"),
         "-c",
-        str(ROOT / "csrc/cuda/contrast.cu"),
+        str(ROOT / "csrc/cuda/contrastive.cu"),
         "-o",
-        str(tmp_path / "contrast.o"),
+        str(tmp_path / "contrastive.o"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

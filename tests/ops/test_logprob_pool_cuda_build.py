@@ -26,6 +26,8 @@ def test_compiles_without_spills(source: str, tmp_path: Path) -> None:
             "-Xptxas",
             "-v",
             "-I",
+            ROOT / "csrc",
+            "-I",
             ROOT / "csrc" / "include",
             "-isystem",
             Path(torch.__file__).parent / "include",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rime_fast.bench.harness import peak_memory
 from rime_fast.ops import native
-from rime_fast.ops.reward import TERM_NAMES, RewardWeights, chunked, compiled, score_rewrites_
+from rime_fast.ops.reward import TERM_NAMES, RewardWeights, chunked, score_rewrites_
 from tests.ops.reward_cases import assert_same, make_case, score
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
@@ -38,11 +38,12 @@ def test_chunked_equals_reference(
     assert_same(score(case, weights, backend="chunked"), score(case, weights, backend="reference"))
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_every_instruction_set(kind: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Widths and counts that leave rests everywhere: 2 panels of 32 rollouts, blocks of 192 anchors, 2 segments."""
-    monkeypatch.setattr(compiled, "LEVEL", level)
+def test_rests_of_panels_blocks_and_segments(kind: str) -> None:
+    """Widths and counts that leave rests everywhere: 2 panels of 32 rollouts, blocks of 192 anchors, 2 segments.
+
+    test_cpu_levels.py has it run with every instruction set.
+    """
     weights = WEIGHTS[kind]
     for n_anchors, positive in ((1000, 190), (4100, 2048)):  # own groups on both sides of a block and of a segment
         case = make_case(5, 9, 37, n_anchors, positives=weights.positives, ties=True)

@@ -1,4 +1,4 @@
-"""csrc/cuda/rank_reward.cu goes through nvcc for every target, without spilled registers. Needs no GPU."""
+"""csrc/cuda/reward.cu goes through nvcc for every target, without spilled registers. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
         "-DRIME_WITH_CUDA",
         "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        f"-I{ROOT / 'csrc/include'}",
+        f"-I{ROOT / 'csrc'}",
         "-isystem",
         str(headers),
         "-c",
-        str(ROOT / "csrc/cuda/rank_reward.cu"),
+        str(ROOT / "csrc/cuda/reward.cu"),
         "-o",
-        str(tmp_path / "rank_reward.o"),
+        str(tmp_path / "reward.o"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

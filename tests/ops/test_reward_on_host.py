@@ -1,14 +1,15 @@
 """The CUDA kernels of the reward without a GPU: compiled for the host and run thread by thread, against the reference.
 
-``tests/ops/cuda_coroutines.h`` runs a block's threads as coroutines, so that barriers, warp exchanges and shared memory
-mean what they mean on a GPU; a barrier that some thread never reaches ends the process.
+``tests/testing/cuda_on_host.h`` runs a block's threads as fibers in random order, so that barriers, warp exchanges and
+shared memory mean what they mean on a GPU; a barrier that some thread never reaches ends the process.
 """
 
 from __future__ import annotations
 
 import ctypes
-import shutil
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch import Tensor
 from rime_fast.ops.reward import RewardWeights, chunked, compiled
 from rime_fast.ops.reward.weights import RANK_REWARDS
 from tests.ops.reward_cases import Case, assert_same, make_case, score
+from tests.testing.on_host import CXX, build
 
 HERE = Path(__file__).parent
+ADDRESS = "RIME_TEST_ADDRESS"  # in the environment: kernels are built with AddressSanitizer, whose library is loaded
 WEIGHTS = {
     "mean": RewardWeights(),
     "softmax": RewardWeights(negative="softmax", rank_reward="1/rank"),
@@ -32,13 +35,10 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ not found")
+    if CXX is None:
+        pytest.skip("no C++ compiler")
     out = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", f"-I{HERE.parents[1] / 'csrc/include'}"]
-    done = subprocess.run([*command, str(HERE / "reward_on_host.cpp"), "-o", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    build(HERE / "reward_on_host.cpp", out, "-fPIC", "-shared", sanitize="address" if ADDRESS in os.environ else "")
     return ctypes.CDLL(str(out))
 
 
@@ -298,3 +298,23 @@ def test_halves_are_read_exactly(kernels: ctypes.CDLL) -> None:
     case["gen"], case["anchors"] = values.view(1, -1, 1), torch.ones(1, 1, dtype=torch.float16)
     found = in_one_launch(kernels, case, RewardWeights())
     assert torch.equal(found["positive"][0], values.float())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or CXX is None, reason="needs g++ and its sanitizers")
+def test_under_the_address_sanitizer() -> None:
+    """One case of each kernel with every access checked; Python itself must load the sanitizer's library first."""
+    assert CXX is not None
+    find = [CXX, "-print-file-name=libasan.so"]
+    library = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer")
+    names = "test_one_launch and softmax or test_streaming_kernels_over_tiles and max or test_merge_kernel and mean"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names],
+        cwd=HERE.parents[1],
+        env=os.environ | {ADDRESS: "1", "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

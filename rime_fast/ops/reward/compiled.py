@@ -9,8 +9,6 @@ from rime_fast.ops import native
 from rime_fast.ops.reward.weights import RANK_REWARDS, TERM_NAMES, RewardWeights
 
 PLANES = ("reward", "advantage", *TERM_NAMES)
-# Instruction set of the CPU's scan: 0 the plainest, 1 up to AVX2, 2 up to what the processor has.
-LEVEL = 2
 # Banks up to this size are scored in one launch on a GPU, if what a block keeps fits its shared memory.
 SMALL_ANCHORS, SHARED_BYTES, WARPS = 1024, 160 << 10, 8
 
@@ -120,7 +118,7 @@ def add_anchors(
 ) -> None:
     """Add the negatives among contiguous fp32 anchors [n, D] to ``state``; see ``add_tile``."""
     code, tau = weights.negative_code, weights.softmax_temperature
-    torch.ops.rime_fast_C.rank_scan(rows, anchors, norms, own, positive, mask, first, code, tau, LEVEL, state)
+    torch.ops.rime_fast_C.rank_scan(rows, anchors, norms, own, positive, mask, first, code, tau, state)
 
 
 def add_tile(

@@ -8,12 +8,9 @@
 //     mean:    a = sum s                            max:     a = max s
 //     softmax: a = max s, b = sum exp((s - a)/tau), c = sum s exp((s - a)/tau)
 #pragma once
-#include <cmath>
-#include <cstdint>
-
 #include <rime/math.h>
 
-namespace rime {
+namespace rime::reward {
 
 enum Negative : int { kMean = 0, kSoftmax = 1, kMax = 2 };
 enum Score : int { kHit = 0, kReciprocal = 1, kLogarithmic = 2, kUmeR1 = 3 };
@@ -32,6 +29,16 @@ struct RewardTerms {
   bool missing;
   RIME_FN double reward() const { return format + score + refine + length; }
 };
+
+// Planes of an output [12, B, G]: reward, advantage, then TERM_NAMES, of which group_std is the last but one.
+constexpr int64_t kPlanes = 12, kAdvantage = 1, kDeviation = 10;
+
+// One rollout's planes; those of its group (advantage, deviation) are 0.
+RIME_FN void fill_planes(const RewardTerms& t, double* planes) {
+  const double values[kPlanes] = {t.reward(), 0.0,   t.format,   t.score,    t.refine, t.length,
+                                  t.rank,     t.hit, t.positive, t.negative, 0.0,      t.missing ? 1.0 : 0.0};
+  for (int64_t plane = 0; plane < kPlanes; ++plane) planes[plane] = values[plane];
+}
 
 RIME_FN bool is_finite(double x) { return x - x == 0.0; }
 
@@ -112,7 +119,7 @@ RIME_FN double share_in_top(const double* state, const double* own, int64_t posi
 
 // length and disc_similarity are null where that term is left out.
 RIME_FN RewardTerms reward_terms(const double* state, const double* own, int64_t positives, bool format_ok,
-                                        const double* length, const double* disc_similarity, const RewardSpec& spec) {
+                                 const double* length, const double* disc_similarity, const RewardSpec& spec) {
   RewardTerms out{};
   if (length != nullptr) {
     const double over = *length - spec.length_limit;
@@ -148,4 +155,4 @@ RIME_FN double advantage(double centred, double deviation, const RewardSpec& spe
   return spec.normalize ? centred / (deviation + spec.eps) : centred;
 }
 
-}  // namespace rime
+}  // namespace rime::reward

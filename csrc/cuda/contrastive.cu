@@ -1,54 +1,11 @@
-// The contrastive loss on CUDA: what happens to a tile of similarities between two library GEMMs (chunked.py makes the
-// tiles). Kernels: contrast_kernels.cuh. Scale, bound and factor are read on the device: nothing waits for the host.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// The contrastive loss on CUDA: what happens to a tile of similarities between two library GEMMs (rime_fast/ops/contrastive makes
+// the tiles). Kernels: contrastive_kernels.cuh. Scale, bound and factor are read on the device: nothing waits for the host.
+#include "contrastive_kernels.cuh"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
-
-#include "launch.h"
-
-namespace rime::contrast {
+namespace rime::contrastive {
 namespace {
-
-// Four results in one store: 16 bytes, or 8 of a narrow type. Rows start at multiples of 4 columns; past a row's end
-// there is room up to its stride.
-__device__ __forceinline__ void put_four(float* at, const float* g) {
-  *reinterpret_cast<float4*>(at) = float4{g[0], g[1], g[2], g[3]};
-}
-__device__ __forceinline__ void put_four(__nv_bfloat16* at, const float* g) {
-  const __nv_bfloat162 low = __floats2bfloat162_rn(g[0], g[1]), high = __floats2bfloat162_rn(g[2], g[3]);
-  *reinterpret_cast<uint2*>(at) =
-      uint2{*reinterpret_cast<const unsigned*>(&low), *reinterpret_cast<const unsigned*>(&high)};
-}
-__device__ __forceinline__ void put_four(__half* at, const float* g) {
-  const __half2 low = __floats2half2_rn(g[0], g[1]), high = __floats2half2_rn(g[2], g[3]);
-  *reinterpret_cast<uint2*>(at) =
-      uint2{*reinterpret_cast<const unsigned*>(&low), *reinterpret_cast<const unsigned*>(&high)};
-}
-
-}  // namespace
-}  // namespace rime::contrast
-
-#include "contrast_kernels.cuh"
-
-namespace rime::contrast {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-template <class T>
-T* at(const Tensor& tensor, int64_t offset) {
-  return static_cast<T*>(tensor.data_ptr()) + offset;
-}
-
-template <class T>
-const T* at(const MaybeTensor& tensor, int64_t offset) {
-  return tensor.has_value() ? at<const T>(*tensor, offset) : nullptr;
-}
 
 int64_t patches(int64_t size, int64_t patch) { return (size + patch - 1) / patch; }
 
@@ -115,22 +72,15 @@ void contrast_gradient(Tensor tile, Tensor scale, int64_t row0, int64_t col0, Te
                           at<const float>(col_shift, col0), at<const float>(col_coef, col0),
                           at<const float>(positive_slope, row0 * t.positives), at<const float>(factor, 0)};
   const cudaStream_t stream = current_stream(tile);
-  switch (out.scalar_type()) {
-    case ScalarType::Float:
-      return launch_gradient<float>(t, slopes, out, stream);
-    case ScalarType::BFloat16:
-      return launch_gradient<__nv_bfloat16>(t, slopes, out, stream);
-    case ScalarType::Half:
-      return launch_gradient<__half>(t, slopes, out, stream);
-    default:
-      STD_TORCH_CHECK(false, "contrast_gradient: out must be float32, bfloat16 or float16");
-  }
+  with_float_type(out, "contrast_gradient: out", [&](auto type) {
+    launch_gradient<decltype(type)>(t, slopes, out, stream);
+  });
 }
 
 }  // namespace
-}  // namespace rime::contrast
+}  // namespace rime::contrastive
 
 STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CUDA, m) {
-  m.impl("contrast_statistics", TORCH_BOX(&rime::contrast::contrast_statistics));
-  m.impl("contrast_gradient", TORCH_BOX(&rime::contrast::contrast_gradient));
+  m.impl("contrast_statistics", TORCH_BOX(&rime::contrastive::contrast_statistics));
+  m.impl("contrast_gradient", TORCH_BOX(&rime::contrastive::contrast_gradient));
 }

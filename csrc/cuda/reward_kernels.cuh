@@ -1,52 +1,25 @@
-// The device code of csrc/cuda/rank_reward.cu, without CUDA's or torch's headers: tests/ops/test_reward_emulated.py
-// compiles it for the host as well and runs it thread by thread.
+// The reward's device code. Included by reward.cu, and by tests/ops/reward_on_host.cpp, which runs it on the CPU.
 #pragma once
-#include <rime/rank_reward.h>
+#include <rime/reward.h>
 
-#include <rime/math.h>
+#include "common.cuh"
 
-#include <cmath>
-#include <cstdint>
-
-#ifndef RIME_DYNAMIC_SHARED
-#define RIME_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-#endif
-
-namespace rime {
+namespace rime::reward {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
 constexpr float kLargest = 3.402823466e38f;
 
-struct Add {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
 struct Larger {
   __device__ double operator()(double a, double b) const { return a > b ? a : b; }
 };
-
-// The block's total of `value` on every thread.
-template <class Op>
-__device__ double block_reduce(double value, Op op) {
-  __shared__ double parts[kThreads / kWarp];
-  for (int step = kWarp / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(kAll, value, step));
-  __syncthreads();  // the last call's parts have been read
-  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  value = parts[0];
-  for (int w = 1; w < kThreads / kWarp; ++w) value = op(value, parts[w]);
-  return value;
-}
 
 // Sum of x_i y_i in fp64 by one warp, on every lane.
 __device__ double warp_dot(const float* x, const float* y, int64_t n) {
   double total = 0.0;
   for (int64_t i = threadIdx.x % kWarp; i < n; i += kWarp)
     total += static_cast<double>(x[i]) * static_cast<double>(y[i]);
-  for (int step = kWarp / 2; step > 0; step /= 2) total += __shfl_xor_sync(kAll, total, step);
-  return total;
+  return warp_reduce(total, Add{});
 }
 
 __global__ void own_kernel(const float* gen, const float* own_anchors, double* own, float* norms, int64_t rows,
@@ -124,7 +97,7 @@ __device__ double count_rank(const Row<S>& row, float threshold) {
       });
     }
   }
-  return block_reduce(rank, Add{});
+  return block_reduce<kThreads>(rank, Add{});
 }
 
 template <class S>
@@ -135,8 +108,8 @@ __device__ void add_mean(const Row<S>& row, double* state) {
     count += v == v ? 1.0 : 0.0;
     sum += v == v ? static_cast<double>(v) : 0.0;
   }
-  count = block_reduce(count, Add{});
-  sum = block_reduce(sum, Add{});
+  count = block_reduce<kThreads>(count, Add{});
+  sum = block_reduce<kThreads>(sum, Add{});
   if (threadIdx.x == 0) {
     state[0] += count;
     state[1] += sum;
@@ -151,8 +124,8 @@ __device__ double find_peak(const Row<S>& row, double* count) {
     seen += v == v ? 1.0 : 0.0;
     best = v > best ? static_cast<double>(v) : best;
   }
-  *count = block_reduce(seen, Add{});
-  return block_reduce(best, Larger{});
+  *count = block_reduce<kThreads>(seen, Add{});
+  return block_reduce<kThreads>(best, Larger{});
 }
 
 template <class S>
@@ -167,7 +140,7 @@ __device__ void add_max(const Row<S>& row, double* state) {
       const int64_t j = base + threadIdx.x;
       row.exact(row.value(j) >= low, j, [&](double s) { best = s > best ? s : best; });
     }
-    best = block_reduce(best, Larger{});
+    best = block_reduce<kThreads>(best, Larger{});
   }
   if (threadIdx.x == 0) {
     state[0] += count;
@@ -187,8 +160,8 @@ __device__ void add_softmax(const Row<S>& row, double* state) {
     weight += w;
     weighted += w * static_cast<double>(v);
   }
-  weight = block_reduce(weight, Add{});
-  weighted = block_reduce(weighted, Add{});
+  weight = block_reduce<kThreads>(weight, Add{});
+  weighted = block_reduce<kThreads>(weighted, Add{});
   if (threadIdx.x == 0) {
     state[0] += count;
     softmax_merge(state, peak, weight, weighted, row.t.inverse_tau);
@@ -232,8 +205,6 @@ struct Finish {
   int64_t rows, group_size, positives;
 };
 
-constexpr int64_t kPlanes = 12, kAdvantage = 1, kDeviation = 10;  // as in csrc/cpu/rank_reward.cpp
-
 __device__ RewardTerms terms_of(const Finish& f, const RewardSpec& spec, int64_t r) {
   return reward_terms(f.states + r * (kRanks + f.positives), f.own + r * f.positives, f.positives, f.format_ok[r],
                       f.lengths == nullptr ? nullptr : f.lengths + r, f.disc == nullptr ? nullptr : f.disc + r, spec);
@@ -244,17 +215,17 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(Finish f, RewardSpe
   double sum = 0.0, squares = 0.0;
   for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
     const RewardTerms t = terms_of(f, spec, r);
-    const double values[kPlanes] = {t.reward(), 0.0,   t.format,   t.score,    t.refine, t.length,
-                                    t.rank,     t.hit, t.positive, t.negative, 0.0,      t.missing ? 1.0 : 0.0};
+    double values[kPlanes];
+    fill_planes(t, values);
     for (int plane = 0; plane < kPlanes; ++plane) f.out[plane * f.rows + r] = static_cast<float>(values[plane]);
     sum += t.reward();
   }
-  const double mean = block_reduce(sum, Add{}) / static_cast<double>(f.group_size);
+  const double mean = block_reduce<kThreads>(sum, Add{}) / static_cast<double>(f.group_size);
   for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
     const double centred = terms_of(f, spec, r).reward() - mean;
     squares += centred * centred;
   }
-  const double deviation = group_deviation(block_reduce(squares, Add{}), f.group_size);
+  const double deviation = group_deviation(block_reduce<kThreads>(squares, Add{}), f.group_size);
   for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
     f.out[kAdvantage * f.rows + r] = static_cast<float>(advantage(terms_of(f, spec, r).reward() - mean, deviation, spec));
     f.out[kDeviation * f.rows + r] = static_cast<float>(deviation);
@@ -307,13 +278,13 @@ __device__ double similarities(const double* rows, int count, const Numbers& anc
   double sums[kTogether] = {};
   for (int64_t k = lane; k < width; k += kWarp) {
     const double feature = anchors[start + k];
-#pragma unroll
+RIME_UNROLL
     for (int t = 0; t < kTogether; ++t) sums[t] = fma(rows[(t < count ? t : 0) * width + k], feature, sums[t]);
   }
   double mine = 0.0;
-#pragma unroll
+RIME_UNROLL
   for (int t = 0; t < kTogether; ++t) {
-    for (int step = kWarp / 2; step > 0; step /= 2) sums[t] += __shfl_xor_sync(kAll, sums[t], step);
+    sums[t] = warp_reduce(sums[t], Add{});
     mine = lane == t ? sums[t] : mine;
   }
   return mine;
@@ -373,8 +344,8 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(Small s, RewardSpec 
     rewards[g] = t.reward();
     s.rewards[item * s.reward_strides[0] + g * s.reward_strides[1]] = static_cast<float>(t.reward());
     if (s.terms == nullptr) continue;
-    const double values[kPlanes] = {t.reward(), 0.0,   t.format,   t.score,    t.refine, t.length,
-                                    t.rank,     t.hit, t.positive, t.negative, 0.0,      t.missing ? 1.0 : 0.0};
+    double values[kPlanes];
+    fill_planes(t, values);
     for (int plane = 0; plane < kPlanes; ++plane)
       if (plane != kAdvantage && plane != kDeviation) s.terms[plane * planes + r] = static_cast<float>(values[plane]);
   }
@@ -397,4 +368,4 @@ __global__ void __launch_bounds__(kThreads, 1) small_kernel(Small s, RewardSpec 
 }
 
 }  // namespace
-}  // namespace rime
+}  // namespace rime::reward

@@ -1,5 +1,5 @@
-// The contrastive loss's row kernels on CUDA; what a thread does with its numbers is in rime/contrast_patch.h. Included
-// by contrast.cu, and by tests/ops/contrast_kernels_host.cpp, which runs these kernels on the CPU.
+// The contrastive loss's row kernels on CUDA; what a thread does with its numbers is in rime/contrastive.h. Included
+// by contrastive.cu, and by tests/ops/contrastive_on_host.cpp, which runs these kernels on the CPU.
 //
 // statistics_kernel  one read of the tile (4 bytes an element, 16 a load): row and column parts of every patch
 // merge_kernel       parts -> running statistics, in a fixed order and in fp64
@@ -8,12 +8,14 @@
 //                    before the columns that are still to be read
 #pragma once
 
-#include <rime/contrast_patch.h>
+#include <rime/contrastive.h>
 
-namespace rime::contrast {
+#include "common.cuh"
+
+namespace rime::contrastive {
 namespace {
 
-constexpr int kThreads = 32 * kPatchWarps;
+constexpr int kThreads = kWarp * kPatchWarps;
 constexpr int kStep = 4 * kThreads;  // columns of a row that the gradient takes at a time
 
 // One tile; row and column arrays start at the tile's corner. labels [rows, positives], relative to column col0.
@@ -48,21 +50,23 @@ struct CudaSlopes {
   const float* factor;
 };
 
-__device__ __forceinline__ RowPart shuffled(RowPart p, int step) {
-  constexpr unsigned all = 0xffffffffu;
-  return {__shfl_xor_sync(all, p.top, step), __shfl_xor_sync(all, p.sum, step), __shfl_xor_sync(all, p.rival, step)};
-}
+struct Join {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return join(a, b);
+  }
+};
 
 template <bool kIds, bool kMargin>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(CudaTile t, CudaStatistics out) {
   __shared__ Online merged[kPatchWarps][kPatchCols];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t first = int64_t{blockIdx.x} * kPatchCols;
   const float scale = *t.scale;
   const bool bounded = *t.bounded != 0;
   LaneColumns columns;
   unsigned outside = 0;
-#pragma unroll
+RIME_UNROLL
   for (int c = 0; c < kLaneCols; ++c) {
     const int64_t j = first + lane_column(lane, c);
     const bool there = j < t.cols;
@@ -75,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(CudaTile t, CudaSt
     const int64_t i = int64_t{blockIdx.y} * kPatchRows + r;
     if (i >= t.rows) break;
     float x[kLaneCols];
-#pragma unroll
+RIME_UNROLL
     for (int g = 0; g < kLaneCols; g += 4) {
       const int64_t j = first + lane_column(lane, g);
       float4 four{0.0f, 0.0f, 0.0f, 0.0f};
@@ -85,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(CudaTile t, CudaSt
     unsigned lifted = outside;
     for (int p = 0; p < t.positives; ++p) {
       const int64_t own = t.labels[i * t.positives + p] - t.col0 - first;
-#pragma unroll
+RIME_UNROLL
       for (int c = 0; c < kLaneCols; ++c) {
         if (own != lane_column(lane, c) || (outside >> c & 1u)) continue;
         lifted |= 1u << c;
@@ -93,15 +97,13 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(CudaTile t, CudaSt
       }
     }
     const RowMasks row{kIds ? t.row_id[i] : 0, kMargin ? t.row_limit[i] : 0.0f};
-    RowPart part = lane_row<kIds, kMargin>(x, scale, bounded, lifted, row, columns);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) part = join(part, shuffled(part, step));
+    const RowPart part = warp_reduce(lane_row<kIds, kMargin>(x, scale, bounded, lifted, row, columns), Join{});
     if (lane == 0) {
       float* at = out.row_part + blockIdx.x * 3 * t.rows + i;
       at[0] = part.top, at[t.rows] = part.sum, at[2 * t.rows] = part.rival;
     }
   }
-#pragma unroll
+RIME_UNROLL
   for (int c = 0; c < kLaneCols; ++c) merged[warp][lane_column(lane, c)] = columns.all[c];
   __syncthreads();
   const int64_t j = first + threadIdx.x;
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(CudaTile t, CudaSlop
       const float4 four = *reinterpret_cast<const float4*>(t.x + i * t.stride + first);
       g[0] = four.x, g[1] = four.y, g[2] = four.z, g[3] = four.w;
     }
-#pragma unroll
+RIME_UNROLL
     for (int c = 0; c < 4; ++c) {
       const int64_t j = first + c;
       if (j >= t.cols) continue;
@@ -161,4 +163,4 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(CudaTile t, CudaSlop
 }
 
 }  // namespace
-}  // namespace rime::contrast
+}  // namespace rime::contrastive

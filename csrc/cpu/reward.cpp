@@ -1,16 +1,19 @@
-// rank_scan: rollouts against a bank of anchors, product and statistics in one pass that keeps no similarities.
+// CPU kernels of score_rewrites_.
 //
-// Rollouts are packed once into panels of 32, feature by feature; anchors stay as they lie in the bank. A task takes
-// four panels and a segment of the bank, block by block: a block's similarities to a panel, at most 24 KiB, are used up
-// while they are in L1 (rank_reward_kernels.h). A task owns its states, tasks merge in their order, and which tasks
-// there are depends on the shapes alone: the bits are the same for any number of threads.
+//   rank_own    exact similarities of each rollout to its own anchors (fp64 dot products), and the rollouts' norms
+//   rank_scan   rollouts against a bank of anchors, product and statistics in one pass that keeps no similarities
+//   rank_tile   ranks, count, and sum / softmax / maximum of the negatives from an fp64 product, for small banks
+//   rank_merge  states of disjoint parts of a bank -> one
+//   rank_finish states -> reward terms, group mean and standard deviation, advantages
+//
+// rank_scan: rollouts are packed once into panels of 32, feature by feature; anchors stay as they lie in the bank. A
+// task takes four panels and a segment of the bank, block by block: a block's similarities to a panel, at most 24 KiB,
+// are used up while they are in L1 (reward_kernels.h). A task owns its states, tasks merge in their order, and which
+// tasks there are depends on the shapes alone: the bits are the same for any number of threads.
 //
 // The rank is exact although the product is fp32: only a similarity within the product's own error bound of the
 // threshold can be on the wrong side, and those few (about one in 10^4) are formed again as fp64 dot products.
-#include "rank_reward_dot.h"
-
-#include <rime/math.h>
-#include <rime/rank_reward.h>
+#include <rime/reward.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,9 +23,8 @@
 #include <optional>
 #include <vector>
 
+namespace rime::reward {
 namespace {
-using torch::stable::Tensor;
-using namespace rime;
 
 constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -33,12 +35,15 @@ constexpr int64_t kTasks = 64;        // as many as that, more only for more rol
 constexpr int64_t kBlock = 192;       // anchors of a block at most, a multiple of every kStep
 constexpr int64_t kBlockFloats = 65536;  // and no more than 256 KiB of them: they stay in L2 for the task's panels
 
+// The exact similarity of two fp32 vectors, one function for all of this file: equal vectors give equal bits.
+double exact_dot(const float* x, const float* y, int64_t n);
+
 struct Block {
   const float* anchors;
   int64_t size;
 };
 
-// The lanes' thresholds, and what they have gathered so far; the states of rank_reward.h, lane by lane.
+// The lanes' thresholds, and what they have gathered so far; the states of rime/reward.h, lane by lane.
 struct Panel {
   const float* packed;  // [width][kPanel]
   const float* gen;     // [rows][width]
@@ -52,7 +57,7 @@ struct Panel {
   std::vector<double> equal;      // [positives][kPanel]: what the exact second look added
   alignas(64) float lowest[kPanel], band[kPanel];
   alignas(64) int32_t count[kPanel] = {};
-  alignas(64) double sum[kPanel] = {}, weighted[kPanel] = {}, top[kPanel];
+  alignas(64) double sum[kPanel] = {}, weighted[kPanel] = {}, top[kPanel] = {};
 
   // Thresholds for anchors of norms up to anchor_norm. A lane without a rollout, or a NaN of its own, is never above.
   void set_bands(float anchor_norm) {
@@ -93,43 +98,21 @@ struct Panel {
 struct Kernels {
   void (*meet)(Panel&, const Block&, const uint32_t*, float*);
   float (*largest_square)(const float*, int64_t, int64_t);
+  double (*exact_dot)(const float*, const float*, int64_t);
 };
 
-namespace baseline {
-#define RIME_VECTOR_BYTES 16
-#include "rank_reward_kernels.h"
-#undef RIME_VECTOR_BYTES
-}  // namespace baseline
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RIME_X86_LEVELS 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define RIME_VECTOR_BYTES 32
-#include "rank_reward_kernels.h"
-#undef RIME_VECTOR_BYTES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
-namespace avx512 {
-#define RIME_VECTOR_BYTES 64
-#include "rank_reward_kernels.h"
-#undef RIME_VECTOR_BYTES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+}  // namespace
+}  // namespace rime::reward
 
-// level: 0 the plainest kernels, 1 up to AVX2, 2 whatever the processor has.
-const Kernels& kernels_of(int64_t level) {
-#ifdef RIME_X86_LEVELS
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (level > 1 && wide) return avx512::kernels;
-  if (level > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
-#endif
-  return baseline::kernels;
-}
+#define RIME_KERNELS "reward_kernels.h"
+#include "simd.h"
+
+namespace rime::reward {
+namespace {
+
+using torch::stable::Tensor;
+
+double exact_dot(const float* x, const float* y, int64_t n) { return RIME_FOR_CPU(kernels).exact_dot(x, y, n); }
 
 struct Scan {
   const float* gen;
@@ -225,7 +208,7 @@ std::vector<float> packed(const float* gen, int64_t rows, int64_t width) {
 
 void rank_scan(const Tensor& gen, const Tensor& anchors, const Tensor& norms, const Tensor& own,
                const Tensor& positive, std::optional<Tensor> mask, int64_t first, int64_t negative, double tau,
-               int64_t level, Tensor state) {
+               Tensor state) {
   const int64_t rows = gen.size(0), width = gen.size(1), columns = anchors.size(0), positives = own.size(1);
   const std::vector<float> panels = packed(gen.const_data_ptr<float>(), rows, width);
   const Scan s{gen.const_data_ptr<float>(),
@@ -244,7 +227,7 @@ void rank_scan(const Tensor& gen, const Tensor& anchors, const Tensor& norms, co
                mask.has_value() ? mask->stride(0) : 0,
                static_cast<int>(negative),
                1.0 / tau,
-               kernels_of(level)};
+               RIME_FOR_CPU(kernels)};
   const int64_t stripe = kTaskPanels * kPanel, stripes = (rows + stripe - 1) / stripe;
   const int64_t wanted = std::max<int64_t>(1, kTasks / stripes);
   const int64_t segments = std::min(wanted, (columns + kSegment - 1) / kSegment);
@@ -264,6 +247,125 @@ void rank_scan(const Tensor& gen, const Tensor& anchors, const Tensor& norms, co
                   s.inverse_tau);
 }
 
-}  // namespace
+struct Tile {
+  const double* own;
+  const int64_t* positive;
+  const uint8_t* mask;
+  double* state;
+  double inverse_tau;
+  int64_t columns, group_size, positives, first, mask_stride;
+  int negative;
+};
 
-STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CPU, m) { m.impl("rank_scan", TORCH_BOX(&rank_scan)); }
+void add_row(const Tile& t, const double* sims, int64_t row) {
+  double* state = t.state + row * (kRanks + t.positives);
+  const int64_t item = row / t.group_size;
+  for (int64_t j = 0; j < t.columns; ++j) {
+    const int64_t offset = t.first + j - t.positive[item];
+    if (offset >= 0 && offset < t.positives) continue;
+    if (t.mask != nullptr && t.mask[item * t.mask_stride + j] == 0) continue;
+    state_add(state, t.own + row * t.positives, t.positives, sims[row * t.columns + j], t.negative, t.inverse_tau);
+  }
+}
+
+void rank_own(const Tensor& gen, const Tensor& own_anchors, Tensor own, Tensor norms) {
+  const int64_t rows = gen.size(0), width = gen.size(1), positives = own.size(1);
+  const int64_t group_size = rows / own_anchors.size(0);
+  const float* x = gen.const_data_ptr<float>();
+  const float* a = own_anchors.const_data_ptr<float>();
+  double* out = own.mutable_data_ptr<double>();
+  float* norm = norms.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* g = x + row * width;
+      norm[row] = static_cast<float>(std::sqrt(exact_dot(g, g, width)));
+      for (int64_t p = 0; p < positives; ++p)
+        out[row * positives + p] = exact_dot(g, a + ((row / group_size) * positives + p) * width, width);
+    }
+  });
+}
+
+void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& /* tile */, const Tensor& /* tile_norm */,
+               const Tensor& /* norms */, const Tensor& own, const Tensor& positive, std::optional<Tensor> mask,
+               int64_t first, int64_t negative, double tau, Tensor state) {
+  Tile t{};
+  t.own = own.const_data_ptr<double>();
+  t.positive = positive.const_data_ptr<int64_t>();
+  t.state = state.mutable_data_ptr<double>();
+  t.columns = sims.size(1);
+  t.group_size = gen.size(0) / positive.size(0);
+  t.positives = own.size(1);
+  t.first = first;
+  t.negative = static_cast<int>(negative);
+  t.inverse_tau = 1.0 / tau;
+  if (mask.has_value()) {
+    t.mask = reinterpret_cast<const uint8_t*>(mask->const_data_ptr<bool>());
+    t.mask_stride = mask->stride(0);
+  }
+  const double* exact = sims.const_data_ptr<double>();
+  torch::stable::parallel_for(0, gen.size(0), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) add_row(t, exact, row);
+  });
+}
+
+void rank_merge(const Tensor& parts, int64_t negative, double tau, Tensor state) {
+  const int64_t n_parts = parts.size(0), rows = parts.size(1), size = parts.size(2);
+  const double* from = parts.const_data_ptr<double>();
+  double* into = state.mutable_data_ptr<double>();
+  for (int64_t part = 0; part < n_parts; ++part)
+    for (int64_t row = 0; row < rows; ++row)
+      state_merge(into + row * size, from + (part * rows + row) * size, static_cast<int>(negative), size - kRanks,
+                  1.0 / tau);
+}
+
+void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok, std::optional<Tensor> lengths,
+                 std::optional<Tensor> disc_similarity, int64_t score, int64_t hit_k, int64_t negative, bool normalize,
+                 double w_fmt, double w_rank, double w_refine, double w_len, double length_limit, double eps,
+                 Tensor out) {
+  const RewardSpec spec{w_fmt, w_rank, w_refine, w_len, length_limit, eps,
+                        static_cast<int>(score), static_cast<int>(negative), hit_k, normalize};
+  const int64_t n_items = format_ok.size(0), group_size = format_ok.size(1), positives = own.size(1);
+  const double* states = state.const_data_ptr<double>();
+  const double* own_values = own.const_data_ptr<double>();
+  const bool* ok = format_ok.const_data_ptr<bool>();
+  const double* length = lengths.has_value() ? lengths->const_data_ptr<double>() : nullptr;
+  const double* disc = disc_similarity.has_value() ? disc_similarity->const_data_ptr<double>() : nullptr;
+  float* planes = out.mutable_data_ptr<float>();
+  const int64_t rows = n_items * group_size;
+  torch::stable::parallel_for(0, n_items, 16, [&](int64_t begin, int64_t end) {
+    std::vector<double> rewards(static_cast<size_t>(group_size));  // the group's, in full precision
+    for (int64_t item = begin; item < end; ++item) {
+      double sum = 0.0, squares = 0.0;
+      for (int64_t g = 0; g < group_size; ++g) {
+        const int64_t r = item * group_size + g;
+        const RewardTerms t =
+            reward_terms(states + r * (kRanks + positives), own_values + r * positives, positives, ok[r],
+                         length == nullptr ? nullptr : length + r, disc == nullptr ? nullptr : disc + r, spec);
+        double values[kPlanes];
+        fill_planes(t, values);
+        for (int64_t plane = 0; plane < kPlanes; ++plane) planes[plane * rows + r] = static_cast<float>(values[plane]);
+        rewards[g] = t.reward();
+        sum += t.reward();
+      }
+      const double mean = sum / static_cast<double>(group_size);
+      for (const double reward : rewards) squares += (reward - mean) * (reward - mean);
+      const double deviation = group_deviation(squares, group_size);
+      for (int64_t g = 0; g < group_size; ++g) {
+        const int64_t r = item * group_size + g;
+        planes[kAdvantage * rows + r] = static_cast<float>(advantage(rewards[g] - mean, deviation, spec));
+        planes[kDeviation * rows + r] = static_cast<float>(deviation);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace rime::reward
+
+STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CPU, m) {
+  m.impl("rank_own", TORCH_BOX(&rime::reward::rank_own));
+  m.impl("rank_scan", TORCH_BOX(&rime::reward::rank_scan));
+  m.impl("rank_tile", TORCH_BOX(&rime::reward::rank_tile));
+  m.impl("rank_merge", TORCH_BOX(&rime::reward::rank_merge));
+  m.impl("rank_finish", TORCH_BOX(&rime::reward::rank_finish));
+}

@@ -1,25 +1,28 @@
-// Dot products of a panel of rollouts with a block of anchors, and what the rewards need of them. rank_reward_scan.cpp
-// includes this file once for each instruction set, inside a namespace compiled for it (hence no include guard), with
-// Panel, Block and RIME_VECTOR_BYTES, the size of a vector register, defined there.
+// Dot products of a panel of rollouts with a block of anchors, and what the rewards need of them. reward.cpp has simd.h
+// compile this file once for each instruction set; Panel and Block are reward's there.
 //
 // A lane is a rollout: a vector holds one anchor's similarities to many rollouts, so that every sum, count and maximum
 // over anchors stays within its lane and nothing is summed across.
+#include <rime/math.h>
 
-typedef float Vector __attribute__((vector_size(RIME_VECTOR_BYTES), aligned(4), may_alias));
-constexpr int kVector = RIME_VECTOR_BYTES / 4;
+namespace RIME_NAMESPACE {
+namespace {
+
+using namespace reward;
+
 // Two vectors of lanes by this many anchors fill the registers: 32 of 64 bytes, or 16 of 32 or 16.
 constexpr int kStep = RIME_VECTOR_BYTES == 64 ? 8 : RIME_VECTOR_BYTES == 32 ? 6 : 4;
 
-// out[r][lane] = sum over k of panel[k][lane] anchors[r][k] for 2 kVector lanes and kRows anchors.
+// out[r][lane] = sum over k of panel[k][lane] anchors[r][k] for 2 kLanes lanes and kRows anchors.
 template <int kRows>
-static void product(const float* __restrict panel, const float* __restrict anchors, int64_t width,
+void product(const float* __restrict panel, const float* __restrict anchors, int64_t width,
                     float* __restrict out) {
-  Vector sums[kRows][2];
+  Lanes sums[kRows][2];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Vector{};
+  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Lanes{};
   for (int64_t k = 0; k < width; ++k) {
-    const Vector left = *reinterpret_cast<const Vector*>(panel + k * kPanel);
-    const Vector right = *reinterpret_cast<const Vector*>(panel + k * kPanel + kVector);
+    const Lanes left = load_lanes(panel + k * kPanel);
+    const Lanes right = load_lanes(panel + k * kPanel + kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const float feature = anchors[r * width + k];
@@ -29,13 +32,13 @@ static void product(const float* __restrict panel, const float* __restrict ancho
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    *reinterpret_cast<Vector*>(out + r * kPanel) = sums[r][0];
-    *reinterpret_cast<Vector*>(out + r * kPanel + kVector) = sums[r][1];
+    store_lanes(out + r * kPanel, sums[r][0]);
+    store_lanes(out + r * kPanel + kLanes, sums[r][1]);
   }
 }
 
-static void products(const float* panel, const float* anchors, int64_t n, int64_t width, float* out) {
-  for (int64_t lane = 0; lane < kPanel; lane += 2 * kVector) {
+void products(const float* panel, const float* anchors, int64_t n, int64_t width, float* out) {
+  for (int64_t lane = 0; lane < kPanel; lane += 2 * kLanes) {
     int64_t j = 0;
     for (; j + kStep <= n; j += kStep)
       product<kStep>(panel + lane, anchors + j * width, width, out + j * kPanel + lane);
@@ -44,7 +47,7 @@ static void products(const float* panel, const float* anchors, int64_t n, int64_
 }
 
 // Everything that is nobody's negative, or not finite, becomes NaN, which no comparison finds; the rest is counted.
-static void clean(float* __restrict sims, const uint32_t* __restrict open, int64_t n, int32_t* __restrict count) {
+void clean(float* __restrict sims, const uint32_t* __restrict open, int64_t n, int32_t* __restrict count) {
   for (int64_t j = 0; j < n; ++j) {
     float* v = sims + j * kPanel;
     const uint32_t bits = open[j];
@@ -58,7 +61,7 @@ static void clean(float* __restrict sims, const uint32_t* __restrict open, int64
 }
 
 // Is any lane's similarity above what its lowest threshold leaves open?
-static bool reaches(const float* __restrict v, const float* __restrict lowest) {
+bool reaches(const float* __restrict v, const float* __restrict lowest) {
   int32_t any = 0;
 #pragma omp simd reduction(| : any)
   for (int l = 0; l < kPanel; ++l) any |= v[l] >= lowest[l] ? 1 : 0;
@@ -66,7 +69,7 @@ static bool reaches(const float* __restrict v, const float* __restrict lowest) {
 }
 
 // Counts the lanes above `high`; returns whether any lies between `low` and `high`.
-static bool count_above(const float* __restrict v, const float* __restrict high, const float* __restrict low,
+bool count_above(const float* __restrict v, const float* __restrict high, const float* __restrict low,
                         int32_t* __restrict above) {
   int32_t near = 0;
 #pragma omp simd reduction(| : near)
@@ -78,7 +81,7 @@ static bool count_above(const float* __restrict v, const float* __restrict high,
   return near != 0;
 }
 
-static void add_ranks(Panel& panel, const Block& block, const float* sims) {
+void add_ranks(Panel& panel, const Block& block, const float* sims) {
   for (int64_t j = 0; j < block.size; ++j) {
     const float* v = sims + j * kPanel;
     if (!reaches(v, panel.lowest)) continue;  // most of a bank lies below every own anchor
@@ -91,7 +94,7 @@ static void add_ranks(Panel& panel, const Block& block, const float* sims) {
   }
 }
 
-static void add_sums(const float* __restrict sims, int64_t n, double* __restrict sum) {
+void add_sums(const float* __restrict sims, int64_t n, double* __restrict sum) {
   for (int64_t j = 0; j < n; ++j) {
     const float* v = sims + j * kPanel;
 #pragma omp simd
@@ -99,7 +102,7 @@ static void add_sums(const float* __restrict sims, int64_t n, double* __restrict
   }
 }
 
-static void peaks(const float* __restrict sims, int64_t n, float* __restrict peak) {
+void peaks(const float* __restrict sims, int64_t n, float* __restrict peak) {
   for (int l = 0; l < kPanel; ++l) peak[l] = -std::numeric_limits<float>::infinity();
   for (int64_t j = 0; j < n; ++j) {
     const float* v = sims + j * kPanel;
@@ -109,7 +112,7 @@ static void peaks(const float* __restrict sims, int64_t n, float* __restrict pea
 }
 
 // The exact maximum: whatever the fp32 product puts within its error of the top is formed again.
-static void add_max(Panel& panel, const Block& block, const float* sims) {
+void add_max(Panel& panel, const Block& block, const float* sims) {
   float peak[kPanel];
   peaks(sims, block.size, peak);
   for (int l = 0; l < kPanel; ++l) {
@@ -124,7 +127,7 @@ static void add_max(Panel& panel, const Block& block, const float* sims) {
   }
 }
 
-static void add_softmax(Panel& panel, const Block& block, const float* __restrict sims) {
+void add_softmax(Panel& panel, const Block& block, const float* __restrict sims) {
   float peak[kPanel];
   double weight[kPanel] = {}, weighted[kPanel] = {};
   peaks(sims, block.size, peak);
@@ -150,7 +153,7 @@ static void add_softmax(Panel& panel, const Block& block, const float* __restric
 }
 
 // One block of anchors meets one panel. sims: room for block.size * kPanel numbers.
-static void meet(Panel& panel, const Block& block, const uint32_t* open, float* sims) {
+void meet(Panel& panel, const Block& block, const uint32_t* open, float* sims) {
   products(panel.packed, block.anchors, block.size, panel.width, sims);
   clean(sims, open, block.size, panel.count);
   add_ranks(panel, block, sims);
@@ -160,7 +163,7 @@ static void meet(Panel& panel, const Block& block, const uint32_t* open, float* 
 }
 
 // The largest squared norm of the block's anchors in fp32; NaN counts as 0.
-static float largest_square(const float* anchors, int64_t n, int64_t width) {
+float largest_square(const float* anchors, int64_t n, int64_t width) {
   float largest = 0.0f;
   for (int64_t j = 0; j < n; ++j) {
     const float* a = anchors + j * width;
@@ -172,4 +175,15 @@ static float largest_square(const float* anchors, int64_t n, int64_t width) {
   return largest;
 }
 
-constexpr Kernels kernels = {&meet, &largest_square};
+// Sum of x_i y_i in fp64, in an order that is fixed for n and the instruction set.
+double exact_dot(const float* x, const float* y, int64_t n) {
+  double total = 0.0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  return total;
+}
+
+constexpr reward::Kernels kernels = {&meet, &largest_square, &exact_dot};
+
+}  // namespace
+}  // namespace RIME_NAMESPACE

@@ -1,6 +1,6 @@
 // Contrastive loss on the CPU: what happens to a tile of similarities between two library GEMMs (see
-// rime_fast/ops/contrastive/chunked.py for the tiling). Element maths: rime/contrast.h; loops: contrast_kernels.h;
-// merges of parts: rime/contrast_patch.h, as on CUDA.
+// rime_fast/ops/contrastive for the tiling). Element maths and merges of parts: rime/contrastive.h, as on CUDA; loops:
+// contrastive_kernels.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,9 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "rime/contrast_patch.h"
-
-namespace rime::contrast {
+namespace rime::contrastive {
 namespace {
 
 using torch::stable::Tensor;
@@ -45,54 +43,26 @@ struct Tile {
   float factor;  // the term's common factor
 };
 
-struct Partial {
+struct StripePart {
   float max, sum, rival;
 };
 
 struct Kernels {
-  void (*statistics[8])(const Tile&, int64_t, int64_t, Partial*);
+  void (*statistics[8])(const Tile&, int64_t, int64_t, StripePart*);
   void (*gradient[8])(const Tile&, int64_t, int64_t);
 };
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wpsabi"
-namespace baseline {
-#include "rime/contrast.h"
-#include "contrast_kernels.h"
-}
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RIME_X86_LEVELS 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "rime/contrast.h"
-#include "contrast_kernels.h"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
-namespace avx512 {
-#include "rime/contrast.h"
-#include "contrast_kernels.h"
-}
-#pragma GCC pop_options
-#endif
-#pragma GCC diagnostic pop
+}  // namespace
+}  // namespace rime::contrastive
 
-const Kernels& best_kernels() {
-#ifdef RIME_X86_LEVELS
-  static const Kernels& chosen = [&]() -> const Kernels& {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl"))
-      return avx512::kernels;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
-    return baseline::kernels;
-  }();
-  return chosen;
-#else
-  return baseline::kernels;
-#endif
-}
+#define RIME_KERNELS "contrastive_kernels.h"
+#include "simd.h"
+
+namespace rime::contrastive {
+namespace {
+
+using baseline::accumulate;
+using baseline::larger;
 
 int variant(bool bounded, bool ids, bool margin) { return (bounded ? 4 : 0) + (ids ? 2 : 0) + (margin ? 1 : 0); }
 
@@ -151,8 +121,8 @@ void contrast_statistics(Tensor tile, Tensor scale_tensor, int64_t row0, int64_t
   t.row_limit = at<float>(row_limit, row0), t.col_limit = limits.data();
   t.col_max = maxima.data(), t.col_sum = sums.data();
 
-  const auto run = best_kernels().statistics[variant(bounded, row_ids.has_value(), row_limit.has_value())];
-  std::vector<Partial> parts(stripes * rows);
+  const auto run = RIME_FOR_CPU(kernels).statistics[variant(bounded, row_ids.has_value(), row_limit.has_value())];
+  std::vector<StripePart> parts(stripes * rows);
   torch::stable::parallel_for(0, stripes, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       run(t, s * kStripe, std::min(cols, (s + 1) * kStripe), parts.data() + s * rows);
@@ -161,7 +131,7 @@ void contrast_statistics(Tensor tile, Tensor scale_tensor, int64_t row0, int64_t
   for (int64_t i = 0; i < rows; ++i) {
     float* best = at<float>(rival, row0 + i);
     for (int64_t s = 0; s < stripes; ++s) {
-      const Partial& part = parts[s * rows + i];
+      const StripePart& part = parts[s * rows + i];
       accumulate(part.max, part.sum, *at<float>(row_max, row0 + i), *at<double>(row_sum, row0 + i));
       *best = larger(*best, part.rival);
     }
@@ -194,14 +164,14 @@ void contrast_gradient(Tensor tile, Tensor scale_tensor, int64_t row0, int64_t c
   t.col_shift = shift.data(), t.col_coef = coef.data();
   t.positive_slope = at<float>(positive_slope, row0 * t.positives), t.factor = *at<float>(factor, 0);
 
-  const auto run = best_kernels().gradient[variant(bounded, row_ids.has_value(), row_limit.has_value())];
+  const auto run = RIME_FOR_CPU(kernels).gradient[variant(bounded, row_ids.has_value(), row_limit.has_value())];
   torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) { run(t, begin, end); });
 }
 
 }  // namespace
-}  // namespace rime::contrast
+}  // namespace rime::contrastive
 
 STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CPU, m) {
-  m.impl("contrast_statistics", TORCH_BOX(&rime::contrast::contrast_statistics));
-  m.impl("contrast_gradient", TORCH_BOX(&rime::contrast::contrast_gradient));
+  m.impl("contrast_statistics", TORCH_BOX(&rime::contrastive::contrast_statistics));
+  m.impl("contrast_gradient", TORCH_BOX(&rime::contrastive::contrast_gradient));
 }

@@ -1,5 +1,5 @@
-// CUDA kernels of score_rewrites_, the counterparts of csrc/cpu/rank_reward.cpp with the same arithmetic
-// (rime/rank_reward.h), the larger banks' around cuBLAS's fp32 product of all rollouts with a tile of the bank.
+// CUDA kernels of score_rewrites_, the counterparts of csrc/cpu/reward.cpp with the same arithmetic
+// (rime/reward.h), the larger banks' around cuBLAS's fp32 product of all rollouts with a tile of the bank.
 //
 //   rank_small   one block an item: a whole call over a bank of one tile, embeddings to advantages, all in fp64
 //
@@ -11,40 +11,19 @@
 //   rank_merge   one thread a rollout            rank_finish   one block an item
 //
 // Sums go through a fixed tree, nothing is added atomically: the same input gives the same bits.
-#include "rank_reward_kernels.cuh"
+#include "reward_kernels.cuh"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <cuda_runtime.h>
-
-#include <optional>
-
+namespace rime::reward {
 namespace {
-using torch::stable::Tensor;
-using namespace rime;
-
-cudaStream_t stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, kernel, ": ", cudaGetErrorString(error));
-}
 
 unsigned blocks(int64_t tasks) { return static_cast<unsigned>((tasks + kThreads - 1) / kThreads); }
 
 void rank_own(const Tensor& gen, const Tensor& own_anchors, Tensor own, Tensor norms) {
   const torch::stable::accelerator::DeviceGuard guard(gen.get_device());
   const int64_t rows = gen.size(0), positives = own.size(1);
-  own_kernel<<<blocks(rows * (positives + 1) * kWarp), kThreads, 0, stream_of(gen)>>>(
+  own_kernel<<<blocks(rows * (positives + 1) * kWarp), kThreads, 0, current_stream(gen)>>>(
       gen.const_data_ptr<float>(), own_anchors.const_data_ptr<float>(), own.mutable_data_ptr<double>(),
       norms.mutable_data_ptr<float>(), rows, rows / own_anchors.size(0), positives, gen.size(1));
   check_launch("rank_own");
@@ -63,7 +42,7 @@ void launch_tile(const Tile& t, const S* sims, int64_t rows, int64_t negative, c
 }
 
 void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const Tensor& tile_norm,
-               const Tensor& norms, const Tensor& own, const Tensor& positive, std::optional<Tensor> mask,
+               const Tensor& norms, const Tensor& own, const Tensor& positive, MaybeTensor mask,
                int64_t first, int64_t negative, double tau, Tensor state) {
   const torch::stable::accelerator::DeviceGuard guard(gen.get_device());
   Tile t{};
@@ -85,21 +64,21 @@ void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const 
     t.mask_stride = mask->stride(0);
   }
   if (sims.element_size() == sizeof(double))
-    launch_tile(t, sims.const_data_ptr<double>(), gen.size(0), negative, stream_of(gen));
+    launch_tile(t, sims.const_data_ptr<double>(), gen.size(0), negative, current_stream(gen));
   else
-    launch_tile(t, sims.const_data_ptr<float>(), gen.size(0), negative, stream_of(gen));
+    launch_tile(t, sims.const_data_ptr<float>(), gen.size(0), negative, current_stream(gen));
 }
 
 void rank_merge(const Tensor& parts, int64_t negative, double tau, Tensor state) {
   const torch::stable::accelerator::DeviceGuard guard(parts.get_device());
-  merge_kernel<<<blocks(parts.size(1)), kThreads, 0, stream_of(parts)>>>(
+  merge_kernel<<<blocks(parts.size(1)), kThreads, 0, current_stream(parts)>>>(
       parts.const_data_ptr<double>(), state.mutable_data_ptr<double>(), parts.size(0), parts.size(1), parts.size(2),
       static_cast<int>(negative), 1.0 / tau);
   check_launch("rank_merge");
 }
 
-void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok, std::optional<Tensor> lengths,
-                 std::optional<Tensor> disc_similarity, int64_t score, int64_t hit_k, int64_t negative, bool normalize,
+void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok, MaybeTensor lengths,
+                 MaybeTensor disc_similarity, int64_t score, int64_t hit_k, int64_t negative, bool normalize,
                  double w_fmt, double w_rank, double w_refine, double w_len, double length_limit, double eps,
                  Tensor out) {
   const torch::stable::accelerator::DeviceGuard guard(state.get_device());
@@ -114,12 +93,11 @@ void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok
                  own.size(0),
                  format_ok.size(1),
                  own.size(1)};
-  finish_kernel<<<static_cast<unsigned>(format_ok.size(0)), kThreads, 0, stream_of(state)>>>(f, spec);
+  finish_kernel<<<static_cast<unsigned>(format_ok.size(0)), kThreads, 0, current_stream(state)>>>(f, spec);
   check_launch("rank_finish");
 }
 
-Numbers numbers(const std::optional<Tensor>& tensor) {
-  using torch::headeronly::ScalarType;
+Numbers numbers(const MaybeTensor& tensor) {
   if (!tensor.has_value()) return {nullptr, kFloat};
   switch (tensor->scalar_type()) {
     case ScalarType::Float: return {tensor->data_ptr(), kFloat};
@@ -132,11 +110,11 @@ Numbers numbers(const std::optional<Tensor>& tensor) {
   }
 }
 
-void rank_small(const Tensor& gen, const Tensor& anchors, const Tensor& positive, std::optional<Tensor> mask,
-                const Tensor& format_ok, std::optional<Tensor> lengths, std::optional<Tensor> disc_similarity,
+void rank_small(const Tensor& gen, const Tensor& anchors, const Tensor& positive, MaybeTensor mask,
+                const Tensor& format_ok, MaybeTensor lengths, MaybeTensor disc_similarity,
                 int64_t positives, int64_t score, int64_t hit_k, int64_t negative, double tau, bool normalize,
                 double w_fmt, double w_rank, double w_refine, double w_len, double length_limit, double eps,
-                Tensor rewards, Tensor advantages, std::optional<Tensor> terms) {
+                Tensor rewards, Tensor advantages, MaybeTensor terms) {
   const torch::stable::accelerator::DeviceGuard guard(gen.get_device());
   const RewardSpec spec{w_fmt, w_rank, w_refine, w_len, length_limit, eps,
                         static_cast<int>(score), static_cast<int>(negative), hit_k, normalize};
@@ -168,16 +146,17 @@ void rank_small(const Tensor& gen, const Tensor& anchors, const Tensor& positive
   const auto room = static_cast<int>(sizeof(double) * small_room(s.group_size, s.width, positives));
   const cudaError_t error = cudaFuncSetAttribute(small_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
   STD_TORCH_CHECK(error == cudaSuccess, "rank_small: ", room, " bytes of shared memory: ", cudaGetErrorString(error));
-  small_kernel<<<static_cast<unsigned>(s.items), kThreads, static_cast<size_t>(room), stream_of(gen)>>>(s, spec);
+  small_kernel<<<static_cast<unsigned>(s.items), kThreads, static_cast<size_t>(room), current_stream(gen)>>>(s, spec);
   check_launch("rank_small");
 }
 
 }  // namespace
+}  // namespace rime::reward
 
 STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CUDA, m) {
-  m.impl("rank_small", TORCH_BOX(&rank_small));
-  m.impl("rank_own", TORCH_BOX(&rank_own));
-  m.impl("rank_tile", TORCH_BOX(&rank_tile));
-  m.impl("rank_merge", TORCH_BOX(&rank_merge));
-  m.impl("rank_finish", TORCH_BOX(&rank_finish));
+  m.impl("rank_small", TORCH_BOX(&rime::reward::rank_small));
+  m.impl("rank_own", TORCH_BOX(&rime::reward::rank_own));
+  m.impl("rank_tile", TORCH_BOX(&rime::reward::rank_tile));
+  m.impl("rank_merge", TORCH_BOX(&rime::reward::rank_merge));
+  m.impl("rank_finish", TORCH_BOX(&rime::reward::rank_finish));
 }
