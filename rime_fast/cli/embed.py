@@ -16,7 +16,7 @@ from rime_fast.cli.values import build
 if TYPE_CHECKING:
     from rime_fast.data.records import Side
 
-MODES = {"disc": ("disc",), "gen": ("gen",), "both": ("disc", "gen")}
+MODES = ("disc", "gen", "both")
 
 
 @dataclass
@@ -56,9 +56,8 @@ def run(values: dict[str, Any]) -> int:
     items = read_items(options.data, loading.image_root)
     embedder = load_embedder(options.model, loading)
     with bars() as progress:
-        encoded = {
-            mode: embedder.encode_items(items, mode, progress=partial(progress, mode)) for mode in MODES[options.mode]
-        }
+        one = embedder.encode_items(items, options.mode, progress=partial(progress, options.mode))
+    encoded = {"disc": one.without_decoding(), "gen": one} if options.mode == "both" else {options.mode: one}
     directory = Path(options.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     lines = []

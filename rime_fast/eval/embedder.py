@@ -7,7 +7,7 @@ disc: one prefill of the prompt up to ``<disc_emb>``. gen: greedy decoding of th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +28,8 @@ from rime_fast.model.processor import RimeProcessor
 
 logger = logging.get_logger(__name__)
 
-Mode = Literal["disc", "gen"]
 Item = str | Image.Image | np.ndarray | dict[str, Any] | Side
+Items = Item | Iterable[Item]
 Progress = Callable[[int, int], None]  # (items done, items in all)
 
 
@@ -41,6 +41,8 @@ class Encoded:
     tokens: decoded tokens of each, tags and ``<gen_emb>`` included (0 in mode disc). reached: whether each got to
     ``<gen_emb>``; where not, its embedding is the last state before the cap or the end of the turn. well_formed:
     whether the response has the template's form. seconds: wall clock, image processing included.
+    disc: [N, D], mode "both" alone: the disc embeddings, from the same prefill. disc_seconds: the part of ``seconds``
+    up to the end of the prefills (of prompts a little longer than mode disc's); all of it in mode disc.
     """
 
     embeddings: torch.Tensor
@@ -49,6 +51,8 @@ class Encoded:
     reached: list[bool]
     well_formed: list[bool]
     seconds: float
+    disc: torch.Tensor | None = None
+    disc_seconds: float = 0.0
 
     @property
     def missing_gen(self) -> int:
@@ -64,6 +68,13 @@ class Encoded:
     def mean_tokens(self) -> float:
         """Decoded tokens per item."""
         return sum(self.tokens) / len(self.tokens)
+
+    def without_decoding(self) -> Encoded:
+        """The disc embeddings of mode "both" as mode disc would have returned them. Raises ValueError in mode gen."""
+        if self.disc is None:
+            raise ValueError("there are no disc embeddings; encode in mode 'both'")
+        n = len(self.tokens)
+        return Encoded(self.disc, None, [0] * n, [True] * n, [True] * n, self.disc_seconds, None, self.disc_seconds)
 
 
 @dataclass
@@ -155,17 +166,17 @@ class RimeEmbedder:
 
     @overload
     def encode(
-        self, items: Sequence[Item], mode: str = ..., *, return_rewrites: Literal[False] = ..., progress: Any = ...
+        self, items: Items, mode: str = ..., *, return_rewrites: Literal[False] = ..., progress: Any = ...
     ) -> torch.Tensor: ...
 
     @overload
     def encode(
-        self, items: Sequence[Item], mode: str = ..., *, return_rewrites: Literal[True], progress: Any = ...
+        self, items: Items, mode: str = ..., *, return_rewrites: Literal[True], progress: Any = ...
     ) -> tuple[torch.Tensor, list[str]]: ...
 
     def encode(
         self,
-        items: Sequence[Item],
+        items: Items,
         mode: str = "disc",
         *,
         return_rewrites: bool = False,
@@ -173,47 +184,49 @@ class RimeEmbedder:
     ) -> torch.Tensor | tuple[torch.Tensor, list[str]]:
         """[N, D] fp32 unit rows on the CPU; with ``return_rewrites`` (mode "gen" only) the N rewrites too.
 
-        items: str (text), PIL image or [H, W, 3] uint8 array, dict (text, image | images, video: list of frames) or
-        ``Side``. progress: called with (items done, items in all) after each batch. Raises ValueError for an unknown
-        mode, no items, or an item that cannot be read.
+        items: one item, which makes one row, or a sequence of them. An item is str (text), PIL image or [H, W, 3]
+        uint8 array, dict (text, image | images, video: list of frames) or ``Side``. progress: called with (items done,
+        items in all) after each batch. Raises ValueError for an unknown mode, no items, or an item that cannot be
+        read, TypeError for anything else.
         """
+        if mode not in ("disc", "gen"):
+            raise ValueError(f"mode is {mode!r}; expected 'disc' or 'gen'")
         if return_rewrites and mode != "gen":
             raise ValueError(f"return_rewrites needs mode 'gen', got {mode!r}: disc embeddings decode nothing")
         encoded = self.encode_items(items, mode, progress=progress)
         return (encoded.embeddings, encoded.rewrites or []) if return_rewrites else encoded.embeddings
 
     def encode_both(
-        self, items: Sequence[Item], *, progress: Progress | None = None
+        self, items: Items, *, progress: Progress | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         """(disc [N, D], gen [N, D], rewrites) from one prefill: ``<disc_emb>`` stands in the prompt of the rewrite."""
-        encoded, disc = self._encode(items, "gen", progress)
-        assert disc is not None
-        return disc, encoded.embeddings, encoded.rewrites or []
-
-    def encode_items(self, items: Sequence[Item], mode: str, *, progress: Progress | None = None) -> Encoded:
-        """As ``encode``, with everything that was counted on the way."""
-        return self._encode(items, mode, progress)[0]
+        encoded = self.encode_items(items, "both", progress=progress)
+        assert encoded.disc is not None
+        return encoded.disc, encoded.embeddings, encoded.rewrites or []
 
     @torch.no_grad()
-    def _encode(
-        self,
-        items: Sequence[Item],
-        mode: str,
-        progress: Progress | None,
-    ) -> tuple[Encoded, torch.Tensor | None]:
-        part = _mode(mode)
-        sides = [as_side(item, f"items[{i}]") for i, item in enumerate(items)]
+    def encode_items(self, items: Items, mode: str, *, progress: Progress | None = None) -> Encoded:
+        """As ``encode``, with everything that was counted on the way.
+
+        mode: "disc", "gen", or "both": as gen, with the disc embeddings of the same prefill in ``disc``.
+        """
+        if mode not in ("disc", "gen", "both"):
+            raise ValueError(f"mode is {mode!r}; expected 'disc', 'gen' or 'both'")
+        sides = [as_side(item, f"items[{i}]") for i, item in enumerate(as_items(items))]
         if not sides:
             raise ValueError("items is empty; expected at least one")
         begin = time.perf_counter()
-        extra = self.max_new_tokens if mode == "gen" else 0
+        part: Literal["disc", "gen"]
+        part, extra = ("disc", 0) if mode == "disc" else ("gen", self.max_new_tokens)
         lengths = [length + extra for length in self.collator.measure(sides, part)]
         rows: list[_Row | None] = [None] * len(sides)
-        done = 0
+        done, prefills = 0, time.perf_counter() - begin
         with _evaluating(self.model):
             for batch in token_budget_batches(lengths, self.token_budget):
+                started = time.perf_counter()
                 packed = self._to_device(self.collator.collate_prompts([sides[i] for i in batch], part))
-                made = self._disc(packed) if mode == "disc" else self._gen(packed)
+                made, prefilled = self._disc(packed) if part == "disc" else self._gen(packed)
+                prefills += prefilled - started
                 for i, row in zip(batch, made, strict=True):
                     rows[i] = row
                 done += len(batch)
@@ -222,29 +235,38 @@ class RimeEmbedder:
         full = [row for row in rows if row is not None]
         encoded = Encoded(
             embeddings=torch.stack([row.embedding for row in full]),
-            rewrites=[row.rewrite for row in full] if mode == "gen" else None,
+            rewrites=None if mode == "disc" else [row.rewrite for row in full],
             tokens=[row.tokens for row in full],
             reached=[row.reached for row in full],
             well_formed=[row.well_formed for row in full],
             seconds=time.perf_counter() - begin,
+            disc=torch.stack([row.disc for row in full if row.disc is not None]) if mode == "both" else None,
+            disc_seconds=prefills,
         )
-        self._count(mode, encoded)
-        return encoded, torch.stack([row.disc for row in full if row.disc is not None]) if mode == "gen" else None
+        self._count(part, encoded)
+        return encoded
 
-    def _disc(self, packed: dict[str, Any]) -> list[_Row]:
-        embeddings = self.model(**packed).embeddings["disc"].float().cpu()
-        return [_Row(embedding) for embedding in embeddings]
+    def _disc(self, packed: dict[str, Any]) -> tuple[list[_Row], float]:
+        """The rows, and when their prefill was done."""
+        rows = [_Row(embedding) for embedding in self.model(**packed).embeddings["disc"].float().cpu()]
+        return rows, time.perf_counter()
 
-    def _gen(self, packed: dict[str, Any]) -> list[_Row]:
+    def _gen(self, packed: dict[str, Any]) -> tuple[list[_Row], float]:
+        """As ``_disc``: the head's first call is the end of the prefill."""
         tokenizer = self.processor.tokenizer
-        rollout = generate_rollouts(
-            self.model,
-            packed,
-            gen_id=self.collator.gen_id,
-            max_new_tokens=self.max_new_tokens,
-            temperature=0.0,
-            pad_id=tokenizer.pad_token_id or 0,
-        )
+        ended: list[float] = []
+        hook = dual_mode_of(self.model).lm_head.register_forward_pre_hook(lambda *_: self._clock(ended))
+        try:
+            rollout = generate_rollouts(
+                self.model,
+                packed,
+                gen_id=self.collator.gen_id,
+                max_new_tokens=self.max_new_tokens,
+                temperature=0.0,
+                pad_id=tokenizer.pad_token_id or 0,
+            )
+        finally:
+            hook.remove()
         assert rollout.disc_states is not None
         states, discs = (
             torch.nn.functional.normalize(s, dim=1).cpu() for s in (rollout.gen_states, rollout.disc_states)
@@ -255,7 +277,14 @@ class RimeEmbedder:
             text = tokenizer.decode(ids[:count], skip_special_tokens=False)
             rewrite, well_formed = self.collator.template.parse_response(text)
             rows.append(_Row(state, rewrite, count, ok, well_formed and ok, disc))
-        return rows
+        return rows, ended[0] if ended else time.perf_counter()
+
+    def _clock(self, times: list[float]) -> None:
+        """Note the time once, when the device has done what it was given."""
+        if not times:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter())
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = self.device
@@ -282,6 +311,18 @@ class _Row:
     disc: torch.Tensor | None = None
 
 
+def as_items(items: Items) -> Iterable[Item]:
+    """The items of an argument that is one item or several. Raises TypeError for what is neither."""
+    if isinstance(items, (str, Image.Image, dict, Side)) or (isinstance(items, np.ndarray) and items.ndim in (2, 3)):
+        return [items]
+    # sets have no order, and what has columns (a data frame) would give their names
+    if isinstance(items, (bytes, np.ndarray, set, frozenset, Mapping)) or hasattr(items, "columns"):
+        raise TypeError(f"items is {type(items).__name__}; expected one item or a sequence of items")
+    if not isinstance(items, Iterable):
+        raise TypeError(f"items is {type(items).__name__}; expected one item or a sequence of items")
+    return items
+
+
 def as_side(item: Item, where: str = "item") -> Side:
     """Any accepted item as a Side. Raises ValueError or TypeError naming ``where``."""
     if isinstance(item, Side):
@@ -297,14 +338,6 @@ def as_side(item: Item, where: str = "item") -> Side:
             raise ValueError("; ".join(f"{name} {problem}" for name, problem in problems))
         return side
     raise TypeError(f"{where} is {type(item).__name__}; expected str, PIL image, uint8 array, dict or Side")
-
-
-def _mode(mode: str) -> Mode:
-    if mode == "disc":
-        return "disc"
-    if mode == "gen":
-        return "gen"
-    raise ValueError(f"mode is {mode!r}; expected 'disc' or 'gen'")
 
 
 @contextmanager

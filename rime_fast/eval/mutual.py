@@ -8,12 +8,13 @@ an index of discriminative targets. The table shows accuracy and cost of all fou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rime_fast.data.records import Side, stable_hash
 from rime_fast.eval import metrics
 from rime_fast.eval.ranking import Ranking, Rows, rank_candidates
 
@@ -106,7 +107,7 @@ def evaluate_mutual(
     n_examples: int = 24,
     progress: Progress | None = None,
 ) -> MutualResult:
-    """Embed both sides of ``data`` in each mode, rank, and time it.
+    """Embed both sides of ``data`` in each mode, rank, and time it. Candidates with the same content count as one.
 
     modes: ("disc", "gen"), or one of them alone. n_examples: queries kept for the report, evenly spaced over the
     set (not chosen by outcome). progress: called as ``progress("gen query", done, total)``.
@@ -114,6 +115,7 @@ def evaluate_mutual(
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown or not modes:
         raise ValueError(f"modes is {tuple(modes)}; expected a choice of {MODES}")
+    data = without_twins(data)
     sides = {"query": data.queries, "target": data.candidates}
     encoded: dict[tuple[str, str], Encoded] = {}
     for mode in modes:
@@ -144,6 +146,37 @@ def evaluate_mutual(
         mean_pool=pool.double().mean().item(),
         examples=_examples(data, cells, gen, n_examples),
     )
+
+
+def without_twins(data: RetrievalSet) -> RetrievalSet:
+    """``data`` with one candidate where several have the same text and images: none of them is more right than its
+    twin, and a tie between the two is no miss. Of gains the larger one stays."""
+    first: dict[Any, int] = {}
+    row_of: list[int] = []
+    kept: list[Side] = []
+    for side in data.candidates:
+        row_of.append(first.setdefault(_content(side), len(kept)))
+        if row_of[-1] == len(kept):
+            kept.append(side)
+    if len(kept) == len(row_of):
+        return data
+    best: list[dict[int, float]] = [{} for _ in data.correct]
+    for i, rows in enumerate(data.correct):
+        for k, row in enumerate(rows):
+            gain = 1.0 if data.gains is None else data.gains[i][k]
+            best[i][row_of[row]] = max(gain, best[i].get(row_of[row], gain))
+    return replace(
+        data,
+        candidates=kept,
+        correct=[list(own) for own in best],
+        gains=None if data.gains is None else [list(own.values()) for own in best],
+        pools=None if data.pools is None else [list(dict.fromkeys(row_of[c] for c in pool)) for pool in data.pools],
+    )
+
+
+def _content(side: Any) -> tuple[int, int]:
+    """Equal for sides that say and show the same, whatever they are called."""
+    return stable_hash(replace(side, id=None)), len(side.images)
 
 
 def _examples(data: RetrievalSet, cells: Mapping[str, Cell], gen: Mapping[str, Encoded], count: int) -> list[dict]:

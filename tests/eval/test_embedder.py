@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,10 @@ from rime_fast.model.tiny import FAMILIES, tiny_model, tiny_processor, tiny_toke
 from rime_fast.model.tokens import GEN_TOKEN, add_embedding_tokens
 
 TEXTS = ["a red shoe", "which one is blue ?", "seven", "find the picture of a small green boat on the lake"]
+
+
+class Table(list):
+    columns = ("text", "image")
 
 
 def picture(seed: int, width: int = 16, height: int = 8) -> Image.Image:
@@ -214,3 +220,56 @@ def test_rewrites_need_gen(embedder):
         embedder.encode(["x"], return_rewrites=True)
     with pytest.raises(ValueError, match="token_budget is 0"):
         RimeEmbedder(embedder.model, embedder.processor, token_budget=0)
+
+
+def test_both_modes_from_one_prefill(embedder, monkeypatch):
+    """As many prefills as mode gen has; the embeddings are those of the modes alone."""
+    prefills = 0
+    original = embedder.model.encode_hidden
+
+    def counted(*args, **kwargs):
+        nonlocal prefills
+        prefills += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(embedder.model, "encode_hidden", counted)
+    both = embedder.encode_items(ITEMS, "both")
+    made = prefills
+    gen = embedder.encode_items(ITEMS, "gen")
+    assert prefills - made == made == 1
+    assert torch.equal(both.embeddings, gen.embeddings)
+    assert gen.disc is None
+    disc = both.without_decoding()
+    torch.testing.assert_close(disc.embeddings, embedder.encode(ITEMS), rtol=0, atol=2e-5)
+    assert 0 < disc.seconds < both.seconds
+    assert (disc.tokens, disc.rewrites, disc.missing_gen) == ([0] * len(ITEMS), None, 0)
+    with pytest.raises(ValueError, match="encode in mode 'both'"):
+        gen.without_decoding()
+
+
+@pytest.mark.parametrize(
+    "item", ["ab", picture(1), np.asarray(picture(2)), {"text": "ab", "image": picture(3)}, Side("a")]
+)
+def test_one_item_is_one_row(embedder, item):
+    rows = embedder.encode(item)
+    assert rows.shape == (1, embedder.model.config.get_text_config().hidden_size)
+    torch.testing.assert_close(rows, embedder.encode([item]))
+    assert embedder.encode(iter([item, item])).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        3,
+        None,
+        b"ab",
+        {"a", "b"},
+        np.zeros((2, 8, 8, 3), dtype=np.uint8),
+        MappingProxyType({"text": "a"}),
+        Table(),
+        [["a"]],
+    ],
+)
+def test_what_is_no_item_is_a_type_error(embedder, items):
+    with pytest.raises(TypeError, match="items"):
+        embedder.encode(items)

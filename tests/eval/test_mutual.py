@@ -9,7 +9,7 @@ import torch
 
 from rime_fast.data.records import Side
 from rime_fast.data.retrieval import RetrievalSet
-from rime_fast.eval.mutual import evaluate_mutual, mutual_table
+from rime_fast.eval.mutual import evaluate_mutual, mutual_table, without_twins
 from rime_fast.eval.ranking import rank_candidates
 
 
@@ -111,3 +111,19 @@ def test_one_mode_alone(data):
 def test_unknown_mode(data, modes):
     with pytest.raises(ValueError, match="expected a choice of"):
         evaluate_mutual(Oracle(10), data, modes=modes)
+
+
+def test_equal_candidates_in_a_shared_pool_are_both_right():
+    """The same text twice: a tie between twins is no miss, whichever of the two is marked."""
+    candidates = [Side(text=f"target {i}", id=str(k)) for k, i in enumerate([0, 1, 1, 2, 0])]
+    queries = [Side(text=f"query {i}") for i in range(3)]
+    data = RetrievalSet(queries, candidates, [[4, 0], [2], [3]], gains=[[1.0, 2.0], [1.0], [1.0]])
+    result = evaluate_mutual(Oracle(10), data)
+    assert result.hit_at_1()["gen-gen"] == 1.0
+    assert result.n_candidates == 3
+    assert [one["row"] for one in result.examples[1]["answers"]] == [1]
+    pools = RetrievalSet(queries, candidates, [[4], [2], [3]], pools=[[0, 1, 4], [1, 2], [3, 4]])
+    assert evaluate_mutual(Oracle(10), pools).mean_pool == pytest.approx(5 / 3)
+    kept = without_twins(data)
+    assert (kept.correct, kept.gains) == ([[0], [1], [2]], [[2.0], [1.0], [1.0]])
+    assert without_twins(kept) is kept
