@@ -15,6 +15,8 @@ from rime_fast.eval.suites.beir import load_beir, load_uvrb
 from rime_fast.eval.suites.mmeb import load_v1, load_v2
 from rime_fast.eval.suites.mrmr import load_mrmr
 from rime_fast.eval.suites.protocol import PROTOCOLS, Protocol, get_protocol, suite_template
+from rime_fast.eval.suites.result import SuiteResult, TaskResult
+from rime_fast.eval.suites.run import evaluate_suite
 from rime_fast.eval.suites.tasks import Suite, Task, TaskData, TaskScore
 
 __all__ = [
@@ -22,9 +24,12 @@ __all__ = [
     "SUITES",
     "Protocol",
     "Suite",
+    "SuiteResult",
     "Task",
     "TaskData",
+    "TaskResult",
     "TaskScore",
+    "evaluate_suite",
     "get_protocol",
     "load_suite",
     "suite_template",

@@ -79,6 +79,7 @@ class Suite:
     protocol: Protocol
     tasks: dict[str, Task]
     aggregate: Callable[[Mapping[str, TaskScore]], dict[str, float]] = field(repr=False)
+    whole: dict[str, Task] = field(default_factory=dict, repr=False)  # before a selection
 
     def select(self, tasks: Sequence[str] = (), groups: Sequence[str] = ()) -> Suite:
         """The suite with these tasks, or with those of these groups ("image", "image.CLS"); all where none is named.
@@ -96,7 +97,7 @@ class Suite:
             for name, task in self.tasks.items()
             if name in tasks or task.modality in groups or f"{task.modality}.{task.group}" in groups
         }
-        return replace(self, tasks=chosen)
+        return replace(self, tasks=chosen, whole=self.whole or self.tasks)
 
 
 @dataclass(frozen=True)
