@@ -10,6 +10,7 @@ from rime_fast.cli.bars import quiet
 from rime_fast.cli.command import model_exists
 from rime_fast.cli.options import Group, UsageError
 from rime_fast.cli.values import build
+from rime_fast.model.card import write_card
 
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # The part of transformers' TrainingArguments that a first run needs; --help_all shows the rest.
@@ -128,13 +129,24 @@ def _lora(options: TrainingOptions) -> Any:
 def save_outputs(trainer: Any, options: TrainingOptions, args: Any, label: str) -> None:
     """Model and processor as a plain checkpoint (a LoRA merged in, itself under adapter/), state, report."""
     directory = Path(args.output_dir)
+    # Trainer's own push would save an adapter's shards over the merged model
+    pushes = args.push_to_hub and not (options.lora_rank and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled))
     if options.lora_rank:
-        trainer.save_model(str(directory / "adapter"))
+        trainer.save_model(str(directory / "adapter"), _internal_call=True)
         if trainer.is_world_process_zero():
-            _merged(trainer, directory / "adapter").save_pretrained(directory)
+            for name in ("adapter_config.json", "adapter_model.safetensors"):  # pushed from a checkpoint before
+                (directory / name).unlink(missing_ok=True)
+            card = trainer.facts()
+            merged = _merged(trainer, directory / "adapter")
+            merged.save_pretrained(directory)
             trainer.processing_class.save_pretrained(directory)
+            write_card(directory, card)
+            if pushes:
+                trainer.model = merged
+            elif args.push_to_hub:
+                print(f"not pushed; when the run has ended: hf upload {trainer.hub_model_id} {directory}")
     else:
-        trainer.save_model(str(directory))
+        trainer.save_model(str(directory), _internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(f"model: {directory}")
@@ -145,6 +157,8 @@ def save_outputs(trainer: Any, options: TrainingOptions, args: Any, label: str) 
             facts = {"model": options.model, "data": ", ".join(options.train_data), "steps": trainer.state.global_step}
             report = {"title": f"{label}: {directory.name}", "facts": facts | {"seed": args.seed}, "phases": [phase]}
             print(f"report: {write_report(directory, report)[1]}")
+    if pushes:
+        trainer.push_to_hub(commit_message="Model save")
 
 
 def _merged(trainer: Any, adapter: Path) -> Any:

@@ -10,7 +10,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
+from rime_fast.model.card import write_card
 from rime_fast.trainers.config import CommonConfig
+from rime_fast.trainers.facts import data_of, results_of, settings_of
 from rime_fast.trainers.metrics import MetricSums, StepClock
 from rime_fast.trainers.progress import InterruptCallback, ProgressCallback
 
@@ -91,6 +93,30 @@ class DualModeTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.clock.paused():
             super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_card(output_dir or str(self.args.output_dir), self.facts())
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Our card in place of transformers' (its ``push_to_hub`` asks for one)."""
+        if self.is_world_process_zero():
+            write_card(str(self.args.output_dir), self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What the model card says of this run (see rime_fast/model/card.py)."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return {
+            "title": self.title,
+            "base_model": getattr(base.config, "_name_or_path", "") or None,
+            "template": self.args.template,
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "settings": settings_of(self.args),
+            "data": data_of(self.train_dataset),
+            "results": results_of(self.state.log_history),
+        }
 
     def _prepare_input(self, data: Any) -> Any:
         """As transformers', but lists stay as they are: ours hold host numbers (lengths, grids) and sides."""
