@@ -64,6 +64,18 @@ def test_no_torch_for_help_and_mistakes(words):
     assert done.returncode == 0, done.stderr
 
 
+def test_every_commands_help_imports_nothing_heavy():
+    """What keeps every --help under a second, wherever it runs."""
+    code = (
+        "import sys; from rime_fast import cli; "
+        "[cli.main([*name.split(), '--help_all']) for name in cli.COMMANDS]; "
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'PIL', 'rich', 'datasets'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
