@@ -287,7 +287,6 @@ class DualModeModel:
         entropy: bool = False,
         temperature: float = 1.0,
         normalize: bool = True,
-        return_hidden: bool = False,
         logprob_backend: str = "auto",
         **kwargs: Any,
     ) -> Any:
@@ -353,7 +352,7 @@ class DualModeModel:
         }
         found: dict[str, Tensor] = head(hidden, scoring=scoring)
         embeddings = {k.removeprefix("pool:"): found.pop(k) for k in list(found) if k.startswith("pool:")}
-        return DualModeOutput(**found, embeddings=embeddings, hidden=hidden if return_hidden else None)
+        return DualModeOutput(**found, embeddings=embeddings)
 
     def _scoring_head(self) -> Any:
         """The head to call with ``scoring``: peft's wrapper of a whole trained head passes the call on, its wrapper of

@@ -16,7 +16,7 @@ class DualModeOutput(ModelOutput):
     logp [T] fp32: log-probability of ``targets`` at each row, 0 where ignored; only where ``targets`` was given.
     entropy [T] fp32: of the next-token distribution at the scored rows; only on request.
     embeddings: name -> [N, H] fp32, unit norm unless asked otherwise; a zero row where the index was -1.
-    hidden [T, H]: last hidden states after the final norm; only on request.
+    hidden [T, H]: last hidden states after the final norm; only where neither targets nor pools were given.
     """
 
     loss: Tensor | None = None

@@ -210,16 +210,17 @@ def test_loss_entropy_hidden_and_pools():
     model = DualModeModel.from_model(stock_model("qwen2_vl"))
     batch = tiny_batch(model.config, MIXED, seed=9)
     weight = torch.rand(len(batch["input_ids"]))
-    out = model(**batch, token_weight=weight, entropy=True, return_hidden=True, temperature=0.7)
+    out = model(**batch, token_weight=weight, entropy=True, temperature=0.7)
+    hidden = model(**{**batch, "targets": None}, pools={}).hidden
     plain = model(**batch, temperature=0.7)
     torch.testing.assert_close(out.loss, -(weight * plain.logp).sum())
-    scores = (model.lm_head(out.hidden) / 0.7).log_softmax(-1)
+    scores = (model.lm_head(hidden) / 0.7).log_softmax(-1)
     scored = batch["targets"] >= 0
     torch.testing.assert_close(out.entropy[scored], -(scores.exp() * scores).sum(-1)[scored])
     pooled = model(**{**batch, "targets": None}, pools={"last": batch["gen_index"]}, normalize=False)
     assert pooled.logp is None
     assert list(pooled.embeddings) == ["last"]
-    torch.testing.assert_close(pooled.embeddings["last"], out.hidden[batch["gen_index"]])
+    torch.testing.assert_close(pooled.embeddings["last"], hidden[batch["gen_index"]])
 
 
 def test_a_batch_without_images_can_touch_the_vision_tower(monkeypatch):
