@@ -8,7 +8,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-EXTRAS := dev,demo,peft,deepspeed,bench,serve
+EXTRAS := dev,demo,peft,deepspeed,video,bench,serve
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh csrc/include/rime/*.h)
 PYTEST_ARGS ?=
 

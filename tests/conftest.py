@@ -12,6 +12,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept about files (rime_fast/data/cache.py) is kept for one run of the tests."""
+    os.environ["RIME_FAST_CACHE"] = str(tmp_path_factory.mktemp("rime-fast-cache"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

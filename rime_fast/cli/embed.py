@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ def run(values: dict[str, Any]) -> int:
 
     from rime_fast.cli.bars import bars
 
-    items = read_items(options.data, loading.image_root)
+    items = read_items(options.data, loading.image_root, loading.allow_outside)
     embedder = load_embedder(options.model, loading)
     with bars() as progress:
         one = embedder.encode_items(items, options.mode, progress=partial(progress, options.mode))
@@ -85,23 +86,28 @@ def run(values: dict[str, Any]) -> int:
     return 0
 
 
-def read_items(path: str, image_root: str | None) -> list[Side]:
-    """The items of a file. Raises DataError naming file, row and field of everything wrong."""
+def read_items(path: str, image_root: str | None, allow_outside: bool = False) -> list[Side]:
+    """The items of a file: of a .txt its lines (a byte order mark is none of the text, ``\\n`` or ``\\r\\n`` ends a
+    line), else sides, in whatever ``open_rows`` opens. Raises DataError naming file, row and field of everything wrong."""
+    from rime_fast.data.images import ImageRoot
     from rime_fast.data.records import DataError, Problem, Side, side_from_json
-    from rime_fast.data.rows import iter_rows
+    from rime_fast.data.sources import open_rows
 
     if path.endswith(".txt"):
         try:
-            texts = Path(path).read_text(encoding="utf-8").splitlines()
+            texts = re.split("\r?\n", Path(path).read_bytes().decode("utf-8-sig"))
         except OSError as error:
             raise UsageError(f"--data {path}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--data {path} is not UTF-8 (byte {error.start})") from None
         items = [Side(text=text, id=str(i)) for i, text in enumerate(texts, 1) if text.strip()]
         if not items:
             raise UsageError(f"--data {path} holds no text")
         return items
-    root = image_root or str(Path(path).parent)
-    items, problems = [], []
-    for row in iter_rows(path):
+    rows = open_rows(path)
+    root = ImageRoot(image_root or str(Path(path).parent), allow_outside)
+    items, problems = [], [rows.problem] if rows.problem is not None else []
+    for row in rows.between(0, len(rows)):
         found: list[tuple[str, str]] = [("", row.error)] if row.error else []
         if not found:
             items.append(side_from_json(row.value, "", root, found))

@@ -43,7 +43,9 @@ def run(values: dict[str, Any]) -> int:
     from rime_fast.eval.mutual import MODES, evaluate_mutual
     from rime_fast.eval.report import write_report
 
-    data = RetrievalSet.from_file(options.data, image_root=loading.image_root)
+    data = RetrievalSet.from_file(
+        options.data, image_root=loading.image_root, allow_outside=loading.allow_outside, images="head"
+    )
     if options.limit is not None:
         data = _first(data, options.limit)
     if not data.queries:

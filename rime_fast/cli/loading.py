@@ -25,6 +25,10 @@ class EmbedderOptions:
     image_root: str | None = field(
         default=None, metadata={"help": "Folder of relative image paths; default: the data file's own."}
     )
+    allow_outside: bool = field(
+        default=False,
+        metadata={"help": "Open image paths that lead out of the image root (absolute ones, or by ..)."},
+    )
     device: str | None = field(
         default=None, metadata={"help": "'cuda', 'cuda:1', 'cpu'; default: CUDA when there is one."}
     )

@@ -1,196 +1,96 @@
-"""The validation pass: every bad row by file, row and field, before a run trips over it.
+"""The check of a whole source of rows: in several processes, once per node, and not again while nothing has changed.
 
-``check_file`` streams a file; ``check_pair`` is the test of one pair, for rows that come from elsewhere. What counts as
-bad: what no parser can read (formats.py), a missing or broken image, an empty or missing rewrite (where training needs
-it), absurd length.
+A verdict (what is wrong with which rows, and the tokens of every row) is kept in the cache under what it depends on:
+the files' sizes and times of change, the rules, the image root. It also notes when each folder and archive of images
+last changed; where one has, the rows are looked at again. An image that is written over in place is not noticed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from rime_fast.data.formats import Problems, detect_format, parse_row
-from rime_fast.data.records import DataError, ImageSource, Pair, Problem, Side, image_size, load_image
-from rime_fast.data.rows import iter_rows
+import rime_fast
+from rime_fast.data.cache import entry_path, locked, replacing
+from rime_fast.data.formats import known_format
+from rime_fast.data.images import ImageRoot
+from rime_fast.data.records import DataError, Problem
+from rime_fast.data.row_check import CheckReport, CheckRules, check_row, visited
+from rime_fast.data.row_check import check_pair as check_pair
+from rime_fast.data.rows import RowSource
+from rime_fast.data.sampling import spread
+from rime_fast.data.sources import open_rows, write_rows
 
-# [ours] Far above anything a real row holds, far below what would exhaust memory unnoticed.
-MAX_CHARACTERS = 200_000
-MAX_IMAGES = 64
-MAX_FRAMES = 1024
-
-# Where the parts of a side stand in each format, for messages.
-_OWN = {"text": "{0}.text", "rewrite": "{0}.rewrite", "images": "{0}.images", "video": "{0}.video"}
-_SFT = {
-    "text": "{0}.conversations[0].value",
-    "rewrite": "{0}.conversations[1].value",
-    "images": "{0}.image",
-    "video": "{0}.video",
-}
-_RL = {"text": "{0}_text", "rewrite": "{0}_text", "images": "{0}_image", "video": "{0}_video"}
-_FIELDS = {"rime-sft": _SFT, "ume-r1-sft": _SFT, "rime-rl": _RL}
-
-
-@dataclass(frozen=True)
-class CheckRules:
-    """What a row must satisfy.
-
-    rewrites: both sides need one (None: unless the format is rime-rl). images: "decode" reads every image whole,
-    "head" only as far as its size, "skip" not at all. measure: a function from sides to their lengths in tokens
-    (``Collator.measure``), used with max_length.
-    """
-
-    rewrites: bool | None = None
-    images: Literal["decode", "head", "skip"] = "head"
-    max_characters: int = MAX_CHARACTERS
-    max_images: int = MAX_IMAGES
-    max_frames: int = MAX_FRAMES
-    max_length: int | None = None
-    measure: Callable[[list[Side]], list[int]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.images not in ("decode", "head", "skip"):
-            raise ValueError(f"images is {self.images!r}; expected 'decode', 'head' or 'skip'")
+Progress = Callable[[int, int], None]
+_PARALLEL_FROM = 20_000  # rows; below, starting processes takes longer than looking
+_PART = 2_000  # rows that a process looks at before it reports
+_FOLDERS = 4096  # folders of images that a verdict remembers
 
 
 @dataclass
-class CheckReport:
-    """What a check found. rows: all rows seen. formats: how many rows of each format."""
+class Verdict:
+    """report: for people. bad: places of the bad rows, ascending. tokens: [n] of every row, 0 where unknown."""
 
-    file: str
-    rows: int = 0
-    problems: list[Problem] = field(default_factory=list)
+    report: CheckReport
+    bad: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclass
+class _Part:
+    """What one process found in rows start to stop."""
+
+    start: int
     formats: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def bad_rows(self) -> int:
-        return len({problem.row for problem in self.problems if problem.row})
-
-    @property
-    def good_rows(self) -> int:
-        return self.rows - self.bad_rows
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def raise_if_bad(self) -> None:
-        """Raises DataError with the list of problems, if there are any."""
-        if self.problems:
-            raise DataError(self.problems)
-
-    def summary(self) -> str:
-        kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items())) or "no rows"
-        return f"{self.file}: {self.good_rows} of {self.rows} rows are good ({kinds}), {self.bad_rows} bad"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: file, rows, good_rows, bad_rows, formats, problems (a list of file, row, field, problem)."""
-        counts = {"file": self.file, "rows": self.rows, "good_rows": self.good_rows, "bad_rows": self.bad_rows}
-        return {**counts, "formats": dict(self.formats), "problems": [vars(problem) for problem in self.problems]}
+    problems: list[Problem] = field(default_factory=list)
+    bad: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)
 
 
-def check_pair(pair: Pair, rules: CheckRules, file_format: str = "rime-jsonl") -> Problems:
-    """What is wrong with a pair that parsed: (field, problem), fields named as ``file_format`` names them."""
-    names = _FIELDS.get(file_format, _OWN)
-    ends = ("qry", "pos") if file_format in _FIELDS else ("query", "target")
-    needed = rules.rewrites if rules.rewrites is not None else file_format != "rime-rl"
-    found: Problems = []
-    sides = [(ends[0], pair.query, needed), (ends[1], pair.target, needed)]
-    sides += [(f"negatives[{i}]", side, False) for i, side in enumerate(pair.negatives)]
-    for prefix, side, wants_rewrite in sides:
-        where = {part: name.format(prefix) for part, name in names.items()}
-        before = len(found)
-        if wants_rewrite and not (side.rewrite or "").strip():
-            found.append((where["rewrite"], "empty rewrite" if side.rewrite is not None else "missing rewrite"))
-        for part, text in (("text", side.text), ("rewrite", side.rewrite or "")):
-            if len(text) > rules.max_characters:
-                found.append((where[part], f"{len(text)} characters; more than {rules.max_characters} are absurd"))
-        for part, sources, most in (
-            ("images", side.images, rules.max_images),
-            ("video", side.video or [], rules.max_frames),
-        ):
-            if len(sources) > most:
-                found.append((where[part], f"{len(sources)} images; more than {most} are absurd"))
-            elif rules.images != "skip":
-                for i, source in enumerate(sources):
-                    if problem := _image_problem(source, rules.images == "decode"):
-                        found.append((f"{where[part]}[{i}]", problem))
-        if len(found) == before and rules.measure is not None and rules.max_length is not None:
-            found += _length_problem(side, rules, prefix)
-    return found
-
-
-def _image_problem(source: ImageSource, decode: bool) -> str | None:
-    try:
-        if decode:
-            load_image(source)
-        height, width = image_size(source)
-    except ValueError as error:
-        return str(error)
-    if max(height, width) > 200 * min(height, width):
-        return f"image is {width} x {height}; Qwen's resizing takes at most 1 : 200"
-    return None
-
-
-def _length_problem(side: Side, rules: CheckRules, prefix: str) -> Problems:
-    assert rules.measure is not None
-    # A side without a rewrite trains as its prompt alone; the stand-in costs a few tokens at most.
-    complete = side if side.rewrite else replace(side, rewrite=".")
-    try:
-        (tokens,) = rules.measure([complete])
-    except ValueError as error:
-        return [(prefix, str(error))]
-    return [(prefix, f"{tokens} tokens; max_length is {rules.max_length}")] if tokens > (rules.max_length or 0) else []
-
-
-def check_rows(
-    path: str | Path,
-    report: CheckReport,
+def check_source(
+    rows: RowSource,
     rules: CheckRules,
+    root: ImageRoot,
     *,
-    image_root: str | Path | None = None,
     file_format: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[int, int, Any]]:
-    """The good rows of a file, one by one, as (first byte, byte after the last, decoded row); ``report`` fills up.
+    sample: int | None = None,
+    workers: int | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Look at every row, or at ``sample`` of them evenly spread; nothing is raised for bad data.
 
-    ``progress`` is called with the number of rows and bytes done, at every row. A file that is no JSON at all adds
-    one problem (with row 0) and ends the pass.
+    workers: processes (None: as many as this process has processors, for 20,000 rows or more). fresh: look again even
+    where a verdict is kept. progress: called with rows done and rows to do.
     """
-    root = Path(path).parent if image_root is None else image_root
-    try:
-        for row in iter_rows(path):
-            report.rows += 1
-            found: Problems = [("", row.error)] if row.error else []
-            if not found:
-                name = file_format or detect_format(row.value)
-                pair, found = parse_row(row.value, root=root, file_format=file_format)
-                if name is not None:
-                    report.formats[name] += 1
-                    # Images are looked at even where another field is bad: one pass should tell everything.
-                    seen = {where for where, _ in found}
-                    more = check_pair(pair, rules, name)
-                    found += [item for item in more if not any(_covers(where, item[0]) for where in seen)]
-            report.problems += [Problem(report.file, row.number, where, problem) for where, problem in found]
-            if not found:
-                yield row.start, row.stop, row.value
-            if progress is not None:
-                progress(report.rows, row.stop)
-    except DataError as error:
-        report.problems += error.problems
-
-
-def _covers(where: str, other: str) -> bool:
-    """Whether a problem at ``where`` makes one at ``other`` a mere consequence."""
-    return where == "" or other == where or other.startswith((f"{where}.", f"{where}["))
+    keys = (rows.key(), rules.key())
+    if None in keys or rows.problem is not None:
+        return _look(rows, rules, root, file_format, sample, workers, progress)[0]
+    place = [os.path.abspath(root.path), root.outside, root.urls]
+    key = ["verdict", 1, rime_fast.__version__, *keys, place, file_format, sample]
+    path = entry_path(key, ".npz")
+    if not fresh and (known := _load(path, rows.name)):
+        return known
+    with locked(path):
+        if not fresh and (known := _load(path, rows.name)):
+            return known
+        verdict, folders = _look(rows, rules, root, file_format, sample, workers, progress)
+        _save(path, verdict, folders)
+    return verdict
 
 
 def check_file(
@@ -199,64 +99,231 @@ def check_file(
     *,
     image_root: str | Path | None = None,
     file_format: str | None = None,
+    allow_outside: bool = False,
+    allow_urls: bool = False,
     write_good: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    sample: int | None = None,
+    workers: int | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
 ) -> CheckReport:
     """Check a training file of any format of formats.py and return the report; nothing is raised for bad data.
 
-    write_good: also write the good rows there, unchanged (JSONL; a list where the name ends in ".json"). Relative
-    image paths then still count from ``image_root``, by default the folder of ``path``.
+    write_good: also write the good rows there, unchanged (JSONL; a list where the name ends in ".json", Parquet for
+    ".parquet"). Relative image paths then still count from ``image_root``, by default the folder of ``path``.
+    sample, workers, fresh, progress: as ``check_source`` takes them; allow_outside, allow_urls: see ImageRoot.
     """
-    report = CheckReport(str(path))
-    rows = check_rows(
-        path, report, rules or CheckRules(), image_root=image_root, file_format=file_format, progress=progress
-    )
-    if write_good is None:
-        for _ in rows:
-            pass
-        return report
-    if Path(write_good).resolve() == Path(path).resolve():
+    known_format(file_format)
+    if write_good is not None and Path(write_good).resolve() == Path(path).resolve():
         raise ValueError(f"write_good is {write_good}, the file being checked; expected another name")
-    with _replacing(Path(write_good)) as stream:
-        as_list = Path(write_good).suffix == ".json"
-        stream.write("[\n" if as_list else "")
-        for i, (_, _, value) in enumerate(rows):
-            stream.write((",\n" if as_list and i else "") + _dumps(value))
-            stream.write("" if as_list else "\n")
-        stream.write("\n]\n" if as_list else "")
-    return report
-
-
-def _dumps(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if text.isascii() or text.encode("utf-8", "ignore").decode() == text else json.dumps(value)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A text file that takes its name only once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if write_good is not None and sample is not None:
+        raise ValueError("write_good and sample exclude each other: rows that were not looked at may be bad")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            yield stream
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        rows = open_rows(path)
+    except DataError as error:
+        return CheckReport(str(path), problems=error.problems)
+    root = ImageRoot(rows.folder if image_root is None else os.fspath(image_root), allow_outside, allow_urls)
+    verdict = check_source(
+        rows,
+        rules or CheckRules(),
+        root,
+        file_format=file_format,
+        sample=sample,
+        workers=workers,
+        fresh=fresh,
+        progress=progress,
+    )
+    if write_good is not None:
+        bad = set(verdict.bad.tolist())
+        write_rows(write_good, (row.value for i, row in enumerate(rows.between(0, len(rows))) if i not in bad))
+    return verdict.report
 
 
-class GoodRows:
-    """Byte spans [n, 2] of rows, collected while a file is checked; grows in blocks."""
+def _look(
+    rows: RowSource,
+    rules: CheckRules,
+    root: ImageRoot,
+    file_format: str | None,
+    sample: int | None,
+    workers: int | None,
+    progress: Progress | None,
+) -> tuple[Verdict, set[str]]:
+    n = len(rows)
+    if sample is not None and sample < n:
+        chosen = spread(n, sample)
+        spans = [(int(i), int(i) + 1) for i in chosen]
+    else:
+        sample, spans = None, [(i, min(i + _PART, n)) for i in range(0, n, _PART)]
+    total = sum(stop - start for start, stop in spans)
+    tokens = np.zeros(n, dtype=np.uint32)
+    report = CheckReport(rows.name, rows=total, of=None if sample is None else n)
+    bad: list[int] = []
+    folders: set[str] = set()
+    done = 0
+    job = (rows, rules, root, file_format)
+    found = []
+    for part in _parts(job, spans, _processes(rows, total, workers)):
+        found.append(part)
+        tokens[part.start : part.start + len(part.tokens)] = part.tokens
+        done += len(part.tokens)
+        if progress is not None:
+            progress(done, total)
+    for part in sorted(found, key=lambda part: part.start):
+        report.formats += part.formats
+        report.problems += part.problems
+        bad += part.bad
+        folders |= part.folders
+    if rows.problem is not None:
+        report.problems.append(rows.problem)
+    return Verdict(report, np.array(bad, dtype=np.int64), tokens), folders
 
-    def __init__(self) -> None:
-        self._spans = np.empty((1024, 2), dtype=np.int64)
-        self.count = 0
 
-    def append(self, start: int, stop: int) -> None:
-        if self.count == len(self._spans):
-            self._spans = np.concatenate([self._spans, np.empty_like(self._spans)])
-        self._spans[self.count] = start, stop
-        self.count += 1
+def check_part(job: tuple[Any, ...], start: int, stop: int) -> _Part:
+    """Rows start to stop, in this process."""
+    rows, rules, root, file_format = job
+    part = _Part(start)
+    for i, row in enumerate(rows.between(start, stop), start):
+        name, problems, tokens, pair = check_row(row, rules, root, file_format)
+        if name is not None:
+            part.formats[name] += 1
+        if problems:
+            part.bad.append(i)
+            part.problems += [Problem(rows.name, row.number, where, problem) for where, problem in problems]
+        part.tokens.append(tokens)
+        if pair is not None and len(part.folders) < _FOLDERS:
+            part.folders |= visited(pair)
+    return part
 
-    def spans(self) -> np.ndarray:
-        return self._spans[: self.count].copy()
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def _processes(rows: RowSource, total: int, workers: int | None) -> int:
+    if workers is not None:
+        return workers
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(own, 16) if total >= _PARALLEL_FROM and rows.key() is not None else 1
+
+
+def _parts(job: tuple[Any, ...], spans: list[tuple[int, int]], workers: int) -> Any:
+    """Each span's _Part, in any order. Processes of their own interpreter: a fork would copy threads' locks and a
+    spawn would run the user's script again."""
+    pickled = None
+    if min(workers, len(spans)) > 1:
+        with suppress(Exception):  # a filler made on the spot, say, does not pickle: then one process does it
+            pickled = pickle.dumps(job)
+    if pickled is None:
+        yield from (check_part(job, start, stop) for start, stop in spans)
+        return
+    waiting: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[_Part | BaseException] = queue.SimpleQueue()
+    for span in spans:
+        waiting.put(span)
+    for _ in range(workers):
+        waiting.put(None)
+    with _Workers(pickled, workers, waiting, results):
+        for _ in spans:
+            part = results.get()
+            if isinstance(part, BaseException):
+                raise part
+            yield part
+
+
+class _Workers:
+    """Interpreters that take spans from one queue and put parts into another; all ended when the block is left."""
+
+    def __init__(self, job: bytes, count: int, waiting: Any, results: Any) -> None:
+        package = str(Path(rime_fast.__file__).parents[1])
+        paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        quiet = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-c", "from rime_fast.data.check import serve; serve()"]
+        pipe = subprocess.PIPE
+        self.processes = [
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, env={**os.environ, **quiet}) for _ in range(count)
+        ]
+        for process in self.processes:
+            threading.Thread(target=_drive, args=(process, job, waiting, results), daemon=True).start()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+def _drive(process: subprocess.Popen[bytes], job: bytes, waiting: Any, results: Any) -> None:
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        _send(process.stdin, job)
+        while (span := waiting.get()) is not None:
+            _send(process.stdin, pickle.dumps(span))
+            results.put(pickle.loads(_receive(process.stdout)))
+        process.stdin.close()
+    except BaseException as error:
+        results.put(RuntimeError(f"a process of the data check ended early ({error}); see above"))
+
+
+def serve() -> None:
+    """The other end of _drive: stdin and stdout carry pickles, what else is printed goes to stderr."""
+    read, write = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    job = pickle.loads(_receive(read))
+    with suppress(EOFError):
+        while True:
+            _send(write, pickle.dumps(check_part(job, *pickle.loads(_receive(read)))))
+
+
+def _send(stream: Any, data: bytes) -> None:
+    stream.write(len(data).to_bytes(8, "little") + data)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO | Any) -> bytes:
+    size = stream.read(8)
+    if len(size) < 8:
+        raise EOFError("nothing more to read")
+    return stream.read(int.from_bytes(size, "little"))
+
+
+# --- kept verdicts ---------------------------------------------------------------------------------------------------
+
+
+def _load(path: Path, name: str) -> Verdict | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            found = json.loads(bytes(stored["report"]).decode())
+            bad, tokens = stored["bad"], stored["tokens"]
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    if any(_changed(folder) != when for folder, when in found["folders"].items()):
+        return None
+    os.utime(path)
+    report = CheckReport(name, found["rows"], formats=Counter(found["formats"]), of=found["of"])
+    report.problems = [Problem(name, row, where, problem) for row, where, problem in found["problems"]]
+    return Verdict(report, bad, tokens)
+
+
+def _save(path: Path, verdict: Verdict, folders: set[str]) -> None:
+    report = verdict.report
+    found = {
+        "rows": report.rows,
+        "of": report.of,
+        "formats": report.formats,
+        "problems": [(problem.row, problem.field, problem.problem) for problem in report.problems],
+        "folders": {folder: _changed(folder) for folder in sorted(folders)},
+    }
+    text = np.frombuffer(json.dumps(found).encode(), dtype=np.uint8)
+    with replacing(path, "wb") as stream:
+        np.savez(stream, report=text, bad=verdict.bad, tokens=verdict.tokens)
+
+
+def _changed(path: str) -> int:
+    """When the folder or archive last changed, in ns; 0 where there is none."""
+    try:
+        return os.stat(path or os.curdir).st_mtime_ns
+    except OSError:
+        return 0

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rime_fast.data.check import CheckReport, CheckRules, check_file, check_pair
-from rime_fast.data.records import DataError, Pair, Problem, Side
+from rime_fast.data.check import check_file
+from rime_fast.data.records import DataError, Side
 from rime_fast.data.retrieval import RetrievalSet, is_retrieval_set
+from rime_fast.data.row_check import CheckReport, CheckRules
 
 
 def _help(text: str) -> dict[str, str]:
@@ -26,21 +27,35 @@ class CheckOptions:
 
     files: list[str] = field(
         default_factory=list,
-        metadata=_help("Files to check: RIME-SFT, UME-R1 SFT, RIME-RL, rime-jsonl, or a retrieval set."),
+        metadata=_help("Files or folders to check, of any format of docs/data.md, or retrieval sets."),
     )
     image_root: str | None = field(
         default=None, metadata=_help("Folder that relative image paths start from (default: each file's own).")
     )
     file_format: str | None = field(
-        default=None, metadata=_help("rime-sft, ume-r1-sft, rime-rl or rime-jsonl (default: by each row's keys).")
+        default=None, metadata=_help("The rows' format, a name of docs/data.md (default: by each row's keys).")
     )
+    allow_outside: bool = field(
+        default=False, metadata=_help("Open image paths that lead out of the image root (absolute ones, or by ..).")
+    )
+    allow_urls: bool = field(default=False, metadata=_help("Open image paths like https:// and s3:// (by fsspec)."))
     rewrites: str = field(
         default="auto",
-        metadata=_help("Whether both sides need a rewrite: required, optional, or auto (required unless rime-rl)."),
+        metadata=_help("Whether both sides need a rewrite: required, optional, or auto (as the format has them)."),
     )
     images: str = field(
         default="decode",
         metadata=_help("decode: read every image whole; head: only its size (much faster); skip: not at all."),
+    )
+    max_image_pixels: int = field(
+        default=89_478_485, metadata=_help("Images of more pixels are bad; they are never decoded.")
+    )
+    sample: int | None = field(default=None, metadata=_help("Look at this many rows only, evenly spread."))
+    workers: int | None = field(
+        default=None, metadata=_help("Processes (default: as many as there are processors, from 20,000 rows on).")
+    )
+    fresh: bool = field(
+        default=False, metadata=_help("Look again even where file, rules and image folders have not changed.")
     )
     write_good: str | None = field(
         default=None, metadata=_help("Write the good rows to this file (a JSON list if it ends in .json, else JSONL).")
@@ -73,6 +88,7 @@ def run_check(args: Any) -> int:
         images=args.images,
         max_length=args.max_length,
         measure=None if args.model is None else _measure(args.model, args.template),
+        max_pixels=args.max_image_pixels,
     )
     reports = []
     for path in files:
@@ -97,39 +113,40 @@ def run_check(args: Any) -> int:
 
 def _check_one(path: str, rules: CheckRules, args: Any, progress: Callable[[int, int], None]) -> CheckReport:
     try:
-        retrieval = args.file_format is None and is_retrieval_set(path)
+        retrieval = args.file_format is None and os.path.isfile(path) and is_retrieval_set(path)
     except DataError as error:
         return CheckReport(path, problems=error.problems)
     if retrieval:
         if args.write_good:
             raise ValueError(f"{path} is a retrieval set; write_good is for training files")
-        return check_retrieval_set(path, rules, image_root=args.image_root)
+        return check_retrieval_set(path, rules, image_root=args.image_root, allow_outside=args.allow_outside)
     return check_file(
         path,
         rules,
         image_root=args.image_root,
         file_format=args.file_format,
+        allow_outside=args.allow_outside,
+        allow_urls=args.allow_urls,
         write_good=args.write_good,
+        sample=args.sample,
+        workers=args.workers,
+        fresh=args.fresh,
         progress=progress,
     )
 
 
-def check_retrieval_set(path: str | Path, rules: CheckRules, *, image_root: str | Path | None = None) -> CheckReport:
+def check_retrieval_set(
+    path: str | Path, rules: CheckRules, *, image_root: str | Path | None = None, allow_outside: bool = False
+) -> CheckReport:
     """The report on an evaluation file; a row is a query. Problems of shared candidates have row 0."""
     report = CheckReport(str(path))
     try:
-        found = RetrievalSet.from_file(path, image_root=image_root)
+        found = RetrievalSet.from_file(path, image_root=image_root, allow_outside=allow_outside, images=rules.images)
     except DataError as error:
         report.problems += error.problems
         return report
     report.rows = len(found.queries)
     report.formats["retrieval set"] = report.rows
-    bare = CheckRules(False, rules.images, rules.max_characters, rules.max_images, rules.max_frames)
-    sides = [(i + 1, "query", side) for i, side in enumerate(found.queries)]
-    sides += [(0, f"candidates[{i}]", side) for i, side in enumerate(found.candidates)]
-    for row, name, side in sides:
-        for where, problem in check_pair(Pair(side, Side(text="-")), bare):
-            report.problems.append(Problem(report.file, row, where.replace("query", name, 1), problem))
     return report
 
 
@@ -147,20 +164,20 @@ def _measure(model: str, template: str) -> Callable[[list[Side]], list[int]]:
 
 @contextmanager
 def _progress(path: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over the file's bytes on stderr, where that is a terminal."""
-    if not (sys.stderr.isatty() and os.path.isfile(path)):
-        yield lambda rows, done: None
+    """A bar over the rows on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    rows = TextColumn("{task.fields[rows]} rows")
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), rows)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(os.path.basename(path), total=os.path.getsize(path), rows=0)
-
-        def step(rows: int, done: int) -> None:
-            if rows % 64 == 0:
-                bar.update(task, completed=done, rows=rows)
-
-        yield step
+        task = bar.add_task(os.path.basename(path), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -15,17 +15,20 @@ A batch is a plain dict. N sequences, T rows in all:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import chain, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from rime_fast.data.encode import TextEncoder
-from rime_fast.data.records import Pair, Side, image_size, stable_hash
+from rime_fast.data.images import MAX_PIXELS, image_size
+from rime_fast.data.records import Pair, Side, stable_hash
 from rime_fast.data.rope import RopeIndexer
 from rime_fast.data.templates import VIDEO, Template, get_template
+from rime_fast.data.video import Frames, FrameSampling, load_frames, plan_frames
 from rime_fast.data.vision_inputs import VisionInputs
 from rime_fast.model.tokens import embedding_token_ids
 
@@ -35,6 +38,13 @@ IGNORED = -100
 VIDEO_FPS = 2.0
 
 
+class _Head(NamedTuple):
+    """Of one side: tokens of each image; (temporal patches, tokens of each, frames) of each video."""
+
+    images: list[int]
+    videos: list[tuple[int, int, Frames]]
+
+
 class Collator:
     """Makes packed batches; ``collator(pairs)`` is ``collate_pairs``, so it serves as a DataLoader's collate_fn.
 
@@ -42,6 +52,8 @@ class Collator:
     a Template. config: the model's configuration (positions and image tokens depend on its family). max_length:
     tokens a sequence may have; a longer one is never cut: "error" raises ValueError with its name, "drop" leaves out
     its pair and names it under batch["dropped"] (pairs only). ids: whether pairs carry query_ids and key_ids.
+    video_fps, video_frames, max_video_frames: frames taken of video files (FrameSampling); the first is also the rate
+    of a list of frames that does not say. max_image_pixels: a larger image or frame is never decoded.
     """
 
     def __init__(
@@ -53,6 +65,9 @@ class Collator:
         max_length: int | None = None,
         on_too_long: Literal["error", "drop"] = "error",
         video_fps: float = VIDEO_FPS,
+        video_frames: int | None = None,
+        max_video_frames: int = 64,
+        max_image_pixels: int = MAX_PIXELS,
         ids: bool = True,
     ) -> None:
         if on_too_long not in ("error", "drop"):
@@ -61,10 +76,10 @@ class Collator:
         self.template = get_template(template)
         self.max_length = max_length
         self.on_too_long = on_too_long
-        self.video_fps = video_fps
+        self.sampling = FrameSampling(video_frames, video_fps, max_video_frames)
         self.ids = ids
         self.encoder = TextEncoder(tokenizer)
-        self.vision = VisionInputs(processor.image_processor)
+        self.vision = VisionInputs(processor.image_processor, max_decoded=max_image_pixels)
         self.rope = RopeIndexer(config)
         self.disc_id, self.gen_id = embedding_token_ids(tokenizer)
         self.image_id: int = config.image_token_id
@@ -148,18 +163,27 @@ class Collator:
         Only the heads of image files are read. Raises ValueError for images that cannot be opened.
         """
         sides = list(sides)
-        prompts, responses = self._texts(sides, [part == "train"] * len(sides), part == "disc", self._grid_heads(sides))
+        heads = [self._planned(side) for side in sides]
+        prompts, responses = self._texts(sides, [part == "train"] * len(sides), part == "disc", heads)
         encoded = self.encoder(prompts + responses)
         n = len(sides)
         lengths = []
-        for side, prompt, response in zip(sides, encoded[:n], encoded[n:], strict=True):
-            images, video = self._grid_heads([side])[0]
-            tokens = sum(images) - len(images)
-            if video is not None:
-                steps, each = video
+        for head, prompt, response in zip(heads, encoded[:n], encoded[n:], strict=True):
+            tokens = sum(head.images) - len(head.images)
+            for steps, each, _ in head.videos:
                 tokens += steps * (each - 1) if self.rope.family == "qwen3_vl" else steps * each - 1
             lengths.append(len(prompt) + tokens + len(response))
         return lengths
+
+    def fingerprint(self) -> str:
+        """A text equal for collators that measure alike: for what is kept about lengths (row_check.py)."""
+        tokenizer = self.encoder.tokenizer
+        words = getattr(tokenizer, "backend_tokenizer", None)
+        state = words.to_str() if words is not None else repr(sorted(tokenizer.get_vocab().items()))
+        limits = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "temporal_patch_size")
+        sizes = [getattr(self.vision, name) for name in ("patch_size", "merge_size", *limits)]
+        whole = f"{state}{self.template}{sizes}{self.rope.family}{self.sampling}"
+        return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     # --- the parts -------------------------------------------------------------------------------------------------
 
@@ -167,82 +191,92 @@ class Collator:
         self, sides: list[Side], answered: list[bool], disc_only: bool = False
     ) -> tuple[list[list[int]], Batch, list[list[int]]]:
         """Prompt ids with image tokens expanded, the visual entries of the batch, response ids ([] without)."""
-        visual = self._visual(sides)
+        visual, loaded = self._visual(sides)
         merged = self.vision.merge_size**2
         image_tokens = iter([t * h * w // merged for t, h, w in visual.get("image_grids", ())])
         video_grids = iter(visual.get("video_grids", ()))
         heads = [
-            ([next(image_tokens) for _ in side.images], _steps(next(video_grids), merged) if side.video else None)
-            for side in sides
+            _Head(
+                [next(image_tokens) for _ in side.images],
+                [(grid[0], grid[1] * grid[2] // merged, frames) for frames in videos if (grid := next(video_grids))],
+            )
+            for side, videos in zip(sides, loaded, strict=True)
         ]
+        visual["video_fps"] = [frames.fps for videos in loaded for frames in videos]
         prompts, responses = self._texts(sides, answered, disc_only, heads)
         encoded = self.encoder(prompts + responses)
         ids = encoded[: len(sides)]
-        for i, (images, video) in enumerate(heads):
-            if images:
-                ids[i] = _expand(ids[i], self.image_id, images)
-            if video is not None:
-                steps, each = video
-                runs = [each] * steps if self.rope.family == "qwen3_vl" else [each * steps]
-                ids[i] = _expand(ids[i], self.video_id, runs)
+        stamped = self.rope.family == "qwen3_vl"
+        for i, head in enumerate(heads):
+            if head.images:
+                ids[i] = _expand(ids[i], self.image_id, head.images)
+            if head.videos:
+                runs = [[each] * steps if stamped else [each * steps] for steps, each, _ in head.videos]
+                ids[i] = _expand(ids[i], self.video_id, list(chain.from_iterable(runs)))
         return ids, visual, encoded[len(sides) :]
 
     def _texts(
-        self, sides: list[Side], answered: list[bool], disc_only: bool, heads: list[Any]
+        self, sides: list[Side], answered: list[bool], disc_only: bool, heads: list[_Head]
     ) -> tuple[list[str], list[str]]:
         render = self.template.render_disc if disc_only else self.template.render_prompt
         prompts = [render(side) for side in sides]
         if self.rope.family == "qwen3_vl":
-            for i, (side, (_, video)) in enumerate(zip(sides, heads, strict=True)):
-                if video is not None:
-                    prompts[i] = prompts[i].replace(VIDEO, self._stamped(side, video[0]))
+            for i, head in enumerate(heads):
+                if head.videos:
+                    before, *after = prompts[i].split(VIDEO)
+                    stamps = [self._stamped(steps, frames) for steps, _, frames in head.videos]
+                    prompts[i] = before + "".join(chain.from_iterable(zip(stamps, after, strict=True)))
         responses = [
             self.template.render_response(side) if wanted else "" for side, wanted in zip(sides, answered, strict=True)
         ]
         return prompts, responses
 
-    def _stamped(self, side: Side, steps: int) -> str:
+    def _stamped(self, steps: int, frames: Frames) -> str:
         """Qwen3-VL's form of a video: before each temporal patch the mean time of its first and last frame."""
-        size, count = self.vision.temporal_patch_size, len(side.video or ())
-        frames = [min(i, count - 1) / (side.fps or self.video_fps) for i in range(steps * size)]
-        times = [(frames[i] + frames[i + size - 1]) / 2 for i in range(0, len(frames), size)]
+        size = self.vision.temporal_patch_size
+        at = [min(i, frames.length - 1) / frames.fps for i in range(steps * size)]
+        times = [(at[i] + at[i + size - 1]) / 2 for i in range(0, len(at), size)]
         return "".join(f"<{time:.1f} seconds>{VIDEO}" for time in times)
 
-    def _visual(self, sides: list[Side]) -> Batch:
+    def _visual(self, sides: list[Side]) -> tuple[Batch, list[list[Frames]]]:
+        """The visual entries, and the frames of each side's videos."""
         images = [source for side in sides for source in side.images]
-        videos = [side.video for side in sides if side.video]
         visual: Batch = {}
         try:
+            loaded = [[self._frames(load_frames, video) for video in side.videos] for side in sides]
             if images:
                 visual["pixel_values"], grids = self.vision.images(images)
                 visual |= {"image_grid_thw": grids, "image_grids": grids.tolist()}
-            if videos:
-                visual["pixel_values_videos"], grids = self.vision.videos(videos)
+            if videos := [frames.images for found in loaded for frames in found]:
+                visual["pixel_values_videos"], grids = self.vision.videos(videos)  # type: ignore[arg-type]
                 visual |= {"video_grid_thw": grids, "video_grids": grids.tolist()}
         except ValueError as error:
             raise ValueError(f"{self._culprit(sides).name}: {error}") from error
-        return visual
+        return visual, [[frames._replace(images=None) for frames in found] for found in loaded]
+
+    def _frames(self, look: Any, video: Any) -> Frames:
+        return look(video, self.sampling, max_pixels=self.vision.max_decoded)
 
     def _culprit(self, sides: list[Side]) -> Side:
         """The side whose images do not open, for the message."""
         for side in sides:
             try:
-                self.vision.images([*side.images, *(side.video or ())])
+                self.vision.images(side.images)
+                for video in side.videos:
+                    self.vision.images(self._frames(load_frames, video).images or ())
             except ValueError:
                 return side
         return sides[0]
 
-    def _grid_heads(self, sides: list[Side]) -> list[tuple[list[int], tuple[int, int] | None]]:
-        """Per side: tokens of each image; (temporal patches, tokens of each) of its video."""
-        heads = []
-        for side in sides:
-            sizes = [image_size(source) for source in side.images]
-            video = None
-            if side.video:
-                steps = -(-len(side.video) // self.vision.temporal_patch_size)
-                video = (steps, self.vision.frame_tokens(image_size(side.video[0])))
-            heads.append(([self.vision.image_tokens(size) for size in sizes], video))
-        return heads
+    def _planned(self, side: Side) -> _Head:
+        """Tokens of the side's images and videos from the heads of their files."""
+        sizes = [image_size(source, max_pixels=self.vision.max_decoded) for source in side.images]
+        videos = []
+        for video in side.videos:
+            frames = self._frames(plan_frames, video)
+            steps = -(-frames.length // self.vision.temporal_patch_size)
+            videos.append((steps, self.vision.frame_tokens(frames.size), frames))
+        return _Head([self.vision.image_tokens(size) for size in sizes], videos)
 
     def _drop_long(self, pairs: list[Pair]) -> tuple[list[Pair], list[str]]:
         kept, dropped = [], []
@@ -281,13 +315,13 @@ class Collator:
             "lengths": lengths,
             "prompt_lengths": prompt_lengths,
             "mm_token_type_ids": kinds,
-            "position_ids": self._positions(sides, kinds, lengths, visual),
-            **visual,
+            "position_ids": self._positions(kinds, lengths, visual),
+            **{key: value for key, value in visual.items() if key != "video_fps"},
         }
         if "image_grids" in visual:
             batch["image_counts"] = [len(side.images) for side in sides]
         if "video_grids" in visual:
-            batch["video_counts"] = [int(bool(side.video)) for side in sides]
+            batch["video_counts"] = [len(side.videos) for side in sides]
         starts = np.cumsum([0, *lengths])
         disc = [s + _last(p, self.disc_id) for s, p in zip(starts.tolist(), prompts, strict=False)]
         batch["disc_index"] = torch.tensor(disc)
@@ -312,9 +346,9 @@ class Collator:
             gen.append(first + at if at >= 0 else stop - 1)
         return {"targets": torch.from_numpy(targets), "gen_index": torch.tensor(gen)}
 
-    def _positions(self, sides: list[Side], kinds: torch.Tensor, lengths: list[int], visual: Batch) -> torch.Tensor:
+    def _positions(self, kinds: torch.Tensor, lengths: list[int], visual: Batch) -> torch.Tensor:
         size = self.vision.temporal_patch_size
-        seconds = [size / (side.fps or self.video_fps) for side in sides if side.video]
+        seconds = [size / fps for fps in visual.get("video_fps", ())]
         return self.rope(kinds, lengths, visual.get("image_grid_thw"), visual.get("video_grid_thw"), seconds or None)
 
 
@@ -354,16 +388,12 @@ def _last(ids: list[int], wanted: int) -> int:
     return len(ids) - 1 - ids[::-1].index(wanted) if wanted in ids else -1
 
 
-def _steps(grid: Sequence[int], merged: int) -> tuple[int, int]:
-    return grid[0], grid[1] * grid[2] // merged
-
-
 def _repeat_visual(visual: Batch, sides: list[Side], group: int) -> Batch:
     """The visual entries with those of each side ``group`` times in a row."""
     out: Batch = {}
     for kind, pixels, counts in (
         ("image", "pixel_values", [len(side.images) for side in sides]),
-        ("video", "pixel_values_videos", [int(bool(side.video)) for side in sides]),
+        ("video", "pixel_values_videos", [len(side.videos) for side in sides]),
     ):
         if pixels not in visual:
             continue
@@ -374,4 +404,6 @@ def _repeat_visual(visual: Batch, sides: list[Side], group: int) -> Batch:
         out[pixels] = torch.cat([patches[j] for j in order])
         out[f"{kind}_grid_thw"] = grids[order]
         out[f"{kind}_grids"] = [visual[f"{kind}_grids"][j] for j in order]
+        if kind == "video":
+            out["video_fps"] = [visual["video_fps"][j] for j in order]
     return out

@@ -1,187 +1,146 @@
-"""The file formats of training data: which one a row is in, and how it becomes a Pair.
+"""The formats of training data: which one a row is in, how it becomes a Pair, and back.
 
-rime-sft, ume-r1-sft, rime-rl: the published sets' own field names. rime-jsonl: ours (docs/data.md has the schemas).
-Every parser collects all that is wrong with its row as (field, problem) and never opens an image.
+FORMATS holds the published sets (published.py, under their own field names) and ours, rime-jsonl; docs/data.md has the
+schemas. Every parser collects all that is wrong with its row as (field, problem) and never opens an image.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rime_fast.data.records import (
-    DataError,
-    Pair,
-    Problem,
-    Side,
-    image_list,
-    kind_of,
-    side_from_json,
-    side_to_json,
-)
-from rime_fast.data.rows import iter_rows
-from rime_fast.data.templates import CONTROL
-from rime_fast.model.tokens import DISC_TOKEN, GEN_TOKEN, REWRITE_CLOSE, REWRITE_OPEN
-
-Problems = list[tuple[str, str]]
-
-# A placeholder as the published sets write it: `<image>`, a bare Qwen one, MMEB's `<|image_1|>`; and its newline.
-_PLACEHOLDER = re.compile(
-    r"(?:<\|vision_start\|>)?(?:<(image|video)>|<\|(image|video)_(?:pad|\d+)\|>)(?:<\|vision_end\|>)?\n?"
-)
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+from rime_fast.data import published
+from rime_fast.data.images import ImageRoot
+from rime_fast.data.records import DataError, Pair, Problem, Side, kind_of, side_from_json, side_to_json
+from rime_fast.data.sources import open_rows, write_rows
+from rime_fast.data.texts import Problems, is_number, reject_unusable, reject_unusable_rewrite, text_of, unknown_keys
 
 
-def strip_placeholders(text: str, images: int, videos: int, where: str, problems: Problems) -> str:
-    """The task text without placeholders; their number must be that of the side's images and videos, or zero."""
-    found = [match.group(1) or match.group(2) for match in _PLACEHOLDER.finditer(text)]
-    if found:
-        for kind, given in (("image", images), ("video", videos)):
-            if found.count(kind) != given:
-                problems.append((where, f"has {found.count(kind)} {kind} placeholder(s) for {given} {kind}(s)"))
-        text = _PLACEHOLDER.sub("", text)
-    return text
+class Fields(NamedTuple):
+    """What messages call the parts of a side."""
+
+    text: str
+    rewrite: str
+    images: str
+    video: str
 
 
-def parse_assistant(value: str, where: str, problems: Problems) -> str | None:
-    """A gpt turn's plain rewrite: without ``<gen_emb>``, which must stand once, at its end, and without the
-    ``<rewrite>`` tags, which may be missing. A chain of thought stays as it is."""
-    count = value.count(GEN_TOKEN)
-    if count != 1:
-        problems.append((where, f"{'missing' if not count else f'{count} times'} {GEN_TOKEN}; expected it once"))
-        return None
-    body, _, after = value.partition(GEN_TOKEN)
-    if after.replace("<|im_end|>", "").strip():
-        problems.append((where, f"goes on after {GEN_TOKEN}: {after.strip()[:40]!r}"))
-    body = body.strip()
-    if body.startswith(REWRITE_OPEN) and body.endswith(REWRITE_CLOSE):
-        body = body[len(REWRITE_OPEN) : len(body) - len(REWRITE_CLOSE)].strip()
-    if not body:
-        problems.append((where, "empty rewrite"))
-        return None
-    _reject_unusable(body, where, problems)
-    return body
+@dataclass(frozen=True)
+class Format:
+    """One layout. parse: row, image root, problems -> Pair. query, target, negative: the fields of each side.
+    rewrites: whether its rows have them."""
+
+    parse: Callable[[dict[str, Any], ImageRoot, Problems], Pair]
+    query: Fields
+    target: Fields
+    negative: Fields
+    rewrites: bool
 
 
-def parse_human(value: str, images: int, videos: int, where: str, problems: Problems) -> str:
-    """A human turn's task text: without placeholders, and cut at ``<disc_emb>`` (what follows is the set's own
-    instruction; the template brings its own)."""
-    if value.count(DISC_TOKEN) > 1:
-        problems.append((where, f"{value.count(DISC_TOKEN)} times {DISC_TOKEN}; expected it once"))
-    text, found, _ = value.partition(DISC_TOKEN)
-    text = strip_placeholders(text, images, videos, where, problems)
-    if found:
-        text = text.removesuffix("\n")
-    _reject_unusable(text, where, problems)
-    return text
+def _own(side: str) -> Fields:
+    return Fields(f"{side}.text", f"{side}.rewrite", f"{side}.images", f"{side}.video")
 
 
-def _reject_unusable(text: str, where: str, problems: Problems) -> None:
-    if match := CONTROL.search(text):
-        problems.append((where, f"holds {match.group()!r}, which the model would take for a control token"))
-    if _LONE_SURROGATE.search(text):
-        problems.append((where, "holds half a surrogate pair, which is no text"))
+def _turns(side: str) -> Fields:
+    at = f"{side}.conversations"
+    return Fields(f"{at}[0].value", f"{at}[1].value", f"{side}.image", f"{side}.video")
 
 
-def _unknown_keys(raw: dict[str, Any], known: tuple[str, ...], prefix: str, problems: Problems) -> None:
-    problems.extend((f"{prefix}{key}", f"unknown key; known: {', '.join(known)}") for key in raw if key not in known)
+def _flat(text: str, image: str, video: str = "video") -> Fields:
+    return Fields(text, text, image, video)
 
 
-def _conversation_side(raw: Any, where: str, root: str, problems: Problems) -> Side:
-    """One side of RIME-SFT or UME-R1 SFT: two turns, and images or frames beside them."""
-    known = ("conversations", "image", "video")
-    if not isinstance(raw, dict):
-        problems.append((where, f"is {kind_of(raw)}; expected an object with keys {', '.join(known)}"))
-        return Side()
-    before = len(problems)
-    _unknown_keys(raw, known, f"{where}.", problems)
-    side = Side(
-        images=image_list(raw.get("image"), f"{where}.image", root, problems),
-        video=image_list(raw.get("video"), f"{where}.video", root, problems) or None,
-    )
-    turns = raw.get("conversations")
-    at = f"{where}.conversations"
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        problems.append((at, f"is {kind_of(turns)}; expected a list of two turns"))
-        return side
-    speakers = [turn.get("from") for turn in turns]
-    if speakers != ["human", "gpt"]:
-        problems.append((at, f"has turns from {speakers}; expected ['human', 'gpt']"))
-        return side
-    for i, turn in enumerate(turns):
-        field = f"{at}[{i}].value"
-        _unknown_keys(turn, ("from", "value"), f"{at}[{i}].", problems)
-        if not isinstance(turn.get("value"), str):
-            problems.append((field, f"is {kind_of(turn.get('value'))}; expected text"))
-        elif i == 0:
-            side.text = parse_human(turn["value"], len(side.images), int(bool(side.video)), field, problems)
-        else:
-            side.rewrite = parse_assistant(turn["value"], field, problems)
-    if len(problems) == before and not (side.text or side.images or side.video):
-        problems.append((where, "is empty: no text, no image, no video"))
-    return side
-
-
-def _parse_sft(raw: dict[str, Any], root: str, problems: Problems) -> Pair:
-    _unknown_keys(raw, ("qry", "pos", "dataset_name"), "", problems)
-    query, target = (_conversation_side(raw.get(key), key, root, problems) for key in ("qry", "pos"))
-    return Pair(query, target, dataset=_text(raw, "dataset_name", problems) or None)
-
-
-def _parse_rl(raw: dict[str, Any], root: str, problems: Problems) -> Pair:
-    known = ("qry_text", "qry_image", "qry_video", "pos_text", "pos_image", "pos_video", "dataset", "solution")
-    _unknown_keys(raw, known, "", problems)
-    sides = []
-    for key in ("qry", "pos"):
-        before = len(problems)
-        images = image_list(raw.get(f"{key}_image"), f"{key}_image", root, problems)
-        video = image_list(raw.get(f"{key}_video"), f"{key}_video", root, problems) or None
-        text = parse_human(_text(raw, f"{key}_text", problems), len(images), int(bool(video)), f"{key}_text", problems)
-        sides.append(Side(text=text, images=images, video=video))
-        if len(problems) == before and not (text or images or video):
-            problems.append((f"{key}_text", "this side is empty: no text, no image, no video"))
-    return Pair(sides[0], sides[1], dataset=_text(raw, "dataset", problems) or None)
-
-
-def _parse_own(raw: dict[str, Any], root: str, problems: Problems) -> Pair:
-    _unknown_keys(raw, ("query", "target", "negatives", "id", "dataset"), "", problems)
-    query, target = (side_from_json(raw.get(key), key, root, problems) for key in ("query", "target"))
-    negatives = raw.get("negatives") or []
-    if not isinstance(negatives, list):
-        problems.append(("negatives", f"is {kind_of(negatives)}; expected a list of sides"))
-        negatives = []
-    sides = [side_from_json(side, f"negatives[{i}]", root, problems) for i, side in enumerate(negatives)]
-    names = [("query", query), ("target", target), *((f"negatives[{i}]", side) for i, side in enumerate(sides))]
-    for where, side in names:
-        _reject_unusable(side.text, f"{where}.text", problems)
+def _parse_own(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
+    known = ("query", "target", "targets", "negatives", "scores", "mined_scores", "id", "dataset")
+    unknown_keys(raw, known, "", problems)
+    named = {"query": side_from_json(raw.get("query"), "query", root, problems)}
+    if raw.get("targets") is None:
+        named["target"] = side_from_json(raw.get("target"), "target", root, problems)
+        answers = ["target"]
+    else:
+        if raw.get("target") is not None:
+            problems.append(("targets", "given beside `target`; use one of the two"))
+        named |= _side_list(raw, "targets", root, problems)
+        answers = [name for name in named if name != "query"]
+        if not answers:
+            problems.append(("targets", "is empty; expected one right answer or more"))
+    negatives = _side_list(raw, "negatives", root, problems)
+    for where, side in (named | negatives).items():
+        for i, (kind, value) in enumerate(side.parts):
+            if kind == "text":
+                at = f"{where}.text" if side.content is None else f"{where}.content[{i}].text"
+                reject_unusable(value, at, problems)
         if side.rewrite is not None:
-            _reject_unusable(side.rewrite, f"{where}.rewrite", problems)
-            if not side.rewrite.strip():
-                problems.append((f"{where}.rewrite", "empty rewrite"))
+            reject_unusable_rewrite(side.rewrite, f"{where}.rewrite", problems)
     identifier = raw.get("id")
     if identifier is not None and (not isinstance(identifier, (str, int)) or isinstance(identifier, bool)):
         problems.append(("id", f"is {kind_of(identifier)}; expected text or a whole number"))
         identifier = None
+    sides = [named[name] for name in answers] or [Side()]
     return Pair(
-        query, target, sides, None if identifier is None else str(identifier), _text(raw, "dataset", problems) or None
+        named["query"],
+        sides[0],
+        list(negatives.values()),
+        None if identifier is None else str(identifier),
+        text_of(raw, "dataset", problems) or None,
+        sides[1:],
+        _scores(raw, "scores", len(negatives), problems),
+        _scores(raw, "mined_scores", len(negatives), problems),
     )
 
 
-def _text(raw: dict[str, Any], key: str, problems: Problems) -> str:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, str):
-        problems.append((key, f"is {kind_of(value)}; expected text"))
-    return value if isinstance(value, str) else ""
+def _side_list(raw: dict[str, Any], key: str, root: ImageRoot, problems: Problems) -> dict[str, Side]:
+    """name in messages -> side"""
+    found = raw.get(key) or []
+    if not isinstance(found, (list, tuple)):
+        problems.append((key, f"is {kind_of(found)}; expected a list of sides"))
+        return {}
+    return {f"{key}[{i}]": side_from_json(side, f"{key}[{i}]", root, problems) for i, side in enumerate(found)}
 
 
-FORMATS: dict[str, Callable[[dict[str, Any], str, Problems], Pair]] = {
-    "rime-sft": _parse_sft,
-    "ume-r1-sft": _parse_sft,
-    "rime-rl": _parse_rl,
-    "rime-jsonl": _parse_own,
+def _scores(raw: dict[str, Any], key: str, negatives: int, problems: Problems) -> list[float] | None:
+    found = raw.get(key)
+    if found is None:
+        return None
+    numbers = isinstance(found, (list, tuple)) and all(map(is_number, found))
+    if not numbers or len(found) != 1 + negatives:
+        shown = f"{len(found)} values" if isinstance(found, (list, tuple)) else kind_of(found)
+        expected = f"1 + {negatives} finite numbers, the target's first, then the negatives'"
+        problems.append((key, f"is {shown}; expected {expected}"))
+        return None
+    return [float(x) for x in found]
+
+
+_SFT = Format(published.parse_sft, _turns("qry"), _turns("pos"), _own("negatives"), True)
+_HOUND = ("conversations[0].value", "conversations[1].value")
+
+FORMATS: dict[str, Format] = {
+    "rime-sft": _SFT,
+    "ume-r1-sft": _SFT,
+    "rime-rl": Format(
+        published.parse_rl,
+        _flat("qry_text", "qry_image", "qry_video"),
+        _flat("pos_text", "pos_image", "pos_video"),
+        _own("negatives"),
+        False,
+    ),
+    "rime-jsonl": Format(_parse_own, _own("query"), _own("target"), _own("negatives[{0}]"), True),
+    "mmeb": Format(
+        published.parse_mmeb,
+        _flat("qry", "qry_image_path"),
+        _flat("pos_text", "pos_image_path"),
+        _flat("neg_text", "neg_image_path"),
+        False,
+    ),
+    "colpali": Format(published.parse_colpali, _flat("query", "-"), _flat("-", "image"), _own("-"), False),
+    "visrag": Format(published.parse_visrag, _flat("query", "-"), _flat("-", "image"), _own("-"), False),
+    "llava-hound": Format(published.parse_llava_hound, _flat(_HOUND[0], "-"), _flat(_HOUND[1], "-"), _own("-"), False),
+    "llava-hound-video": Format(
+        published.parse_llava_hound_video, _flat(_HOUND[1], "-"), _flat("-", "-"), _own("-"), False
+    ),
 }
 
 
@@ -189,49 +148,83 @@ def detect_format(raw: Any) -> str | None:
     """The format of a row by its keys, None if it is none of ours."""
     if not isinstance(raw, dict):
         return None
+    if "qry_image_path" in raw or "pos_image_path" in raw:
+        return "mmeb"
     if "qry" in raw or "pos" in raw:
         return "ume-r1-sft" if "dataset_name" in raw else "rime-sft"
     if "qry_text" in raw or "pos_text" in raw:
         return "rime-rl"
+    if "image_filename" in raw and "query" in raw:
+        return "colpali"
+    if "image" in raw and "query" in raw and "target" not in raw:
+        return "visrag"
+    if "conversations" in raw and "video" in raw:
+        return "llava-hound"
     return "rime-jsonl" if "query" in raw or "target" in raw else None
 
 
-def parse_row(raw: Any, *, root: str | Path = "", file_format: str | None = None) -> tuple[Pair, Problems]:
+def parse_row(raw: Any, *, root: str | Path | ImageRoot = "", file_format: str | None = None) -> tuple[Pair, Problems]:
     """One decoded row as a Pair, and what is wrong with it: (field, problem) for each find.
 
-    ``root``: folder that relative image paths start from. ``file_format``: one of FORMATS, None to detect it.
+    ``root``: what relative image paths start from (a folder confines nothing; see ImageRoot). ``file_format``: one of
+    FORMATS, None to detect it.
     """
     problems: Problems = []
     name = file_format or detect_format(raw)
-    if name is not None and name not in FORMATS:
-        raise ValueError(f"file_format is {name!r}; expected one of {', '.join(FORMATS)}")
+    known_format(name)
     if name is None or not isinstance(raw, dict):
-        keys = f"an object with keys {sorted(raw)}" if isinstance(raw, dict) else kind_of(raw)
+        keys = f"an object with keys {sorted(map(str, raw))}" if isinstance(raw, dict) else kind_of(raw)
         problems.append(("", f"is {keys}; expected a row of {', '.join(FORMATS)}"))
         return Pair(Side(), Side()), problems
-    return FORMATS[name](raw, os.fspath(root), problems), problems
+    place = root if isinstance(root, ImageRoot) else ImageRoot(os.fspath(root), outside=True)
+    return FORMATS[name].parse(raw, place, problems), problems
+
+
+def known_format(name: str | None) -> None:
+    """Raises ValueError for a name that is none of FORMATS."""
+    if name is not None and name not in FORMATS:
+        raise ValueError(f"file_format is {name!r}; expected one of {', '.join(FORMATS)}")
 
 
 def read_pairs(
-    path: str | Path, *, image_root: str | Path | None = None, file_format: str | None = None
+    path: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    file_format: str | None = None,
+    allow_outside: bool = False,
+    allow_urls: bool = False,
 ) -> Iterator[Pair]:
-    """Stream the pairs of a file in any of FORMATS. Raises DataError at the first bad row.
+    """Stream the pairs of any file that ``open_rows`` opens, in any of FORMATS. Raises DataError at the first bad row.
 
-    ``image_root``: folder of relative image paths (default: the file's own).
+    ``image_root``: folder of relative image paths (default: the file's own). ``allow_outside``, ``allow_urls``: see
+    ImageRoot.
     """
-    root = Path(path).parent if image_root is None else image_root
-    for row in iter_rows(path):
+    rows = open_rows(path)
+    root = ImageRoot(rows.folder if image_root is None else os.fspath(image_root), allow_outside, allow_urls)
+    if rows.problem is not None:
+        raise DataError(rows.problem)
+    for row in rows.between(0, len(rows)):
         found: Problems = [("", row.error)] if row.error else []
         if not row.error:
             pair, found = parse_row(row.value, root=root, file_format=file_format)
         if found:
-            raise DataError([Problem(str(path), row.number, field, problem) for field, problem in found])
+            raise DataError([Problem(rows.name, row.number, field, problem) for field, problem in found])
         yield pair
 
 
-def pair_to_json(pair: Pair) -> dict[str, Any]:
-    """A row of our own JSONL. Images must be paths."""
-    raw: dict[str, Any] = {"query": side_to_json(pair.query), "target": side_to_json(pair.target)}
+def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
+    """Write pairs as rows of our own, in the form that the path's ending names (see ``write_rows``); images that are
+    no paths can be written as Parquet only."""
+    parquet = Path(path).suffix == ".parquet"
+    write_rows(path, (pair_to_json(pair, open_images=parquet) for pair in pairs))
+
+
+def pair_to_json(pair: Pair, *, open_images: bool = False) -> dict[str, Any]:
+    """A row of our own. Images must be paths, unless ``open_images`` (they become ``{"bytes", "path"}``)."""
+    sides = [side_to_json(side, open_images=open_images) for side in (pair.query, pair.target, *pair.positives)]
+    raw: dict[str, Any] = {"query": sides[0]}
+    raw |= {"targets": sides[1:]} if pair.positives else {"target": sides[1]}
     if pair.negatives:
-        raw["negatives"] = [side_to_json(side) for side in pair.negatives]
-    return raw | {key: value for key in ("id", "dataset") if (value := getattr(pair, key)) is not None}
+        raw["negatives"] = [side_to_json(side, open_images=open_images) for side in pair.negatives]
+    optional = ("scores", "mined_scores", "id", "dataset")
+    return raw | {key: value for key in optional if (value := getattr(pair, key)) is not None}

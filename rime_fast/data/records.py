@@ -6,21 +6,23 @@ A side holds references to its images, not pixels: they are opened when a batch 
 from __future__ import annotations
 
 import hashlib
-import io
+import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-# A path, an open image, an [H, W, 3] uint8 array, or what `datasets` stores for an undecoded image.
-ImageSource = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, dict[str, Any]]
+from rime_fast.data.images import ImageRoot, ImageSource, hash_image, stored_image
+from rime_fast.data.images import image_size as image_size
+from rime_fast.data.images import load_image as load_image
+from rime_fast.data.video import Video, VideoSource, hash_video, is_video_file
 
-_ORIENTATION = 0x0112  # EXIF tag
+# One piece of an interleaved side, in order: ("text", str), ("image", ImageSource) or ("video", Video).
+Part = tuple[Literal["text", "image", "video"], Any]
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,47 @@ class DataError(ValueError):
 class Side:
     """One query or one target.
 
-    text: the task text, without placeholders for vision. images / video: sources in order; ``video`` is a list of
-    frames, or None. rewrite: the plain rewrite (with template ``cot``: the whole response before ``<gen_emb>``), None
-    where there is none. fps: frames per second of ``video``, None for the collator's default.
+    text: the task text, without placeholders for vision. images: sources in order. video: a list of frames, the path
+    of a video file or of a folder of frames, or None. rewrite: the plain rewrite (with template ``cot``: the whole
+    response before ``<gen_emb>``), None where there is none. fps: frames per second of ``video``, None for the
+    collator's default.
+
+    content: where text, images and videos alternate, or there are several videos: the parts in order; ``text`` and
+    ``images`` then are those of the parts, and ``video`` is None.
     """
 
     text: str = ""
     images: list[ImageSource] = field(default_factory=list)
-    video: list[ImageSource] | None = None
+    video: VideoSource | None = None
     rewrite: str | None = None
     id: str | None = None
     fps: float | None = None
+    content: list[Part] | None = None
+
+    def __post_init__(self) -> None:
+        if self.content is not None:
+            self.text = "".join(value for kind, value in self.content if kind == "text")
+            self.images = [value for kind, value in self.content if kind == "image"]
+            self.video = self.fps = None
+
+    @property
+    def videos(self) -> list[Video]:
+        """All videos, in order."""
+        if self.content is not None:
+            return [value for kind, value in self.content if kind == "video"]
+        return [Video(self.video, self.fps)] if self.video else []
+
+    @property
+    def parts(self) -> list[Part]:
+        """Everything in the prompt's order: ``content``, else images, video, text."""
+        if self.content is not None:
+            return self.content
+        vision: list[Part] = [("image", source) for source in self.images]
+        return [*vision, *(("video", video) for video in self.videos), ("text", self.text)]
+
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.images or self.videos)
 
     @property
     def name(self) -> str:
@@ -82,95 +114,78 @@ class Side:
 
 @dataclass
 class Pair:
-    """A query, its target and, optionally, explicit hard negatives (other targets)."""
+    """A query and its target.
+
+    negatives: explicit hard negatives (other targets). positives: further right answers; ``visit`` trains on one after
+    the other. scores: 1 + len(negatives) logits of a teacher, the target's first. mined_scores: in the same order, the
+    cosines that the negatives were chosen by.
+    """
 
     query: Side
     target: Side
     negatives: list[Side] = field(default_factory=list)
     id: str | None = None
     dataset: str | None = None
+    positives: list[Side] = field(default_factory=list)
+    scores: list[float] | None = None
+    mined_scores: list[float] | None = None
 
+    def visit(self, number: int) -> Pair:
+        """The pair with its ``number``-th right answer (counted round) as the target. A teacher's score belongs to the
+        first, so the others come without."""
+        answers = [self.target, *self.positives]
+        at = number % len(answers)
+        if at == 0:
+            return self
+        others = answers[:at] + answers[at + 1 :]
+        return replace(self, target=answers[at], positives=others, scores=None, mined_scores=None)
 
-def load_image(source: ImageSource) -> Image.Image:
-    """Open one image, fully read, turned upright where its EXIF says so.
+    def with_negatives(self, most: int) -> Pair:
+        """The pair with at most its first ``most`` hard negatives."""
+        if len(self.negatives) <= most:
+            return self
 
-    Raises ValueError naming the source when it is missing, broken or of an unknown kind.
-    """
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3):
-            raise ValueError(f"image array is {source.dtype} {source.shape}; expected uint8 [H, W] or [H, W, 3]")
-        return Image.fromarray(source)
-    with _opened(source) as image:
-        image.load()
-        return ImageOps.exif_transpose(image) if "exif" in image.info else image
+        def cut(scores: list[float] | None) -> list[float] | None:
+            return None if scores is None else scores[: most + 1]
 
-
-def image_size(source: ImageSource) -> tuple[int, int]:
-    """Height and width of the upright image; of a file only the head is read. Raises as ``load_image``."""
-    if isinstance(source, (Image.Image, np.ndarray)):
-        image = load_image(source)
-        return image.height, image.width
-    with _opened(source) as image:
-        turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-        return (image.width, image.height) if turned else (image.height, image.width)
-
-
-@contextmanager
-def _opened(source: Any) -> Iterator[Image.Image]:
-    """The image of a path, or of a dict with bytes or a path; its own errors become ValueErrors with its name."""
-    opened, name = source, str(source)
-    if isinstance(source, dict):
-        name = str(source.get("path") or "image bytes")
-        opened = io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source.get("path")
-    if not isinstance(opened, (str, os.PathLike, io.BytesIO)) or opened == "":
-        raise ValueError(f"image is {type(source).__name__}; expected a path, a PIL image, an array or bytes")
-    try:
-        with Image.open(opened) as image:
-            yield image
-    except FileNotFoundError:
-        raise ValueError(f"missing image: {name}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"broken image: {name} ({error})") from None
-
-
-def resolve_image(source: ImageSource, root: str | Path) -> ImageSource:
-    """A relative path seen from ``root``; anything else as it is."""
-    if isinstance(source, str):
-        return source if os.path.isabs(source) else os.path.join(root, source)
-    return source
+        kept = self.negatives[:most]
+        return replace(self, negatives=kept, scores=cut(self.scores), mined_scores=cut(self.mined_scores))
 
 
 def stable_hash(side: Side) -> int:
     """A 63-bit number equal for equal items, on every machine and run: of ``id`` where there is one, else of the text
     and the images. Used to mask false negatives, so two different items must not share it: an image counts by its
-    path, or by its pixels where it has none."""
+    bytes or pixels where they are there, else by its path."""
+    return content_hash(side) if side.id is None else _number(b"id\0" + side.id.encode("utf-8", "surrogatepass"))
+
+
+def content_hash(side: Side) -> int:
+    """``stable_hash`` of the side without its id: equal for equal text, images and videos."""
     digest = hashlib.blake2b(digest_size=8)
-    if side.id is not None:
-        digest.update(b"id\0" + side.id.encode("utf-8", "surrogatepass"))
-        return int.from_bytes(digest.digest(), "big") >> 1
     text = side.text.encode("utf-8", "surrogatepass")
     digest.update(f"text {len(text)}\0".encode() + text)
-    for source in (*side.images, *(side.video or ())):
+    if side.content is not None:
+        lengths = [(kind, len(value) if kind == "text" else 0) for kind, value in side.content]
+        digest.update(f"\0content {lengths}".encode())
+    for source in side.images:
         digest.update(b"\0image\0")
-        if isinstance(source, dict):
-            source = source.get("path") or load_image(source)
-        if isinstance(source, np.ndarray):
-            digest.update(f"{source.shape}".encode() + np.ascontiguousarray(source).tobytes())
-        elif isinstance(source, Image.Image):
-            digest.update(f"{source.mode}{source.size}".encode() + source.tobytes())
-        else:
-            digest.update(os.fsencode(source))
+        hash_image(source, digest)
+    for video in side.videos:
+        hash_video(video, digest)
     return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
 # --- the JSON form of a side (the `rime-jsonl` schema, docs/data.md) -------------------------------------------------
 
-SIDE_KEYS = ("text", "image", "images", "video", "fps", "rewrite", "id")
+SIDE_KEYS = ("text", "image", "images", "video", "fps", "content", "rewrite", "id")
+PART_KEYS = ("text", "image", "video", "fps")
 
 
-def side_from_json(raw: Any, where: str, root: str | Path, problems: list[tuple[str, str]]) -> Side:
+def side_from_json(raw: Any, where: str, root: str | Path | ImageRoot, problems: list[tuple[str, str]]) -> Side:
     """Read one side. Adds (field, problem) to ``problems`` for everything wrong; the side returned is then partial.
 
     A missing key and null mean the same, so that rows of a `datasets.Dataset` (which fills gaps with null) read alike.
@@ -188,48 +203,125 @@ def side_from_json(raw: Any, where: str, root: str | Path, problems: list[tuple[
         text=_typed(raw, "text", str, where, problems) or "",
         rewrite=_typed(raw, "rewrite", str, where, problems),
         id=_identifier(raw, where, problems),
-        fps=_typed(raw, "fps", (int, float), where, problems),
+        fps=_rate(raw, where, problems),
     )
     key = "image" if raw.get("image") is not None else "images"
     side.images = image_list(raw.get(key), f"{where}.{key}", root, problems)
-    side.video = image_list(raw.get("video"), f"{where}.video", root, problems) or None
-    if side.fps is not None and not side.fps > 0:
-        problems.append((f"{where}.fps", f"is {side.fps}; expected a positive number of frames per second"))
-        side.fps = None
-    if len(problems) == before and not (side.text or side.images or side.video):
+    side.video = video_source(raw.get("video"), f"{where}.video", root, problems)
+    if raw.get("content") is not None:
+        if not side.empty:
+            problems.append((f"{where}.content", "given beside text, images or video; it holds them all"))
+        parts = _content(raw["content"], f"{where}.content", root, problems)
+        side = Side(rewrite=side.rewrite, id=side.id, content=parts)
+    if len(problems) == before and side.empty:
         problems.append((where, "is empty: no text, no image, no video"))
     return side
 
 
-def image_list(raw: Any, where: str, root: str | Path, problems: list[tuple[str, str]]) -> list[ImageSource]:
+def _content(raw: Any, where: str, root: str | Path | ImageRoot, problems: list[tuple[str, str]]) -> list[Part]:
+    """Interleaved parts: each an object with one of text, image, video (and fps beside a video)."""
+    if not isinstance(raw, (list, tuple)):
+        problems.append((where, f"is {kind_of(raw)}; expected a list of parts"))
+        return []
+    parts: list[Part] = []
+    for i, entry in enumerate(raw):
+        at = f"{where}[{i}]"
+        held = [key for key in PART_KEYS[:3] if isinstance(entry, dict) and entry.get(key) is not None]
+        if len(held) != 1:
+            problems.append((at, "expected an object with one of text, image, video"))
+            continue
+        problems += [(f"{at}.{key}", f"unknown key; known: {', '.join(PART_KEYS)}") for key in entry.keys() - PART_KEYS]
+        (kind,) = held
+        if kind == "text":
+            parts.append(("text", _typed(entry, "text", str, at, problems) or ""))
+        elif kind == "image":
+            found = image_list(entry["image"], f"{at}.image", root, problems)
+            parts += [("image", source) for source in found]
+        else:
+            source = video_source(entry["video"], f"{at}.video", root, problems)
+            if source:
+                parts.append(("video", Video(source, _rate(entry, at, problems))))
+    return parts
+
+
+def _rate(raw: dict[str, Any], where: str, problems: list[tuple[str, str]]) -> float | None:
+    fps = _typed(raw, "fps", (int, float), where, problems)
+    if fps is not None and not 0 < fps < math.inf:
+        problems.append((f"{where}.fps", f"is {fps}; expected a positive number of frames per second"))
+        return None
+    return fps
+
+
+def image_list(
+    raw: Any, where: str, root: str | Path | ImageRoot, problems: list[tuple[str, str]]
+) -> list[ImageSource]:
     """A source or a list of them; "" and null mean none."""
     sources = raw if isinstance(raw, (list, tuple)) else [raw]
     found: list[ImageSource] = []
     for i, source in enumerate(sources):
         if source is None or (isinstance(source, str) and not source):
             continue
+        at = f"{where}[{i}]" if isinstance(raw, (list, tuple)) else where
         if not isinstance(source, (str, os.PathLike, Image.Image, np.ndarray)) and not _is_image_dict(source):
-            at = f"{where}[{i}]" if isinstance(raw, (list, tuple)) else where
             problems.append((at, f"is {kind_of(source)}; expected the path of an image"))
             continue
-        found.append(resolve_image(source, root))
+        try:
+            found.append(_rooted(root).resolve(source))
+        except ValueError as error:
+            problems.append((at, str(error)))
     return found
 
 
-def side_to_json(side: Side) -> dict[str, Any]:
-    """The inverse of ``side_from_json`` for a side whose images are paths. Raises ValueError for open images."""
-    raw: dict[str, Any] = {"text": side.text}
-    for key, sources in (("images", side.images), ("video", side.video)):
-        if sources:
-            if not all(isinstance(source, (str, os.PathLike)) for source in sources):
-                raise ValueError(f"{side.name}: {key} holds open images; only paths can be written as JSON")
-            raw[key] = [os.fspath(source) for source in sources]  # type: ignore[arg-type]
+def video_source(
+    raw: Any, where: str, root: str | Path | ImageRoot, problems: list[tuple[str, str]]
+) -> VideoSource | None:
+    """A list of frames, or a path: of a video file (by its ending), of a folder of frames, or of a single frame."""
+    if isinstance(raw, (list, tuple)) and len(raw) == 1 and isinstance(raw[0], str) and is_video_file(raw[0]):
+        raw = raw[0]
+    found = image_list(raw, where, root, problems)
+    whole = isinstance(raw, (str, os.PathLike)) and bool(found)
+    if whole and (is_video_file(os.fspath(raw)) or not os.path.splitext(os.fspath(raw))[1]):
+        return str(found[0])
+    return found or None
+
+
+def _rooted(root: str | Path | ImageRoot) -> ImageRoot:
+    return root if isinstance(root, ImageRoot) else ImageRoot(os.fspath(root), outside=True)
+
+
+def side_to_json(side: Side, *, open_images: bool = False) -> dict[str, Any]:
+    """The inverse of ``side_from_json`` for a side whose images are paths. Raises ValueError for open images, unless
+    ``open_images``: then each image is ``{"bytes", "path"}``, as `datasets` stores it."""
+
+    def paths(key: str, sources: Sequence[ImageSource]) -> list[Any]:
+        if open_images:
+            return [stored_image(source) for source in sources]
+        if not all(isinstance(source, (str, os.PathLike)) for source in sources):
+            raise ValueError(f"{side.name}: {key} holds open images; only paths can be written as JSON")
+        return [os.fspath(source) for source in sources]  # type: ignore[arg-type]
+
+    def video(source: VideoSource) -> Any:
+        return source if isinstance(source, str) else paths("video", source)
+
+    raw: dict[str, Any] = {}
+    if side.content is not None:
+        raw["content"] = []
+        for kind, value in side.content:
+            if kind == "video":
+                rate = {} if value.fps is None else {"fps": value.fps}
+                raw["content"].append({"video": video(value.source), **rate})
+            else:
+                raw["content"].append({kind: value if kind == "text" else paths("content", [value])[0]})
+    else:
+        raw["text"] = side.text
+        raw |= {"images": paths("images", side.images)} if side.images else {}
+        raw |= {"video": video(side.video)} if side.video else {}
     raw |= {key: value for key in ("rewrite", "id", "fps") if (value := getattr(side, key)) is not None}
     return raw
 
 
 def _is_image_dict(source: Any) -> bool:
-    return isinstance(source, dict) and bool(source.keys() & {"bytes", "path"}) and any(source.values())
+    return isinstance(source, dict) and any(source.get(key) is not None for key in ("bytes", "path"))
 
 
 def _identifier(raw: dict[str, Any], where: str, problems: list[tuple[str, str]]) -> str | None:

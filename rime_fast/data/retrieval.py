@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rime_fast.data.records import DataError, Problem, Side, kind_of, side_from_json, side_to_json
+from rime_fast.data.cache import replacing
+from rime_fast.data.images import ImageRoot
+from rime_fast.data.records import DataError, Pair, Problem, Side, content_hash, kind_of, side_from_json, side_to_json
+from rime_fast.data.row_check import CheckRules, check_pair
 from rime_fast.data.rows import iter_rows
-
-Problems = list[tuple[str, str]]
+from rime_fast.data.texts import Problems, is_number, reject_unusable, unknown_keys
 
 
 @dataclass
@@ -40,18 +43,69 @@ class RetrievalSet:
                 raise ValueError(f"gains[{i}] has {len(self.gains[i])} entries for {len(right)} right candidates")
 
     @classmethod
-    def from_file(cls, path: str | Path, *, image_root: str | Path | None = None) -> RetrievalSet:
-        """Read either form of docs/data.md. Raises DataError naming file, row and field.
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        image_root: str | Path | None = None,
+        allow_outside: bool = False,
+        images: Literal["decode", "head", "skip"] = "skip",
+    ) -> RetrievalSet:
+        """Read either form of docs/data.md. Raises DataError naming file, row and field of everything wrong.
 
         One JSON object ``{"name", "candidates": [side], "queries": [{"query": side, "correct": index or list,
         "candidates": [index], "gains": [number]}]}``; or JSONL (MMEB-style) with one query a line and its candidates
-        inline: ``{"query": side, "candidates": [side], "correct": index or list}``. Equal inline candidates become one.
+        inline: ``{"query": side, "candidates": [side], "correct": index or list}``. Equal candidates become one.
+        allow_outside: see ImageRoot. images: how far each is read here ("head": as far
+        as its size, "decode": whole), so that none is missing once embedding has begun.
         """
         path = Path(path)
-        root = os.fspath(path.parent if image_root is None else image_root)
+        folder = os.fspath(path.parent if image_root is None else image_root)
+        root = ImageRoot(folder, allow_outside)
         rows = iter_rows(path)
         whole = _whole_object(path)
-        return _read_inline(rows, path, root) if whole is None else _read_shared(whole, path, root)
+        found = _read_inline(rows, path, root) if whole is None else _read_shared(whole, path, root)
+        rules = CheckRules(rewrites=False, images=images)
+        if problems := list(found.problems(str(path), rules)):
+            raise DataError(problems)
+        return found.merged()
+
+    def problems(self, file: str, rules: CheckRules) -> Iterator[Problem]:
+        """What is wrong with the sides: of query i as row i + 1, of candidates as row 0."""
+        sides = [(i + 1, "query", side) for i, side in enumerate(self.queries)]
+        sides += [(0, f"candidates[{i}]", side) for i, side in enumerate(self.candidates)]
+        for row, name, side in sides:
+            found: Problems = []
+            reject_unusable(side.text, f"{name}.text", found)
+            other = check_pair(Pair(side, Side(text="-")), rules)
+            found += [(where.replace("query", name, 1), problem) for where, problem in other]
+            yield from (Problem(file, row, where, problem) for where, problem in found)
+
+    def merged(self) -> RetrievalSet:
+        """The set with equal candidates (by id or by content) as one, so that none of them is a wrong answer for a
+        query whose right answer is another."""
+        place: dict[tuple[str, Any], int] = {}
+        kept: list[Side] = []
+        to = []
+        for side in self.candidates:
+            names = [("content", content_hash(side)), *([("id", side.id)] if side.id is not None else [])]
+            at = next((place[name] for name in names if name in place), len(kept))
+            if at == len(kept):
+                kept.append(side)
+            for name in names:
+                place.setdefault(name, at)
+            to.append(at)
+        if len(kept) == len(self.candidates):
+            return self
+        correct, gains = [], []
+        for i, right in enumerate(self.correct):
+            best: dict[int, float] = {}
+            for index, gain in zip(right, self.gains[i] if self.gains else [1.0] * len(right), strict=True):
+                best[to[index]] = max(gain, best.get(to[index], gain))
+            correct.append(list(best))
+            gains.append(list(best.values()))
+        pools = None if self.pools is None else [list(dict.fromkeys(to[j] for j in pool)) for pool in self.pools]
+        return RetrievalSet(self.queries, kept, correct, pools, gains if self.gains else None, self.name)
 
     def save(self, path: str | Path) -> None:
         """Write the one-object form. Images must be paths."""
@@ -62,7 +116,8 @@ class RetrievalSet:
             entry |= {"gains": self.gains[i]} if self.gains is not None else {}
             queries.append(entry)
         whole = {"name": self.name, "candidates": [side_to_json(side) for side in self.candidates], "queries": queries}
-        Path(path).write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+        with replacing(path) as stream:
+            stream.write(json.dumps(whole, ensure_ascii=False))
 
 
 def is_retrieval_set(path: str | Path) -> bool:
@@ -82,7 +137,7 @@ def _whole_object(path: Path) -> dict[str, Any] | None:
     return whole if isinstance(whole, dict) and "queries" in whole else None
 
 
-def _read_shared(whole: dict[str, Any], path: Path, root: str) -> RetrievalSet:
+def _read_shared(whole: dict[str, Any], path: Path, root: ImageRoot) -> RetrievalSet:
     problems: list[Problem] = []
 
     def take(row: int, found: Problems) -> None:
@@ -109,15 +164,17 @@ def _read_shared(whole: dict[str, Any], path: Path, root: str) -> RetrievalSet:
             take(i + 1, [("queries", f"is {kind_of(raw)}; expected an object")])
             continue
         known = ("query", "correct", "candidates", "gains")
-        found += [(key, f"unknown key; known: {', '.join(known)}") for key in raw if key not in known]
+        unknown_keys(raw, known, "", found)
         queries.append(side_from_json(raw.get("query"), "query", root, found))
         pool = _indices(raw.get("candidates"), len(candidates), "candidates", found) if "candidates" in raw else None
         right = _indices(raw.get("correct"), len(candidates), "correct", found)
         if pool is not None and (lost := set(right) - set(pool)):
             found.append(("correct", f"names candidate {min(lost)}, which is not among this query's candidates"))
         weights = raw.get("gains", [1.0] * len(right))
-        if not isinstance(weights, list) or len(weights) != len(right):
-            found.append(("gains", f"expected one number for each of {len(right)} right candidates"))
+        numbers = isinstance(weights, list) and all(is_number(gain) and gain >= 0 for gain in weights)
+        if not numbers or len(weights) != len(right) or (right and not any(weights)):
+            expected = f"expected one number for each of {len(right)} right candidates, >= 0 and not all 0"
+            found.append(("gains", f"{expected}; got {str(weights)[:60]}"))
         correct.append(right)
         pools.append(pool)
         gains.append(weights)
@@ -135,7 +192,7 @@ def _read_shared(whole: dict[str, Any], path: Path, root: str) -> RetrievalSet:
     )
 
 
-def _read_inline(rows: Any, path: Path, root: str) -> RetrievalSet:
+def _read_inline(rows: Any, path: Path, root: ImageRoot) -> RetrievalSet:
     problems: list[Problem] = []
     queries, correct, pools = [], [], []
     candidates: list[Side] = []
@@ -147,7 +204,7 @@ def _read_inline(rows: Any, path: Path, root: str) -> RetrievalSet:
             found.append(("candidates", "expected an object with query, candidates (a list of sides) and correct"))
         if not found:
             known = ("query", "candidates", "correct")
-            found += [(key, f"unknown key; known: {', '.join(known)}") for key in raw if key not in known]
+            unknown_keys(raw, known, "", found)
             queries.append(side_from_json(raw.get("query"), "query", root, found))
             pool = []
             for i, entry in enumerate(raw["candidates"]):
@@ -170,4 +227,7 @@ def _indices(raw: Any, limit: int, where: str, problems: Problems) -> list[int]:
     if not values or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < limit for v in values):
         problems.append((where, f"is {str(raw)[:60]}; expected indices from 0 to {limit - 1}"))
         return []
+    if len(set(values)) < len(values):
+        twice = next(value for i, value in enumerate(values) if value in values[:i])
+        problems.append((where, f"names candidate {twice} twice"))
     return values

@@ -1,6 +1,5 @@
-"""Rows of a JSON list or a JSONL file, one at a time: neither form is ever held whole in memory.
-
-Which of the two a file is, is read from its first character, not its name.
+"""What a source of rows is, and the rows of a JSON list or a JSONL file one at a time: neither form is ever held whole
+in memory. Which of the two a file is, is read from its first character, not its name.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from rime_fast.data.records import DataError, Problem
 
@@ -27,17 +28,82 @@ class Row(NamedTuple):
     error: str | None = None
 
 
-def iter_rows(path: str | Path) -> Iterator[Row]:
-    """All rows in order. A JSONL line that is no JSON comes as a Row with ``error``; a list that breaks off or holds
-    no JSON raises DataError with the line, since nothing after that point can be trusted."""
+class RowSource:
+    """Rows by number, as ``open_rows`` gives them. Pickles, so it serves dataloader workers.
+
+    name: what messages call it. folder: what relative image paths start from. problem: what ends the source early, of
+    a list that breaks off.
+    """
+
+    name: str = "dataset"
+    folder: str = ""
+    problem: Problem | None = None
+
+    def __len__(self) -> int:
+        raise TypeError(f"{type(self).__name__} has no length")
+
+    def read(self, index: int) -> Any:
+        """The decoded row (or Pair). Raises DataError where it cannot be read."""
+        raise TypeError(f"{type(self).__name__} has no rows")
+
+    def number(self, index: int) -> int:
+        """What messages call the row: counted from 1, in JSONL the line."""
+        return index + 1
+
+    def between(self, start: int, stop: int) -> Iterator[Row]:
+        """Rows in order; one that cannot be read has an ``error``."""
+        for index in range(start, min(stop, len(self))):
+            try:
+                yield Row(self.number(index), 0, 0, self.read(index))
+            except DataError as error:
+                yield Row(self.number(index), 0, 0, None, "; ".join(p.problem for p in error.problems) or str(error))
+
+    def sizes(self) -> np.ndarray | None:
+        """A measure of each row's length [n] that costs nothing to know; None where there is none."""
+        return None
+
+    def locality(self, indices: np.ndarray) -> np.ndarray | None:
+        """A number per row, equal where rows are read together; None where that gains nothing."""
+        return None
+
+    def key(self) -> Any:
+        """What the rows depend on (files, sizes, times), for caches; None where it cannot be told."""
+        return None
+
+
+def decode_line(text: bytes) -> tuple[Any, str | None]:
+    """(value, None) or (None, what is wrong with the line)."""
+    try:
+        return json.loads(text), None
+    except json.JSONDecodeError as broken:
+        return None, f"is not JSON: {broken.msg} (column {broken.colno})"
+    except UnicodeDecodeError as broken:
+        return None, f"is not UTF-8 (byte {broken.start} of the line)"
+    except RecursionError:
+        return None, "is nested too deeply"
+
+
+def starts_list(path: str | Path) -> bool:
+    """Whether the file is one JSON list (else JSONL). Raises DataError for one that is missing, empty or UTF-16."""
     path = Path(path)
     if not path.is_file():
         raise DataError(Problem(str(path), 0, "", "no such file"))
     with path.open("rb") as stream:
-        head = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        head = stream.read(4096)
+        if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(Problem(str(path), 0, "", "is UTF-16; expected UTF-8"))
+        while head and not (rest := head.lstrip(b"\xef\xbb\xbf \t\r\n")):
+            head = stream.read(1 << 20)
     if not head:
         raise DataError(Problem(str(path), 0, "", "is empty"))
-    return _iter_list(path) if head.startswith(b"[") else _iter_lines(path)
+    return rest.startswith(b"[")
+
+
+def iter_rows(path: str | Path) -> Iterator[Row]:
+    """All rows in order. A JSONL line that is no JSON comes as a Row with ``error``; a list that breaks off or holds
+    no JSON raises DataError with the line, since nothing after that point can be trusted."""
+    path = Path(path)
+    return _iter_list(path) if starts_list(path) else _iter_lines(path)
 
 
 def read_row(path: str | Path, start: int, stop: int) -> Any:
@@ -54,15 +120,7 @@ def _iter_lines(path: Path) -> Iterator[Row]:
             stop = start + len(line)
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if text.strip():
-                value, error = None, None
-                try:
-                    value = json.loads(text)
-                except json.JSONDecodeError as broken:
-                    error = f"is not JSON: {broken.msg} (column {broken.colno})"
-                except UnicodeDecodeError as broken:
-                    error = f"is not UTF-8 (byte {broken.start} of the line)"
-                except RecursionError:
-                    error = "is nested too deeply"
+                value, error = decode_line(text)
                 yield Row(number, stop - len(text), stop, value, error)
             start = stop
 
@@ -129,3 +187,6 @@ def _iter_list(path: Path) -> Iterator[Row]:
             stop = start + len(buffer[at:end].encode())
             counted, counted_bytes, at = end, stop, end
             yield Row(number, offset + start, offset + stop, value)
+        at += 1
+        if skip_blank():
+            raise fail("more follows its closing bracket", at)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from rime_fast.data.records import Side
-from rime_fast.model.tokens import DISC_TOKEN, GEN_TOKEN, REWRITE_CLOSE, REWRITE_OPEN
+from rime_fast.model.token_names import DISC_TOKEN, GEN_TOKEN, REWRITE_CLOSE, REWRITE_OPEN
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -30,7 +30,8 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 # What splits a rendered text for the tokenizer, and what a user's own text may not hold: anything written like one of
 # Qwen's control tokens, and the two embedding tokens.
 CONTROL = re.compile(rf"<\|[A-Za-z0-9_]+\|>|{re.escape(DISC_TOKEN)}|{re.escape(GEN_TOKEN)}")
-_TAGS = re.compile(rf"{re.escape(REWRITE_OPEN)}|{re.escape(REWRITE_CLOSE)}")
+# What the template puts around a rewrite.
+TAGS = re.compile(rf"{re.escape(REWRITE_OPEN)}|{re.escape(REWRITE_CLOSE)}")
 
 # [known] The system turn that the chat templates of Qwen2-VL and Qwen2.5-VL put first (Qwen3-VL's has none).
 QWEN_SYSTEM = "You are a helpful assistant."
@@ -75,15 +76,16 @@ class Template:
     filler: str | Callable[[Side], str] | None = None
     special_text: Literal["error", "escape"] = "error"
 
-    def render_vision(self, side: Side) -> str:
-        """One placeholder per image, then one for the video; the collator expands them to their token counts."""
-        return IMAGE * len(side.images) + (VIDEO if side.video else "")
+    def render_user(self, side: Side) -> str:
+        """The side's parts in order, with one placeholder an image or video; the collator expands them to their token
+        counts."""
+        marks = {"image": IMAGE, "video": VIDEO}
+        return "".join(marks.get(kind) or self._user_text(value, "text", side, CONTROL) for kind, value in side.parts)
 
     def render_disc(self, side: Side) -> str:
         """The shortest text that holds the discriminative embedding: it ends with ``<disc_emb>`` and a newline."""
         system = "" if self.system is None else f"{IM_START}system\n{self.system}{IM_END}\n"
-        text = self._user_text(side.text, "text", side, CONTROL)
-        return f"{system}{IM_START}user\n{self.render_vision(side)}{text}\n{DISC_TOKEN}\n"
+        return f"{system}{IM_START}user\n{self.render_user(side)}\n{DISC_TOKEN}\n"
 
     def render_prompt(self, side: Side) -> str:
         """Everything before the assistant's first token."""
@@ -99,7 +101,7 @@ class Template:
             rewrite = side.rewrite
         rewrite = self._user_text(rewrite, "rewrite", side, CONTROL)
         if self.open:
-            rewrite = self._user_text(rewrite, "rewrite", side, _TAGS)
+            rewrite = self._user_text(rewrite, "rewrite", side, TAGS)
         return f"{self.open}{rewrite}{self.close}\n{GEN_TOKEN}{self.end_of_turn}"
 
     def parse_response(self, text: str) -> ParsedResponse:

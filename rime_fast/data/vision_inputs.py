@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rime_fast.data.records import ImageSource, image_size, load_image
+from rime_fast.data.images import MAX_PIXELS, ImageSource, image_size, load_image
 
 Size = tuple[int, int]  # height, width
 
@@ -27,9 +27,11 @@ class VisionInputs:
     """Patches of images and videos, with the limits and constants of one image processor.
 
     A torchvision-backed processor is replaced by its PIL twin with the same settings: one result on every machine.
+    max_decoded: pixels of the largest image that is decoded at all (``load_image``).
     """
 
-    def __init__(self, image_processor: Any) -> None:
+    def __init__(self, image_processor: Any, *, max_decoded: int = MAX_PIXELS) -> None:
+        self.max_decoded = max_decoded
         pil = _pil_processor(image_processor)
         self.patch_size: int = pil.patch_size
         self.merge_size: int = pil.merge_size
@@ -87,7 +89,7 @@ class VisionInputs:
             given = (source.shape[0], source.shape[1])
             if given == (size or self.target_size(given)):
                 return source
-        image = load_image(source)
+        image = load_image(source, max_pixels=self.max_decoded)
         if image.mode != "RGB" or "transparency" in image.info:
             # The processor's own rule for transparency and palettes.
             image = Image.fromarray(np.moveaxis(self._pil.process_image(image, do_convert_rgb=True), 0, -1))

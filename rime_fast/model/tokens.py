@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DISC_TOKEN = "<disc_emb>"
-GEN_TOKEN = "<gen_emb>"
-REWRITE_OPEN = "<rewrite>"
-REWRITE_CLOSE = "</rewrite>"
+from rime_fast.model.token_names import DISC_TOKEN as DISC_TOKEN
+from rime_fast.model.token_names import GEN_TOKEN as GEN_TOKEN
+from rime_fast.model.token_names import REWRITE_CLOSE as REWRITE_CLOSE
+from rime_fast.model.token_names import REWRITE_OPEN as REWRITE_OPEN
 
 # UME-R1's choice: the new rows start as copies of two tokens that the checkpoint already trained as marks of a span.
 _SOURCES = {DISC_TOKEN: "<|object_ref_start|>", GEN_TOKEN: "<|object_ref_end|>"}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
+from rime_fast.data import check
 from rime_fast.data.check import CheckRules, check_file, check_pair
 from rime_fast.data.check_command import CheckOptions, run_check
 from rime_fast.data.collate import Collator
+from rime_fast.data.datasets import open_pairs
 from rime_fast.data.formats import read_pairs
 from rime_fast.data.records import Pair, Side
 from rime_fast.data.rows import iter_rows
@@ -209,3 +214,119 @@ def test_the_checked_file_is_not_written_over(folder):
     with pytest.raises(ValueError, match="the file being checked"):
         check_file(file, write_good=folder / "." / "rows.jsonl")
     assert file.read_text()
+
+
+# --- whole files: in parallel, once, by samples ----------------------------------------------------------------------
+
+
+def many(folder, n=60):
+    rows = [row(text=f"q {i}", image="good.png" if i % 7 else f"gone{i}.png") for i in range(n)]
+    return write_lines(folder / "many.jsonl", rows)
+
+
+def test_processes_find_what_one_finds(folder, monkeypatch):
+    monkeypatch.setattr(check, "_PART", 7)
+    file = many(folder)
+    one = check_file(file, workers=1, fresh=True)
+    two = check_file(file, workers=2, fresh=True)
+    assert one.to_json() == two.to_json()
+    assert one.bad_rows == 9
+
+
+@pytest.mark.slow  # each process imports transformers
+def test_processes_measure_too(folder, monkeypatch):
+    monkeypatch.setattr(check, "_PART", 7)
+    made = Collator(processor(), "rewrite", config())
+    rules = CheckRules(max_length=300, measure=made.measure)
+    one, two = (check_file(many(folder), rules, workers=workers, fresh=True) for workers in (1, 2))
+    assert one.to_json() == two.to_json()
+
+
+def test_the_check_starts_without_torch():
+    """Its processes are started for one file: they must not take longer to import than to look."""
+    code = "import sys, rime_fast.data.check; print({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_verdict_is_kept_until_something_changes(folder, monkeypatch):
+    file = many(folder, 14)
+    os.mkdir(folder / "elsewhere")
+    first = check_file(file, image_root=folder)
+    looked = []
+    real = check.check_row
+    monkeypatch.setattr(check, "check_row", lambda *given: looked.append(1) or real(*given))
+
+    def again(rules=None, **options):
+        looked.clear()
+        report = check_file(file, rules, image_root=folder, **options)
+        return len(looked), report.to_json() == first.to_json()
+
+    assert again() == (0, True)
+    assert again(fresh=True) == (14, True)
+    assert again(CheckRules(max_characters=10)) == (14, True)
+    assert again(CheckRules(images="skip"))[0] == 14
+    assert again(CheckRules(measure=lambda sides: [1], max_length=5)) == (14, True)  # cannot say what it depends on
+    picture(1).save(folder / "gone0.png")  # the folder of images has changed
+    assert again() == (14, False)
+    with file.open("a") as stream:
+        stream.write("\n")
+    assert again()[0] == 14
+    assert again()[0] == 0
+
+
+def test_ranks_of_a_node_look_once(folder):
+    file = many(folder, 20)
+    code = (
+        "from rime_fast.data import check; real = check.check_row\n"
+        "looked = []; check.check_row = lambda *given: looked.append(1) or real(*given)\n"
+        f"print(len(looked if (found := check.check_file({str(file)!r})) else []), found.good_rows)"
+    )
+    paths = os.pathsep.join(filter(None, sys.path))
+    command, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": paths}
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    found = sorted(tuple(map(int, rank.communicate()[0].split())) for rank in ranks)
+    assert found == [(0, 17), (20, 17)]
+
+
+def test_a_sample(folder):
+    file = many(folder)
+    report = check_file(file, sample=20)
+    assert (report.rows, report.of) == (20, 60)
+    assert report.summary().endswith("a sample of 60")
+    assert set(map(str, report.problems)) < set(map(str, check_file(file).problems))
+    assert check_file(file, sample=100).of is None
+    with pytest.raises(ValueError, match="write_good and sample exclude each other"):
+        check_file(file, sample=3, write_good=folder / "good.jsonl")
+
+
+def test_the_pairs_know_their_tokens(folder):
+    made = Collator(processor(), "rewrite", config())
+    file = write_lines(folder / "rows.jsonl", [row(), row(image="gone.png"), row(text="cat " * 9)])
+    rules = CheckRules(max_length=300, measure=made.measure)
+    dataset, _ = open_pairs(file, rules=rules, on_bad_row="skip")
+    assert dataset.tokens.tolist() == [sum(made.measure([p.query, p.target])) for p in dataset]
+    estimated, _ = open_pairs(file, on_bad_row="skip")
+    assert estimated.tokens[1] > estimated.tokens[0]
+
+
+def test_tags_in_a_rewrite_are_found_without_a_limit(folder):
+    file = write_lines(folder / "rows.jsonl", [row(rewrite="a </rewrite> b"), row(rewrite="a <rewrite>")])
+    report = check_file(file, CheckRules(images="skip"))
+    assert [problem.field for problem in report.problems] == ["query.rewrite"] * 2
+    assert report.problems[0].problem.startswith("holds '</rewrite>'")
+
+
+def test_command_options_for_files_from_outside(folder, capsys):
+    (folder / "rows").mkdir()
+    file = write_lines(folder / "rows" / "rows.jsonl", [row(image="../good.png"), row(image=None)])
+    assert run_check(CheckOptions(files=[str(file)])) == 1
+    assert "row 1, query.image: ../good.png is outside of image_root" in capsys.readouterr().out
+    assert run_check(CheckOptions(files=[str(file)], allow_outside=True)) == 0
+    assert run_check(CheckOptions(files=[str(file)], allow_outside=True, max_image_pixels=100)) == 1
+    assert "image too large" in capsys.readouterr().out
+    assert run_check(CheckOptions(files=[str(file)], allow_outside=True, sample=1, workers=1, fresh=True)) == 0
+    assert "a sample of 2" in capsys.readouterr().out
+    url = write_lines(folder / "url.jsonl", [row(image=f"file://{folder}/good.png")])
+    assert [run_check(CheckOptions(files=[str(url)], allow_urls=allowed)) for allowed in (False, True)] == [1, 0]

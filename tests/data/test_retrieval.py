@@ -132,3 +132,48 @@ def test_a_set_checks_itself(changes, message):
     assert RetrievalSet(**good)
     with pytest.raises(ValueError, match=message):
         RetrievalSet(**{**good, **changes})
+
+
+def test_equal_candidates_of_a_shared_pool_are_one(tmp_path):
+    """hit@1 of a query whose right answer stands there twice is 1, whichever of the two comes first."""
+    whole = {
+        "candidates": [{"text": "a"}, {"text": "b"}, {"text": "a"}, {"text": "x", "id": 1}, {"text": "y", "id": 1}],
+        "queries": [
+            {"query": {"text": "one"}, "correct": 2, "candidates": [0, 1, 2]},
+            {"query": {"text": "two"}, "correct": [0, 2, 4], "gains": [1, 3, 2], "candidates": [0, 2, 3, 4]},
+        ],
+    }
+    found = RetrievalSet.from_file(save(tmp_path / "set.json", whole))
+    assert [side.text for side in found.candidates] == ["a", "b", "x"]
+    assert found.correct == [[0], [0, 2]]
+    assert found.pools == [[0, 1], [0, 2]]
+    assert found.gains == [[1.0], [3, 2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"correct": [0, 0]}, "row 1, correct: names candidate 0 twice"),
+        ({"candidates": [0, 1, 1]}, "row 1, candidates: names candidate 1 twice"),
+        ({"gains": [-1]}, "row 1, gains: expected one number for each of 1 right candidates, >= 0 and not all 0"),
+        ({"gains": [0]}, "row 1, gains: expected one number"),
+        ({"gains": ["2"]}, "row 1, gains: expected one number"),
+        ({"gains": [float("nan")]}, "row 1, gains: expected one number"),
+        ({"query": {"text": "a <gen_emb>"}}, "row 1, query.text: holds '<gen_emb>'"),
+        ({"query": {"text": "half \ud800"}}, "row 1, query.text: holds half a surrogate"),
+        ({"query": {"text": "a", "image": "../x.png"}}, "row 1, query.image: .* outside of image_root"),
+    ],
+)
+def test_faults_of_a_set_are_found_before_anything_is_embedded(tmp_path, change, message):
+    query = {"query": {"text": "q"}, "correct": 0, **change}
+    whole = {"candidates": [{"text": "a"}, {"text": "b"}], "queries": [query]}
+    with pytest.raises(DataError, match=message):
+        RetrievalSet.from_file(save(tmp_path / "set.json", whole))
+
+
+def test_missing_images_on_request(tmp_path):
+    whole = {"candidates": [{"image": "gone.png"}], "queries": [{"query": {"text": "q"}, "correct": 0}]}
+    path = save(tmp_path / "set.json", whole)
+    assert RetrievalSet.from_file(path)
+    with pytest.raises(DataError, match=r"candidates\[0\].images\[0\]: missing image"):
+        RetrievalSet.from_file(path, images="head")

@@ -1,0 +1,284 @@
+"""Images by reference: what names one, where it may lie, how it is opened.
+
+An image is data from outside: only files are opened (no device, no pipe), only by the decoders of FORMATS, and only
+below a number of pixels that is read from the head before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Union
+
+import numpy as np
+from PIL import Image
+
+from rime_fast.data.archives import MEMBER, read_member
+
+# A path, an open image, an [H, W, 3] uint8 array, or what `datasets` stores for an undecoded image.
+ImageSource = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, dict[str, Any]]
+
+# Pillow's decoders that are used. Left out are those that start programs (EPS) and those of no data set (DDS, PSD, ..).
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+    if name in Image.OPEN  # AVIF: from Pillow 11.3 on
+)
+# Pillow's own bound of what is no bomb: 268 MB of RGB pixels. A 169-megapixel PNG may have 21 kB.
+MAX_PIXELS = 89_478_485
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TAGS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type xmp")
+
+
+@dataclass(frozen=True)
+class ImageRoot:
+    """The folder that a file's image paths start from, and how far they may lead.
+
+    path: "" for the working directory. outside: whether a path may lead out of it (by ``..`` or as an absolute one;
+    links inside the folder are its owner's). urls: whether ``https://``, ``s3://`` and whatever else fsspec opens are
+    read.
+    """
+
+    path: str = ""
+    outside: bool = False
+    urls: bool = False
+
+    def resolve(self, source: ImageSource) -> ImageSource:
+        """A path seen from the root; anything else as it is. Raises ValueError for what may not be opened."""
+        if isinstance(source, dict):
+            held = source.get("bytes") is not None
+            return source if held or not source.get("path") else {**source, "path": self.resolve(source["path"])}
+        if not isinstance(source, (str, os.PathLike)):
+            return source
+        text = os.fspath(source)
+        if "\0" in text:
+            raise ValueError("holds a zero byte, which no path does")
+        if is_url(text):
+            if not self.urls:
+                raise ValueError(f"is a URL ({text[:80]}); they are opened with allow_urls only")
+            return text
+        whole = os.path.join(self.path, text)
+        if not self.outside:
+            root = os.path.abspath(self.path or os.curdir)
+            # the member's name stays inside its archive, whatever it is
+            place = os.path.abspath(whole.split(MEMBER)[0])
+            if os.path.commonpath([root, place]) != root:
+                raise ValueError(f"{text[:200]} is outside of image_root {root}; allow_outside opens it all the same")
+        return whole
+
+
+def is_url(text: str) -> bool:
+    """Whether fsspec, not the file system, would open it."""
+    return "://" in text[:32]
+
+
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open one image, fully read, turned upright where its EXIF says so; of an animation the first frame.
+
+    Grey levels of 16 bits keep their upper 8 (Pillow's own conversion would clip them). Other modes stay as they are.
+
+    Raises ValueError naming the source when it is missing, broken, larger than ``max_pixels`` or of an unknown kind.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(_checked(source))
+    with _opened(source, max_pixels) as (image, name):
+        orientation = _orientation(image)
+        try:
+            image.load()
+            return _eight_bits(_turned(image, orientation))
+        except Exception as error:  # a decoder may raise anything on bytes that no encoder wrote
+            raise _broken(name, error) from None
+
+
+def image_size(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of the upright image; of a file only the head is read. Raises as ``load_image``."""
+    if isinstance(source, np.ndarray):
+        height, width = _checked(source).shape[:2]
+        return height, width
+    with _opened(source, max_pixels) as (image, _):
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def hash_image(source: ImageSource, digest: Any) -> None:
+    """Add to ``digest`` what tells this image from others: its bytes or pixels where they are there, else its path."""
+    if isinstance(source, dict):
+        held = source.get("bytes")
+        digest.update(b"bytes\0" + held if isinstance(held, bytes) else os.fsencode(source.get("path") or ""))
+    elif isinstance(source, np.ndarray):
+        digest.update(f"{source.dtype}{source.shape}".encode() + np.ascontiguousarray(source).tobytes())
+    elif isinstance(source, Image.Image):
+        colours = source.getpalette("RGBA") if source.mode in ("P", "PA") else None
+        digest.update(f"{source.mode}{source.size}{colours}{source.info.get('transparency')}".encode())
+        digest.update(source.tobytes())
+    else:
+        digest.update(os.fsencode(source))
+
+
+def content_digest(source: ImageSource, *, max_bytes: int = 1 << 28) -> str:
+    """A hash of the image's encoded bytes (of a file: read whole), else of its pixels: the same picture under another
+    path has the same one. For caches keyed by content. Raises ValueError as ``load_image``."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, (Image.Image, np.ndarray)):
+        hash_image(source, digest)
+        return digest.hexdigest()
+    stream, name = _stream(source)
+    with stream:
+        read = stream.read(max_bytes + 1)
+    if len(read) > max_bytes:
+        raise ValueError(f"broken image: {name} (more than {max_bytes} bytes)")
+    digest.update(read)
+    return digest.hexdigest()
+
+
+def stored_image(source: ImageSource) -> dict[str, Any]:
+    """``{"bytes", "path"}`` as `datasets` stores an image: pixels as PNG, a path as it is."""
+    if isinstance(source, dict):
+        return {"bytes": source.get("bytes"), "path": source.get("path")}
+    if isinstance(source, (str, os.PathLike)):
+        return {"bytes": None, "path": os.fspath(source)}
+    image = load_image(source)
+    stream = io.BytesIO()
+    (image.convert("RGB") if image.mode in ("CMYK", "YCbCr", "LAB", "HSV") else image).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(source: Any, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
+    """The image of any source but an array, its head read, and what messages call it."""
+    if isinstance(source, Image.Image):
+        _limit(source, "open image", max_pixels)
+        yield source, "open image"
+        return
+    stream, name = _stream(source)
+    with stream:
+        try:
+            image = Image.open(stream, formats=FORMATS)
+        except Exception as error:  # see load_image
+            raise _broken(name, error) from None
+        with image:
+            _limit(image, name, max_pixels)
+            yield image, name
+
+
+def _limit(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height == 0:
+        raise ValueError(f"broken image: {name} ({width} x {height} pixels)")
+    if width * height > max_pixels:
+        raise ValueError(f"image too large: {name} ({width} x {height} pixels; at most {max_pixels} are decoded)")
+
+
+def _stream(source: Any) -> tuple[BinaryIO, str]:
+    """The encoded bytes of a path, a member of an archive, a URL, or a dict with bytes or a path; and its name."""
+    opened, name = source, str(source)
+    if isinstance(source, dict):
+        name = str(source.get("path") or "image bytes")
+        opened = source.get("bytes") if source.get("bytes") is not None else source.get("path")
+        if isinstance(opened, bytes):
+            return io.BytesIO(opened), name
+        if source.get("bytes") is not None:
+            raise ValueError(f"image bytes are {type(opened).__name__}; expected bytes")
+    if not isinstance(opened, (str, os.PathLike)) or opened == "":
+        raise ValueError(f"image is {type(source).__name__}; expected a path, a PIL image, an array or bytes")
+    path = os.fspath(opened)
+    try:
+        if is_url(path):
+            return remote_file(path), name
+        if MEMBER in path:
+            return io.BytesIO(read_member(path)), name
+        return open_file(path), name
+    except FileNotFoundError:
+        raise ValueError(f"missing image: {name}") from None
+    except OSError as error:
+        raise _broken(name, error) from None
+
+
+def open_file(path: str) -> BinaryIO:
+    """A regular file for reading; OSError for a pipe or a device, without waiting for it."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError("not a file")
+    return os.fdopen(handle, "rb")
+
+
+def remote_file(url: str) -> BinaryIO:
+    """A URL's bytes, through fsspec; FileNotFoundError or OSError."""
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as stream:
+            return io.BytesIO(stream.read())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each file system has its own
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def _broken(name: str, error: Exception) -> ValueError:
+    text = str(error) or type(error).__name__
+    if "cannot identify image file" in text:
+        text = f"not an image of {', '.join(FORMATS)}"
+    return ValueError(f"broken image: {name} ({text})")
+
+
+# --- pixels ----------------------------------------------------------------------------------------------------------
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 where there is none or it cannot be read. (Pillow turns a TIFF itself.)"""
+    if image.format == "TIFF" or not any(tag in image.info for tag in _TAGS):
+        return 1
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged block says nothing
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation == 1:
+        return image
+    upright = image.transpose(_TURNS[orientation])
+    for tag in _TAGS:  # or it would be turned again
+        upright.info.pop(tag, None)
+    return upright
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+        return image
+    levels = np.asarray(image)
+    if image.mode == "F" or levels.min() < 0 or levels.max() >= 1 << 16:
+        raise ValueError(f"pixels of mode {image.mode}; expected 8 or 16 bits a channel")
+    return Image.fromarray((levels.astype(np.uint16) >> 8).astype(np.uint8))
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    """[H, W], [H, W, 3] or [H, W, 4] bytes."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    right = array.dtype == np.uint8 and array.size and (array.ndim == 2 or array.shape[2:] in ((3,), (4,)))
+    if not right:
+        raise ValueError(f"image array is {array.dtype} {array.shape}; expected uint8 [H, W] or [H, W, 3], not empty")
+    return array
