@@ -88,7 +88,7 @@ def run(values: dict[str, Any]) -> int:
 
 def read_items(path: str, image_root: str | None, allow_outside: bool = False) -> list[Side]:
     """The items of a file: of a .txt its lines (a byte order mark is none of the text, ``\\n`` or ``\\r\\n`` ends a
-    line), else sides, in whatever ``open_rows`` opens. Raises DataError naming file, row and field of everything wrong."""
+    line), else sides, in whatever ``open_rows`` opens. Raises DataError naming file, row and field of what is wrong."""
     from rime_fast.data.images import ImageRoot
     from rime_fast.data.records import DataError, Problem, Side, side_from_json
     from rime_fast.data.sources import open_rows

@@ -27,9 +27,7 @@ def embed_anchors(model: str, data: str, output_dir: str, anchors: str, loading:
 
     embedder = load_embedder(model, loading)
     rules = CheckRules(rewrites=False, max_length=loading.max_length, measure=embedder.collator.measure)
-    pairs, _ = open_pairs(
-        data, rules=rules, image_root=loading.image_root, allow_outside=loading.allow_outside
-    )
+    pairs, _ = open_pairs(data, rules=rules, image_root=loading.image_root, allow_outside=loading.allow_outside)
     name = model_fingerprint(embedder.model)
     with bars() as progress:
         for side in SIDES[anchors]:

@@ -118,7 +118,7 @@ class Pair:
 
     negatives: explicit hard negatives (other targets). positives: further right answers; ``visit`` trains on one after
     the other. scores: 1 + len(negatives) logits of a teacher, the target's first. mined_scores: in the same order, the
-    cosines that the negatives were chosen by.
+    cosines that the negatives were chosen by. drawn: (set, block of the global batch) where a mixture drew the pair.
     """
 
     query: Side
@@ -129,6 +129,7 @@ class Pair:
     positives: list[Side] = field(default_factory=list)
     scores: list[float] | None = None
     mined_scores: list[float] | None = None
+    drawn: tuple[int, int] | None = None
 
     def visit(self, number: int) -> Pair:
         """The pair with its ``number``-th right answer (counted round) as the target. A teacher's score belongs to the

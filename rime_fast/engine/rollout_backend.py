@@ -122,7 +122,7 @@ class LocalBackend:
                 pad_id=sampling.pad_id,
             )
         images = [len(side.images) for side in sides]
-        videos = [int(bool(side.video)) for side in sides]
+        videos = [len(side.videos) for side in sides]
         _see_once(policy, prompts)
         longest = 0
         for first in range(0, count, step):

@@ -91,7 +91,7 @@ class VllmBackend:
         return found
 
     def _request(self, side: Side) -> dict[str, Any]:
-        if side.video:
+        if side.videos:
             raise ValueError(f"{side.name}: it has a video; VllmBackend takes text and images, use LocalBackend")
         request: dict[str, Any] = {"prompt": self.template.render_prompt(side)}
         if side.images:

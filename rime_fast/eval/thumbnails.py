@@ -17,7 +17,7 @@ MAX_FRAMES = 4
 def thumbnails(side: Side) -> list[str]:
     """Up to three of the side's images, or up to four evenly spaced frames of its video; broken ones are left out."""
     sources: list[ImageSource] = list(side.images[:MAX_IMAGES])
-    if not sources and side.video:
+    if not sources and isinstance(side.video, list):
         count = min(MAX_FRAMES, len(side.video))
         sources = [side.video[i * len(side.video) // count] for i in range(count)]
     found = []
