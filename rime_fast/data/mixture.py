@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from rime_fast.data.datasets import PairDataset
 from rime_fast.data.records import Pair
 from rime_fast.data.sampling import permuted, spread, stream_key, uniforms
 from rime_fast.data.texts import is_number
