@@ -24,21 +24,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
   m.def("build_info() -> int");
   // The instruction set of the CPU kernels: 0 the plainest, 1 AVX2, 2 AVX-512 (csrc/cpu/simd.h; RIME_FAST_CPU).
   m.def("cpu_level() -> int");
-  // Operator A (rime_fast/ops/logprob_pool): rows of logits, and read-outs. `dlogits` is the memory of `logits`, on
-  // CUDA also seen as bf16 or fp16 (the gradient is written over the logits it is made from).
+  // The log-prob operator (rime_fast/ops/logprob_pool): rows of logits. `dlogits` is the memory of `logits`, on CUDA
+  // also seen as bf16 or fp16 (the gradient is written over the logits it is made from).
   m.def(
-      "row_softmax_forward(Tensor logits, Tensor targets, Tensor? bias, Tensor temperature, float softcap, "
-      "Tensor(a!) lse, Tensor(b!) hit, Tensor(c!)? entropy) -> ()");
+      "row_softmax_forward(Tensor logits, Tensor targets, Tensor? bias, Tensor temperature, Tensor? softcap, "
+      "Tensor(a!) lse, Tensor(b!) target_logit, Tensor(c!)? entropy) -> ()");
   m.def(
-      "row_softmax_backward(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor? entropy, Tensor centre, "
-      "Tensor grad_logp, Tensor? grad_entropy, Tensor? bias, Tensor temperature, float softcap, Tensor(b!) dlogits, "
-      "Tensor(c!) products) -> ()");
-  m.def(
-      "pool_forward(Tensor hidden, Tensor starts, Tensor ends, bool normalize, Tensor(a!) pooled, "
-      "Tensor(b!) inv_norm) -> ()");
-  m.def(
-      "pool_backward(Tensor(a!) grad_hidden, Tensor grad, Tensor pooled, Tensor inv_norm, Tensor starts, "
-      "Tensor ends, bool normalize) -> ()");
+      "row_softmax_backward(Tensor(a!) logits, Tensor targets, Tensor? bias, Tensor temperature, Tensor? softcap, "
+      "Tensor lse, Tensor target_logit, Tensor? entropy, Tensor grad_logp, Tensor? grad_entropy, "
+      "Tensor(b!) dlogits, Tensor(c!) products) -> ()");
 
   // Contrastive loss (csrc/*/contrastive.*). Both read one tile of similarities q k^T whose corner is (row0, col0) of the
   // whole; row and column arrays are those of the whole; labels, positive and positive_slope are [rows, positives].

@@ -1,4 +1,4 @@
-// Row kernels of operator A on the CPU: logits [R, V] fp32 -> statistics per row, and -> their gradient in place.
+// Row kernels of the log-prob operator on the CPU: logits [R, V] fp32 -> statistics per row, and -> their gradient in place.
 //
 // A row is read once, in tiles of 4 KiB that stay in L1: one sweep for the tile's scores and maximum, one for the
 // exponentials, partial results merged online; 16 columns at a time (rime/math.h), compiled for several instruction
@@ -72,8 +72,8 @@ RIME_FN Partial tile_partial(const Lanes* z, int64_t vectors, float top) {
 }
 
 RIME_CLONES void row_forward(
-    const float* x, int64_t vocabulary, int64_t target, const float* bias, const Scale& scale, Pair* lse, float* hit,
-    float* entropy) {
+    const float* x, int64_t vocabulary, int64_t target, const float* bias, const Scale& scale, Pair* lse,
+    float* target_logit, float* entropy) {
   Lanes z[kTile / kLanes];
   Partial all{-HUGE_VALF, 0.0f, 0.0f};
   float found = 0.0f;
@@ -85,7 +85,7 @@ RIME_CLONES void row_forward(
     all = merge(all, entropy ? tile_partial<true>(z, vectors, top) : tile_partial<false>(z, vectors, top));
   }
   *lse = two_sum(all.top, std::log(all.sum));
-  *hit = found;
+  *target_logit = found;
   if (entropy) *entropy = std::log(all.sum) - all.weighted / all.sum;
 }
 
@@ -128,25 +128,26 @@ const float* maybe(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
 
-Scale scale_of(const Tensor& temperature, double softcap) {
-  return make_scale(*static_cast<const float*>(temperature.const_data_ptr()), static_cast<float>(softcap));
+Scale scale_of(const Tensor& temperature, const std::optional<Tensor>& softcap) {
+  const float* cap = maybe(softcap);
+  return make_scale(*static_cast<const float*>(temperature.const_data_ptr()), cap ? *cap : 0.0f);
 }
 
 void row_softmax_forward(
-    Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature, double softcap, Tensor lse,
-    Tensor hit, std::optional<Tensor> entropy) {
+    Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature, std::optional<Tensor> softcap,
+    Tensor lse, Tensor target_logit, std::optional<Tensor> entropy) {
   const int64_t rows = logits.size(0), vocabulary = logits.size(1), stride = logits.stride(0);
   const Scale scale = scale_of(temperature, softcap);
   const auto* x = static_cast<const float*>(logits.const_data_ptr());
   const auto* t = static_cast<const int64_t*>(targets.const_data_ptr());
   auto* l = static_cast<float*>(lse.mutable_data_ptr());
-  auto* hits = static_cast<float*>(hit.mutable_data_ptr());
+  auto* found = static_cast<float*>(target_logit.mutable_data_ptr());
   auto* ent = entropy.has_value() ? static_cast<float*>(entropy->mutable_data_ptr()) : nullptr;
   const float* b = maybe(bias);
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       Pair pair;
-      row_forward(x + r * stride, vocabulary, t[r], b, scale, &pair, hits + r, ent ? ent + r : nullptr);
+      row_forward(x + r * stride, vocabulary, t[r], b, scale, &pair, found + r, ent ? ent + r : nullptr);
       l[r] = pair.high;
       l[rows + r] = pair.low;
     }
@@ -154,9 +155,9 @@ void row_softmax_forward(
 }
 
 void row_softmax_backward(
-    Tensor logits, Tensor targets, Tensor lse, std::optional<Tensor> entropy, Tensor centre, Tensor grad_logp,
-    std::optional<Tensor> grad_entropy, std::optional<Tensor> bias, Tensor temperature, double softcap,
-    Tensor dlogits, Tensor products) {
+    Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature, std::optional<Tensor> softcap,
+    Tensor lse, Tensor target_logit, std::optional<Tensor> entropy, Tensor grad_logp,
+    std::optional<Tensor> grad_entropy, Tensor dlogits, Tensor products) {
   // On the CPU the gradient replaces the logits in the same dtype; `dlogits` is the same memory.
   (void)dlogits;
   const int64_t rows = logits.size(0), vocabulary = logits.size(1), stride = logits.stride(0);
@@ -164,7 +165,7 @@ void row_softmax_backward(
   auto* x = static_cast<float*>(logits.mutable_data_ptr());
   const auto* t = static_cast<const int64_t*>(targets.const_data_ptr());
   const auto* l = static_cast<const float*>(lse.const_data_ptr());
-  const auto* c = static_cast<const float*>(centre.const_data_ptr());
+  const auto* c = static_cast<const float*>(target_logit.const_data_ptr());
   const auto* g = static_cast<const float*>(grad_logp.const_data_ptr());
   auto* sums = static_cast<float*>(products.mutable_data_ptr());
   const float *b = maybe(bias), *ent = maybe(entropy), *h = maybe(grad_entropy);

@@ -1,4 +1,4 @@
-// Row kernels of operator A on CUDA: logits [R, V] fp32 -> statistics per row, and -> their gradient over them.
+// Row kernels of the log-prob operator on CUDA: logits [R, V] fp32 -> statistics per row, and -> their gradient over them.
 //
 // One block of 512 threads a row. Forward: every thread keeps an online (top, sum, weighted sum) over its columns, four
 // at a time (16-byte loads where the row is aligned), merged through shuffles and shared memory in a fixed order: one
@@ -78,11 +78,11 @@ __device__ float block_sum(float mine) {
 template <bool kEntropy>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
     const float* logits, int64_t stride, int64_t V, const int64_t* targets, const float* bias, const float* temperature,
-    float softcap, float* lse, float* hit, float* entropy) {
+    const float* softcap, float* lse, float* target_logit, float* entropy) {
   const int64_t r = blockIdx.x;
   const float* row = logits + r * stride;
   const bool aligned = stride % kVector == 0;
-  const Scale scale = make_scale(*temperature, softcap);
+  const Scale scale = make_scale(*temperature, softcap ? *softcap : 0.0f);
   const int64_t target = targets[r];
   Partial mine{-HUGE_VALF, 0.0f, 0.0f};
   for (int64_t v = int64_t{threadIdx.x} * kVector; v < V; v += kThreads * kVector) {
@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
       if (kEntropy) four.weighted += product(e, z[i] - base);
     }
     mine = merge(mine, four);
-    if (target >= v && target < v + kVector) hit[r] = z[target - v];
+    if (target >= v && target < v + kVector) target_logit[r] = z[target - v];
   }
-  if (threadIdx.x == 0 && (target < 0 || target >= V)) hit[r] = 0.0f;
+  if (threadIdx.x == 0 && (target < 0 || target >= V)) target_logit[r] = 0.0f;
   mine = block_merge(mine);
   if (threadIdx.x != 0) return;
   const Pair pair = two_sum(mine.top, logf(mine.sum));
@@ -119,12 +119,12 @@ struct Upstream {
 template <class T>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
     float* logits, int64_t stride, int64_t V, const int64_t* targets, Upstream up, const float* bias,
-    const float* temperature, float softcap, T* dlogits, int64_t out_stride, float* products) {
+    const float* temperature, const float* softcap, T* dlogits, int64_t out_stride, float* products) {
   const int64_t r = blockIdx.x;
   const float* row = logits + r * stride;
   T* out = dlogits + r * out_stride;
   const bool aligned = stride % kVector == 0;
-  const Scale scale = make_scale(*temperature, softcap);
+  const Scale scale = make_scale(*temperature, softcap ? *softcap : 0.0f);
   const int64_t target = targets[r];
   const Pair lse{up.lse[r], up.lse[gridDim.x + r]};
   const float g = up.grad_logp[r], centre = up.centre[r];
@@ -156,8 +156,8 @@ const float* maybe(const std::optional<Tensor>& tensor) {
 const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 
 void row_softmax_forward(
-    Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature, double softcap, Tensor lse,
-    Tensor hit, std::optional<Tensor> entropy) {
+    Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature, std::optional<Tensor> softcap,
+    Tensor lse, Tensor target_logit, std::optional<Tensor> entropy) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   const auto rows = static_cast<unsigned>(logits.size(0));
   if (rows == 0) return;
@@ -165,37 +165,37 @@ void row_softmax_forward(
   const auto kernel = ent ? forward_kernel<true> : forward_kernel<false>;
   kernel<<<rows, kThreads, 0, current_stream(logits)>>>(
       floats(logits), logits.stride(0), logits.size(1), static_cast<const int64_t*>(targets.const_data_ptr()),
-      maybe(bias), floats(temperature), static_cast<float>(softcap), static_cast<float*>(lse.mutable_data_ptr()),
-      static_cast<float*>(hit.mutable_data_ptr()), ent);
+      maybe(bias), floats(temperature), maybe(softcap), static_cast<float*>(lse.mutable_data_ptr()),
+      static_cast<float*>(target_logit.mutable_data_ptr()), ent);
   check_launch("row_softmax_forward");
 }
 
 template <class T>
 void launch_backward(
     Tensor& logits, const Tensor& targets, const Upstream& up, const float* bias, const Tensor& temperature,
-    double softcap, Tensor& dlogits, Tensor& products) {
+    const float* softcap, Tensor& dlogits, Tensor& products) {
   backward_kernel<T><<<static_cast<unsigned>(logits.size(0)), kThreads, 0, current_stream(logits)>>>(
       static_cast<float*>(logits.mutable_data_ptr()), logits.stride(0), logits.size(1),
       static_cast<const int64_t*>(targets.const_data_ptr()), up, bias, floats(temperature),
-      static_cast<float>(softcap), static_cast<T*>(dlogits.mutable_data_ptr()), dlogits.stride(0),
+      softcap, static_cast<T*>(dlogits.mutable_data_ptr()), dlogits.stride(0),
       static_cast<float*>(products.mutable_data_ptr()));
   check_launch("row_softmax_backward");
 }
 
 void row_softmax_backward(
-    Tensor logits, Tensor targets, Tensor lse, std::optional<Tensor> entropy, Tensor centre, Tensor grad_logp,
-    std::optional<Tensor> grad_entropy, std::optional<Tensor> bias, Tensor temperature, double softcap,
-    Tensor dlogits, Tensor products) {
+    Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature, std::optional<Tensor> softcap,
+    Tensor lse, Tensor target_logit, std::optional<Tensor> entropy, Tensor grad_logp,
+    std::optional<Tensor> grad_entropy, Tensor dlogits, Tensor products) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   if (logits.size(0) == 0) return;
-  const Upstream up{floats(lse), maybe(entropy), floats(centre), floats(grad_logp), maybe(grad_entropy)};
+  const Upstream up{floats(lse), maybe(entropy), floats(target_logit), floats(grad_logp), maybe(grad_entropy)};
   switch (dlogits.scalar_type()) {
     case ScalarType::Float:
-      return launch_backward<float>(logits, targets, up, maybe(bias), temperature, softcap, dlogits, products);
+      return launch_backward<float>(logits, targets, up, maybe(bias), temperature, maybe(softcap), dlogits, products);
     case ScalarType::BFloat16:
-      return launch_backward<__nv_bfloat16>(logits, targets, up, maybe(bias), temperature, softcap, dlogits, products);
+      return launch_backward<__nv_bfloat16>(logits, targets, up, maybe(bias), temperature, maybe(softcap), dlogits, products);
     case ScalarType::Half:
-      return launch_backward<__half>(logits, targets, up, maybe(bias), temperature, softcap, dlogits, products);
+      return launch_backward<__half>(logits, targets, up, maybe(bias), temperature, maybe(softcap), dlogits, products);
     default:
       STD_TORCH_CHECK(false, "row_softmax_backward: dlogits must be float32, bfloat16 or float16");
   }

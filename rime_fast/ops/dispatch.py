@@ -20,7 +20,7 @@ BACKENDS = ("auto", "reference", "chunked", "triton", "cuda")
 ENVIRONMENT = "RIME_FAST_BACKEND"
 
 TABLES = {  # operator -> the module with its TABLE
-    "logprob": "rime_fast.ops.logprob_pool.backends",
+    "logprob": "rime_fast.ops.logprob_pool.op",
     "contrastive": "rime_fast.ops.contrastive.op",
     "reward": "rime_fast.ops.reward.op",
 }

@@ -20,7 +20,7 @@ from rime_fast.ops.contrastive import contrastive_loss
 from rime_fast.ops.contrastive.cpu import TILE
 from rime_fast.ops.cpu_products import PART_BYTES
 from rime_fast.ops.logprob_pool import fused_linear_ce
-from rime_fast.ops.logprob_pool.chunked import block_rows
+from rime_fast.ops.logprob_pool.cpu import block_rows
 
 
 def peak(call: Callable[[], Any]) -> int:

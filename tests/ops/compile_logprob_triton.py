@@ -1,4 +1,4 @@
-"""Cross-compiles operator A's Triton kernels and prints one JSON line a kernel; needs no GPU.
+"""Cross-compiles the log-prob operator's Triton kernels and prints one JSON line a kernel; needs no GPU.
 
 Run by test_logprob_pool_triton.py in a process of its own, without TRITON_INTERPRET:
     python tests/ops/compile_logprob_triton.py bf16 all 90
@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rime_fast.ops.logprob_pool import triton_kernels as kernels
+from rime_fast.ops.logprob_pool import triton_kernels, triton_rows
 from rime_fast.ops.logprob_pool.triton_tiles import (
     GROUP,
     SPLIT_COLUMNS,
@@ -41,8 +41,18 @@ INTS = {
     "splits",
     "first",
     "columns_in_panel",
+    "read_outs",
+    "stride",
 }
-OPERANDS = {"x", "w", "panel", "dhead", "dhidden", "low"}
+LONGS = {"targets", "order", "starts", "ends"}
+OPERANDS = {"hidden", "out", "x", "w", "panel", "dhead", "dhidden", "low"}
+
+
+ROW_KERNELS = {
+    "merge_kernel": {"BM": 128, "ENTROPY": True},
+    "read_outs_kernel": {"NORMALIZE": True},
+    "start_gradient_kernel": {"BT": 32, "BC": 256},
+}
 
 
 def pointer(name: str, operand: str, blocks: dict[str, tuple[int, int]]) -> str:
@@ -51,11 +61,9 @@ def pointer(name: str, operand: str, blocks: dict[str, tuple[int, int]]) -> str:
         return f"tensordesc<{operand}[{blocks[name][0]},{blocks[name][1]}]>"
     if name in INTS:
         return "i32"
-    if name == "softcap":
-        return "fp32"
     if name in OPERANDS:
         return f"*{operand}"
-    return {"targets": "*i64", "order": "*i64", "count": "*i32"}.get(name, "*fp32")
+    return {"count": "*i32"}.get(name, "*i64" if name in LONGS else "*fp32")
 
 
 def descriptors(name: str, t: Tiles) -> dict[str, tuple[int, int]]:
@@ -70,7 +78,7 @@ def descriptors(name: str, t: Tiles) -> dict[str, tuple[int, int]]:
 
 def compile_kernel(name: str, constants: dict, capability: int, operand: str, warps: int, stages: int) -> dict:
     """Compile one kernel; what the gate looks at."""
-    kernel = getattr(kernels, name)
+    kernel = getattr(triton_kernels, name, None) or getattr(triton_rows, name)
     blocks = {}
     if constants.get("TMA"):
         blocks = descriptors(name, Tiles(constants["BM"], constants["BN"], constants["BK"], warps, stages))
@@ -131,7 +139,7 @@ def todo(capability: int, operand: str, tma: bool) -> list[tuple[str, dict, int,
     dtype, chip = DTYPES[operand], (capability // 10, capability % 10)
     for heavy, options in ((True, full), (False, light), (False, plain)):
         t = score_tiles(dtype, chip, heavy, tma)
-        add("forward_kernel", t, {"SPLIT": SPLIT_COLUMNS // t.BN, **options})
+        add("forward_kernel", t, {"SPLIT": SPLIT_COLUMNS // t.BN, "NORMALIZE": True, **options})
         if options is not light:
             add("dlogits_kernel", t, {"PRODUCTS": heavy, **options})
     add("dhead_kernel", head_tiles(dtype, chip), {"BIAS": True})
@@ -150,7 +158,8 @@ def main(operand: str, which: str, *capabilities: int) -> None:
                 if which == "all" or name not in seen:
                     print(json.dumps(compile_kernel(name, constants, capability, operand, warps, stages)), flush=True)
                 seen.add(name)
-        print(json.dumps(compile_kernel("merge_kernel", {"BM": 128, "ENTROPY": True}, capability, operand, 4, 3)))
+        for name, constants in ROW_KERNELS.items():
+            print(json.dumps(compile_kernel(name, constants, capability, operand, 4, 3)))
 
 
 if __name__ == "__main__":

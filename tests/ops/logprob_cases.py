@@ -1,4 +1,4 @@
-"""Inputs, the fp64 truth and same-dtype eager torch for the tests of operator A."""
+"""Inputs, the fp64 truth and same-dtype eager torch for the tests of the log-prob operator."""
 
 from __future__ import annotations
 

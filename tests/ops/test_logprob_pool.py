@@ -1,4 +1,4 @@
-"""Operator A against the fp64 truth, and what it promises beyond closeness: the same bits, nothing unneeded."""
+"""The log-prob operator against the fp64 truth, and what it promises beyond: the same bits, nothing unneeded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rime_fast.ops.logprob_pool import chunked, fused_linear_ce, fused_logprob_pool
-from rime_fast.ops.logprob_pool.statistics import Needs
+from rime_fast.ops.logprob_pool import cpu, fused_linear_ce, fused_logprob_pool
+from rime_fast.ops.logprob_pool.problem import Needs, Options, Problem, Scoring, Spans
 from tests.ops.logprob_cases import Case, assert_close_to_truth, relative
 
 SHAPES = [(1, 96, 123), (7, 1537, 123), (507, 96, 123), (7, 96, 32003), (3, 1, 1), (64, 16, 16)]
@@ -62,8 +62,8 @@ def test_any_shape(**drawn) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_several_blocks_and_panels(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks: the sums over blocks of rows and panels of the vocabulary, in fp32 and in a widened dtype."""
-    monkeypatch.setattr(chunked, "BLOCK_ROWS", 32)
-    monkeypatch.setattr(chunked, "PANEL_BYTES", 20_000)
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(cpu, "PANEL_BYTES", 20_000)
     for dtype in (torch.float32, torch.bfloat16):
         case = Case(201, 96, 123, dtype, scored="all")
         assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
@@ -175,13 +175,13 @@ def test_unnormalised_read_out_is_the_mean() -> None:
 
 def test_frozen_head_makes_no_head_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    plain = chunked._Sums
+    plain = cpu.Sums
 
-    def watched(blocks, needs, bias):
-        asked.append(needs)
-        return plain(blocks, needs, bias)
+    def watched(problem, rows):
+        asked.append(problem.options.needs)
+        return plain(problem, rows)
 
-    monkeypatch.setattr(chunked, "_Sums", watched)
+    monkeypatch.setattr(cpu, "Sums", watched)
     hidden, lm_head = torch.randn(9, 16, requires_grad=True), torch.randn(50, 16)
     targets = torch.randint(0, 50, (9,))
     fused_linear_ce(hidden, lm_head, targets)[0].backward()
@@ -207,10 +207,13 @@ def test_token_weight_gets_a_gradient() -> None:
 def test_memory_is_bounded_whatever_the_rows() -> None:
     """One block of logits at V 151,936 is within 64 MiB, and the buffer is all that grows with the vocabulary."""
     for rows in (64, 4096):
-        blocks = chunked._Blocks(torch.zeros(rows, 4), torch.zeros(151_936, 4), torch.zeros(rows), torch.arange(rows))
+        index = torch.zeros(rows, dtype=torch.long)
+        scoring, spans = Scoring(None, torch.ones(()), None), Spans(index[:0], index[:0])
+        heads = torch.zeros(rows, 4), torch.zeros(151_936, 4)
+        blocks = cpu.Blocks(Problem(*heads, index, index.bool(), scoring, spans, Options("chunked")))
         assert blocks.buffer.nbytes <= 48 << 20
-    assert chunked.block_rows(10**9) == chunked.STEP
-    assert chunked.block_rows(1) == chunked.BLOCK_ROWS
+    assert cpu.block_rows(10**9) == cpu.STEP
+    assert cpu.block_rows(1) == cpu.BLOCK_ROWS
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What every backend of operator A promises alike: strided and frozen inputs, ignored rows, autocast, bounds."""
+"""What every backend of the log-prob operator promises: strided and frozen inputs, ignored rows, autocast, bounds."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rime_fast.ops.logprob_pool import backends, chunked, fused_linear_ce, fused_logprob_pool, panels, triton_backend
+from rime_fast.ops.logprob_pool import cpu, cuda, fused_linear_ce, fused_logprob_pool, op, triton
 from rime_fast.ops.logprob_pool.triton_tiles import interpreted
 from tests.ops.logprob_cases import Case, assert_close_to_truth, relative
 
-ENGINES = ["reference", "chunked", "panels", "triton"]
+ENGINES = ["reference", "chunked", "cuda", "triton"]
 SCHEDULES = ["recompute", "forward"]
 
 
 @pytest.fixture(params=ENGINES)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The argument that chooses an engine; "panels", CUDA's form of "chunked", is put in its place."""
+    """The argument that chooses a schedule; CUDA's form of "chunked" is put in its place."""
     if request.param == "triton" and not interpreted():
         pytest.skip("the interpreter is for machines without CUDA")
-    if request.param == "panels":
-        monkeypatch.setattr(backends, "engine_for", lambda backend, hidden: panels)
+    if request.param == "cuda":
+        monkeypatch.setattr(op, "schedule_for", lambda backend, hidden: cuda)
         return "chunked"
     return request.param
 
@@ -158,14 +158,14 @@ def test_autocast_casts_the_operands_alone(backend: str, schedule: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("engine", [panels, triton_backend])
+@pytest.mark.parametrize("schedule_of", [cuda, triton])
 @pytest.mark.parametrize(("rows", "width", "vocabulary"), [(507, 96, 123), (7, 1537, 123), (3, 32, 32_003)])
 def test_odd_shapes(
-    engine: object, rows: int, width: int, vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    schedule_of: object, rows: int, width: int, vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the backends for CUDA; test_logprob_pool.py has those of the CPU's."""
-    monkeypatch.setattr(backends, "engine_for", lambda backend, hidden: engine)
-    assert backends.engine_for("chunked", torch.empty(0)) is not chunked
+    monkeypatch.setattr(op, "schedule_for", lambda backend, hidden: schedule_of)
+    assert op.schedule_for("chunked", torch.empty(0)) is not cpu
     case = Case(rows, width, vocabulary, dtype, scored="all" if rows < 8 else "some")
     for schedule in SCHEDULES:
         assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)

@@ -1,4 +1,4 @@
-"""Operator A over process groups (gloo): a head split by vocabulary, and a head sharded by FSDP2."""
+"""The log-prob operator over process groups (gloo): a head split by vocabulary, and a head sharded by FSDP2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rime_fast.ops.logprob_pool import chunked, fused_linear_ce, fused_logprob_pool
+from rime_fast.ops.logprob_pool import cpu, fused_linear_ce, fused_logprob_pool
 from tests.ops.logprob_cases import Case, relative
 from tests.ranks import run_ranks
 
@@ -20,10 +20,10 @@ pytestmark = pytest.mark.dist
 def _check_schedule(rank: int, world: int) -> None:
     """With the gradient made in the forward a rank makes its logits once, and sums dX over the group once."""
     made, summed = [], []
-    logits, all_reduce = chunked._Blocks.logits, dist.all_reduce
-    chunked._Blocks.logits = lambda blocks, x: made.append(1) or logits(blocks, x)
+    logits, all_reduce = cpu.Blocks.logits, dist.all_reduce
+    cpu.Blocks.logits = lambda blocks, x: made.append(1) or logits(blocks, x)
     dist.all_reduce = lambda tensor, *args, **more: summed.append(tensor.shape) or all_reduce(tensor, *args, **more)
-    chunked.BLOCK_ROWS = 16
+    cpu.BLOCK_ROWS = 16
     case = Case(37, 16, 24 * world, scored="all", bias=False, pools=False)
     # One rank's columns are all banned: its share of every row is 0, not NaN.
     bias = torch.zeros(24)

@@ -1,4 +1,4 @@
-"""Bad input of operator A: every mistake is a named error, never a wrong number."""
+"""Bad input of the log-prob operator: every mistake is a named error, never a wrong number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton backend of operator A: numbers through the interpreter, code through the cross-compiler."""
+"""The Triton backend of the log-prob operator: numbers through the interpreter, code through the cross-compiler."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool, triton_backend
-from rime_fast.ops.logprob_pool.compaction import workspace_limit
+from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool, read_outs, triton
+from rime_fast.ops.logprob_pool.problem import Spans, workspace_limit
 from rime_fast.ops.logprob_pool.triton_tiles import FORWARD_ROWS, SPLIT_COLUMNS, Plan, interpreted, plan
 from tests.ops.logprob_cases import Case, assert_close_to_truth, relative
 
@@ -50,9 +50,9 @@ def test_flat_and_peaked_logits(spread: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small workspaces: several launches of the forward, panels of columns, groups of rows."""
-    monkeypatch.setattr(triton_backend, "FORWARD_ROWS", 32)
+    monkeypatch.setattr(triton, "FORWARD_ROWS", 32)
     for width, rows, columns in ((17, 37, 64), (32, 16, 32), (32, 37, 96)):
-        monkeypatch.setattr(triton_backend, "plan", lambda *_, rows=rows, columns=columns: Plan(rows, columns, 0))
+        monkeypatch.setattr(triton, "plan", lambda *_, rows=rows, columns=columns: Plan(rows, columns, 0))
         case = Case(37, width, 150, dtype, scored="all")
         assert_close_to_truth(case, case.run("triton"))
 
@@ -64,16 +64,16 @@ def test_descriptors_and_pointers_agree(dtype: torch.dtype, monkeypatch: pytest.
     case = Case(37, 40, 300, dtype, softcap=5.0)
     found = []
     for tma in (True, False):
-        monkeypatch.setattr(triton_backend, "INTERPRETER_TMA", tma)
-        assert triton_backend.uses_tma(case.tensors["lm_head"]) == tma
+        monkeypatch.setattr(triton, "INTERPRETER_TMA", tma)
+        assert triton.uses_tma(case.tensors["lm_head"]) == tma
         found.append(case.run("triton"))
     for name, value in found[0].items():
         # fp32 operands reach numpy's product in another layout, which may change its last bit.
         same = relative(value, found[1][name]) < 1e-6 if dtype == torch.float32 else torch.equal(value, found[1][name])
         assert same, name
-    assert not triton_backend.uses_tma(torch.zeros(4, 33, dtype=torch.bfloat16))
-    assert not triton_backend.uses_tma(torch.zeros(4, 64)[:, ::2])
-    assert not triton_backend.uses_tma(torch.zeros(4, 65, dtype=dtype)[:, 1:])
+    assert not triton.uses_tma(torch.zeros(4, 33, dtype=torch.bfloat16))
+    assert not triton.uses_tma(torch.zeros(4, 64)[:, ::2])
+    assert not triton.uses_tma(torch.zeros(4, 65, dtype=dtype)[:, 1:])
 
 
 @pytest.mark.parametrize("width", [96, 1536, 4096])
@@ -130,22 +130,23 @@ def test_frozen_head_and_empty_batch() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_read_outs(dtype: torch.dtype, normalize: bool) -> None:
     """The kernels of CUDA without csrc against those in use on the CPU, spans that share rows included."""
-    from rime_fast.ops.logprob_pool import pooling, triton_pool
-
     hidden = torch.randn(9, 33).to(dtype)
     hidden[7] = 0.0
-    starts, ends = torch.tensor([2, 0, 4, 7]), torch.tensor([3, 9, 5, 8])
-    expected, norms = pooling.pool_forward(hidden, starts, ends, normalize)
-    pooled, inv_norm = torch.empty_like(expected), torch.empty_like(norms)
-    triton_pool.pool_forward(hidden, starts, ends, normalize, pooled, inv_norm, pooling.EPSILON)
+    spans = Spans(torch.tensor([2, 0, 4, 7]), torch.tensor([3, 9, 5, 8]))
+    expected, norms = read_outs.read_outs_forward(hidden, spans, normalize)
+    pooled, inv_norm = triton.read_outs_forward(hidden, spans, normalize)
     torch.testing.assert_close(pooled, expected)
     torch.testing.assert_close(inv_norm, norms)
-    grad, found, wanted = torch.randn(4, 33), torch.zeros_like(hidden), torch.zeros_like(hidden)
+    grad = torch.randn(4, 33)
     grad[3] *= 1e-12  # the zero row's factor is 1e12
-    pooling.pool_backward_(wanted, grad, expected, norms, starts, ends, normalize)
-    triton_pool.pool_backward(found, grad, expected, norms, starts, ends, normalize, pooling.EPSILON)
-    # The interpreter cuts to bf16 where the hardware rounds: 1/64 for values in [2, 4), in each of two additions.
-    torch.testing.assert_close(found, wanted, **({} if dtype == torch.float32 else {"rtol": 0.0, "atol": 0.04}))
+    rows = read_outs.row_gradients(grad, read_outs.ReadOuts(expected, norms), spans, normalize)
+    for factor in (None, torch.tensor(0.5)):
+        before = torch.full((9, 33), torch.nan if factor is None else 2.0, dtype=dtype)
+        found, wanted = before.clone(), before.clone()
+        read_outs.start_gradient_(wanted, factor, rows, spans)
+        triton.start_gradient_(found, factor, rows, spans)
+        # The interpreter cuts to bf16 where the hardware rounds: 1/64 for values in [2, 4), in each of two additions.
+        torch.testing.assert_close(found, wanted, **({} if dtype == torch.float32 else {"rtol": 0.0, "atol": 0.04}))
 
 
 def _compiled(operand: str, which: str, *capabilities: int) -> list[dict]:
@@ -163,7 +164,11 @@ def _check_compiled(operand: str, which: str, *capabilities: int) -> None:
     built = _compiled(operand, which, *capabilities)
     paths = {"forward_kernel", "dlogits_kernel", "dhead_kernel", "dhidden_kernel"}
     for capability in capabilities:
-        assert {b["kernel"] for b in built if b["capability"] == capability} == paths | {"merge_kernel"}
+        assert {b["kernel"] for b in built if b["capability"] == capability} == paths | {
+            "merge_kernel",
+            "read_outs_kernel",
+            "start_gradient_kernel",
+        }
         described = {b["kernel"] for b in built if b["capability"] == capability and b["descriptors"]}
         assert described == (set() if operand == "fp32" or capability == 80 else paths)
     for kernel in built:

@@ -102,7 +102,10 @@ HOST_ONLY = {
     ("ops/checks.py", "require"): "value checks, on the CPU only; asynchronous on CUDA",
     ("ops/checks.py", "require_range"): "the same",
     ("ops/logprob_pool/arguments.py", "_check_targets"): "the same",
-    ("ops/logprob_pool/chunked.py", "scored_rows"): "the CPU's backend numbers its scored rows; Triton's does not",
+    ("ops/logprob_pool/cpu.py", "__init__"): "the CPU's schedule numbers its scored rows; Triton's does not",
+    ("ops/logprob_pool/read_outs.py", "read_outs_forward"): "the CPU's; Triton's does not look at the spans",
+    ("ops/logprob_pool/read_outs.py", "start_gradient_"): "the same",
+    ("ops/logprob_pool/read_outs.py", "scale_"): "the same",
 }
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.bincount}

@@ -1,12 +1,12 @@
 // The maths of one row of logits, shared by csrc/cpu/row_softmax.cpp and csrc/cuda/row_softmax.cu.
 //
 //   z_v = softcap(x_v + b_v) / temperature
-//   forward:  m = max z, S = sum e^(z-m), E = sum e^(z-m) (z-m), hit = z[target]; two partial results merge by `merge`
+//   forward:  m = max z, S = sum e^(z-m), E = sum e^(z-m) (z-m), target_logit = z[target]; two partial results merge by `merge`
 //             lse + low = m + log S (two floats: at scores of 100 one float's rounding would show in every p),
 //             entropy = log S - E / S (m is left out: it would cancel)
 //   backward: dz_v = g ([v = target] - p_v) - h p_v (z_v - lse + entropy),  p_v = e^(z_v - lse - low)
 //             dx_v = dz_v (1 - tanh^2) / temperature,  products = sum dz_v (z_v - centre)
-//             = sum dz_v z_v, as sum dz = 0; a centre near the target's score keeps the sum from cancelling
+//             = sum dz_v z_v, as sum dz = 0; a centre near the target's keeps the sum from cancelling
 #pragma once
 
 #include <rime/math.h>

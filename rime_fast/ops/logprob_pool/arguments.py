@@ -1,4 +1,4 @@
-"""What the public functions of operator A accept: checks, autocast, and the packed form the backends work on."""
+"""What the public functions of the log-prob operator accept: checks, autocast, and the packed form of a call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from rime_fast.ops import checks as check
+from rime_fast.ops.dispatch import BackendTable
+from rime_fast.ops.logprob_pool import vocab_parallel
+from rime_fast.ops.logprob_pool.problem import Needs, Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,15 +29,16 @@ class Call(NamedTuple):
     ends: Tensor  # [K] int64
     bias: Tensor | None  # [V]
     temperature: Tensor  # 0-d, fp32 or fp64
-    softcap: float  # 0 = none
-    ignore_index: int
-    entropy: bool
-    normalize: bool
+    softcap: Tensor | None  # 0-d, the same; None = no cap
+    options: Options
+    group: str  # name of the vocabulary group, "" = the head is whole
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    vocab_start: int  # the first column of this rank's head
-    group: str  # name of the vocabulary group, "" = the head is whole
-    max_scored: int  # at most so many rows are scored; -1 = unknown
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a custom operator takes before the options."""
+        return self[:8]
 
 
 def prepare(
@@ -48,10 +52,12 @@ def prepare(
     ignore_index: int,
     entropy: bool,
     normalize: bool,
+    backend: str,
     vocab_group: ProcessGroup | None,
     max_scored: int | None,
+    table: BackendTable,
 ) -> Call:
-    """Check every argument of a call and bring it into the form the backends take."""
+    """Check every argument of a call, choose its backend and bring it into the form the operators take."""
     check.check_tensor("hidden", hidden, shape=("T", "H"), dtypes=check.FLOATS)
     rows, width = hidden.shape
     device = hidden.device
@@ -75,32 +81,22 @@ def prepare(
     check.check_flag("normalize", normalize)
     vocabulary, vocab_start, group = lm_head.shape[0], 0, ""
     if vocab_group is not None:
-        from rime_fast.ops.logprob_pool.vocab_parallel import shard
-
-        vocabulary, vocab_start, group = shard(lm_head, vocab_group)
+        vocabulary, vocab_start, group = vocab_parallel.shard(lm_head, vocab_group)
     targets = targets.long()
     _check_targets(targets, vocabulary, ignore_index)
     if max_scored is not None:
         _check_max_scored(max_scored, targets, ignore_index)
     names, sizes, starts, ends = _pack_pools(pools, rows, device)
-    return Call(
-        hidden,
-        lm_head,
-        targets,
-        starts,
-        ends,
-        bias,
-        _temperature(temperature, hidden),
-        float(softcap or 0.0),
-        ignore_index,
-        entropy,
-        normalize,
-        names,
-        sizes,
-        vocab_start,
-        group,
-        -1 if max_scored is None else max_scored,
-    )
+    scale = _scalar("temperature", temperature, hidden)
+    cap = None if softcap is None else _scalar("softcap", softcap, hidden)
+    chosen = table.choose(backend, hidden)
+    if chosen == "reference" and group:
+        raise ValueError("vocab_group: the reference backend works on a whole head; use backend='chunked'")
+    grad = torch.is_grad_enabled()
+    asked = (grad and t is not None and t.requires_grad for t in (hidden, lm_head, bias, scale))
+    bound = -1 if max_scored is None else max_scored
+    options = Options(chosen, ignore_index, entropy, normalize, bound, vocab_start, Needs(*asked))
+    return Call(hidden, lm_head, targets, starts, ends, bias, scale, cap, options, group, names, sizes)
 
 
 def check_weight(token_weight: Tensor | None, hidden: Tensor) -> Tensor:
@@ -126,14 +122,14 @@ def _autocast(hidden: Tensor, lm_head: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), lm_head.to(dtype)
 
 
-def _temperature(temperature: float | Tensor, hidden: Tensor) -> Tensor:
-    """A 0-d tensor beside hidden, fp32 (fp64 beside fp64); keeps the graph of a given tensor."""
-    check.check_positive("temperature", temperature)
+def _scalar(name: str, value: float | Tensor, hidden: Tensor) -> Tensor:
+    """A 0-d tensor beside hidden, fp32 (fp64 beside fp64), above 0; keeps the graph of a given tensor."""
+    check.check_positive(name, value)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    if not isinstance(temperature, Tensor):
-        return torch.full((), temperature, dtype=dtype, device=hidden.device)
-    check.require(temperature.detach() > 0, "temperature: expected a value above 0")
-    return temperature.to(device=hidden.device, dtype=dtype)
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=hidden.device)
+    check.require(value.detach() > 0, f"{name}: expected a value above 0")
+    return value.to(device=hidden.device, dtype=dtype)
 
 
 def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

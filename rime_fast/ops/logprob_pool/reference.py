@@ -1,4 +1,4 @@
-"""Operator A in plain torch: the truth for tests, the fallback for odd dtypes, and the source of second derivatives.
+"""The log-prob operator in plain torch: the truth for tests, the fallback for fp64, differentiable twice and more.
 
 Row t with hidden state x, head W, bias b, soft cap c and temperature tau:
     s = W x + b;   s <- c tanh(s / c) if c;   z = s / tau;   lse = log sum_v exp z_v
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rime_fast.ops.logprob_pool.problem import Options
+
 EPSILON = 1e-12  # the smallest norm divided by; torch.nn.functional.normalize uses the same
 
 
@@ -19,13 +21,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scores(x: Tensor, lm_head: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float) -> Tensor:
-    """z [M, V] of the rows x [M, H]; ``softcap`` 0 means none."""
+def scores(x: Tensor, lm_head: Tensor, bias: Tensor | None, temperature: Tensor, softcap: Tensor | None) -> Tensor:
+    """z [M, V] of the rows x [M, H]."""
     dtype = wide(x.dtype)
     s = x.to(dtype) @ lm_head.to(dtype).t()
     if bias is not None:
         s = s + bias.to(dtype)
-    if softcap:
+    if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     return s / temperature.to(dtype)
 
@@ -36,17 +38,16 @@ def reference_rows(
     targets: Tensor,
     bias: Tensor | None,
     temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    entropy: bool,
+    softcap: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """logp [T] and entropy [T] (or None), 0 where ignored. Only the scored rows meet the head."""
-    scored = (targets != ignore_index).nonzero().squeeze(1)
+    scored = (targets != options.ignore_index).nonzero().squeeze(1)
     z = scores(hidden[scored], lm_head, bias, temperature, softcap)
     lse = z.logsumexp(dim=1)
     logp = z.gather(1, targets[scored].long().unsqueeze(1)).squeeze(1) - lse
     zeros = hidden.new_zeros(hidden.shape[0], dtype=z.dtype)
-    if not entropy:
+    if not options.entropy:
         return zeros.index_put((scored,), logp), None
     log_p = z - lse.unsqueeze(1)
     p = log_p.exp()
@@ -76,12 +77,10 @@ def reference(
     ends: Tensor,
     bias: Tensor | None,
     temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    entropy: bool,
-    normalize: bool,
+    softcap: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(logp [T], entropy [T] | None, pooled [K, H]) in fp32 (fp64 for fp64 inputs); differentiable twice and more."""
+    """(logp [T], entropy [T] | None, embeddings [K, H]) in fp32 (fp64 for fp64 inputs)."""
     with torch.autocast(hidden.device.type, enabled=False):  # it would make the logits in 16 bits
-        logp, row_entropy = reference_rows(hidden, lm_head, targets, bias, temperature, softcap, ignore_index, entropy)
-    return logp, row_entropy, reference_pools(hidden, starts, ends, normalize)
+        logp, row_entropy = reference_rows(hidden, lm_head, targets, bias, temperature, softcap, options)
+    return logp, row_entropy, reference_pools(hidden, starts, ends, options.normalize)

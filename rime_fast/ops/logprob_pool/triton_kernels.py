@@ -1,11 +1,12 @@
-"""Operator A's Triton kernels: tiles over (scored rows, vocabulary), no logits in memory.
+"""Triton kernels of the log-prob operator: tiles over (scored rows, vocabulary), no logits in memory.
 
 Rows are taken through `order`, the scored rows' numbers, and their number M is read on the device: programs are
 persistent and walk the units of work there are, so the cost follows M without the host knowing it.
 
 forward_kernel     unit = BM rows x one split (SPLIT tiles of BN columns): X W^T tile by tile in fp32, an online
-                   max / sum / entropy sum and the target's score; one partial result per row and split.
-merge_kernel       a row's splits in ascending order -> lse, target score, entropy (fixed order: same bits always).
+                   max / sum / entropy sum and the target's logit; one partial result per row and split,
+                   which merge_kernel (triton_rows.py) joins in a fixed order: same bits always. The
+                   read-outs of the same hidden states come from this launch too (triton_rows.py).
 dlogits_kernel     unit = BM x BN: the tile again, then its gradient, into a panel [C, P] in the operands' dtype.
 dhead_kernel       unit = BM columns of the panel x BN of H: dW = dlogits^T X over all M rows, written once; dbias.
 dhidden_kernel     unit = BM rows x BN of H: dX += dlogits W over the panel, each element owned by one program.
@@ -30,6 +31,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from rime_fast.ops.logprob_pool.triton_rows import read_out
 
 
 @triton.jit
@@ -93,26 +96,32 @@ def _scores(
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
     if HAS_CAP:
-        acc = softcap * _tanh(acc / softcap)
+        cap = tl.load(softcap)
+        acc = cap * _tanh(acc / cap)
     return tl.where(inside[None, :], acc * inv_temperature, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["read_outs", "capacity"])
 def forward_kernel(
     x,
     w,
     bias,
+    temperature,
+    softcap,
     targets,
     order,
     count,
-    temperature,
     partial,
+    starts,
+    ends,
+    embeddings,
+    inv_norm,
+    read_outs,
     capacity,
     width,
     vocabulary,
     stride_x,
     stride_w,
-    softcap,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -121,10 +130,16 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """partial [4, splits, capacity]: top, sum, weighted sum (with ENTROPY), the target's score (0 if elsewhere)."""
+    """partial [4, splits, capacity]: top, sum, weighted sum (with ENTROPY), the target's logit (0 if elsewhere).
+
+    embeddings [read_outs, H], inv_norm [read_outs]: see read_out.
+    """
+    for k in range(tl.program_id(0), read_outs, tl.num_programs(0)):
+        read_out(k, x, starts, ends, embeddings, inv_norm, width, stride_x, NORMALIZE)
     rows_live = tl.load(count)
     inv_temperature = 1.0 / tl.load(temperature)
     row_blocks = tl.cdiv(rows_live, BM)
@@ -139,7 +154,7 @@ def forward_kernel(
         top = tl.full((BM,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BM,), dtype=tl.float32)
         weighted = tl.zeros((BM,), dtype=tl.float32)
-        hit = tl.zeros((BM,), dtype=tl.float32)
+        found = tl.zeros((BM,), dtype=tl.float32)
         for j in range(tl.minimum(SPLIT, tl.cdiv(vocabulary, BN) - split * SPLIT)):
             first = (split * SPLIT + j) * BN
             z = _scores(
@@ -164,7 +179,7 @@ def forward_kernel(
                 TMA,
             )
             columns = first + tl.arange(0, BN)
-            hit += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), axis=1)
+            found += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), axis=1)
             new_top = tl.maximum(top, tl.max(z, axis=1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
             old = tl.exp(top - base)
@@ -180,59 +195,21 @@ def forward_kernel(
         tl.store(out + plane, total, mask=live)
         if ENTROPY:
             tl.store(out + 2 * plane, weighted, mask=live)
-        tl.store(out + 3 * plane, hit, mask=live)
+        tl.store(out + 3 * plane, found, mask=live)
 
 
-@triton.jit
-def merge_kernel(
-    partial, order, count, lse, hit, entropy, capacity, length, splits, BM: tl.constexpr, ENTROPY: tl.constexpr
-):
-    """Statistics at the rows' own places in lse [2, T], hit [T], entropy [T]; ``length`` is T."""
-    rows_live = tl.load(count)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    live = rows < rows_live
-    plane = splits * capacity
-    top = tl.full((BM,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BM,), dtype=tl.float32)
-    weighted = tl.zeros((BM,), dtype=tl.float32)
-    found = tl.zeros((BM,), dtype=tl.float32)
-    for split in range(splits):
-        at = partial + split * capacity + rows
-        here = tl.load(at, mask=live, other=0.0)
-        new_top = tl.maximum(top, here)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        old, new = tl.exp(top - base), tl.exp(here - base)
-        part = tl.load(at + plane, mask=live, other=1.0)
-        if ENTROPY:
-            own = tl.load(at + 2 * plane, mask=live, other=0.0)
-            kept = tl.where(old == 0.0, 0.0, old * (weighted + (top - base) * total))
-            weighted = kept + tl.where(new == 0.0, 0.0, new * (own + (here - base) * part))
-        total = old * total + new * part
-        top = new_top
-        found += tl.load(at + 3 * plane, mask=live, other=0.0)
-    row = tl.load(order + rows, mask=live, other=0)
-    # What the rounding of lse loses is kept beside it (rows.py).
-    log_total = tl.log(total)
-    high = top + log_total
-    part = high - top
-    tl.store(lse + row, high, mask=live)
-    tl.store(lse + length + row, (top - (high - part)) + (log_total - part), mask=live)
-    tl.store(hit + row, found, mask=live)
-    if ENTROPY:
-        tl.store(entropy + row, log_total - weighted / total, mask=live)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "length"])
 def dlogits_kernel(
     x,
     w,
     bias,
+    temperature,
+    softcap,
     targets,
     order,
     count,
-    temperature,
     lse,
-    hit,
+    target_logit,
     entropy,
     grad_logp,
     grad_entropy,
@@ -247,7 +224,6 @@ def dlogits_kernel(
     stride_x,
     stride_w,
     stride_panel,
-    softcap,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -259,7 +235,7 @@ def dlogits_kernel(
     WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """panel[r, v - first] = dlogits of scored row r and column v; products [tile, capacity] = sum_v dz (z - hit).
+    """panel[r, v - first] = dlogits of scored row r and column v; products [tile, capacity] = sum_v dz (z - z[target]).
 
     Whole tiles are written: 0 for rows past M and columns past the vocabulary, which the products then may read.
     """
@@ -308,11 +284,11 @@ def dlogits_kernel(
             dz -= tl.where(p == 0.0, 0.0, h[:, None] * p * (z + mean[:, None]))
         dz = tl.where(live[:, None] & (columns < vocabulary)[None, :], dz, 0.0)
         if PRODUCTS:
-            centre = (tl.load(hit + at, mask=live, other=0.0) - high) - low
+            centre = (tl.load(target_logit + at, mask=live, other=0.0) - high) - low
             share = tl.sum(tl.where(dz == 0.0, 0.0, dz * (z - centre[:, None])), axis=1)
             tl.store(products + tile * capacity + rows, share, mask=live)
         if HAS_CAP:
-            t = (z + high[:, None]) / (inv_temperature * softcap)
+            t = (z + high[:, None]) / (inv_temperature * tl.load(softcap))
             dz = tl.where(dz == 0.0, 0.0, dz * (1.0 - t * t))
         dz *= inv_temperature
         if TMA:

@@ -1,4 +1,4 @@
-"""Operator A on Triton: what a launch is cut into, fixed per dtype, generation and options, never per batch."""
+"""The Triton backend: what a launch is cut into, fixed per dtype, generation and options, never per batch."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from rime_fast.ops.logprob_pool.statistics import Gradients, Statistics, share_of_part, whole_of_parts
+from rime_fast.ops.logprob_pool.problem import Gradients, Statistics, share_of_part, whole_of_parts
 
 
 def shard(lm_head: Tensor, group: dist.ProcessGroup) -> tuple[int, int, str]:
@@ -30,7 +30,9 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 def merge(stats: Statistics, name: str) -> Statistics:
-    """The whole vocabulary's statistics from every rank's own."""
+    """The whole vocabulary's statistics from every rank's own; as they are where the head is whole (no name)."""
+    if not name:
+        return stats
     group = _group(name)
     top = stats.lse[0].clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
@@ -41,12 +43,14 @@ def merge(stats: Statistics, name: str) -> Statistics:
 
 def reduce_gradients(found: Gradients, name: str) -> Gradients:
     """Sum over the group what every rank holds only its columns' share of: the gradients of hidden and temperature."""
+    if not name:
+        return found
     group = _group(name)
-    hidden, heat = found.hidden, found.temperature
+    hidden, d_temperature = found.hidden, found.temperature
     if hidden is not None:
         total = hidden.float()
         dist.all_reduce(total, group=group)
         hidden = total.to(hidden.dtype)
-    if heat is not None:
-        dist.all_reduce(heat, group=group)
-    return Gradients(hidden, found.lm_head, found.bias, heat)
+    if d_temperature is not None:
+        dist.all_reduce(d_temperature, group=group)
+    return found._replace(hidden=hidden, temperature=d_temperature)

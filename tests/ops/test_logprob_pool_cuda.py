@@ -1,4 +1,4 @@
-"""Operator A's schedule for CUDA (library products over panels of the vocabulary), run on the CPU."""
+"""The log-prob operator's schedule for CUDA (library products over panels of the vocabulary), run on the CPU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rime_fast.ops.logprob_pool import backends, compaction, fused_linear_ce, fused_logprob_pool, panels
-from rime_fast.ops.logprob_pool.statistics import Needs
+from rime_fast.ops.logprob_pool import cuda, fused_linear_ce, fused_logprob_pool, op, problem
+from rime_fast.ops.logprob_pool.problem import Needs, Options, Problem, Scoring, Spans, Upstream
 from tests.ops.logprob_cases import Case, assert_close_to_truth
 
 SCHEDULES = ["recompute", "forward"]
@@ -15,13 +15,13 @@ SCHEDULES = ["recompute", "forward"]
 
 @pytest.fixture(autouse=True)
 def _on_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "engine_for", lambda backend, hidden: panels)
+    monkeypatch.setattr(op, "schedule_for", lambda backend, hidden: cuda)
 
 
 def _small(monkeypatch: pytest.MonkeyPatch, limit: int, rows: int = 32) -> None:
     """Blocks of ``rows`` rows and ``limit`` bytes of workspace."""
-    monkeypatch.setattr(panels, "ROWS", rows)
-    monkeypatch.setattr(panels, "workspace_limit", lambda: limit)
+    monkeypatch.setattr(cuda, "ROWS", rows)
+    monkeypatch.setattr(cuda, "workspace_limit", lambda: limit)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -46,10 +46,10 @@ def test_flat_and_peaked_logits(schedule: str, scored: str, spread: float) -> No
 def test_several_blocks_panels_and_groups(limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     _small(monkeypatch, limit)
     case = Case(201, 96, 517, dtype, scored="all")
-    cut = panels.plan(201, 96, 517, torch.finfo(dtype).bits // 8, limit)
+    cut = cuda.plan(201, 96, 517, torch.finfo(dtype).bits // 8, limit)
     assert cut.columns < 517
     assert (cut.rows < 201) == (limit == 60_000)
-    assert panels.forward_columns(517, limit) < 517 or limit == 300_000
+    assert cuda.forward_columns(517, limit) < 517 or limit == 300_000
     for schedule in SCHEDULES:
         assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
 
@@ -78,7 +78,7 @@ def test_batch_invariant_and_deterministic(dtype: torch.dtype, monkeypatch: pyte
     _small(monkeypatch, 300_000, rows=128)
     hidden, lm_head = torch.randn(1023, 96).to(dtype), torch.randn(700, 96).to(dtype)
     targets = torch.randint(0, 700, (1023,))
-    assert panels.forward_columns(700, 300_000) < 700
+    assert cuda.forward_columns(700, 300_000) < 700
     options = {"temperature": 0.9, "entropy": True, "backend": "chunked"}
     whole = fused_logprob_pool(hidden, lm_head, targets, **options)
     for rows in ([5], [1022], [3, 5, 9, 500, 501, 1000, 1022]):
@@ -115,28 +115,18 @@ class _NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_waits_for_the_device() -> None:
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(40, 16, 50)
     t = case.tensors
-    bias = t["bias"].float()
+    scoring = Scoring(t["bias"].float(), t["temperature"], None)
+    options = Options("chunked", entropy=True, max_scored=30, needs=Needs(True, True, True, True))
+    spans = Spans(t["starts"], t["ends"])
+    call = Problem(t["hidden"], t["lm_head"], t["targets"], t["targets"] == -100, scoring, spans, options)
+    # CUDA's read-outs are Triton's; those of the CPU look at the spans.
+    monkeypatch.setattr(cuda.read_outs, "read_outs_forward", lambda *_: None)
     with _NoSync():
-        scored = panels.scored_rows(t["targets"], -100, 30)
-        stats = panels.forward(t["hidden"], t["lm_head"], t["targets"], scored, bias, t["temperature"], 0.0, True)
-        found = panels.backward(
-            t["hidden"],
-            t["lm_head"],
-            t["targets"],
-            scored,
-            stats.lse,
-            stats.hit,
-            stats.entropy,
-            t["token_weight"],
-            t["grad_entropy"],
-            bias,
-            t["temperature"],
-            0.0,
-            Needs(True, True, True, True),
-        )
+        stats, _ = cuda.forward(call)
+        found = cuda.backward(call, stats, Upstream(t["token_weight"], t["grad_entropy"]), None)
     assert all(grad is not None and grad.isfinite().all() for grad in found)
     with pytest.raises(AssertionError), _NoSync():
         t["targets"].nonzero()
@@ -146,41 +136,41 @@ def test_compaction() -> None:
     targets = torch.tensor([-100, 4, -100, -100, 0, 2, -100])
     every = [1, 4, 5, 7, 7, 7, 7]
     for capacity, order in ((-1, every), (3, every[:3]), (4, every[:4]), (99, every)):
-        scored = compaction.scored_rows(targets, -100, capacity)
+        scored = problem.scored_rows(targets == -100, capacity)
         assert scored.order.tolist() == order
         assert int(scored.number) == 3
-    part = compaction.scored_rows(targets, -100).part(2, 3)
+    part = problem.scored_rows(targets == -100).part(2, 3)
     assert (part.order.tolist(), int(part.number)) == ([5, 7, 7], 1)
-    assert int(compaction.scored_rows(targets, -100).part(4, 3).number) == 0
-    assert compaction.scored_rows(torch.empty(0, dtype=torch.long), -100).order.shape == (0,)
+    assert int(problem.scored_rows(targets == -100).part(4, 3).number) == 0
+    assert problem.scored_rows(torch.empty(0, dtype=torch.bool)).order.shape == (0,)
 
 
 @pytest.mark.parametrize("vocabulary", [32_003, 151_936, 248_320])
 @pytest.mark.parametrize("width", [96, 1536, 4096, 8192])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_workspace_stays_within_the_limit(vocabulary: int, width: int, itemsize: int) -> None:
-    limit = compaction.workspace_limit()
+    limit = problem.workspace_limit()
     assert limit == 256 << 20
     for capacity in (1, 507, 8192, 16_384, 65_536):
-        cut = panels.plan(capacity, width, vocabulary, itemsize, limit)
+        cut = cuda.plan(capacity, width, vocabulary, itemsize, limit)
         assert cut.workspace <= limit
         assert cut.workspace >= cut.rows * cut.columns * 4 + cut.rows * width * 4
         assert cut.rows >= min(capacity, 3072)
         assert cut.columns >= min(vocabulary, 512)
-    block = panels.ROWS * (4 * panels.forward_columns(vocabulary, limit) + itemsize * width)
+    block = cuda.ROWS * (4 * cuda.forward_columns(vocabulary, limit) + itemsize * width)
     assert block <= limit
 
 
 def test_one_group_at_the_published_sizes() -> None:
     """M 8192 and H up to 4096 keep to 8MHV: dX of all rows fits."""
     for width in (1536, 2048, 3584, 4096):
-        assert panels.plan(8192, width, 151_936, 2, 256 << 20).rows == 8192
+        assert cuda.plan(8192, width, 151_936, 2, 256 << 20).rows == 8192
 
 
 def test_workspace_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RIME_FAST_WORKSPACE_MIB", "1024")
-    assert compaction.workspace_limit() == 1 << 30
+    assert problem.workspace_limit() == 1 << 30
     for bad in ("", "4", "lots", "-256"):
         monkeypatch.setenv("RIME_FAST_WORKSPACE_MIB", bad)
         with pytest.raises(ValueError, match="RIME_FAST_WORKSPACE_MIB: expected a whole number"):
-            compaction.workspace_limit()
+            problem.workspace_limit()

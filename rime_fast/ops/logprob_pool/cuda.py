@@ -1,0 +1,252 @@
+"""The chunked backend on CUDA by library products: bounded memory at any batch, no synchronisation, no fp32 copy of dW.
+
+forward    blocks of ROWS scored rows (padded, so a row's logits are the same bits in any batch) times the head, by wide
+           panels of columns; the row kernel's statistics of the panels are merged in a fixed order. 2MHV FLOP.
+backward   panels of columns outside, all scored rows inside: logits of the panel [M, P] fp32, their gradient over them
+           in the operands' dtype, then dW of the P columns (one product over all rows, in fp32, cast once) and the
+           panel's share of dX, in fp32. 6MHV FLOP: 8MHV with the forward.
+Why the gradient is not made in the forward here (6MHV): that needs whole rows of logits, so with B bytes of workspace
+R = B / 4V rows at a time, and dW in fp32 is read and written (8VH bytes) for every R rows.
+That traffic takes 4 / R x (FLOP per byte of the card) of the time that 2MHV saves: 295 FLOP per byte (H100) and R = 441
+(256 MiB, V 151,936) give 2.7. Recomputing is the faster of the two until R passes 1,180, V 57,000.
+
+The host does not know M: it enqueues work for the capacity (problem.Scored), in which places past M hold zero rows
+with a zero gradient; max_scored makes the capacity M. dX in fp32, the rows and the panel share one budget; where dX
+does not fit beside a useful panel the rows go in groups, dX first and dW in a second sweep (10MHV): see ``plan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rime_fast.ops.logprob_pool import read_outs, triton
+from rime_fast.ops.logprob_pool.problem import (
+    Gradients,
+    Needs,
+    Problem,
+    Statistics,
+    Upstream,
+    gradient_dtype,
+    new_statistics,
+    scored_rows,
+    share_of_part,
+    whole_of_parts,
+    workspace_limit,
+)
+from rime_fast.ops.logprob_pool.read_outs import ReadOuts
+from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_forward
+
+ROWS = 512  # of a block of the forward
+STEP = 64  # columns of a panel are a multiple of this, so that its rows start on 16 bytes
+
+
+class Plan(NamedTuple):
+    """How the backward is cut: rows of a group, columns of a panel, bytes in use at most."""
+
+    rows: int
+    columns: int
+    workspace: int
+
+
+def plan(capacity: int, width: int, vocabulary: int, itemsize: int, limit: int) -> Plan:
+    """The largest group of rows whose dX (fp32) and rows take 3/4 of ``limit``, the widest panel in what is left."""
+    a_row = (4 + itemsize) * width
+    rows = max(1, min(capacity, limit * 3 // 4 // a_row))
+    a_column = 4 * (rows + width)  # logits, and dW in fp32
+    columns = max(STEP, (limit - rows * a_row) // a_column // STEP * STEP)
+    columns = min(columns, -(-vocabulary // STEP) * STEP)
+    return Plan(rows, columns, rows * a_row + columns * a_column)
+
+
+def forward_columns(vocabulary: int, limit: int) -> int:
+    """Columns of a panel of the forward's block: fixed by V and the limit, as the bits of a row depend on it."""
+    return max(STEP, min(vocabulary, limit * 3 // 4 // (4 * ROWS) // STEP * STEP))
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """The reason library products cannot serve a call on ``tensor``, or None."""
+    if tensor.dtype == torch.float64:
+        return "it computes in fp32; fp64 runs on the reference"
+    return triton.why_not(tensor) if tensor.is_cuda else None
+
+
+def start_gradient_(out: Tensor, factor: Tensor | None, rows: Tensor | None, spans: Any) -> None:
+    """See read_outs.start_gradient_."""
+    (triton if out.is_cuda else read_outs).start_gradient_(out, factor, rows, spans)
+
+
+def scale_(out: Tensor, factor: Tensor | None) -> None:
+    """See read_outs.scale_."""
+    (triton if out.is_cuda else read_outs).scale_(out, factor)
+
+
+def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
+    """The rows' statistics (2MHV FLOP) and the read-outs."""
+    hidden, vocabulary, options = problem.hidden, problem.lm_head.shape[0], problem.options
+    rows = hidden.shape[0]
+    stats = new_statistics(hidden, options.entropy, rows + 1)  # the last place takes what the padding gives
+    columns = forward_columns(vocabulary, workspace_limit())
+    order = scored_rows(problem.ignored, options.max_scored).order
+    order = F.pad(order, (0, -order.shape[0] % ROWS), value=rows)
+    buffer = hidden.new_empty(ROWS * columns if order.shape[0] else 0, dtype=torch.float32)
+    for block in order.split(ROWS):
+        x, targets = _gather(hidden, problem.targets, block)
+        parts = []
+        for first in range(0, vocabulary, columns):
+            part = slice(first, min(first + columns, vocabulary))
+            logits = _product(x, problem.lm_head[part].t(), buffer)
+            parts.append(rows_forward(logits, targets - first, problem.scoring.part(part), options.entropy))
+        for whole, found in zip(stats, _merge(parts), strict=True):
+            if whole.numel():
+                whole.index_copy_(-1, block, found)
+    stats = Statistics(*(s[..., :rows].contiguous() for s in stats))
+    made = triton if hidden.is_cuda else read_outs
+    return stats, made.read_outs_forward(hidden, problem.spans, options.normalize)
+
+
+def _merge(parts: list[Statistics]) -> Statistics:
+    if len(parts) == 1:
+        return parts[0]
+    top = torch.stack([part.lse[0] for part in parts]).amax(0)
+    total = share_of_part(parts[0], top)
+    for part in parts[1:]:
+        total += share_of_part(part, top)
+    return whole_of_parts(total, top)
+
+
+def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> Gradients:
+    """Gradients, that of hidden on top of the read-outs' ``rows``; makes the logits again, panel by panel."""
+    work, needs = _Backward(problem, stats, upstream, rows), problem.options.needs
+    order = scored_rows(problem.ignored, problem.options.max_scored).order
+    capacity, itemsize = order.shape[0], problem.hidden.element_size()
+    cut = plan(capacity, problem.lm_head.shape[1], problem.lm_head.shape[0], itemsize, workspace_limit())
+    groups = [order[i : i + cut.rows] for i in range(0, capacity, cut.rows)]
+    if len(groups) <= 1 or not needs.hidden:
+        work.sweep(groups, cut, needs)
+    else:
+        for group in groups:
+            work.sweep([group], cut, Needs(hidden=True))
+        if any(needs[1:]):
+            work.sweep(groups, cut, needs._replace(hidden=False))
+    return work.finish()
+
+
+def forward_with_gradient(
+    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics]
+) -> tuple[Statistics, ReadOuts, Gradients]:
+    """Both in one call, the logits recomputed: cheaper here than whole rows of logits."""
+    stats, found = forward(problem)
+    stats = merge(stats)
+    return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
+
+
+class _Backward:
+    """One backward: what all its panels share, and the sums."""
+
+    def __init__(self, problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> None:
+        self.problem, needs = problem, problem.options.needs
+        hidden, lm_head = problem.hidden, problem.lm_head
+        # The place past the rows: p = exp(z - inf) = 0 and no upstream gradient, so that padding adds exact zeros.
+        lse = F.pad(stats.lse, (0, 1), value=torch.inf)
+        lse[1, -1] = 0.0
+        self.stats = Statistics(lse, F.pad(stats.target_logit, (0, 1)), F.pad(stats.entropy, (0, 1)))
+        self.upstream = [None if t is None else F.pad(t.float(), (0, 1)) for t in upstream]
+        self.hidden = self.lm_head = self.bias = self.products = None
+        if needs.hidden:  # and one row more, for the padding
+            self.hidden = hidden.new_zeros(hidden.shape[0] + 1, hidden.shape[1], dtype=gradient_dtype(hidden.dtype))
+            if rows is not None:
+                start_gradient_(self.hidden[:-1], None, rows, problem.spans)
+        if needs.lm_head:
+            self.lm_head = torch.zeros_like(lm_head, dtype=gradient_dtype(lm_head.dtype))
+        if needs.bias:
+            self.bias = hidden.new_zeros(lm_head.shape[0], dtype=torch.float32)
+        if needs.temperature:
+            self.products = hidden.new_zeros((), dtype=torch.float64)
+
+    def finish(self) -> Gradients:
+        d_temperature = self.products
+        if d_temperature is not None:
+            d_temperature = (-d_temperature / self.problem.scoring.temperature.double()).float()
+        return Gradients(None if self.hidden is None else self.hidden[:-1], self.lm_head, self.bias, d_temperature)
+
+    def sweep(self, groups: list[Tensor], cut: Plan, needs: Needs) -> None:
+        """Every panel of columns with every group of rows; dX only with a single group."""
+        hidden, lm_head = self.problem.hidden, self.problem.lm_head
+        vocabulary, width = lm_head.shape
+        if not groups or not any(needs):
+            return
+        rows = groups[0].shape[0]
+        buffer = hidden.new_empty(rows * cut.columns, dtype=torch.float32)
+        dx = self.hidden[groups[0]].float() if needs.hidden and self.hidden is not None else None
+        head = self.lm_head if needs.lm_head else None
+        wide = head is None or head.dtype == torch.float32
+        scratch = None if wide else hidden.new_empty(cut.columns, width, dtype=torch.float32)
+        single = _gather(hidden, self.problem.targets, groups[0]) if len(groups) == 1 else None
+        for first in range(0, vocabulary, cut.columns):
+            part = slice(first, min(first + cut.columns, vocabulary))
+            for i, group in enumerate(groups):
+                x, targets = single or _gather(hidden, self.problem.targets, group)
+                dlogits, products = self.dlogits(x, targets - first, group, part, buffer)
+                if dx is not None:
+                    _add_product(dx, dlogits, lm_head[part], fresh=False)
+                if head is not None:
+                    total = head[part] if scratch is None else scratch[: part.stop - first]
+                    _add_product(total, dlogits.t(), x, fresh=i == 0)
+                if needs.bias and self.bias is not None:
+                    self.bias[part] += dlogits.sum(dim=0, dtype=torch.float32)
+                if needs.temperature and self.products is not None:
+                    self.products.add_(products.sum(dtype=torch.float64))
+            if head is not None and scratch is not None:
+                head[part] = scratch[: part.stop - first]
+        if dx is not None and self.hidden is not None:
+            for rows_part, dx_part in zip(groups[0].split(ROWS), dx.split(ROWS), strict=True):  # no second dX at once
+                self.hidden.index_copy_(0, rows_part, dx_part.to(self.hidden.dtype))
+
+    def dlogits(self, x: Tensor, targets: Tensor, group: Tensor, part: slice, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """One panel: (its gradient [m, P] in the operands' dtype, sum_v dz (z - z[target]) [m])."""
+        logits = _product(x, self.problem.lm_head[part].t(), buffer)
+        stats = Statistics(*(t[..., group] if t.shape[-1] > 1 else t for t in self.stats))
+        upstream = Upstream(*(None if t is None else t[group] for t in self.upstream))  # type: ignore[arg-type]
+        dtype = x.dtype if x.is_cuda else torch.float32
+        return rows_backward_(logits, targets, self.problem.scoring.part(part), stats, upstream, dtype)
+
+
+def _gather(hidden: Tensor, targets: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and targets at ``order``; a place past the rows gives a zero row, whatever is in the rows, and no target."""
+    rows = hidden.shape[0]
+    past = order == rows
+    at = order.clamp(max=rows - 1)
+    x = hidden.index_select(0, at).masked_fill_(past.unsqueeze(1), 0.0)
+    return x, targets.index_select(0, at).masked_fill_(past, -1)
+
+
+def _product(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+    """x w in fp32 in the memory of ``buffer``."""
+    out = buffer[: x.shape[0] * w.shape[1]].view(x.shape[0], w.shape[1])
+    return _product_into(out, x, w)
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a b with fp32 sums, in the dtype of ``out``. On the CPU, which has no mixed products, operands are widened."""
+    if a.dtype == b.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out.dtype, out=out)
+    return out.copy_(a.float() @ b.float())
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """total (+)= a b in fp32."""
+    if fresh:
+        _product_into(total, a, b)
+    elif a.dtype == b.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, torch.float32, out=total)
+    else:
+        total += a.float() @ b.float()

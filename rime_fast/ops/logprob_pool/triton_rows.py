@@ -1,0 +1,114 @@
+"""Triton kernels that meet no product: merged statistics, read-outs, what the gradient of the hidden states starts as.
+
+merge_kernel           a row's splits in ascending order -> lse, target logit, entropy
+read_out               a span's rows summed in order, then the norm; a part of forward_kernel (triton_kernels.py)
+read_outs_kernel       the same in a launch of its own, for library products
+start_gradient_kernel  a tile of the gradient, walking all read-outs in order: spans that share rows add up in one fixed
+                       order without atomics. Bytes: the gradient once (twice with a factor that is not 1).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EPSILON: tl.constexpr = tl.constexpr(1e-12)  # reference.EPSILON
+BLOCK: tl.constexpr = tl.constexpr(1024)
+
+
+@triton.jit(do_not_specialize=["capacity", "length"])
+def merge_kernel(
+    partial, order, count, lse, target_logit, entropy, capacity, length, splits, BM: tl.constexpr, ENTROPY: tl.constexpr
+):
+    """Statistics at the rows' own places in lse [2, T], target_logit [T], entropy [T]; ``length`` is T."""
+    rows_live = tl.load(count)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    live = rows < rows_live
+    plane = splits * capacity
+    top = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    weighted = tl.zeros((BM,), dtype=tl.float32)
+    found = tl.zeros((BM,), dtype=tl.float32)
+    for split in range(splits):
+        at = partial + split * capacity + rows
+        here = tl.load(at, mask=live, other=0.0)
+        new_top = tl.maximum(top, here)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        old, new = tl.exp(top - base), tl.exp(here - base)
+        part = tl.load(at + plane, mask=live, other=1.0)
+        if ENTROPY:
+            own = tl.load(at + 2 * plane, mask=live, other=0.0)
+            kept = tl.where(old == 0.0, 0.0, old * (weighted + (top - base) * total))
+            weighted = kept + tl.where(new == 0.0, 0.0, new * (own + (here - base) * part))
+        total = old * total + new * part
+        top = new_top
+        found += tl.load(at + 3 * plane, mask=live, other=0.0)
+    row = tl.load(order + rows, mask=live, other=0)
+    # What the rounding of lse loses is kept beside it (rows.py).
+    log_total = tl.log(total)
+    high = top + log_total
+    part = high - top
+    tl.store(lse + row, high, mask=live)
+    tl.store(lse + length + row, (top - (high - part)) + (log_total - part), mask=live)
+    tl.store(target_logit + row, found, mask=live)
+    if ENTROPY:
+        tl.store(entropy + row, log_total - weighted / total, mask=live)
+
+
+@triton.jit
+def read_out(k, hidden, starts, ends, embeddings, inv_norm, width, stride, NORMALIZE: tl.constexpr):
+    """Embedding k: the mean of its rows, and with NORMALIZE its direction."""
+    first, last = tl.load(starts + k), tl.load(ends + k)
+    out = embeddings + tl.cast(k, tl.int64) * width
+    share = 1.0 / (last - first).to(tl.float32)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for c in range(0, width, BLOCK):
+        columns = c + tl.arange(0, BLOCK)
+        inside = columns < width
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        row = first
+        while row < last:
+            total += tl.load(hidden + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+            row += 1
+        total *= share
+        squares += total * total
+        tl.store(out + columns, total, mask=inside)
+    scale = 1.0
+    if NORMALIZE:
+        norm = tl.sqrt(tl.sum(squares, axis=0))
+        scale = 1.0 / tl.where(norm < EPSILON, EPSILON, norm)  # a NaN stays one
+        for c in range(0, width, BLOCK):
+            columns = c + tl.arange(0, BLOCK)
+            mean = tl.load(out + columns, mask=columns < width, other=0.0)
+            tl.store(out + columns, mean * scale, mask=columns < width)
+    tl.store(inv_norm + k, scale)
+
+
+@triton.jit
+def read_outs_kernel(hidden, starts, ends, embeddings, inv_norm, width, stride, NORMALIZE: tl.constexpr):
+    read_out(tl.program_id(0), hidden, starts, ends, embeddings, inv_norm, width, stride, NORMALIZE)
+
+
+@triton.jit(do_not_specialize=["read_outs", "length"])
+def start_gradient_kernel(
+    out, factor, rows, starts, ends, read_outs, length, width, stride, BT: tl.constexpr, BC: tl.constexpr
+):
+    """out [T, H] <- factor out (0 without one) + the rows [K, H] of the spans; nothing is touched where that is out."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    at = out + t.to(tl.int64)[:, None] * stride + columns[None, :]
+    scale = 1.0
+    if factor is not None:
+        scale = tl.load(factor).to(tl.float32)
+        if rows is None:
+            length = tl.where(scale == 1.0, 0, length)
+    keep = (t < length)[:, None] & (columns < width)[None, :]
+    acc = tl.zeros((BT, BC), dtype=tl.float32)
+    if factor is not None:
+        acc = tl.load(at, mask=keep, other=0.0).to(tl.float32) * scale
+    for k in range(read_outs):
+        first, last = tl.load(starts + k), tl.load(ends + k)
+        inside = (t >= first) & (t < last)
+        row = tl.load(rows + k * width + columns, mask=columns < width, other=0.0)
+        acc += tl.where(inside[:, None], row[None, :], 0.0)
+    tl.store(at, acc.to(out.dtype.element_ty), mask=keep)
