@@ -1,13 +1,18 @@
-"""fp32 matrix products on the CPU by oneDNN, which torch carries beside the BLAS that ``torch.mm`` calls.
+"""fp32 matrix products on the CPU: by the BLAS that ``torch.mm`` calls, or by oneDNN, which torch carries beside it.
 
-MKL takes its 256-bit path on AMD processors: on 2 cores of a Zen 5 EPYC ``torch.mm`` reaches 0.17 to 0.19 TFLOP/s where
-oneDNN's linear layer reaches 0.38 to 0.43 (1024 x 4096 x 256 and its like, torch 2.13). Both round to fp32 and
-accumulate in fp32. The layer has no form that writes into given memory: callers take the new tensor, or add it.
+MKL takes its 256-bit path on other makers' processors: on 2 cores of a Zen 5 EPYC ``torch.mm`` reaches 0.17 to 0.19
+TFLOP/s where oneDNN's linear layer reaches 0.38 to 0.43 (1024 x 4096 x 256 and its like, torch 2.13). On an Intel Xeon
+with AVX-512 ``torch.mm`` is as fast or faster in every layout (up to 2.1 times where oneDNN copies an operand
+first). So the processor's maker decides, and not a measurement: a process, and every process on one machine, makes the
+same bits. Both round to fp32 and accumulate in fp32. The layer has no form that writes into given memory: callers take
+the new tensor, or add it.
 """
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +20,16 @@ from torch import Tensor
 
 WORTH = 1 << 22  # multiply-adds from which it pays: below, the call's own overhead shows
 PART_BYTES = 4 << 20  # oneDNN copies operands whose rows are not contiguous: so much at a time
+
+
+@lru_cache(maxsize=1)
+def prefers_onednn() -> bool:
+    """Whether oneDNN's products are the faster ones here: always but with MKL on an Intel processor."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # not Linux
+        processor = os.environ.get("PROCESSOR_IDENTIFIER", "")
+    return not (torch.backends.mkl.is_available() and "GenuineIntel" in processor)
 
 
 @lru_cache(maxsize=1)
@@ -30,8 +45,13 @@ def _linear() -> Any:
 
 
 def fast_products(a: Tensor, b: Tensor) -> bool:
-    """Whether a [M, K] b [K, N] goes to oneDNN: fp32 on the CPU, large enough, and a torch that has it."""
-    if a.dtype != torch.float32 or a.device.type != "cpu" or a.shape[0] * a.shape[1] * b.shape[1] < WORTH:
+    """Whether a [M, K] b [K, N] goes to oneDNN: where it is faster, fp32 on the CPU, large enough, a torch with it."""
+    if (
+        not prefers_onednn()
+        or a.dtype != torch.float32
+        or a.device.type != "cpu"
+        or a.shape[0] * a.shape[1] * b.shape[1] < WORTH
+    ):
         return False
     return _linear() is not None
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from rime_fast.ops import cpu_products
+
+
+@pytest.fixture(autouse=True)
+def prefers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Both libraries are tested on every machine, whichever it prefers. Returns the real question."""
+    real = cpu_products.prefers_onednn
+    monkeypatch.setattr(cpu_products, "prefers_onednn", lambda: True)
+    return real
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -33,13 +43,15 @@ def test_every_layout_in_parts(layouts: tuple[bool, bool], part_bytes: int, monk
     assert relative(into, 2 * truth) < limit
 
 
-@pytest.mark.parametrize("why", ["small", "fp64", "absent"])
+@pytest.mark.parametrize("why", ["small", "fp64", "absent", "slower"])
 def test_torch_where_it_does_not_serve(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(64, 512), torch.randn(512, 256)
     if why == "small":
         a = a[:4]
     elif why == "fp64":
         a, b = a.double(), b.double()
+    elif why == "slower":
+        monkeypatch.setattr(cpu_products, "prefers_onednn", lambda: False)
     else:
         monkeypatch.setattr(cpu_products, "_linear", lambda: None)
     assert not cpu_products.fast_products(a, b)
@@ -52,3 +64,15 @@ def test_torch_where_it_does_not_serve(why: str, monkeypatch: pytest.MonkeyPatch
 def test_same_bits_from_run_to_run() -> None:
     a, b = torch.randn(512, 300), torch.randn(300, 2048)
     assert torch.equal(cpu_products.fast_product(a, b), cpu_products.fast_product(a, b))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "mkl", "onednn"),
+    [("vendor_id : GenuineIntel\n", True, False), ("vendor_id : AuthenticAMD\n", True, True), ("Intel", False, True)],
+)
+def test_the_makers_own_library_serves_its_processors(
+    cpuinfo: str, mkl: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch, prefers: Any
+) -> None:
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: cpuinfo)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert prefers.__wrapped__() is onednn
