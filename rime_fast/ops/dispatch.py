@@ -116,6 +116,20 @@ def triton_why_not(tensor: torch.Tensor) -> str | None:
     return None
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's fp32 products on CUDA may run in TF32, by whichever of its two switches it was set.
+
+    Reading the old one (``allow_tf32``) is an error once the new one was used.
+    """
+    switch = torch.backends.cuda.matmul
+    if hasattr(switch, "fp32_precision"):
+        if switch.fp32_precision == "tf32":
+            return True
+        if switch.fp32_precision == "ieee":
+            return False
+    return bool(switch.allow_tf32)
+
+
 def _from_environment(op: str) -> str | None:
     value = os.environ.get(ENVIRONMENT, "").strip()
     if not value or value == "auto":

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rime_fast.ops.reward.triton_backend import BLOCK, DEPTH
+from rime_fast.ops.reward.triton import BLOCK, DEPTH
 from rime_fast.ops.reward.triton_kernels import rank_tile_kernel
 
 POINTERS = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rime_fast.bench.harness import peak_memory
 from rime_fast.ops import native
-from rime_fast.ops.reward import TERM_NAMES, RewardWeights, chunked, score_rewrites_
+from rime_fast.ops.reward import TERM_NAMES, RewardWeights, score_rewrites_, stream
 from tests.ops.reward_cases import assert_same, make_case, score
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
@@ -54,7 +54,7 @@ def test_rests_of_panels_blocks_and_segments(kind: str) -> None:
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_bank_cast_tile_by_tile(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Own groups that straddle tile borders, and a last tile that is not full."""
-    monkeypatch.setattr(chunked, "CAST_BYTES", 7 * 4 * 24)
+    monkeypatch.setattr(stream, "CAST_BYTES", 7 * 4 * 24)
     weights = WEIGHTS[kind]
     case = make_case(9, 4, 24, 1000, positives=weights.positives, ties=True, dtype=torch.bfloat16)
     case["positive"] = torch.arange(9) * 7 + 3
@@ -64,8 +64,8 @@ def test_a_bank_cast_tile_by_tile(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_a_small_bank_of_many_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to EXACT_ANCHORS: fp64 products, here a few columns at a time."""
-    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 1)
-    monkeypatch.setattr(chunked, "MIN_COLUMNS", 7)
+    monkeypatch.setitem(stream.BUFFER_BYTES, "cpu", 1)
+    monkeypatch.setattr(stream, "MIN_COLUMNS", 7)
     weights = WEIGHTS[kind]
     case = make_case(9, 4, 24, 250, positives=weights.positives, ties=True)
     case["positive"] = torch.arange(9) * 7 + 3
@@ -382,3 +382,37 @@ def test_bad_outputs_are_named() -> None:
     same = torch.zeros(6, 4)
     with pytest.raises(ValueError, match="same memory as rewards"):
         score_rewrites_(same, same, **case)
+
+
+def test_outputs_in_one_memory_are_refused_where_they_meet() -> None:
+    case = make_case()
+    buffer = torch.zeros(6, 8)
+    for rewards, advantages in ((buffer[:, :4], buffer[:, 3:7]), (buffer.view(12, 4)[:6], buffer[:, :4])):
+        with pytest.raises(
+            ValueError, match="advantages: expected a buffer of its own, got the same memory as rewards"
+        ):
+            score_rewrites_(rewards, advantages, **case)
+    with pytest.raises(ValueError, match=r"terms\['rank'\]: .* the same memory as rewards"):
+        score_rewrites_(buffer[:, :4], buffer[:, 4:], terms={"rank": buffer[:, 2:6]}, **case)
+    with pytest.raises(ValueError, match="rewards: expected memory for each element"):
+        score_rewrites_(torch.zeros(6, 1).expand(6, 4), torch.zeros(6, 4), **case)
+    want = score(case)
+    for rewards, advantages in ((buffer[:, :4], buffer[:, 4:]), (buffer[:, ::2], buffer[:, 1::2])):
+        score_rewrites_(rewards, advantages, **case)
+        assert torch.equal(rewards, want["reward"])
+        assert torch.equal(advantages, want["advantage"])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.bfloat16)])
+def test_products_of_parts_have_fp32_precision(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    rows, anchors = torch.randn(40, 300).to(dtypes[0]), torch.randn(50, 300).to(dtypes[1])
+    parts = [stream.split(x.float(), stream.parts_of(x.dtype)) for x in (rows, anchors)]
+    for x, found in zip((rows, anchors), parts, strict=True):
+        assert torch.equal(sum(part.double() for part in found), x.double())
+    found = torch.zeros(40, 50)
+    stream.add_products(found, *parts)
+    exact = rows.double() @ anchors.double().T
+    bound = (
+        stream.PARTS_BAND * (300 + 16) * 2.0**-24 * rows.double().norm(dim=1)[:, None] * anchors.double().norm(dim=1)
+    )
+    assert bool(((found - exact).abs() < bound / 8).all())

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rime_fast.ops.reward import RewardWeights, chunked, compiled
-from rime_fast.ops.reward.weights import RANK_REWARDS
+from rime_fast.ops.reward import RewardWeights, stream
+from rime_fast.ops.reward.weights import PLANES, RANK_REWARDS
 from tests.ops.reward_cases import Case, assert_same, make_case, score
 from tests.testing.on_host import CXX, build
 
@@ -168,8 +168,8 @@ class OnHost:
 
 def streamed(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> dict[str, Tensor]:
     disc = case["disc_similarity"][:, None]
-    planes = chunked.score(OnHost(kernels), **(case | {"disc_similarity": disc}), weights=weights)
-    return dict(zip(compiled.PLANES, planes, strict=True))
+    planes = stream.score(OnHost(kernels), **(case | {"disc_similarity": disc}), weights=weights)
+    return dict(zip(PLANES, planes, strict=True))
 
 
 def in_one_launch(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> dict[str, Tensor]:
@@ -209,7 +209,7 @@ def in_one_launch(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> d
         longs=(6, 12, 14, 15, 16, 17, 18, 23),
     )
     assert bool(buffers[:, :, 1].isnan().all())
-    found = dict(zip(compiled.PLANES, terms, strict=True))
+    found = dict(zip(PLANES, terms, strict=True))
     for name, buffer in zip(("reward", "advantage"), buffers, strict=True):
         assert torch.equal(buffer[:, 0], found[name])
     return found
@@ -228,7 +228,7 @@ def test_streaming_kernels(kernels: ctypes.CDLL, kind: str, n_anchors: int, mask
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_streaming_kernels_over_tiles(kernels: ctypes.CDLL, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Own groups on both sides of a tile's border, and tiles that are not full."""
-    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 1)
+    monkeypatch.setitem(stream.BUFFER_BYTES, "cpu", 1)
     weights = WEIGHTS[kind]
     case = make_case(2, 3, 21, 530, positives=weights.positives, ties=True)
     case["positive"] = torch.tensor([254, 510])
@@ -243,9 +243,9 @@ def test_merge_kernel(kernels: ctypes.CDLL, kind: str) -> None:
     case["positive"] = torch.tensor([10, 310])
     case["negatives_mask"][0, 300:600] = False
     rows = case["gen"].flatten(0, 1)
-    own, norms = chunked.own_similarities(engine, rows, case["anchors"], case["positive"], weights)
+    own, norms = stream.own_similarities(engine, rows, case["anchors"], case["positive"], weights)
     parts = [
-        chunked.scan(
+        stream.scan(
             engine,
             rows,
             norms,
@@ -258,11 +258,11 @@ def test_merge_kernel(kernels: ctypes.CDLL, kind: str) -> None:
         )
         for first in (0, 300, 600)
     ]
-    state = chunked.initial_state(rows, weights)
+    state = stream.initial_state(rows, weights)
     engine.merge(torch.stack(parts), state, weights)
     disc = case["disc_similarity"][:, None]
     planes = engine.finish(state, own, case["format_ok"], case["lengths"], disc, weights)
-    found = dict(zip(compiled.PLANES, planes, strict=True))
+    found = dict(zip(PLANES, planes, strict=True))
     assert_same(found, score(case, weights, backend="reference"))
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rime_fast.ops.reward import RewardWeights, chunked, triton_backend
+from rime_fast.ops.reward import RewardWeights, stream
+from rime_fast.ops.reward import triton as on_triton
 from tests.ops.reward_cases import assert_same, make_case, score
 
 pytestmark = pytest.mark.skipif(
-    triton_backend.why_not(torch.zeros(1)) is not None, reason=str(triton_backend.why_not(torch.zeros(1)))
+    on_triton.why_not(torch.zeros(1)) is not None, reason=str(on_triton.why_not(torch.zeros(1)))
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+ENGINE = on_triton.Engine()
 WEIGHTS = {
     "mean": RewardWeights(),
     "softmax": RewardWeights(negative="softmax", rank_reward="1/rank"),
@@ -40,7 +42,7 @@ def test_equals_the_reference(kind: str, masked: bool, width: int, n_anchors: in
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_tiles_and_bf16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 1)
+    monkeypatch.setitem(stream.BUFFER_BYTES, "cpu", 1)
     weights = WEIGHTS[kind]
     case = make_case(2, 3, 24, 600, positives=weights.positives, dtype=torch.bfloat16)
     case["positive"] = torch.tensor([255, 511])
@@ -57,13 +59,13 @@ def test_states_of_parts_merge_into_the_whole(kind: str) -> None:
     want = score(case, weights, backend="reference")
 
     rows = case["gen"].flatten(0, 1)
-    similarities, norms = chunked.own_similarities(triton_backend, rows, case["anchors"], case["positive"], weights)
+    similarities, norms = stream.own_similarities(ENGINE, rows, case["anchors"], case["positive"], weights)
     parts = []
     for first in (0, 300, 600):
         part = slice(first, first + 300)
         parts.append(
-            chunked.scan(
-                triton_backend,
+            stream.scan(
+                ENGINE,
                 rows,
                 norms,
                 similarities,
@@ -74,9 +76,9 @@ def test_states_of_parts_merge_into_the_whole(kind: str) -> None:
                 exact=False,
             )
         )
-    state = chunked.initial_state(rows, weights)
-    triton_backend.merge(torch.stack(parts), state, weights)
-    planes = triton_backend.finish(
+    state = stream.initial_state(rows, weights)
+    ENGINE.merge(torch.stack(parts), state, weights)
+    planes = ENGINE.finish(
         state, similarities, case["format_ok"], case["lengths"], case["disc_similarity"][:, None], weights
     )
     got = dict(zip(("reward", "advantage"), planes, strict=False))

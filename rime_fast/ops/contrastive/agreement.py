@@ -41,8 +41,10 @@ GATHER_LIMIT = "RIME_FAST_GATHER_LIMIT_MIB"
 GATHER_LIMIT_MIB = 8192
 # The record, fp64. settings, more: 96 bits of a hash, 0 on a rank whose arguments are wrong. low: the smallest label,
 # from the least allowed one. bad: a row of labels [N, P] has no positive, or one twice.
-FIELDS = ("settings", "more", "queries", "keys", "trained", "temperature", "query_norm", "key_norm", "low", "high")
-FIELDS += ("bad",)
+FIELDS = (
+    *("settings", "more", "queries", "keys", "trained"),
+    *("temperature", "query_norm", "key_norm", "low", "high", "bad"),
+)
 # What all ranks have to agree on: key of the settings -> the argument to name.
 AGREED = {
     "terms": "terms",

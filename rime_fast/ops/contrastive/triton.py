@@ -101,7 +101,8 @@ class TritonSweep:
             for first in range(0, len(chosen), 15):  # four bits a term and mode in the launch's mode words
                 part = chosen[first : first + 15]
                 with torch.cuda.device_of(self.scale):  # Triton launches on the current device
-                    self._statistics(*([of[i] for i in part] for of in (self.terms, self.masks, into)))
+                    terms, masks = [self.terms[i] for i in part], [self.masks[i] for i in part]
+                    self._statistics(terms, masks, [into[i] for i in part])
 
     def _statistics(self, terms: list[tuple[int, int]], masks: list[Masks], into: list[Statistics]) -> None:
         from rime_fast.ops.contrastive.triton_kernels import statistics_kernel
@@ -221,7 +222,7 @@ class TritonSweep:
         return (self.scale.double() * LOG2E).float()
 
     def _options(self, q: Tensor, tiles: Tiles, tma: bool, margin: bool) -> dict[str, object]:
-        tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        tf32 = q.dtype == torch.float32 and q.is_cuda and dispatch.tf32_allowed()
         return {
             "BM": tiles.BM,
             "BN": tiles.BN,

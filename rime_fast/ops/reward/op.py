@@ -10,21 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rime_fast.ops.checks import FLOATS, INDICES, check_tensor, describe, require_range
+from rime_fast.ops.collectives import gather_rows
 from rime_fast.ops.dispatch import BackendTable
-from rime_fast.ops.reward import chunked, compiled, reference, sharded, triton_backend
-from rime_fast.ops.reward.weights import TERM_NAMES, RewardWeights
+from rime_fast.ops.reward import cpu, cuda, reference, stream, triton
+from rime_fast.ops.reward.weights import PLANES, TERM_NAMES, RewardWeights
 
 TABLE = BackendTable(
     op="reward",
     probes={
         "reference": lambda _: None,
-        "chunked": compiled.why_not_cpu,
-        "triton": triton_backend.why_not,
-        "cuda": compiled.why_not_cuda,
+        "chunked": cpu.why_not,
+        "triton": triton.why_not,
+        "cuda": cuda.why_not,
     },
     order={"cpu": ("chunked", "reference"), "cuda": ("cuda", "triton", "reference")},
 )
-ENGINES: dict[str, chunked.Engine] = {"chunked": compiled, "cuda": compiled, "triton": triton_backend}
+SMALL = cuda.CudaKernels()
+ENGINES: dict[str, stream.Engine] = {"chunked": cpu.Compiled(), "cuda": SMALL, "triton": triton.Engine()}
 
 
 @torch.no_grad()
@@ -49,7 +51,8 @@ def score_rewrites_(
     The formulas are in ``RewardWeights`` (recipe section 4); every rank, mean and standard deviation is formed from
     similarities of at least fp32 precision whatever the input dtype, since inside a group they differ by about 1e-3.
 
-    rewards, advantages: [B, G] fp32, written; any strides, so views into a rollout buffer are fine.
+    rewards, advantages: [B, G] fp32, written; any strides, so views into a rollout buffer are fine, as long as no two
+        written elements, of these or of ``terms``, are the same memory.
     gen: [B, G, D] floating, the generated embeddings, unit norm. NaN or Inf marks a missing embedding.
     anchors: [A, D] floating, unit norm; on gen's device, or on the CPU (pinned for speed) while gen is on a GPU, in
         which case it streams. An anchor that is not finite is nobody's negative.
@@ -83,7 +86,7 @@ def score_rewrites_(
         rewards,
         advantages,
         list(wanted.values()),
-        [compiled.PLANES.index(name) for name in wanted],
+        [PLANES.index(name) for name in wanted],
         gen,
         anchors,
         positive,
@@ -119,13 +122,14 @@ def _score_rewrites(
     group = resolve(group_name) if group_name else None
     chosen = TABLE.choose(backend, gen)
     if chosen == "reference" and group is not None:
-        anchors = sharded.gather_bank(anchors, sharded.layout(gen, anchors, negatives_mask, weights, group), group)
+        bank = stream.layout(gen, anchors, negatives_mask, weights, group)
+        anchors = gather_rows(anchors, bank.sizes, group)
         group = None
     if group is None and positive.device.type == "cpu":
         require_range("positive", positive, 0, anchors.shape[0] - weights.positives + 1)
-    if chosen == "cuda" and group is None and compiled.small(gen, anchors, weights):
-        filled = gen.new_empty(len(compiled.PLANES), *format_ok.shape, dtype=torch.float32) if terms else None
-        compiled.score_small(
+    if chosen == "cuda" and group is None and SMALL.small(gen, anchors, weights):
+        filled = gen.new_empty(len(PLANES), *format_ok.shape, dtype=torch.float32) if terms else None
+        SMALL.score_small(
             rewards,
             advantages,
             filled,
@@ -145,10 +149,10 @@ def _score_rewrites(
     if chosen == "reference":
         found = reference.statistics(gen, anchors.to(gen.device), positive, negatives_mask, weights)
         result = reference.rewards(found, format_ok, lengths, disc_similarity, weights)
-        values = [result[name] for name in compiled.PLANES]
+        values = [result[name] for name in PLANES]
     else:
-        call = (ENGINES[chosen], gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights)
-        values = list(chunked.score(*call) if group is None else sharded.score(*call, group))
+        call = gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights, group
+        values = list(stream.score(ENGINES[chosen], *call))
     rewards.copy_(values[0])
     advantages.copy_(values[1])
     for buffer, plane in zip(terms, planes, strict=True):
@@ -187,8 +191,7 @@ def _check(
         buffers[f"terms[{name!r}]"] = buffer
     for name, buffer in buffers.items():
         check_tensor(name, buffer, shape=(n_items, group_size), dtypes=(torch.float32,), device=gen.device)
-    if rewards is advantages:
-        raise ValueError("advantages: expected a buffer of its own, got the same memory as rewards")
+    _check_distinct(buffers)
     check_tensor("positive", positive, shape=(n_items,), dtypes=(torch.int64,), device=gen.device)
     check_tensor("format_ok", format_ok, shape=(n_items, group_size), dtypes=(torch.bool,), device=gen.device)
     if lengths is not None:
@@ -196,3 +199,28 @@ def _check(
     if disc_similarity is not None:
         shape = (n_items,) if disc_similarity.dim() == 1 else (n_items, group_size)
         check_tensor("disc_similarity", disc_similarity, shape=shape, dtypes=FLOATS, device=gen.device)
+
+
+def _check_distinct(buffers: Mapping[str, Tensor]) -> None:
+    """No element of memory is written twice; elements are compared only where two buffers share a storage."""
+    if torch.compiler.is_compiling():  # traced tensors have no addresses
+        if buffers["rewards"] is buffers["advantages"]:
+            raise ValueError("advantages: expected a buffer of its own, got the same memory as rewards")
+        return
+    by_storage: dict[int, list[str]] = {}
+    for name, buffer in buffers.items():
+        by_storage.setdefault(buffer.untyped_storage().data_ptr(), []).append(name)
+    for names in by_storage.values():
+        if len(names) == 1 and buffers[names[0]].is_contiguous():
+            continue
+        places = []
+        for buffer in (buffers[name] for name in names):
+            offsets = [torch.arange(size) * stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True)]
+            places.append((offsets[0][:, None] + offsets[1]).flatten() + int(buffer.storage_offset()))
+        place, order = torch.cat(places).sort(stable=True)
+        twice = (place[1:] == place[:-1]).nonzero()
+        if len(twice):
+            first, second = (names[int(order[int(twice[0]) + step]) // len(places[0])] for step in (0, 1))
+            if first == second:
+                raise ValueError(f"{first}: expected memory for each element, got strides {buffers[first].stride()}")
+            raise ValueError(f"{second}: expected a buffer of its own, got the same memory as {first}")

@@ -1,0 +1,80 @@
+"""The reward on CUDA: csrc's streaming kernels, and one launch for a small bank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops.reward.cpu import Compiled, compiled_why_not, score_code
+from rime_fast.ops.reward.weights import RewardWeights
+
+# Banks up to this size are scored in one launch, if what a block keeps fits its shared memory.
+SMALL_ANCHORS, SHARED_BYTES, WARPS = 1024, 160 << 10, 8
+
+
+def why_not(gen: Tensor) -> str | None:
+    """The reason csrc's CUDA kernels cannot serve a call, or None."""
+    if gen.device.type != "cuda":
+        return f"it needs CUDA tensors, got {gen.device.type}"
+    return compiled_why_not(gen)
+
+
+class CudaKernels(Compiled):
+    """As its base, with ``score_small``."""
+
+    def small(self, gen: Tensor, anchors: Tensor, weights: RewardWeights) -> bool:
+        """Whether ``score_small`` serves this call."""
+        states = WARPS * (4 + weights.positives)
+        room = 8 * (gen.shape[1] * (gen.shape[2] + weights.positives + states + 1) + 2)  # small_room of the kernels
+        on_gpu = gen.is_cuda and anchors.is_cuda
+        return on_gpu and anchors.shape[0] <= SMALL_ANCHORS and room <= SHARED_BYTES
+
+    def score_small(
+        self,
+        rewards: Tensor,
+        advantages: Tensor,
+        terms: Tensor | None,
+        gen: Tensor,
+        anchors: Tensor,
+        positive: Tensor,
+        format_ok: Tensor,
+        lengths: Tensor | None,
+        disc_similarity: Tensor | None,
+        negatives_mask: Tensor | None,
+        weights: RewardWeights,
+    ) -> None:
+        """All of score_rewrites_ in one CUDA launch; terms: None or [12, B, G], every plane of ``PLANES``."""
+        readable = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
+
+        def values(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            return (x if x.dtype in readable else x.double()).expand_as(format_ok).contiguous()
+
+        mask = negatives_mask
+        if mask is not None and mask.stride(1) != 1:
+            mask = mask.contiguous()
+        torch.ops.rime_fast_C.rank_small(
+            gen.contiguous(),
+            anchors.contiguous(),
+            positive.contiguous(),
+            mask,
+            format_ok.contiguous(),
+            values(lengths),
+            values(disc_similarity),
+            weights.positives,
+            score_code(weights),
+            weights.hit_k,
+            weights.negative_code,
+            weights.softmax_temperature,
+            weights.normalize_std,
+            weights.w_fmt,
+            weights.w_rank,
+            weights.w_refine,
+            weights.w_len,
+            weights.length_limit,
+            weights.eps,
+            rewards,
+            advantages,
+            terms,
+        )
