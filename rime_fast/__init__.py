@@ -23,8 +23,8 @@ _EXPORTS = {
     "RimeEmbedder": "rime_fast.eval.embedder",
     "RimeConfig": "rime_fast.trainers.config",
     "RefineConfig": "rime_fast.trainers.config",
-    "RimeTrainer": "rime_fast.trainers.rime_trainer",
-    "RefineRLTrainer": "rime_fast.trainers.refine_trainer",
+    "RimeTrainer": "rime_fast.trainers.joint",
+    "RefineRLTrainer": "rime_fast.trainers.refine",
 }
 __all__ = ["__version__", *_EXPORTS]
 
@@ -48,5 +48,5 @@ if TYPE_CHECKING:
     from rime_fast.ops.logprob_pool import LogprobPool, fused_linear_ce, fused_logprob_pool
     from rime_fast.ops.reward import RewardWeights, score_rewrites_
     from rime_fast.trainers.config import RefineConfig, RimeConfig
-    from rime_fast.trainers.refine_trainer import RefineRLTrainer
-    from rime_fast.trainers.rime_trainer import RimeTrainer
+    from rime_fast.trainers.joint import RimeTrainer
+    from rime_fast.trainers.refine import RefineRLTrainer

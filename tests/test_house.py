@@ -79,8 +79,22 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
 
 def test_no_circle_anywhere():
     """Between modules, inside a folder too."""
-    found = circles({name: imports(name) for name in modules() if not name.startswith("trainers.")})
+    found = circles({name: imports(name) for name in modules()})
     assert not found, found
+
+
+def test_components_take_values_not_a_trainer():
+    """The two trainers and their base aside, nothing below the command line is given a whole trainer."""
+    wrong = []
+    for name, tree in modules().items():
+        if floor(name) == TOP or name in ("trainers.base", "trainers.joint", "trainers.refine"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+                every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                wrong += [f"{name}, line {node.lineno}" for one in every if one.arg == "trainer"]
+    assert not wrong, wrong
+    assert len([name for name in modules() if name.split(".")[0] == "trainers"]) <= 11
 
 
 def test_the_search_for_circles_finds_them():

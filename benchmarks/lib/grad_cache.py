@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name
 from rime_fast.engine.grad_cache import GradCache
-from rime_fast.engine.grad_sync import GradSync
-from rime_fast.engine.packed_encoder import PackedEncoder
+from rime_fast.engine.packed_batch import PackedEncoder
+from rime_fast.engine.wrappers import GradSync
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import tiny_model
 from rime_fast.model.tiny_batch import tiny_batch

@@ -29,8 +29,8 @@ from transformers import Qwen2VLForConditionalGeneration
 from benchmarks.lib.parts import PartClock, breakdown
 from rime_fast.bench.harness import Results, Row, add_parts, compare, dtype_name
 from rime_fast.engine.grad_cache import GradCache
-from rime_fast.engine.grad_sync import GradSync
-from rime_fast.engine.packed_encoder import PackedEncoder, part_tokens
+from rime_fast.engine.packed_batch import PackedEncoder, part_tokens
+from rime_fast.engine.wrappers import GradSync
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import tiny_config
 from rime_fast.model.tiny_batch import tiny_batch

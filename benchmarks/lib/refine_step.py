@@ -25,10 +25,10 @@ from benchmarks.lib.parts import PartClock, breakdown
 from rime_fast.bench.harness import Results, Row, add_parts, compare, dtype_name
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.model.dual_mode import DualModeModel
-from rime_fast.model.shared_prefix import shared_prefix_batch
 from rime_fast.model.tiny_batch import tiny_batch
 from rime_fast.ops.reward import RewardWeights, score_rewrites_
 from rime_fast.recipe.refine import policy_loss
+from rime_fast.trainers.policy import shared_policy_batch
 
 BENCH = "refine_step"
 PLAIN = "plain (stock parts)"
@@ -146,11 +146,11 @@ def ours(s: Setting) -> Tensor:
             temperature=1.0,
             stop_ids=[],
         )
-    batch = shared_prefix_batch(s.batch, s.samples.tolist())
+    batch = shared_policy_batch(s.batch, s.samples.tolist())
     with s.clock.part("reference"), torch.no_grad():
-        ref_logp = s.reference(**batch, pools={}).logp
+        ref_logp = batch.by_rollout(s.reference(**batch.inputs, pools={}).logp)
     with s.clock.watching(s.modules(s.policy)):
-        out = s.policy(**batch)
+        out = s.policy(**batch.inputs, pools=batch.pools)
     with s.clock.part("reward"):
         gen, disc = (out.embeddings[name].detach() for name in ("gen", "disc"))
         rewards = torch.empty(shape.prompts, shape.group, device=gen.device)
@@ -167,12 +167,11 @@ def ours(s: Setting) -> Tensor:
             weights=s.weights,
         )
     loss, _ = policy_loss(
-        out.logp,
+        batch.by_rollout(out.logp),
         None,
         ref_logp,
         advantages.view(-1),
-        batch["targets"] >= 0,
-        row=batch["layout"].rows,
+        batch.mask,
         beta=BETA,
         max_completion_length=shape.rollout,
     )

@@ -1,4 +1,4 @@
-"""The joint-training step (trainers/rime_trainer.py) on a cluster: seconds and memory of each part of one rank.
+"""The joint-training step (trainers/joint.py) on a cluster: seconds and memory of each part of one rank.
 
 Seconds of a part are its FLOP over the assumed rate (bytes over the memory bandwidth for the optimizer). Communication
 that can run beside computation costs what does not fit beside it:

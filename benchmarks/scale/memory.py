@@ -40,7 +40,7 @@ def precision_of(strategy: str) -> Precision:
 def states(shape: ModelShape, trained: float, strategy: str, gpus: int) -> dict[str, float]:
     """Weights, gradients, optimizer of one rank.
 
-    FSDP2 holds one whole gradient: it is reduced once a step (engine/grad_sync.py). FSDP2 and ZeRO-3 also hold the
+    FSDP2 holds one whole gradient: it is reduced once a step (engine/wrappers.py). FSDP2 and ZeRO-3 also hold the
     layer at work, the next one, and the embedding table, in 16 bits.
     """
     kind = precision_of(strategy)

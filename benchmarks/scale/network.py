@@ -140,7 +140,7 @@ STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Sync:
-    """Gradients and parameters that travel in one step of a strategy (engine/grad_sync.py).
+    """Gradients and parameters that travel in one step of a strategy (engine/wrappers.py).
 
     parameters: all; trained: those with a gradient. units: what FSDP2 or ZeRO-3 gathers one after the other.
     wire: bytes of a parameter as gathered; gradient: bytes of a gradient element as reduced.

@@ -1,4 +1,4 @@
-"""The Refine-RL step (trainers/refine_trainer.py) on a cluster: rollouts, reference, policy, reward, update.
+"""The Refine-RL step (trainers/refine.py) on a cluster: rollouts, reference, policy, reward, update.
 
 Decoding one token for every rollout reads the weights, the prompts' keys and values (kept once a prompt) and the
 rollouts' own: its seconds are the largest of these bytes over the memory bandwidth, the FLOP over the rate, and the
@@ -148,7 +148,7 @@ def refine_step(shape: ModelShape, cluster: Cluster, plan: RefinePlan) -> Step:
 
 
 def trunk_runs(plan: RefinePlan, sync: Sync) -> int:
-    """How often the frozen vision tower runs over the prompts' images (trainers/refine_step.py).
+    """How often the frozen vision tower runs over the prompts' images (trainers/refine.py).
 
     Once for prefill, reference and policy; where forwards gather parameters the prefill keeps no features; separate
     sequences have the image once a rollout and keep none.

@@ -102,6 +102,8 @@ def _field(line: ast.AnnAssign) -> Option | None:
         elif "default_factory" in keywords:
             default = {"list": "[]", "dict": "{}"}.get(ast.unparse(keywords["default_factory"]), "made at start")
         text = _help(keywords.get("metadata"))
+    elif isinstance(value, ast.Call) and ast.unparse(value.func) == "option":  # option(default, text)
+        default, text = ast.unparse(value.args[0]), _help(value)
     elif value is not None:
         default = ast.unparse(value)
     return Option(line.target.id, annotation, default, text)
@@ -114,7 +116,7 @@ def _help(metadata: ast.expr | None) -> str:
         pairs = zip(metadata.keys, metadata.values, strict=True)
         texts = [value for key, value in pairs if isinstance(key, ast.Constant) and key.value == "help"]
     elif isinstance(metadata, ast.Call):
-        texts = metadata.args
+        texts = metadata.args[-1:]
     for text in texts:
         strings = [n.value for n in ast.walk(text) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         if strings:

@@ -13,7 +13,7 @@ def run(values: dict[str, Any]) -> int:
     required(values, "model", "train_data")
     from rime_fast.cli.training import run_training
     from rime_fast.trainers.config import RefineConfig
-    from rime_fast.trainers.refine_trainer import RefineRLTrainer
+    from rime_fast.trainers.refine import RefineRLTrainer
 
     return run_training(values, RefineRLTrainer, RefineConfig, "Refine-RL")
 

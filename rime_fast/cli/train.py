@@ -13,7 +13,7 @@ def run(values: dict[str, Any]) -> int:
     required(values, "model", "train_data")
     from rime_fast.cli.training import run_training
     from rime_fast.trainers.config import RimeConfig
-    from rime_fast.trainers.rime_trainer import RimeTrainer
+    from rime_fast.trainers.joint import RimeTrainer
 
     return run_training(values, RimeTrainer, RimeConfig, "Joint training")
 

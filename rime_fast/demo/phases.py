@@ -18,8 +18,8 @@ from rime_fast.demo.task import MAX_NEW_TOKENS, demo_template
 from rime_fast.eval.embedder import RimeEmbedder
 from rime_fast.eval.mutual import MutualResult, evaluate_mutual
 from rime_fast.trainers.config import RefineConfig, RimeConfig
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
-from rime_fast.trainers.rime_trainer import RimeTrainer
+from rime_fast.trainers.joint import RimeTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 # Tokens of a terse rewrite, tags, newline and <gen_emb> included: what is free of the length penalty.
 TERSE_TOKENS = 9

@@ -14,8 +14,8 @@ classic cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,16 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rime_fast.engine.grad_sync import GradSync
-from rime_fast.engine.graph_memory import measured_graph
-from rime_fast.engine.rng import RngState
+from rime_fast.engine.wrappers import GradSync
 
 
 @dataclass
 class Encoded:
     """What an encoder makes of one micro-batch.
 
-    embeddings: name -> [n, D]; the same names for every micro-batch, any n >= 0.
+    embeddings: name -> [n, D]; the same names for every micro-batch (none where only the losses count), any n >= 0.
     loss: 0-d, the micro-batch's own share of the step's loss; read only where the encoder was called with
         ``scored=True``.
     metrics: name -> 0-d without gradient, summed over the micro-batches.
@@ -96,7 +94,7 @@ class GradCache:
     encode: ``Encoder``. It must depend on its arguments, the model and torch's random state alone; called again with
         the same micro-batch it must give the same embeddings. Autocast is the caller's, around ``step``.
     loss: ``BatchLoss``. Whatever else it reads with a gradient (a temperature) gets that gradient once.
-    sync: how gradients travel between ranks, see ``rime_fast.engine.grad_sync.grad_sync``; None: one process. Ranks
+    sync: how gradients travel between ranks, see ``rime_fast.engine.wrappers.grad_sync``; None: one process. Ranks
         average gradients there: a loss whose gradients are to be summed must be multiplied by the number of ranks.
     keep_bytes: memory for graphs kept beyond the last one's, per process; 0 none, ``math.inf`` all.
     cost: of a micro-batch, in any unit its graph's memory is proportional to (tokens); default: all alike.
@@ -164,7 +162,7 @@ class GradCache:
                         out = encode(slot.data, False)
                 else:
                     out = slot.graph = self._encode_kept(encode, slot.data, last=i == len(slots) - 1)
-                slot.rows = next(iter(out.embeddings.values())).shape[0]
+                slot.rows = next((x.shape[0] for x in out.embeddings.values()), 0)
                 if not slot.idle:
                     rows.append({name: x.detach() for name, x in out.embeddings.items()})
         value, gradients = _batch_gradients(rows, loss, scale)
@@ -272,3 +270,80 @@ def _surrogate(out: Encoded, gradients: dict[str, Tensor], idle: bool, scale: fl
         raise ValueError("the encoder returned neither a loss nor an embedding with a gradient")
     total = torch.stack([part.float() if part.dtype in (torch.bfloat16, torch.float16) else part for part in parts])
     return total.sum() if upstream is None else total.sum() * upstream
+
+
+# --- the random state and the memory of a forward --------------------------------------------------------------------
+
+
+class RngState:
+    """What torch's generators (CPU and the current accelerator) held when this object was made.
+
+    ``replayed()`` runs a block from that state and leaves the generators as they were before the block, so that a
+    second run draws the same numbers and the draws after it are those of a program without the second run. Nothing
+    here waits for a device: its generator's seed and offset live on the host.
+    """
+
+    def __init__(self) -> None:
+        self._states = _states()
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run a block from the recorded state."""
+        before = _states()
+        _restore(self._states)
+        try:
+            yield
+        finally:
+            _restore(before)
+
+
+def _states() -> tuple[torch.Tensor, Any]:
+    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), device
+
+
+def _restore(states: tuple[torch.Tensor, Any]) -> None:
+    host, device = states
+    torch.set_rng_state(host)
+    if device is not None:
+        torch.cuda.set_rng_state(device)
+
+
+class GraphBytes:
+    """Filled when the block of ``measured_graph`` ends."""
+
+    value: int = 0
+
+
+@contextmanager
+def measured_graph(parameters: Iterable[Tensor]) -> Iterator[GraphBytes]:
+    """Measure the memory that the block's graph holds, outputs included on CUDA.
+
+    CUDA: the growth of the allocator's own count, which costs nothing. CPU: the storages saved for the backward, each
+    counted once; those of ``parameters`` are not the graph's.
+    """
+    found = GraphBytes()
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        yield found
+        found.value = max(0, torch.cuda.memory_allocated() - before)
+        return
+    own = {_local(parameter).untyped_storage().data_ptr() for parameter in parameters}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+    found.value = sum(seen.values())
+
+
+@torch.no_grad()
+def _local(parameter: Tensor) -> Tensor:
+    """A sharded parameter's own part (a DTensor has no storage itself)."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

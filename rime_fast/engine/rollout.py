@@ -1,22 +1,27 @@
-"""Rollouts: each prompt is read once, its G rewrites are decoded together, ``<gen_emb>``'s state comes with them."""
+"""Rollouts: each prompt is read once, its G rewrites are decoded together, ``<gen_emb>``'s state comes with them; and
+who decodes them: the policy itself, or a server that stands in for it (``rime_fast.engine.vllm_backend``).
+
+A backend gives the tokens of G responses a prompt. Embeddings come from the update's own forward, so a backend that
+knows nothing but text generation will do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rime_fast.engine.decode_cache import DecodeCache, PrefillRecorder
-from rime_fast.engine.decode_step import DecodeStep, choose_decoder
-from rime_fast.engine.gathered import is_gathered
+from rime_fast.data.records import Side
+from rime_fast.engine.decode import DecodeCache, DecodeStep, PrefillRecorder, choose_decoder
+from rime_fast.engine.packed_batch import PackedBatch
 from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import LoopGuard, check_sampling, draw_tokens
-from rime_fast.model.dual_mode import DualModeModel
+from rime_fast.engine.wrappers import dual_mode_of, is_gathered
 from rime_fast.model.packing import PACKED_SDPA
+from rime_fast.model.vision import vision_features
 
 _PROMPT_KEYS = (
     "input_ids",
@@ -33,38 +38,20 @@ _PROMPT_KEYS = (
 )
 
 
-@dataclass
-class Rollout:
-    """Decoded responses of B prompts, G each; row b * G + g is the g-th of prompt b. R: the longest response.
+@dataclass(frozen=True)
+class Sampling:
+    """What is drawn; the fields are the arguments of ``generate_rollouts``."""
 
-    tokens [B*G, R] int64, the stop token included, padded with the pad id.
-    lengths [B*G] int64: tokens of each response, the stop token included.
-    logp [B*G, R] fp32: log-probability of each token under the policy itself (temperature 1, no filter), 0 in padding.
-    gen_states [B*G, H] fp32: last hidden state at ``<gen_emb>``, not normalised; at the last token where there is none.
-    finished [B*G] bool: whether the response ended with ``<gen_emb>``. The others hit the cap or another stop token.
-    disc_states [B, H] fp32: last hidden state at ``disc_index``, not normalised, from the same prefill; None where the
-        prompt batch has no disc_index.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    logp: Tensor
-    gen_states: Tensor
-    finished: Tensor
-    disc_states: Tensor | None = None
-
-
-def dual_mode_of(model: nn.Module) -> Any:
-    """The ``DualModeModel`` inside DDP, FSDP, DeepSpeed and peft wrappers; TypeError when there is none."""
-    inner: Any = model
-    while not isinstance(inner, DualModeModel):
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        elif isinstance(getattr(inner, "module", None), nn.Module):
-            inner = inner.module
-        else:
-            raise TypeError(f"model is a {type(model).__name__}; expected a DualModeModel, wrapped or not")
-    return inner
+    gen_id: int
+    max_new_tokens: int
+    group_size: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_limit: int = 0
+    stop_ids: tuple[int, ...] | None = None
+    suppress_ids: tuple[int, ...] = ()
+    pad_id: int = 0
 
 
 @torch.no_grad()
@@ -86,7 +73,7 @@ def generate_rollouts(
     check_every: int | None = None,
     out: RolloutBuffer | None = None,
     decode: str = "auto",
-) -> Rollout:
+) -> RolloutBuffer:
     """Decode ``group_size`` responses to each prompt of a packed batch (see the collator), each up to ``<gen_emb>``.
 
     temperature 0 is greedy and equals transformers' ``generate`` token for token; top_p and top_k as there.
@@ -100,9 +87,9 @@ def generate_rollouts(
     them then; default 1 on the CPU, 8 elsewhere. It changes the draws, since dropped rows draw nothing, never the
     distribution. With a seeded ``generator`` on the model's device the result is reproducible.
     ``decode``: how a step runs: "eager", "graph" (a CUDA graph), "compile" (torch.compile), or "auto": graph on CUDA,
-    eager elsewhere; see ``rime_fast.engine.decode_step``.
+    eager elsewhere; see ``rime_fast.engine.decode``.
     ``out``: a buffer of as many prompts, this group size and pad id, on the model's device; it is cleared and written
-    in place, and the rollout's tensors are views of it.
+    in place. What is returned are views of it up to the longest response; disc_states is None without disc_index.
 
     A ``vision_cache`` in the batch is filled (or used) by the prefill, so that a frozen tower runs once for rollout,
     reference and policy: ``VisionCache(keep=True)``. Where parameters are sharded the prefill leaves it alone.
@@ -117,7 +104,7 @@ def generate_rollouts(
         stop_ids = _end_ids(policy)
     with _decoding(policy), _frozen_weights_cast_once(policy, prompt_batch["input_ids"].device):
         if out is None:
-            out = _own_buffer(policy, prompt_batch, group_size, max_new_tokens, pad_id)
+            out = buffer_for(policy, prompt_batch, group_size, max_new_tokens, pad_id)
         else:
             _check_buffer(out, len(prompt_batch["lengths"]), group_size, max_new_tokens, pad_id)
         state = _prefill(policy, prompt_batch, out.clear(), max_new_tokens, decode)
@@ -139,15 +126,14 @@ def generate_rollouts(
     return state.rollout(gen_id, prompt_batch.get("disc_index") is not None)
 
 
-def _own_buffer(policy: Any, prompts: dict[str, Any], group_size: int, cap: int, pad_id: int) -> RolloutBuffer:
-    hidden = policy.config.get_text_config().hidden_size
-    device = prompts["input_ids"].device
+def buffer_for(policy: nn.Module, prompts: dict[str, Any], group_size: int, cap: int, pad_id: int) -> RolloutBuffer:
+    """A new buffer for G rollouts of each prompt, of at most ``cap`` tokens."""
     return RolloutBuffer.make(
         prompts=len(prompts["lengths"]),
         group_size=group_size,
         max_tokens=cap,
-        hidden=hidden,
-        device=device,
+        hidden=dual_mode_of(policy).config.get_text_config().hidden_size,
+        device=prompts["input_ids"].device,
         pad_id=pad_id,
     )
 
@@ -256,18 +242,10 @@ class _State:
                 guard.keep(kept)
         return False
 
-    def rollout(self, gen_id: int, with_disc: bool) -> Rollout:
+    def rollout(self, gen_id: int, with_disc: bool) -> RolloutBuffer:
         out = self.out
-        longest = int(out.lengths.max())
         torch.eq(out.tokens.gather(1, out.lengths[:, None] - 1)[:, 0], gen_id, out=out.finished)
-        return Rollout(
-            tokens=out.tokens[:, :longest],
-            lengths=out.lengths,
-            logp=out.logp[:, :longest],
-            gen_states=out.gen_states,
-            finished=out.finished,
-            disc_states=out.disc_states if with_disc else None,
-        )
+        return out.trimmed(int(out.lengths.max()), disc=with_disc)
 
 
 def _prefill(policy: Any, prompt_batch: dict[str, Any], out: RolloutBuffer, cap: int, decode: str) -> _State:
@@ -297,3 +275,80 @@ def _prefill(policy: Any, prompt_batch: dict[str, Any], out: RolloutBuffer, cap:
         done=torch.zeros(len(start), dtype=torch.bool, device=device),
         out=out,
     )
+
+
+# --- who decodes -----------------------------------------------------------------------------------------------------
+
+
+class RolloutBackend(Protocol):
+    """Generates responses with the policy's current weights."""
+
+    def refresh(self, policy: nn.Module) -> None:
+        """The policy's weights are whole on this rank and may have changed since the last call."""
+
+    def generate(
+        self,
+        policy: nn.Module,
+        sides: Sequence[Side],
+        prompts: dict[str, Any],
+        sampling: Sampling,
+        out: RolloutBuffer | None = None,
+    ) -> RolloutBuffer:
+        """G responses to each of the B prompts: ``sides`` and the packed batch ``prompts`` of the same prompts.
+
+        Tokens, lengths, logp and finished will do, in tensors of its own or written into ``out``, a buffer for them.
+        """
+
+
+class LocalBackend:
+    """The policy decodes by itself.
+
+    at_once: rollouts decoded together (memory); None: all. decode, check_every: see ``generate_rollouts``.
+    """
+
+    def __init__(self, at_once: int | None = None, *, decode: str = "auto", check_every: int | None = None) -> None:
+        if at_once is not None and at_once < 1:
+            raise ValueError(f"at_once is {at_once}; expected a positive number of rollouts")
+        if check_every is not None and check_every < 1:
+            raise ValueError(f"check_every is {check_every}; expected a positive number of steps")
+        self.at_once, self.options = at_once, {"decode": decode, "check_every": check_every}
+
+    def refresh(self, policy: nn.Module) -> None:
+        """Nothing to do: the policy is the sampler."""
+
+    def generate(
+        self,
+        policy: nn.Module,
+        sides: Sequence[Side],
+        prompts: dict[str, Any],
+        sampling: Sampling,
+        out: RolloutBuffer | None = None,
+    ) -> RolloutBuffer:
+        """See ``RolloutBackend``; a prompt's G rollouts are never decoded apart. ``out`` gets ``gen_states``, too,
+        and ``disc_states`` where the prompts have a ``disc_index``."""
+        options = vars(sampling) | self.options
+        count, group = len(prompts["lengths"]), sampling.group_size
+        step = count if self.at_once is None else max(1, self.at_once // group)
+        if step >= count:
+            return generate_rollouts(policy, prompts, out=out, **options)
+        if out is None:
+            out = buffer_for(policy, prompts, group, sampling.max_new_tokens, sampling.pad_id)
+        _see_once(policy, prompts)
+        packed, longest = PackedBatch(prompts, dual_mode_of(policy).model.visual.spatial_merge_size), 0
+        for first in range(0, count, step):
+            chosen = range(first, min(count, first + step))
+            into = out.part(first, len(chosen))
+            rollout = generate_rollouts(policy, packed.take(chosen), out=into, **options)
+            longest = max(longest, rollout.tokens.shape[1])
+        return out.trimmed(longest, disc=prompts.get("disc_index") is not None)
+
+
+@torch.no_grad()
+def _see_once(policy: nn.Module, prompts: dict[str, Any]) -> None:
+    """Fill the batch's vision cache, which parts of the batch then take their share of."""
+    cache, model = prompts.get("vision_cache"), dual_mode_of(policy)
+    pixels = [prompts[name] for name in ("pixel_values", "pixel_values_videos") if name in prompts]
+    if cache is None or cache.filled or not pixels or is_gathered(model):
+        return
+    grids = [*prompts.get("image_grids", ()), *prompts.get("video_grids", ())]
+    vision_features(model.model.visual, torch.cat(pixels), grids, cache)

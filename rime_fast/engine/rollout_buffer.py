@@ -1,52 +1,65 @@
-"""Where the rollouts of a step live: allocated once, written in place by decoding and scoring, saved for resuming.
+"""The rollouts of a step, one type from decoding to the loss: generated, scored, reinforced, saved for resuming.
 
     buffer = RolloutBuffer.make(prompts=16, group_size=8, max_tokens=128, hidden=1536, device=device, pad_id=pad)
-    for micro, part in zip(micro_batches, buffer.parts([4, 4, 4, 4]), strict=True):
-        generate_rollouts(policy, micro, gen_id=..., group_size=8, max_new_tokens=128, out=part)
+    generate_rollouts(policy, prompts, gen_id=..., group_size=8, max_new_tokens=128, out=buffer)
 
-A part is the same memory under another name. Nothing here waits for the device but ``responses``, ``save`` and
-``from_file``.
+Memory is allocated once and written in place; a part is the same memory under another name. Nothing here waits for the
+device but ``responses``, ``save`` and ``from_file``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 _PER_PROMPT = ("disc_states",)
+_PER_TOKEN = ("tokens", "logp", "old_logp", "ref_logp")
+_LATER: Any = None  # filled by a later station
 
 
 @dataclass
 class RolloutBuffer:
     """B prompts with G rollouts each, N = B * G rows; row b * G + g is the g-th of prompt b. R: the longest there can
-    be. Made by ``make``; ``clear`` gives the values in brackets.
+    be. ``make`` allocates every field, ``clear`` gives the values in brackets; a rollout backend that makes its own
+    tensors gives the first four.
 
-    From decoding, as in ``Rollout``:
-    tokens [N, R] int64 (pad id), lengths [N] int64 (0), logp [N, R] fp32 (0), gen_states [N, H] fp32 (0),
-    finished [N] bool (False), disc_states [B, H] fp32 (0).
+    From decoding:
+    tokens [N, R] int64, the stop token included, padded (pad id). lengths [N] int64 (0), the stop token included.
+    logp [N, R] fp32 of each token under the sampling policy itself (temperature 1, no filter), 0 in the padding (0).
+    finished [N] bool: ended with ``<gen_emb>``; the others hit the cap or another stop token (False).
+    gen_states [N, H] fp32: last hidden state at ``<gen_emb>``, not normalised; at the last token where there is none
+    (0). disc_states [B, H] fp32: the same at ``disc_index``, from the same prefill (0). None where nobody made them.
     From the update:
-    rewards, advantages [N] fp32 (NaN: what was never scored is seen), old_logp, ref_logp [N, R] fp32 (0).
+    rewards, advantages [N] fp32 (NaN: what was never scored is seen). old_logp, ref_logp [N, R] fp32 (0).
+    rewrites: ``responses`` on the host, once they were looked at, with format_ok [N] bool on the device and the counts
+    format_failed, unfinished, refilled. has_states: whether gen_states and disc_states are those of these rollouts.
     """
 
-    group_size: int
-    pad_id: int
     tokens: Tensor
     lengths: Tensor
     logp: Tensor
-    gen_states: Tensor
     finished: Tensor
-    disc_states: Tensor
-    rewards: Tensor
-    advantages: Tensor
-    old_logp: Tensor
-    ref_logp: Tensor
+    gen_states: Tensor = _LATER
+    disc_states: Tensor = _LATER
+    rewards: Tensor = _LATER
+    advantages: Tensor = _LATER
+    old_logp: Tensor = _LATER
+    ref_logp: Tensor = _LATER
+    group_size: int = 1
+    pad_id: int = 0
+    format_ok: Tensor = _LATER
+    rewrites: list[list[int]] = field(default_factory=list)
+    has_states: bool = False
+    format_failed: int = 0
+    unfinished: int = 0
+    refilled: int = 0
 
     @classmethod
     def make(
@@ -59,8 +72,8 @@ class RolloutBuffer:
         rows = prompts * group_size
         token_table, row, state = (rows, max_tokens), (rows,), (rows, hidden)
         buffer = cls(
-            group_size,
-            pad_id,
+            group_size=group_size,
+            pad_id=pad_id,
             tokens=torch.empty(token_table, dtype=torch.int64, device=device),
             lengths=torch.empty(row, dtype=torch.int64, device=device),
             logp=torch.empty(token_table, device=device),
@@ -76,20 +89,22 @@ class RolloutBuffer:
 
     @property
     def prompts(self) -> int:
-        return self.disc_states.shape[0]
+        return len(self.lengths) // self.group_size
 
     @property
     def max_tokens(self) -> int:
         return self.tokens.shape[1]
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "format_ok"}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def clear(self) -> RolloutBuffer:
         """Forget everything, in place; returns the buffer."""
         for name, tensor in self._tensors().items():
             tensor.fill_(self.pad_id if name == "tokens" else float("nan") if name in ("rewards", "advantages") else 0)
+        self.format_ok, self.has_states = _LATER, False
+        self.rewrites, self.format_failed, self.unfinished, self.refilled = [], 0, 0, 0
         return self
 
     def part(self, first: int, count: int) -> RolloutBuffer:
@@ -101,40 +116,55 @@ class RolloutBuffer:
             name: tensor[first : first + count] if name in _PER_PROMPT else tensor[rows]
             for name, tensor in self._tensors().items()
         }
-        return RolloutBuffer(self.group_size, self.pad_id, **cut)
+        return RolloutBuffer(group_size=self.group_size, pad_id=self.pad_id, **cut)
 
-    def parts(self, sizes: Sequence[int]) -> list[RolloutBuffer]:
-        """The first ``sum(sizes)`` prompts, so many a part: a micro-batch each."""
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return [self.part(start, size) for start, size in zip(starts, sizes, strict=True)]
+    def trimmed(self, longest: int, *, disc: bool) -> RolloutBuffer:
+        """The same memory up to ``longest`` tokens a rollout; without ``disc`` it has no disc_states."""
+        kept: dict[str, Any] = {
+            name: x[:, :longest] if name in _PER_TOKEN else x for name, x in self._tensors().items()
+        }
+        if not disc:
+            kept.pop("disc_states", None)
+        return RolloutBuffer(group_size=self.group_size, pad_id=self.pad_id, **kept)
+
+    def take(self, given: RolloutBuffer) -> RolloutBuffer:
+        """Write what a backend gave in tensors of its own into this memory; returns this buffer."""
+        if given.tokens.untyped_storage().data_ptr() == self.tokens.untyped_storage().data_ptr():
+            return self
+        self.clear()
+        for name in ("tokens", "logp"):
+            getattr(self, name)[:, : given.tokens.shape[1]] = getattr(given, name)
+        for name in ("lengths", "finished", "gen_states", "disc_states"):
+            if getattr(given, name, None) is not None:
+                getattr(self, name).copy_(getattr(given, name))
+        return self
+
+    def keep_logp(self, rows: slice, logp: Tensor, reference: Tensor | None) -> None:
+        """What the first update found for these rollouts, for later ones; logp, reference [n, longest]."""
+        self.old_logp[rows, : logp.shape[1]] = logp
+        if reference is not None:
+            self.ref_logp[rows, : logp.shape[1]] = reference
+
+    def replace(self, prompts: list[int], new: RolloutBuffer) -> None:
+        """Write ``new``'s rollouts, of as many prompts, in place of those of these prompts; ``rewrites`` too."""
+        rows = [i * self.group_size + g for i in prompts for g in range(self.group_size)]
+        for row, rewrite in zip(rows, new.rewrites, strict=True):
+            self.rewrites[row] = rewrite
+        index = torch.tensor(rows).to(self.tokens.device, non_blocking=True)
+        for name in ("tokens", "lengths", "logp", "finished", "gen_states"):
+            getattr(self, name).index_copy_(0, index, getattr(new, name))
 
     def responses(self) -> list[list[int]]:
         """The tokens of each rollout without padding, on the host; waits for the device once."""
         table = torch.cat([self.lengths[:, None], self.tokens], dim=1).tolist()
         return [tokens[:length] for length, *tokens in table]
 
-    def slots(self, lengths: Sequence[int]) -> Tensor:
-        """Where the tokens of responses of ``lengths`` [N] (host) lie in a flattened [N, R] field, on the device:
-        [sum lengths] int64, response after response."""
-        if len(lengths) != len(self.lengths) or max(lengths) > self.max_tokens:
-            raise ValueError(
-                f"lengths has {len(lengths)} entries up to {max(lengths)}; expected {len(self.lengths)} up to "
-                f"{self.max_tokens}"
-            )
-        count = torch.tensor(lengths)
-        first = torch.arange(len(lengths)) * self.max_tokens - (count.cumsum(0) - count)
-        return (torch.arange(sum(lengths)) + first.repeat_interleave(count)).to(self.tokens.device, non_blocking=True)
-
-    def put(self, name: str, values: Tensor, slots: Tensor) -> None:
-        """Write ``values`` [n] at ``slots`` (see there) of the field ``name`` [N, R]."""
-        getattr(self, name).view(-1).index_copy_(0, slots, values.detach().to(getattr(self, name).dtype))
-
-    def get(self, name: str, slots: Tensor) -> Tensor:
-        """[n], the values of the field ``name`` at ``slots``."""
-        return getattr(self, name).view(-1).index_select(0, slots)
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """(g [N, D], d [B, D]): fp32 unit rows of the states that decoding left at ``<gen_emb>`` and ``<disc_emb>``."""
+        return F.normalize(self.gen_states, dim=1), F.normalize(self.disc_states, dim=1)
 
     def save(self, path: str | Path) -> None:
-        """All fields as safetensors; the folder is made."""
+        """All tensors but ``format_ok`` as safetensors; the folder is made."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
         save_file(tensors, path, {"group_size": str(self.group_size), "pad_id": str(self.pad_id)})
@@ -168,16 +198,3 @@ class RolloutBuffer:
         return cls.make(prompts=prompts, max_tokens=shapes["tokens"][1], hidden=hidden, device=device, **sizes).load(
             path
         )
-
-
-def response_rows(sequences: Sequence[int], responses: Sequence[int]) -> Tensor:
-    """The rows of a packed batch that score the tokens of its responses, [sum responses] int64 on the host.
-
-    sequences: rows of every packed sequence, the last N of which end in the N responses (of ``responses`` tokens, on
-    the host too). A token is scored one row before its own; so this serves shared prefixes and separate sequences.
-    Response after response, as ``RolloutBuffer.slots``.
-    """
-    ends = torch.tensor(sequences).cumsum(0)[len(sequences) - len(responses) :]
-    count = torch.tensor(responses)
-    first = ends - 1 - count - (count.cumsum(0) - count)
-    return torch.arange(sum(responses)) + first.repeat_interleave(count)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from rime_fast.data.records import Side, load_image
 from rime_fast.data.templates import Template
-from rime_fast.engine.rollout import dual_mode_of
-from rime_fast.engine.rollout_backend import SampledTokens, Sampling
+from rime_fast.engine.rollout import Sampling
 from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import cut_loops
+from rime_fast.engine.wrappers import dual_mode_of
 
 # vLLM clamps a logit's bias to this.
 _NEVER = -100.0
@@ -55,7 +55,7 @@ class VllmBackend:
         prompts: dict[str, Any],
         sampling: Sampling,
         out: RolloutBuffer | None = None,
-    ) -> SampledTokens:
+    ) -> RolloutBuffer:
         """See ``RolloutBackend``. Raises ValueError for a side with a video, which is not passed on to vLLM."""
         stops = sampling.stop_ids
         if stops is None:
@@ -83,11 +83,7 @@ class VllmBackend:
             )
         found = _as_tensors(completions, sampling, prompts["input_ids"].device)
         if out is not None:
-            longest = found.tokens.shape[1]
-            out.clear()
-            out.tokens[:, :longest], out.logp[:, :longest] = found.tokens, found.logp
-            out.lengths.copy_(found.lengths)
-            out.finished.copy_(found.finished)
+            out.take(found)
         return found
 
     def _request(self, side: Side) -> dict[str, Any]:
@@ -118,7 +114,7 @@ def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             adapted.unmerge_adapter()
 
 
-def _as_tensors(completions: Sequence[Any], sampling: Sampling, device: torch.device) -> SampledTokens:
+def _as_tensors(completions: Sequence[Any], sampling: Sampling, device: torch.device) -> RolloutBuffer:
     longest = max(len(completion.token_ids) for completion in completions)
     tokens = torch.full((len(completions), longest), sampling.pad_id)
     logp = torch.zeros(len(completions), longest)
@@ -131,4 +127,5 @@ def _as_tensors(completions: Sequence[Any], sampling: Sampling, device: torch.de
     tokens, lengths = cut_loops(tokens, lengths, sampling.repetition_limit, sampling.pad_id)
     logp = logp.masked_fill(torch.arange(longest) >= lengths[:, None], 0.0)
     finished = tokens.gather(1, lengths[:, None] - 1)[:, 0] == sampling.gen_id
-    return SampledTokens(*(x.to(device, non_blocking=True) for x in (tokens, lengths, logp, finished)))
+    tokens, lengths, logp, finished = (x.to(device, non_blocking=True) for x in (tokens, lengths, logp, finished))
+    return RolloutBuffer(tokens, lengths, logp, finished, group_size=sampling.group_size, pad_id=sampling.pad_id)

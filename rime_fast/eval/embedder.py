@@ -22,7 +22,8 @@ from transformers.utils import logging
 from rime_fast.data.collate import Collator, token_budget_batches
 from rime_fast.data.records import Side, side_from_json
 from rime_fast.data.templates import Template
-from rime_fast.engine.rollout import dual_mode_of, generate_rollouts
+from rime_fast.engine.rollout import generate_rollouts
+from rime_fast.engine.wrappers import dual_mode_of
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
 

@@ -14,7 +14,7 @@ from sentence_transformers.util import cos_sim, dot_score
 from torch import Tensor
 
 from rime_fast.engine.grad_cache import Encoded, GradCache
-from rime_fast.engine.grad_sync import GradSync, grad_sync
+from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.ops.contrastive import contrastive_loss
 
 # What the operator computes: directions (and how they are normalised) -> contrastive_loss(symmetric=...)

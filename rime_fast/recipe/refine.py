@@ -25,7 +25,6 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    row: Tensor | None = None,
     n_rows: int | None = None,
     n_tokens: int | Tensor | None = None,
     clip_low: float = 0.2,
@@ -36,12 +35,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar policy loss and its metrics.
 
-    logp: log-probability of each sampled token under the policy, with gradient; packed [T] with ``row``, or padded
-        [rows, R] without it.
+    logp: [rows, R], log-probability of each sampled token under the policy, with gradient.
     old_logp: the same under the policy that sampled; None means on-policy: the ratio is exactly 1, its gradient is
         that of logp. ref_logp: the same under the reference; None needs ``beta=0``. Both like logp.
     advantages: [rows]. mask: bool like logp, True on the tokens that count (whatever stands elsewhere is ignored).
-    row: [T] int64, the rollout each packed token belongs to; any value where the mask is False.
     loss_type, the denominator of the sum over tokens:
         "ume_r1": n_rows * max_completion_length (each rollout's token sum over the cap, then the mean over rollouts).
         "dr_grpo": the same denominator; Dr.GRPO differs in its advantages, which are not divided by the group's std
@@ -56,12 +53,9 @@ def policy_loss(
 
     Raises ValueError or TypeError naming the argument.
     """
-    _check(logp, old_logp, ref_logp, advantages, mask, row, clip_low, clip_high, beta, loss_type, max_completion_length)
+    _check(logp, old_logp, ref_logp, advantages, mask, clip_low, clip_high, beta, loss_type, max_completion_length)
     rows = advantages.shape[0]
-    if row is not None:
-        per_token = advantages[row.masked_fill(~mask, 0)]
-    else:
-        per_token = advantages[:, None].expand_as(logp)
+    per_token = advantages[:, None].expand_as(logp)
 
     logp = _only(logp, mask)  # masked before exp: a -inf outside the mask may not turn into a NaN gradient
     old = logp.detach() if old_logp is None else _only(old_logp, mask)
@@ -112,7 +106,6 @@ def _check(
     ref_logp: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
-    row: Tensor | None,
     clip_low: float,
     clip_high: float,
     beta: float,
@@ -132,11 +125,7 @@ def _check(
             raise ValueError(f"max_completion_length: loss_type {loss_type!r} needs it")
         check_positive("max_completion_length", max_completion_length)
     check_tensor("advantages", advantages, shape=("rows",), dtypes=FLOATS, device=logp.device)
-    if row is None:
-        check_tensor("logp", logp, shape=(advantages.shape[0], "R"), dtypes=FLOATS)
-    else:
-        check_tensor("logp", logp, shape=("T",), dtypes=FLOATS)
-        check_tensor("row", row, shape=tuple(logp.shape), dtypes=(torch.int64,), device=logp.device)
+    check_tensor("logp", logp, shape=(advantages.shape[0], "R"), dtypes=FLOATS)
     check_tensor("mask", mask, shape=tuple(logp.shape), dtypes=(torch.bool,), device=logp.device)
     for name, other in (("old_logp", old_logp), ("ref_logp", ref_logp)):
         if other is not None:

@@ -6,24 +6,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
+from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
+from rime_fast.trainers.callbacks import (
+    InterruptCallback,
+    MetricSums,
+    ProgressCallback,
+    StepClock,
+    data_of,
+    results_of,
+    settings_of,
+)
 from rime_fast.trainers.config import CommonConfig
-from rime_fast.trainers.facts import data_of, results_of, settings_of
-from rime_fast.trainers.metrics import MetricSums, StepClock
-from rime_fast.trainers.progress import InterruptCallback, ProgressCallback
 
 logger = logging.get_logger(__name__)
 
 
 class DualModeTrainer(Trainer):
-    """transformers' Trainer over a DualModeModel and packed batches; subclasses give ``compute_loss``.
+    """transformers' Trainer over a DualModeModel and packed batches; subclasses give ``step`` and ``compute_loss``.
 
     A subclass adds 0-d tensors to ``self.sums`` in its step (see ``MetricSums``); they appear in the next log beside
-    ``samples_per_second`` and ``tokens_per_second``.
+    ``samples_per_second`` and ``tokens_per_second``. Whoever overrides ``compute_loss`` is trained by that, in the way
+    of transformers' Trainer: one forward, one backward.
     """
 
     title = "training"
@@ -45,6 +54,7 @@ class DualModeTrainer(Trainer):
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
         self._parameter_count: int | None = None
+        self._synced: tuple[nn.Module, GradSync] | None = None
 
     def _replace_progress(self) -> None:
         from transformers import PrinterCallback
@@ -121,6 +131,40 @@ class DualModeTrainer(Trainer):
     def _prepare_input(self, data: Any) -> Any:
         """As transformers', but lists stay as they are: ours hold host numbers (lengths, grids) and sides."""
         return data if isinstance(data, list) else super()._prepare_input(data)
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def step(self, model: Any, inputs: dict[str, Any], scale: float) -> torch.Tensor:
+        """Forward and backward of one batch, gradients times ``scale`` (1 / accumulation steps); the loss times it."""
+        raise NotImplementedError
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As transformers', by ``step``."""
+        if self._loss_is_overridden():
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        loss = self.step(model, self._prepare_inputs(inputs), 1.0 / self.current_gradient_accumulation_steps)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0 and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return loss
+
+    def _loss_is_overridden(self) -> bool:
+        """Whether ``compute_loss`` comes from somebody who did not give the ``step`` that belongs to it."""
+        owners = [next(kind for kind in type(self).__mro__ if name in vars(kind)) for name in ("compute_loss", "step")]
+        return "compute_loss" in vars(self) or owners[0] is not owners[1]
+
+    def grad_sync(self, model: nn.Module, *, alike: bool) -> GradSync:
+        """How this model's gradients travel. alike: every rank runs equally many micro-batches by itself."""
+        if self._synced is None or self._synced[0] is not model:
+            # transformers turns this division off for DeepSpeed; the scale of the step is the only one
+            options = {"scale_wrt_gas": False} if hasattr(model, "zero_optimization_stage") else {}
+            made = grad_sync(model, backward=lambda loss: self.accelerator.backward(loss, **options))
+            made.lockstep = made.lockstep and not alike
+            self._synced = model, made
+        return self._synced[1]
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ RIME paper does not publish: a documented choice of this project, not the author
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,10 +24,14 @@ SIDES = ("both", "query", "target")
 ANCHORS = ("sft", "policy")
 REFERENCES = ("auto", "adapter", "copy", "none")
 STORAGE = ("device", "host", "sharded")
+# Refine-RL's settings that are at least this
+AT_LEAST = {"num_generations": 1, "max_completion_length": 2, "top_k": 0, "epsilon_high": 0, "beta": 0}
+AT_LEAST |= {"num_iterations": 1, "refill_degenerate": 0, "micro_batch_tokens": 1, "rollout_batch": 1}
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text})
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -45,68 +50,45 @@ def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_
 class CommonConfig(TrainingArguments):
     """What both trainers share: model, data, logging. Works as it is on a CPU and on a GPU."""
 
-    template: str = field(
-        default="rewrite",
-        metadata=_help(
-            "Prompt and response format: 'rewrite' (<rewrite>TEXT</rewrite>, [ours]) or 'cot' (<think>..</think>"
-            "<answer>.., [known, UME-R1]). See rime_fast/data/templates.py."
-        ),
+    template: str = option(
+        "rewrite",
+        "Prompt and response format: 'rewrite' (<rewrite>TEXT</rewrite>, [ours]) or 'cot' (<think>..</think>"
+        "<answer>.., [known, UME-R1]). See rime_fast/data/templates.py.",
     )
-    max_length: int | None = field(
-        default=12288,
-        metadata=_help("Longest sequence in tokens, prompt and response; a longer row is a bad row. [known, UME-R1]"),
+    max_length: int | None = option(
+        12288, "Longest sequence in tokens, prompt and response; a longer row is a bad row. [known, UME-R1]"
     )
-    max_pixels: int | None = field(
-        default=None,
-        metadata=_help(
-            "Images are shrunk to at most this many pixels. None keeps the processor's own limit. UME-R1: 2,359,296."
-        ),
+    max_pixels: int | None = option(
+        None, "Images are shrunk to at most this many pixels. None keeps the processor's own limit. UME-R1: 2,359,296."
     )
-    image_root: str | None = field(
-        default=None, metadata=_help("Folder of relative image paths; None: the data file's own folder.")
+    image_root: str | None = option(None, "Folder of relative image paths; None: the data file's own folder.")
+    check_data: bool = option(
+        True, "Look at every row before step 1 (no image is decoded). Off for rows made on the fly."
     )
-    check_data: bool = field(
-        default=True,
-        metadata=_help("Look at every row before step 1 (no image is decoded). Off for rows made on the fly."),
+    on_bad_row: str = option(
+        "stop", "Data with bad rows: 'stop' before step 1 with the list, or 'skip' and count them."
     )
-    on_bad_row: str = field(
-        default="stop",
-        metadata=_help("Data with bad rows: 'stop' before step 1 with the list, or 'skip' and count them."),
+    freeze_vision: bool = option(True, "Freeze the vision tower, train the merger and the LLM. [known, UME-R1]")
+    attn_implementation: str = option(
+        "auto", "'auto': flash-attention when installed (CUDA), else SDPA. Used when the model is a path."
     )
-    freeze_vision: bool = field(
-        default=True,
-        metadata=_help("Freeze the vision tower, train the merger and the LLM. [known, UME-R1]"),
+    model_dtype: str = option(
+        "auto",
+        "Dtype a model path is loaded in: 'auto' (float32, so that the optimizer's weights are; autocast computes "
+        "in bf16 where bf16=True), 'float32', 'bfloat16', 'float16'.",
     )
-    attn_implementation: str = field(
-        default="auto",
-        metadata=_help("'auto': flash-attention when installed (CUDA), else SDPA. Used when the model is a path."),
-    )
-    model_dtype: str = field(
-        default="auto",
-        metadata=_help(
-            "Dtype a model path is loaded in: 'auto' (float32, so that the optimizer's weights are; autocast computes "
-            "in bf16 where bf16=True), 'float32', 'bfloat16', 'float16'."
-        ),
-    )
-    progress: str = field(
-        default="rich",
-        metadata=_help("'rich': bar with loss terms, samples/s, tokens/s, ETA; 'plain': a line a log; 'none'."),
+    progress: str = option(
+        "rich", "'rich': bar with loss terms, samples/s, tokens/s, ETA; 'plain': a line a log; 'none'."
     )
 
     # TrainingArguments' own, with the recipe's or this trainer's defaults
-    lr_scheduler_type: str = field(default="cosine", metadata=_help("[known, UME-R1: cosine]"))
-    warmup_steps: float = field(
-        default=0.03, metadata=_help("Steps, or below 1 the share of all steps. [known, UME-R1: 3 %]")
-    )
-    logging_steps: float = field(
-        default=10, metadata=_help("Metrics gather on the device and are read only at these steps.")
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata=_help("Off: it reads the loss back every step, and hides a NaN.")
-    )
-    remove_unused_columns: bool = field(default=False, metadata=_help("Must stay off: the collator reads raw rows."))
-    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser wants None first)
-        default="none", metadata=_help("'tensorboard', 'wandb', ...: transformers' loggers get every metric.")
+    lr_scheduler_type: str = option("cosine", "[known, UME-R1: cosine]")
+    warmup_steps: float = option(0.03, "Steps, or below 1 the share of all steps. [known, UME-R1: 3 %]")
+    logging_steps: float = option(10, "Metrics gather on the device and are read only at these steps.")
+    logging_nan_inf_filter: bool = option(False, "Off: it reads the loss back every step, and hides a NaN.")
+    remove_unused_columns: bool = option(False, "Must stay off: the collator reads raw rows.")
+    report_to: None | str | list[str] = option(  # noqa: RUF009, RUF036 (HfArgumentParser wants None first)
+        "none", "'tensorboard', 'wandb', ...: transformers' loggers get every metric."
     )
 
     def __post_init__(self) -> None:
@@ -127,7 +109,7 @@ class CommonConfig(TrainingArguments):
             # RMSNorm, RoPE and SwiGLU only: the cross-entropy is our own operator's
             own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **own}
-        # our own bar replaces tqdm's; transformers' printer is replaced as well (trainers/progress.py)
+        # our own bar replaces tqdm's; transformers' printer is replaced as well (trainers/callbacks.py)
         self.disable_tqdm = True
         super().__post_init__()
         if self.use_cpu:
@@ -146,74 +128,57 @@ class RimeConfig(CommonConfig):
     The batch of a step (all ranks) is the set of in-batch negatives: make it as large as memory allows.
     """
 
-    ce_query_weight: float = field(default=1.0, metadata=_help("Next-token loss of the query's rewrite. [known: 1]"))
-    ce_target_weight: float = field(default=1.0, metadata=_help("Next-token loss of the target's rewrite. [known: 1]"))
-    disc_weight: float = field(default=1.0, metadata=_help("Contrast d-d, discriminative mode. [known, UME-R1: 1]"))
-    gen_weight: float = field(default=1.0, metadata=_help("Contrast g-g, generative mode. [known, UME-R1: 1]"))
-    cross_weight: float = field(
-        default=1.0,
-        metadata=_help("Cross-Mode Alignment: half g-d, half d-g; 0: off. [known: idea; ours: form, weight]"),
+    ce_query_weight: float = option(1.0, "Next-token loss of the query's rewrite. [known: 1]")
+    ce_target_weight: float = option(1.0, "Next-token loss of the target's rewrite. [known: 1]")
+    disc_weight: float = option(1.0, "Contrast d-d, discriminative mode. [known, UME-R1: 1]")
+    gen_weight: float = option(1.0, "Contrast g-g, generative mode. [known, UME-R1: 1]")
+    cross_weight: float = option(
+        1.0, "Cross-Mode Alignment: half g-d, half d-g; 0: off. [known: idea; ours: form, weight]"
     )
-    same_item_weight: float = field(
-        default=0.0, metadata=_help("Contrast of g against d of the same side, half per side. [ours, off]")
+    same_item_weight: float = option(0.0, "Contrast of g against d of the same side, half per side. [ours, off]")
+    temperature: float = option(0.02, "Contrast temperature tau; scale 1/tau = 50. [known]")
+    learnable_temperature: bool = option(
+        False, "Learn log tau (tau kept in [0.005, 1]); it follows the LR schedule. [ours]"
     )
-    temperature: float = field(default=0.02, metadata=_help("Contrast temperature tau; scale 1/tau = 50. [known]"))
-    learnable_temperature: bool = field(
-        default=False, metadata=_help("Learn log tau (tau kept in [0.005, 1]); it follows the LR schedule. [ours]")
+    temperature_learning_rate: float = option(1e-3, "Peak learning rate of log tau when it is learnable. [ours]")
+    symmetric: bool = option(
+        True, "Both directions [known, UME-R1]; False: query to target only [known, Think-Then-Embed]."
     )
-    temperature_learning_rate: float = field(
-        default=1e-3, metadata=_help("Peak learning rate of log tau when it is learnable. [ours]")
+    detach_disc_in_cross: bool = option(
+        False, "Stop-gradient on d in the cross terms: only g moves towards d. [ours, off]"
     )
-    symmetric: bool = field(
-        default=True,
-        metadata=_help("Both directions [known, UME-R1]; False: query to target only [known, Think-Then-Embed]."),
+    mask_false_negatives: bool = option(
+        True, "A target with the positive's id or text is not a negative (equal 63-bit hashes). [ours]"
     )
-    detach_disc_in_cross: bool = field(
-        default=False, metadata=_help("Stop-gradient on d in the cross terms: only g moves towards d. [ours, off]")
+    false_negative_margin: float | None = option(
+        None, "Also mask keys more similar than positive + margin (cosine). None: off. [ours, off]"
     )
-    mask_false_negatives: bool = field(
-        default=True,
-        metadata=_help("A target with the positive's id or text is not a negative (equal 63-bit hashes). [ours]"),
-    )
-    false_negative_margin: float | None = field(
-        default=None,
-        metadata=_help("Also mask keys more similar than positive + margin (cosine). None: off. [ours, off]"),
-    )
-    hard_negatives: int | None = field(
-        default=None,
-        metadata=_help("A pair's first listed negatives that join the keys: None all of them, 0 none. [ours]"),
+    hard_negatives: int | None = option(
+        None, "A pair's first listed negatives that join the keys: None all of them, 0 none. [ours]"
     )
 
-    contrastive_batch_size: int | None = field(
-        default=None,
-        metadata=_help(
-            "Pairs in one contrast, all ranks together: any number, through the gradient cache. Sets "
-            "per_device_train_batch_size to each rank's share. None: what the ranks' batches add up to. [ours]"
-        ),
+    contrastive_batch_size: int | None = option(
+        None,
+        "Pairs in one contrast, all ranks together: any number, through the gradient cache. Sets "
+        "per_device_train_batch_size to each rank's share. None: what the ranks' batches add up to. [ours]",
     )
-    micro_batch_tokens: int | None = field(
-        default=None,
-        metadata=_help(
-            "Tokens that go through the model at a time (gradient cache); the batch may be larger. None: the whole "
-            "batch, or 16384 where contrastive_batch_size is set. [ours]"
-        ),
+    micro_batch_tokens: int | None = option(
+        None,
+        "Tokens that go through the model at a time (gradient cache); the batch may be larger. None: the whole "
+        "batch, or 16384 where contrastive_batch_size is set. [ours]",
     )
-    kept_graphs_gib: float = field(
-        default=0.0,
-        metadata=_help(
-            "Memory (GiB a rank) for graphs that the gradient cache keeps from its first pass, so that these "
-            "micro-batches are not encoded twice. 0: only the last one's, which costs nothing. [ours]"
-        ),
+    kept_graphs_gib: float = option(
+        0.0,
+        "Memory (GiB a rank) for graphs that the gradient cache keeps from its first pass, so that these "
+        "micro-batches are not encoded twice. 0: only the last one's, which costs nothing. [ours]",
     )
-    vision_features_on_host: bool = field(
-        default=False,
-        metadata=_help(
-            "Keep a frozen vision tower's features in (pinned) host memory between the gradient cache's passes. [ours]"
-        ),
+    vision_features_on_host: bool = option(
+        False,
+        "Keep a frozen vision tower's features in (pinned) host memory between the gradient cache's passes. [ours]",
     )
 
-    learning_rate: float = field(default=5e-5, metadata=_help("Peak learning rate. [known, UME-R1: 5e-5]"))
-    per_device_train_batch_size: int = field(default=8, metadata=_help("Pairs per device and step."))
+    learning_rate: float = option(5e-5, "Peak learning rate. [known, UME-R1: 5e-5]")
+    per_device_train_batch_size: int = option(8, "Pairs per device and step.")
 
     def __post_init__(self) -> None:
         self.weights()  # raises, naming the weight
@@ -263,135 +228,103 @@ class RimeConfig(CommonConfig):
 class RefineConfig(CommonConfig):
     """Refine-RL: rewrites are sampled, scored against stable discriminative anchors, and reinforced (recipe, 4)."""
 
-    trained_sides: str = field(
-        default="both",
-        metadata=_help("Sides whose rewrites are trained: 'both' [known, UME-R1], 'query' or 'target'."),
+    trained_sides: str = option(
+        "both", "Sides whose rewrites are trained: 'both' [known, UME-R1], 'query' or 'target'."
     )
-    num_generations: int = field(default=8, metadata=_help("G, rewrites sampled per prompt. [known, UME-R1: 8]"))
-    max_completion_length: int = field(
-        default=512, metadata=_help("Longest rewrite in tokens, <gen_emb> included. [ours: 512; UME-R1's CoT: 2,048]")
+    num_generations: int = option(8, "G, rewrites sampled per prompt. [known, UME-R1: 8]")
+    max_completion_length: int = option(
+        512, "Longest rewrite in tokens, <gen_emb> included. [ours: 512; UME-R1's CoT: 2,048]"
     )
-    sampling_temperature: float = field(default=1.0, metadata=_help("Of the rollouts. [known, UME-R1: 1]"))
-    top_p: float = field(default=1.0, metadata=_help("Nucleus of the rollouts; 1: off. [ours]"))
-    top_k: int = field(default=0, metadata=_help("Top-k of the rollouts; 0: off. [ours]"))
-    rollout_batch: int | None = field(
-        default=None, metadata=_help("Sequences decoded at once (memory); None: all of the step's.")
+    sampling_temperature: float = option(1.0, "Of the rollouts. [known, UME-R1: 1]")
+    top_p: float = option(1.0, "Nucleus of the rollouts; 1: off. [ours]")
+    top_k: int = option(0, "Top-k of the rollouts; 0: off. [ours]")
+    rollout_batch: int | None = option(None, "Sequences decoded at once (memory); None: all of the step's.")
+    repetition_limit: int = option(
+        0, "A rewrite that says the same 1-16 tokens this often in a row ends there; 0: off. [ours]"
     )
-    repetition_limit: int = field(
-        default=0,
-        metadata=_help("A rewrite that says the same 1-16 tokens this often in a row ends there; 0: off. [ours]"),
+    shared_prefix: bool = option(
+        True, "Score a prompt and its G rewrites as P + G R rows; False: as G whole sequences. [ours]"
     )
-    shared_prefix: bool = field(
-        default=True,
-        metadata=_help("Score a prompt and its G rewrites as P + G R rows; False: as G whole sequences. [ours]"),
+    micro_batch_tokens: int | None = option(
+        None,
+        "Rows (a prompt's tokens and its rewrites') that go through the policy at a time; a step's prompts may be "
+        "more, gradients stay the same. None: the whole batch in one forward. [ours]",
     )
-    micro_batch_tokens: int | None = field(
-        default=None,
-        metadata=_help(
-            "Rows (a prompt's tokens and its rewrites') that go through the policy at a time; a step's prompts may be "
-            "more, gradients stay the same. None: the whole batch in one forward. [ours]"
-        ),
-    )
-    refill_degenerate: int = field(
-        default=0,
-        metadata=_help("How often groups whose rewards are all equal are drawn again; 0: only counted. [ours]"),
+    refill_degenerate: int = option(
+        0, "How often groups whose rewards are all equal are drawn again; 0: only counted. [ours]"
     )
 
-    anchors: str = field(
-        default="sft",
-        metadata=_help(
-            "Discriminative embeddings the rewrites are scored against: 'sft', of the model as it was at the start, "
-            "computed once for the whole set and kept; 'policy', of the current weights, every step. [ours: 'sft']"
-        ),
+    anchors: str = option(
+        "sft",
+        "Discriminative embeddings the rewrites are scored against: 'sft', of the model as it was at the start, "
+        "computed once for the whole set and kept; 'policy', of the current weights, every step. [ours: 'sft']",
     )
-    anchor_bank: str | None = field(
-        default=None,
-        metadata=_help(
-            "Bank of the training set made by `rime-fast embed --anchors` with this model: its folder, or one side's "
-            "file. None: made at the start, into output_dir/anchors. [ours]"
-        ),
+    anchor_bank: str | None = option(
+        None,
+        "Bank of the training set made by `rime-fast embed --anchors` with this model: its folder, or one side's "
+        "file. None: made at the start, into output_dir/anchors. [ours]",
     )
-    bank_storage: str = field(
-        default="device",
-        metadata=_help(
-            "Where the bank lies: 'device'; 'host', page-locked memory from which it streams to a GPU (a memory map on "
-            "the CPU); 'sharded', a part on each rank. [ours]"
-        ),
+    bank_storage: str = option(
+        "device",
+        "Where the bank lies: 'device'; 'host', page-locked memory from which it streams to a GPU (a memory map on "
+        "the CPU); 'sharded', a part on each rank. [ours]",
     )
-    negatives: str = field(
-        default="bank",
-        metadata=_help("Anchors a rewrite competes with: 'bank', all of the training set; 'batch', the step's. [ours]"),
+    anchor_pool: str = option(
+        "bank", "Anchors a rewrite competes with: 'bank', all of the training set; 'batch', the step's. [ours]"
     )
-    reward_mode: str = field(
-        default="anchor",
-        metadata=_help(
-            "'anchor': our reward to discriminative anchors [ours]. 'ume_r1': the G generated embeddings of the other "
-            "side are the anchors, hits of the own group in the top G [known, UME-R1]; needs trained_sides='both'."
-        ),
+    reward_mode: str = option(
+        "anchor",
+        "'anchor': our reward to discriminative anchors [ours]. 'ume_r1': the G generated embeddings of the other "
+        "side are the anchors, hits of the own group in the top G [known, UME-R1]; needs trained_sides='both'.",
     )
-    format_weight: float = field(default=1.0, metadata=_help("w_fmt, reward of a well-formed rewrite."))
-    rank_weight: float = field(default=1.0, metadata=_help("w_rank, of f(rank) x (s+ - neg)."))
-    refine_weight: float = field(
-        default=1.0, metadata=_help("w_refine, of how much g is closer to the anchor than d was. [ours]")
+    format_weight: float = option(1.0, "w_fmt, reward of a well-formed rewrite.")
+    rank_weight: float = option(1.0, "w_rank, of f(rank) x (s+ - neg).")
+    refine_weight: float = option(1.0, "w_refine, of how much g is closer to the anchor than d was. [ours]")
+    length_weight: float = option(0.1, "w_len, of tokens beyond length_limit. [ours]")
+    length_limit: float = option(128.0, "L0: rewrite tokens that cost nothing. [ours]")
+    rank_reward: str = option("1/log2(1+rank)", "f: 'hit', '1/rank' or '1/log2(1+rank)'.")
+    hit_k: int = option(1, "k of f = 'hit' and of the logged hit rate.")
+    negative_reduction: str = option("mean", "neg: 'mean', 'softmax' (temperature 0.5) or 'max'.")
+    negatives: str | None = option(None, "Old name of anchor_pool, for one release.")
+    negative: str | None = option(None, "Old name of negative_reduction, for one release.")
+    scale_rewards: bool = option(True, "Divide advantages by the group's std. [known, GRPO]; False with Dr.GRPO.")
+
+    loss_type: str = option(
+        "ume_r1", "'ume_r1': token sums / max_completion_length [known]; 'token_mean': DAPO [known]; 'dr_grpo' [known]."
     )
-    length_weight: float = field(default=0.1, metadata=_help("w_len, of tokens beyond length_limit. [ours]"))
-    length_limit: float = field(default=128.0, metadata=_help("L0: rewrite tokens that cost nothing. [ours]"))
-    rank_reward: str = field(default="1/log2(1+rank)", metadata=_help("f: 'hit', '1/rank' or '1/log2(1+rank)'."))
-    hit_k: int = field(default=1, metadata=_help("k of f = 'hit' and of the logged hit rate."))
-    negative: str = field(default="mean", metadata=_help("neg: 'mean', 'softmax' (temperature 0.5) or 'max'."))
-    scale_rewards: bool = field(
-        default=True, metadata=_help("Divide advantages by the group's std. [known, GRPO]; False with Dr.GRPO.")
+    epsilon: float = option(0.2, "Lower clip of the ratio. [known, PPO; the value ours]")
+    epsilon_high: float = option(0.28, "Upper clip of the ratio. [known, DAPO; the value ours]")
+    beta: float = option(0.04, "Weight of the KL to the reference; 0 runs none. [known]")
+    reference: str = option(
+        "auto",
+        "Reference of the KL: 'adapter' (the LoRA switched off), 'copy' (a frozen copy), 'none' (only with "
+        "beta=0); 'auto' takes the adapter where there is one, a copy where beta > 0.",
+    )
+    num_iterations: int = option(
+        1,
+        "Updates per rollout batch. 1: the forward of the update also gives g for the reward, and the ratio is "
+        "exactly 1. More: old log-probs are stored and clipping is active.",
     )
 
-    loss_type: str = field(
-        default="ume_r1",
-        metadata=_help(
-            "'ume_r1': token sums / max_completion_length [known]; 'token_mean': DAPO [known]; 'dr_grpo' [known]."
-        ),
-    )
-    epsilon: float = field(default=0.2, metadata=_help("Lower clip of the ratio. [known, PPO; the value ours]"))
-    epsilon_high: float = field(default=0.28, metadata=_help("Upper clip of the ratio. [known, DAPO; the value ours]"))
-    beta: float = field(default=0.04, metadata=_help("Weight of the KL to the reference; 0 runs none. [known]"))
-    reference: str = field(
-        default="auto",
-        metadata=_help(
-            "Reference of the KL: 'adapter' (the LoRA switched off), 'copy' (a frozen copy), 'none' (only with "
-            "beta=0); 'auto' takes the adapter where there is one, a copy where beta > 0."
-        ),
-    )
-    num_iterations: int = field(
-        default=1,
-        metadata=_help(
-            "Updates per rollout batch. 1: the forward of the update also gives g for the reward, and the ratio is "
-            "exactly 1. More: old log-probs are stored and clipping is active."
-        ),
-    )
-
-    learning_rate: float = field(default=1e-6, metadata=_help("Peak learning rate. [known, UME-R1: 1e-6]"))
-    per_device_train_batch_size: int = field(default=8, metadata=_help("Pairs per device and step."))
+    learning_rate: float = option(1e-6, "Peak learning rate. [known, UME-R1: 1e-6]")
+    per_device_train_batch_size: int = option(8, "Pairs per device and step.")
 
     def __post_init__(self) -> None:
+        self._take_old_name("negatives", "anchor_pool")
+        self._take_old_name("negative", "negative_reduction")
         one_of("trained_sides", self.trained_sides, SIDES)
         one_of("anchors", self.anchors, ANCHORS)
-        one_of("negatives", self.negatives, ("bank", "batch"))
+        one_of("anchor_pool", self.anchor_pool, ("bank", "batch"))
         one_of("reward_mode", self.reward_mode, ("anchor", "ume_r1"))
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("reference", self.reference, REFERENCES)
-        in_range("num_generations", self.num_generations, 1)
-        in_range("max_completion_length", self.max_completion_length, 2)
+        one_of("bank_storage", self.bank_storage, STORAGE)
+        for name, low in AT_LEAST.items():
+            if getattr(self, name) is not None or name not in ("micro_batch_tokens", "rollout_batch"):
+                in_range(name, getattr(self, name), low)
         in_range("sampling_temperature", self.sampling_temperature, 0, open_low=True)
         in_range("top_p", self.top_p, 0, 1, open_low=True)
-        in_range("top_k", self.top_k, 0)
         in_range("epsilon", self.epsilon, 0, 1)
-        in_range("epsilon_high", self.epsilon_high, 0)
-        in_range("beta", self.beta, 0)
-        in_range("num_iterations", self.num_iterations, 1)
-        in_range("refill_degenerate", self.refill_degenerate, 0)
-        one_of("bank_storage", self.bank_storage, STORAGE)
-        if self.micro_batch_tokens is not None:
-            in_range("micro_batch_tokens", self.micro_batch_tokens, 1)
-        if self.rollout_batch is not None:
-            in_range("rollout_batch", self.rollout_batch, 1)
         if self.repetition_limit != 0:
             in_range("repetition_limit", self.repetition_limit, 2)
         if self.num_generations == 1 and self.scale_rewards:
@@ -407,10 +340,21 @@ class RefineConfig(CommonConfig):
             )
         if self.refill_degenerate:
             self._check_refill()
-        if self.anchors == "policy" and self.negatives == "bank":
-            self.negatives = "batch"  # the current policy's anchors exist for the batch only
+        if self.anchors == "policy" and self.anchor_pool == "bank":
+            self.anchor_pool = "batch"  # the current policy's anchors exist for the batch only
         self.reward_weights()  # raises, naming the weight
         super().__post_init__()
+
+    def _take_old_name(self, old: str, new: str) -> None:
+        value = getattr(self, old)
+        if value is None:
+            return
+        warnings.warn(f"{old} is now called {new}; the old name will go", FutureWarning, stacklevel=4)
+        default = type(self).__dataclass_fields__[new].default
+        if getattr(self, new) not in (default, value):
+            raise ValueError(f"{old} is {value!r} and {new}, its new name, {getattr(self, new)!r}; give {new} alone")
+        setattr(self, new, value)
+        setattr(self, old, None)
 
     def _check_refill(self) -> None:
         if self.num_generations == 1:
@@ -433,7 +377,7 @@ class RefineConfig(CommonConfig):
             w_len=self.length_weight,
             rank_reward=self.rank_reward,
             hit_k=self.hit_k,
-            negative=self.negative,
+            negative=self.negative_reduction,
             length_limit=self.length_limit,
             normalize_std=self.scale_rewards,
         )

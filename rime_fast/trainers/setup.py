@@ -14,6 +14,7 @@ from transformers.utils import logging
 from rime_fast.data.check import CheckRules
 from rime_fast.data.collate import Collator
 from rime_fast.data.datasets import PairDataset, open_pairs
+from rime_fast.engine.wrappers import vision_tower
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
 from rime_fast.model.tokens import EmbeddingTokens, add_embedding_tokens
@@ -88,12 +89,6 @@ def load_processor(processor: Any, source: str, max_pixels: int | None) -> Any:
             raise ValueError(f"max_pixels is {max_pixels}, below the processor's smallest image ({smallest})")
         processor.image_processor.size = type(size)(shortest_edge=smallest, longest_edge=max_pixels)
     return processor
-
-
-def vision_tower(model: Any) -> nn.Module:
-    """The vision tower with its merger(s) of a dual-mode model, adapter or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model.visual
 
 
 def freeze_vision(model: Any) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.scale.hardware import H100, Assumptions
 from benchmarks.scale.network import Cluster, Contrast, Sync
 from rime_fast.engine.grad_cache import Encoded, GradCache
-from rime_fast.engine.grad_sync import FSDPSync, grad_sync
+from rime_fast.engine.wrappers import FSDPSync, grad_sync
 from rime_fast.ops.contrastive import contrastive_loss
 from rime_fast.ops.contrastive.agreement import GATHER_LIMIT
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks.scale import memory
 from benchmarks.scale.network import Contrast
 from benchmarks.scale.shapes import checkpoint_shape, shape_of
-from rime_fast.engine.graph_memory import measured_graph
+from rime_fast.engine.grad_cache import measured_graph
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_config, tiny_model
 from rime_fast.model.tiny_batch import tiny_batch

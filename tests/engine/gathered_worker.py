@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rime_fast.engine.gathered import whole_parameters
-from rime_fast.engine.rollout import Rollout, dual_mode_of, generate_rollouts
+from rime_fast.engine.rollout import generate_rollouts
+from rime_fast.engine.rollout_buffer import RolloutBuffer
+from rime_fast.engine.wrappers import dual_mode_of, whole_parameters
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import tiny_model
 from rime_fast.model.tiny_batch import tiny_batch
@@ -46,7 +47,7 @@ def starting_model() -> Any:
     return DualModeModel.from_model(tiny_model("qwen2_vl", vocab_size=VOCAB, seed=0, init_std=0.15)).eval()
 
 
-def decode(model: nn.Module, rank: int, steps: int) -> Rollout:
+def decode(model: nn.Module, rank: int, steps: int) -> RolloutBuffer:
     batch = tiny_batch(dual_mode_of(model).config, PROMPTS[rank], seed=rank)
     return generate_rollouts(
         model, batch, gen_id=VOCAB, max_new_tokens=steps, group_size=2, temperature=0.0, stop_ids=[]
@@ -66,7 +67,7 @@ def check(
         phase = whole_parameters(model)
         entered.append(collectives(phase.__enter__))
         assert is_whole()
-        found: list[Rollout] = []
+        found: list[RolloutBuffer] = []
         inside = collectives(lambda found=found, steps=steps: found.append(decode(model, rank, steps)))  # type: ignore[misc]
         with whole_parameters(model):  # nothing more to gather
             pass
@@ -177,7 +178,7 @@ def ddp() -> None:
     """Nothing to gather: ranks decode on their own."""
     rank = dist.get_rank()
     model = nn.parallel.DistributedDataParallel(copy.deepcopy(starting_model()))
-    out: list[Rollout] = []
+    out: list[RolloutBuffer] = []
 
     def phase() -> None:
         with whole_parameters(model):

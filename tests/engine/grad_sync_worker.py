@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rime_fast.engine.grad_cache import CachedStep, Encoded, GradCache
-from rime_fast.engine.grad_sync import FSDPSync, GradSync, grad_sync
+from rime_fast.engine.wrappers import FSDPSync, GradSync, grad_sync
 from rime_fast.ops.contrastive import contrastive_loss
 
 TERMS = [("disc", "disc", 1.0), ("gen", "gen", 1.0), ("gen", "disc", 0.5), ("disc", "gen", 0.5)]

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rime_fast.engine.grad_cache import GradCache
-from rime_fast.engine.grad_sync import grad_sync
-from rime_fast.engine.micro_batch import PackedBatch
-from rime_fast.engine.packed_encoder import PackedEncoder, part_tokens
+from rime_fast.engine.packed_batch import PackedBatch, PackedEncoder, part_tokens
+from rime_fast.engine.wrappers import grad_sync
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import tiny_model
 from rime_fast.model.tiny_batch import tiny_batch

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import rime_fast.engine.decode_step as decode_step
-from rime_fast.engine.decode_cache import DecodeCache, PrefillRecorder
-from rime_fast.engine.decode_step import DecodeStep, choose_decoder
+import rime_fast.engine.decode as decode_step
+from rime_fast.engine.decode import DecodeCache, DecodeStep, PrefillRecorder, choose_decoder
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_model

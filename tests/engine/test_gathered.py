@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rime_fast.engine.gathered import whole_parameters
+from rime_fast.engine.wrappers import whole_parameters
 from tests.engine.gathered_worker import run_scenarios
 from tests.ranks import run_ranks
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rime_fast.engine.grad_cache import Encoded, GradCache
-from rime_fast.engine.grad_sync import GradSync
-from rime_fast.engine.rng import RngState
+from rime_fast.engine.grad_cache import Encoded, GradCache, RngState
+from rime_fast.engine.wrappers import GradSync
 from rime_fast.ops.contrastive import contrastive_loss
 
 # what Tower keeps for its backward, a row, in fp64

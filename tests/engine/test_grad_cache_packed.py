@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from rime_fast.engine.grad_cache import GradCache
-from rime_fast.engine.grad_sync import GradSync
-from rime_fast.engine.micro_batch import PackedBatch, plan_micro_batches
-from rime_fast.engine.packed_encoder import PackedEncoder, part_tokens
+from rime_fast.engine.packed_batch import PackedBatch, PackedEncoder, part_tokens, plan_micro_batches
+from rime_fast.engine.wrappers import GradSync
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_model
 from rime_fast.model.tiny_batch import tiny_batch

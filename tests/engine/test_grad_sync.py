@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
-from rime_fast.engine.grad_sync import GradSync, grad_sync
+from rime_fast.engine.wrappers import GradSync, grad_sync
 from tests.engine.grad_sync_worker import run_scenarios
 from tests.ranks import run_ranks
 

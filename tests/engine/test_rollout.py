@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rime_fast.engine.sampling as sampling
-from rime_fast.engine.decode_cache import DecodeCache
-from rime_fast.engine.rollout import dual_mode_of, generate_rollouts
+from rime_fast.engine.decode import DecodeCache
+from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.engine.sampling import draw_tokens, filter_logits
+from rime_fast.engine.wrappers import dual_mode_of
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.shared_prefix import shared_prefix_batch
 from rime_fast.model.tiny import FAMILIES, tiny_model

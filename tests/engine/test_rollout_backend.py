@@ -13,8 +13,7 @@ from PIL import Image
 from rime_fast.data.collate import Collator
 from rime_fast.data.records import Side
 from rime_fast.data.templates import get_template
-from rime_fast.engine.rollout import generate_rollouts
-from rime_fast.engine.rollout_backend import LocalBackend, RolloutBackend, Sampling
+from rime_fast.engine.rollout import LocalBackend, RolloutBackend, Sampling, generate_rollouts
 from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import LoopGuard, cut_loops
 from rime_fast.engine.vllm_backend import VllmBackend, checkpoint_weights

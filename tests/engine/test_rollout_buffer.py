@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from rime_fast.engine.rollout import generate_rollouts
-from rime_fast.engine.rollout_buffer import RolloutBuffer, response_rows
+from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.model.dual_mode import DualModeModel
-from rime_fast.model.shared_prefix import shared_prefix_batch
 from rime_fast.model.tiny import tiny_model
 from rime_fast.model.tiny_batch import tiny_batch
 
@@ -41,7 +40,7 @@ def test_steps_write_the_same_memory(model):
     buffer = make()
     before = pointers(buffer)
     for step in range(2):
-        for micro, part in enumerate(buffer.parts([2, 1])):
+        for micro, part in enumerate([buffer.part(0, 2), buffer.part(2, 1)]):
             found = decode(model, micro, step, part)
             fresh = decode(model, micro, step)
             for name in ("tokens", "lengths", "logp", "gen_states", "finished", "disc_states"):
@@ -68,29 +67,6 @@ def test_a_part_is_the_same_memory():
     part.clear()
     assert buffer.rewards.isnan().all()
     assert buffer.disc_states.abs().sum() == 0
-
-
-def test_packed_scores_find_their_place(model):
-    """Log-probabilities of the shared-prefix forward, put into the table: those of decoding, token for token."""
-    buffer = make(prompts=2)
-    found = decode(model, 0, 5, buffer)
-    lengths = found.lengths.tolist()
-    assert len(set(lengths)) > 1
-    prompts = tiny_batch(model.config, MICRO[0], seed=0)
-    batch = shared_prefix_batch(prompts, buffer.responses())
-    rows, slots = response_rows(batch["lengths"], lengths), buffer.slots(lengths)
-    assert rows.tolist() == (batch["targets"] >= 0).nonzero()[:, 0].tolist()
-    with torch.no_grad():
-        logp = model(**batch).logp
-    buffer.put("old_logp", logp[rows], slots)
-    torch.testing.assert_close(buffer.old_logp, buffer.logp, rtol=0, atol=1e-4)
-    assert torch.equal(buffer.get("old_logp", slots), logp[rows])
-    assert (buffer.old_logp == 0).sum() >= buffer.old_logp.numel() - sum(lengths)
-
-
-def test_rows_of_separate_sequences():
-    # two sequences, prompts of 3 and 4 rows, responses of 2 and 1 tokens
-    assert response_rows([5, 5], [2, 1]).tolist() == [2, 3, 8]
 
 
 def test_a_saved_buffer_comes_back(tmp_path):
@@ -121,8 +97,6 @@ def test_bad_input_is_named(model):
         make(max_tokens=0)
     with pytest.raises(ValueError, match="prompts 2 to 4 of a buffer of 3"):
         make().part(2, 2)
-    with pytest.raises(ValueError, match="lengths has 2 entries"):
-        make().slots([1, 2])
     for bad in ({"prompts": 2}, {"group_size": 2}, {"max_tokens": 9}, {"pad_id": 0}):
         with pytest.raises(ValueError, match="out has"):
             decode(model, 1, 0, make(**({"prompts": 1} | bad)))

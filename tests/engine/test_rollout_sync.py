@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import rime_fast.engine.decode_step as decode_step
+import rime_fast.engine.decode as decode_step
 from rime_fast.engine.rollout import _State, generate_rollouts
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_model

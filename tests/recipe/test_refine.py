@@ -26,14 +26,6 @@ def _batch(seed: int = 0, spread: float = 0.4) -> dict[str, torch.Tensor]:
     }
 
 
-def _packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tokens end to end, with unscored ones in between whose row points nowhere."""
-    mask = batch["mask"]
-    row = torch.where(mask, torch.arange(4)[:, None].expand_as(mask), -1)
-    flat = {name: batch[name].flatten() for name in ("logp", "old_logp", "ref_logp", "mask")}
-    return flat | {"advantages": batch["advantages"], "row": row.flatten()}
-
-
 def _by_hand(batch: dict[str, torch.Tensor], loss_type: str, low: float, high: float, beta: float) -> dict[str, float]:
     total = kl = removed = ratios = 0.0
     for i, length in enumerate(LENGTHS):
@@ -56,13 +48,11 @@ def _by_hand(batch: dict[str, torch.Tensor], loss_type: str, low: float, high: f
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("form", ["padded", "packed"])
-def test_loss_and_metrics_by_hand(loss_type: str, form: str) -> None:
+def test_loss_and_metrics_by_hand(loss_type: str) -> None:
     batch = _batch()
     want = _by_hand(batch, loss_type, 0.2, 0.28, 0.04)
     assert 0 < want["clip_fraction"] < 1  # the data exercises both branches
-    given = batch if form == "padded" else _packed(batch)
-    loss, metrics = policy_loss(**given, loss_type=loss_type, max_completion_length=CAP)
+    loss, metrics = policy_loss(**batch, loss_type=loss_type, max_completion_length=CAP)
     got = {"loss": loss, **metrics}
     for name, value in want.items():
         assert float(got[name]) == pytest.approx(value, rel=1e-12 if name == "loss" else 1e-6), name
@@ -159,7 +149,6 @@ def test_compiles_without_a_graph_break() -> None:
         ({"clip_low": -0.1}, ValueError, "clip_low"),
         ({"mask": torch.ones(4, CAP)}, TypeError, "mask: expected dtype bool"),
         ({"advantages": torch.ones(3)}, ValueError, "logp: expected shape"),
-        ({"row": torch.zeros(4, CAP, dtype=torch.int64)}, ValueError, "logp: expected shape"),
         ({"old_logp": torch.zeros(4, CAP + 1)}, ValueError, "old_logp: expected shape"),
     ],
 )

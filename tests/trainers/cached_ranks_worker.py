@@ -15,7 +15,7 @@ from conftest import TEMPLATE, make_pairs
 
 from rime_fast.cli.training import TrainingOptions, save_outputs
 from rime_fast.trainers.config import RimeConfig
-from rime_fast.trainers.rime_trainer import RimeTrainer
+from rime_fast.trainers.joint import RimeTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAIRS = 4  # in one contrast, all ranks together
@@ -118,6 +118,6 @@ def run_plans(rank: int, world: int, folder: str, *names: str) -> None:
         run = trained(Path(folder) / "start", Path(folder) / name, **PLANS[name])
         assert run.is_fsdp_enabled == name.startswith("fsdp")
         assert run.is_deepspeed_enabled == name.startswith("zero")
-        assert (run.cached is None) == ("plain" in name)
+        assert (run.micro_batch_tokens is None) == ("plain" in name)
         if rank == 0:
             torch.save(run.state.log_history[:-1], Path(folder) / f"{name}.logs")

@@ -14,9 +14,9 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import TEMPLATE, make_pairs
 
-from rime_fast.engine.rollout_backend import SampledTokens
+from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.trainers.config import RefineConfig
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 G = 3
@@ -81,7 +81,7 @@ class Dictated:
     def refresh(self, policy: Any) -> None:
         pass
 
-    def generate(self, policy: Any, sides: Any, prompts: Any, sampling: Any, out: Any = None) -> SampledTokens:
+    def generate(self, policy: Any, sides: Any, prompts: Any, sampling: Any, out: Any = None) -> RolloutBuffer:
         rows = []
         for side in sides:
             for g in range(G):
@@ -90,7 +90,7 @@ class Dictated:
                 rows.append([self.open, *inner, self.close, sampling.gen_id])
         lengths = torch.tensor([len(row) for row in rows])
         tokens = torch.tensor([row + [sampling.pad_id] * (max(lengths) - len(row)) for row in rows])
-        return SampledTokens(tokens, lengths, torch.zeros(tokens.shape), torch.ones(len(rows), dtype=torch.bool))
+        return RolloutBuffer(tokens, lengths, torch.zeros(tokens.shape), torch.ones(len(rows), dtype=torch.bool))
 
 
 def refine(folder: Path, batch: int, plan: dict[str, Any]) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -98,7 +98,7 @@ def refine(folder: Path, batch: int, plan: dict[str, Any]) -> tuple[list[dict[st
     sizes = {"per_device_train_batch_size": batch, "ddp_backend": "gloo" if dist.is_initialized() else None}
     args = RefineConfig(output_dir=str(folder), **(SAME | sizes | plan))
     run = RefineRLTrainer(str(folder.parent / "start"), args, make_pairs(8), template=TEMPLATE)
-    run.phase.backend = Dictated(run.processing_class.tokenizer)
+    run.generator.backend = Dictated(run.processing_class.tokenizer)
     parts = count_parts(run)
     run.train()
     run.save_model(str(folder))
@@ -115,14 +115,14 @@ def refine(folder: Path, batch: int, plan: dict[str, Any]) -> tuple[list[dict[st
 def count_parts(run: RefineRLTrainer) -> list[int]:
     """Filled with this rank's micro-batches of each step, the idle ones left out."""
     counts: list[int] = []
-    parts = run.step._parts
+    parts = run._cut
 
     def counted(*args: Any) -> Any:
         found = parts(*args)
-        counts.append(sum(not part.idle for part in found[0]))
+        counts.append(sum(not idle for _, idle in found[0]))
         return found
 
-    run.step._parts = counted  # type: ignore[method-assign]
+    run._cut = counted  # type: ignore[method-assign]
     return counts
 
 

@@ -66,7 +66,7 @@ def check_stock(folder: Path) -> None:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert stock.config.architectures == ["Qwen2VLForConditionalGeneration"]
-    saved = load_file(folder / "model.safetensors")
+    saved = DualModeModel.from_pretrained(folder).state_dict()
     for name, tensor in stock.state_dict().items():
         assert name == "lm_head.weight" or torch.equal(tensor, saved[name]), name
     assert torch.equal(stock.lm_head.weight, stock.get_input_embeddings().weight)

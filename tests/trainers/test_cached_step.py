@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rime_fast.trainers.config import RimeConfig
-from rime_fast.trainers.rime_trainer import RimeTrainer
+from rime_fast.trainers.joint import RimeTrainer
 
 QUIET = {
     "save_strategy": "no",
@@ -33,8 +33,21 @@ def trained(tiny, folder, more=None, *, negatives=1, **settings) -> RimeTrainer:
         template=tiny.template,
         **(more or {}),
     )
+    run.parts = spied(run.cache)
     run.train()
     return run
+
+
+def spied(cache) -> list[int]:
+    """Filled with the number of micro-batches of every step."""
+    step, counts = cache.step, []
+
+    def counted(parts, **options):
+        counts.append(len(parts))
+        return step(parts, **options)
+
+    cache.step = counted
+    return counts
 
 
 def assert_same(ours: RimeTrainer, plain: RimeTrainer) -> None:
@@ -72,8 +85,8 @@ def plain_run(tiny, folder, settings) -> RimeTrainer:
 def test_cached_steps_equal_plain_steps(tiny, tmp_path, settings, cache):
     plain = plain_run(tiny, tmp_path, settings)
     ours = trained(tiny, tmp_path, **(SGD | settings | cache))
-    assert ours.cached is not None
-    assert plain.cached is None
+    assert set(plain.parts) == {1}
+    assert (max(ours.parts) > 1) == ("contrastive_batch_size" not in cache)
     assert_same(ours, plain)
 
 
@@ -119,13 +132,13 @@ def test_resume_to_the_bit_with_another_number_of_kept_graphs(tiny, tmp_path):
             template=tiny.template,
             peft_config=lora,
         )
-        step, kept = made.cached.cache.step, []
+        step, kept = made.cache.step, []
 
         def counted(*args, **options):
             kept.append(step(*args, **options))
             return kept[-1]
 
-        made.cached.cache.step = counted
+        made.cache.step = counted
         made.train(resume_from_checkpoint=resume)
         made.kept = [done.kept for done in kept]
         return made
@@ -158,3 +171,29 @@ def test_evaluation_is_plain(tiny, tmp_path):
     run = trained(tiny, tmp_path, more, micro_batch_tokens=60, eval_strategy="steps", eval_steps=1)
     assert all(math.isfinite(e["eval_loss"]) for e in run.state.log_history if "eval_loss" in e)
     assert torch.is_grad_enabled()
+
+
+def test_whoever_overrides_the_loss_is_trained_by_it(tiny, tmp_path):
+    class Louder(RimeTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, out = super().compute_loss(model, inputs, return_outputs=True)
+            assert out.embeddings["gen"].requires_grad
+            return (3.0 * loss, out) if return_outputs else 3.0 * loss
+
+    settings = {"save_strategy": "no", "progress": "none", "logging_steps": 1, "max_steps": 1}
+    logs = []
+    for kind in (RimeTrainer, Louder):
+        processor = tiny.processor()
+        args = RimeConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, **settings)
+        run = kind(tiny.model(processor), args, tiny.pairs(4), processing_class=processor, template=tiny.template)
+        run.train()
+        logs.append(run.state.log_history[0])
+    assert logs[1]["loss"] == pytest.approx(3 * logs[0]["loss"], rel=1e-5)
+    assert logs[1]["grad_norm"] == pytest.approx(3 * logs[0]["grad_norm"], rel=1e-3)
+
+
+def test_without_a_contrast_one_micro_batch_serves(tiny, tmp_path):
+    only = {"disc_weight": 0.0, "gen_weight": 0.0, "cross_weight": 0.0}
+    run = trained(tiny, tmp_path, micro_batch_tokens=60, **only)
+    assert set(run.parts) == {1}
+    assert not any(name.startswith("contrast") for name in run.state.log_history[0])

@@ -9,7 +9,7 @@ import yaml
 
 from rime_fast.model.card import read_facts
 from rime_fast.trainers.config import RimeConfig
-from rime_fast.trainers.rime_trainer import RimeTrainer
+from rime_fast.trainers.joint import RimeTrainer
 
 
 def trainer(tiny, folder, peft_config=None, **settings):

@@ -96,7 +96,7 @@ def test_reward_settings_reach_the_operator(tmp_path):
         output_dir=str(tmp_path),
         rank_reward="hit",
         hit_k=3,
-        negative="max",
+        negative_reduction="max",
         length_limit=9.0,
         length_weight=0.5,
         scale_rewards=False,
@@ -117,3 +117,28 @@ def test_every_own_setting_explains_itself_and_parses(config, tmp_path):
         ["--output_dir", str(tmp_path), "--template", "cot", "--learning_rate", "1e-4", "--max_length", "64"]
     )
     assert (parsed.template, parsed.learning_rate, parsed.max_length) == ("cot", 1e-4, 64)
+
+
+OLD_NAMES = {"negatives": ("anchor_pool", "batch"), "negative": ("negative_reduction", "max")}
+
+
+@pytest.mark.parametrize(("old", "new", "value"), [(old, *rest) for old, rest in OLD_NAMES.items()])
+def test_old_names_work_with_a_warning(tmp_path, old, new, value):
+    """In Python, in a YAML file and on the command line."""
+    from rime_fast.cli.refine import COMMAND
+    from rime_fast.cli.values import build
+
+    def check(make):
+        with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
+            args = make()
+        assert getattr(args, new) == value
+        assert getattr(args, old) is None
+
+    check(lambda: RefineConfig(output_dir=str(tmp_path), **{old: value}))
+    file = tmp_path / "refine.yaml"
+    file.write_text(f"model: x\ntrain_data: y\n{old}: {value}\n")
+    for words in (["--config", str(file)], ["--model", "x", "--train_data", "y", f"--{old}", value]):
+        values = COMMAND.read([*words, "--output_dir", str(tmp_path)])
+        check(lambda values=values: build(RefineConfig, values))
+    with pytest.raises(ValueError, match=f"{old} is '{value}' and {new}, its new name"), pytest.warns(FutureWarning):
+        RefineConfig(output_dir=str(tmp_path), **{old: value, new: "softmax" if new != "anchor_pool" else "other"})

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import TEMPLATE, make_model, make_pairs, make_processor
 
 from rime_fast.trainers.config import RefineConfig, RimeConfig
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
-from rime_fast.trainers.rime_trainer import RimeTrainer
+from rime_fast.trainers.joint import RimeTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 from tests.ranks import run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -53,8 +54,6 @@ def joint(folder: Path, batch: int, plan: str | None = None) -> tuple[list[dict[
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "model.safetensors") if dist_rank() == 0 else {}
 
 
@@ -80,7 +79,7 @@ def refine(folder: Path, plan: str | None) -> list[dict[str, float]]:
         use_cpu=True,
         ddp_backend="gloo",
         beta=0.0 if plan and "zero3" in plan else 0.04,
-        negatives="batch",
+        anchor_pool="batch",
     )
     run = RefineRLTrainer(str(folder.parent / "start"), args, make_pairs(8), template=TEMPLATE)
     run.train()
@@ -117,9 +116,9 @@ def rank_main(rank: int, world: int, folder: str) -> None:
 def test_ranks_and_zero_stages_equal_one_process(tmp_path):
     processor = make_processor()
     model = make_model(processor)
-    start = {name: p.detach().clone() for name, p in model.state_dict().items()}
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
+    start = load_file(tmp_path / "start" / "model.safetensors")
     run_ranks(rank_main, 2, str(tmp_path))
     logs, want = joint(tmp_path / "one", 4)
     for plan, (got_logs, got, rl) in torch.load(tmp_path / "found.pt").items():

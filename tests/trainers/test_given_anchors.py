@@ -11,7 +11,7 @@ import torch
 from rime_fast import cli
 from rime_fast.model.tokens import add_embedding_tokens
 from rime_fast.trainers.config import RefineConfig
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 QUIET = {
     "save_strategy": "no",

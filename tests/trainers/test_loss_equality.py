@@ -16,7 +16,7 @@ from torch import Tensor
 from rime_fast.model.tiny import FAMILIES
 from rime_fast.model.tokens import add_embedding_tokens
 from rime_fast.trainers.config import RimeConfig
-from rime_fast.trainers.rime_trainer import RimeTrainer
+from rime_fast.trainers.joint import RimeTrainer
 
 TAU, N = 0.02, 5
 

@@ -8,8 +8,7 @@ import time
 import pytest
 import torch
 
-from rime_fast.trainers.metrics import MetricSums, StepClock
-from rime_fast.trainers.progress import clock, summary
+from rime_fast.trainers.callbacks import MetricSums, StepClock, clock, summary
 from rime_fast.trainers.temperature import LearnableTemperature
 
 CPU = torch.device("cpu")

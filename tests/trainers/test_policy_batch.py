@@ -11,9 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rime_fast
-from rime_fast.engine.rollout_backend import LocalBackend
+from rime_fast.engine.rollout import LocalBackend
 from rime_fast.trainers.config import RefineConfig
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 QUIET = {
     "save_strategy": "no",
@@ -163,14 +163,14 @@ class HostReads(TorchDispatchMode):
 def test_a_step_waits_for_no_device(tiny, tmp_path, monkeypatch, settings):
     run = trained(tiny, tmp_path, **settings)
     inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
-    drawn = run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
-    monkeypatch.setattr(run.phase, "draw", lambda *_: drawn)
+    drawn = run.generator.generate(run.policy, inputs["sides"], inputs["prompts"])
+    monkeypatch.setattr(run.generator, "generate", lambda *_: drawn)
     run.model.train()
     run.current_gradient_accumulation_steps = 1
     reads = HostReads(monkeypatch)
     with reads:
         for _ in range(settings.get("num_iterations", 1)):
-            run.step.train(run.model, inputs)
+            run.training_step(run.model, inputs)
     found = {place for place in reads.places if not place[0].startswith("data/")}  # collation is host work
     assert found <= HOST_ONLY.keys()
 
@@ -198,14 +198,14 @@ def test_the_host_reads_rollouts_once(tiny, tmp_path, monkeypatch):
     """After decoding, the tokens come to the host in one transfer."""
     run = trained(tiny, tmp_path)
     inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
-    samples = run.phase.backend.generate(run.policy, inputs["sides"], inputs["prompts"], run.phase.sampling)
-    monkeypatch.setattr(run.phase.backend, "generate", lambda *_: samples)
+    samples = run.generator.backend.generate(run.policy, inputs["sides"], inputs["prompts"], run.generator.sampling)
+    monkeypatch.setattr(run.generator.backend, "generate", lambda *_: samples)
     calls = []
     tolist = torch.Tensor.tolist
     reads = HostReads(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: calls.append(x) or tolist(x))
     with reads:
-        run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
+        run.generator.generate(run.policy, inputs["sides"], inputs["prompts"])
     assert len(calls) == 1
     assert not reads.places
 
@@ -216,14 +216,14 @@ def test_the_host_reads_rollouts_once(tiny, tmp_path, monkeypatch):
 def test_a_step_on_a_gpu_never_synchronises(tiny, tmp_path, monkeypatch, settings):
     run = trained(tiny, tmp_path, **settings)
     inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
-    drawn = run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
-    monkeypatch.setattr(run.phase, "draw", lambda *_: drawn)
+    drawn = run.generator.generate(run.policy, inputs["sides"], inputs["prompts"])
+    monkeypatch.setattr(run.generator, "generate", lambda *_: drawn)
     run.model.train()
     run.current_gradient_accumulation_steps = 1
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(settings.get("num_iterations", 1)):
-            run.step.train(run.model, inputs)
+            run.training_step(run.model, inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")

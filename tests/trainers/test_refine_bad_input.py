@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rime_fast.engine.rollout_backend import LocalBackend, SampledTokens
+from rime_fast.engine.rollout import LocalBackend
+from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.trainers.config import RefineConfig
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 QUIET = {
     "save_strategy": "no",
@@ -59,7 +60,7 @@ class Says:
         lengths = torch.tensor([len(row) for row in rows])
         tokens = torch.tensor([row + [sampling.pad_id] * (int(max(lengths)) - len(row)) for row in rows])
         ended = torch.tensor([bool(row) and row[-1] == sampling.gen_id for row in rows])
-        return SampledTokens(tokens, lengths, torch.zeros(tokens.shape), ended)
+        return RolloutBuffer(tokens, lengths, torch.zeros(tokens.shape), ended)
 
 
 def logged(tiny, folder, *texts, prepare=None, **settings):

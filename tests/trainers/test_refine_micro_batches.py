@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rime_fast.engine.packed_batch import plan_micro_batches
 from rime_fast.trainers.config import RefineConfig
-from rime_fast.trainers.policy_batch import Part, plan_parts
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 QUIET = {
     "save_strategy": "no",
@@ -32,9 +32,10 @@ def trainer(tiny, folder, *, more=None, **settings):
 
 def test_parts_are_as_few_as_neighbours_allow():
     costs = [5, 5, 1, 9, 20, 3, 3]
-    assert plan_parts(costs, 11) == [Part(0, 3), Part(3, 4), Part(4, 5), Part(5, 7)]
-    assert plan_parts(costs, None) == plan_parts(costs, 46) == [Part(0, 7)]
-    assert len(plan_parts(costs, 1)) == 7
+    assert plan_micro_batches(costs, 11, neighbours=True) == [[0, 1, 2], [3], [4], [5, 6]]
+    whole = [list(range(7))]
+    assert plan_micro_batches(costs, None) == plan_micro_batches(costs, 46, neighbours=True) == whole
+    assert len(plan_micro_batches(costs, 1, neighbours=True)) == 7
 
 
 class Stepped:
@@ -48,8 +49,8 @@ class Stepped:
         run.make_banks(run.model)
         inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
         torch.manual_seed(3)
-        self.rollouts = rollouts or run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
-        run.phase.draw = lambda *_: self.rollouts
+        self.rollouts = rollouts or run.generator.generate(run.policy, inputs["sides"], inputs["prompts"])
+        run.generator.generate = lambda *_: self.rollouts
         run.model.train()
         run.current_gradient_accumulation_steps = 1
         self.forwards = []
@@ -58,7 +59,7 @@ class Stepped:
         )
         for _ in range(updates):
             run.model.zero_grad()
-            self.loss = run.step.train(run.model, inputs)
+            self.loss = run.training_step(run.model, inputs)
         self.gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
         self.metrics = run.sums.drain(torch.device("cpu"))
 
@@ -79,7 +80,7 @@ class Stepped:
     [
         {},
         {"loss_type": "token_mean", "trained_sides": "query"},
-        {"loss_type": "dr_grpo", "scale_rewards": False, "negatives": "batch"},
+        {"loss_type": "dr_grpo", "scale_rewards": False, "anchor_pool": "batch"},
         {"anchors": "policy", "trained_sides": "target"},
         {"shared_prefix": False},
     ],
@@ -101,13 +102,13 @@ def test_rewards_that_need_the_whole_batch_come_from_decoding(tiny, tmp_path, se
     """In parts they are those of a whole step that takes g from decoding, as one with several updates does."""
     whole = Stepped(tiny, tmp_path, num_iterations=2, **settings)
     assert whole.rollouts.has_states
-    rewards = whole.rollouts.buffer.rewards.clone()
+    rewards = whole.rollouts.rewards.clone()
     for updates in ({}, {"num_iterations": 2}):
         cut = Stepped(tiny, tmp_path, whole.rollouts, micro_batch_tokens=1, **updates, **settings)
-        assert torch.equal(cut.rollouts.buffer.rewards, rewards)
+        assert torch.equal(cut.rollouts.rewards, rewards)
         cut.equals(whole, 1e-6)
     plain = Stepped(tiny, tmp_path, whole.rollouts, **settings)  # g of the forward that is trained on
-    torch.testing.assert_close(plain.rollouts.buffer.rewards, rewards, rtol=0, atol=1e-5)
+    torch.testing.assert_close(plain.rollouts.rewards, rewards, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +130,10 @@ def test_a_frozen_vision_tower_sees_an_image_once(tiny, tmp_path, settings):
     patches = inputs["prompts"]["pixel_values"].shape[0]
     run.current_gradient_accumulation_steps = 1
     run.model.train()
-    run.step.train(run.model, inputs)
+    run.training_step(run.model, inputs)
     assert sum(seen) == patches
     tower.requires_grad_(True)
-    run.step.train(run.model, inputs) if "num_iterations" in settings else None
+    run.training_step(run.model, inputs) if "num_iterations" in settings else None
     before = sum(seen)
-    run.step.train(run.model, inputs)
+    run.training_step(run.model, inputs)
     assert sum(seen) - before > patches  # rollout, reference and policy each see them

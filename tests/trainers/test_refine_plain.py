@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from rime_fast.data.records import stable_hash
-from rime_fast.engine.rollout import dual_mode_of
+from rime_fast.engine.wrappers import dual_mode_of
 from rime_fast.trainers.config import RefineConfig
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 G, CAP, PAIRS = 3, 6, 2
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -59,7 +59,7 @@ def trainer(tiny, folder, lora=False, **settings):
 
 @torch.no_grad()
 def read(run, model, side, response):
-    """(log-probabilities of the response's tokens, g, d) from one sequence by itself."""
+    """(log-probabilities of the response's tokens, g, d, entropies) from one sequence by itself."""
     base = dual_mode_of(model)
     batch = run.collator.collate_responses([side], [response])
     hidden = base.encode_hidden(
@@ -71,9 +71,11 @@ def read(run, model, side, response):
     )
     n, prompt = batch["lengths"][0], batch["prompt_lengths"][0]
     logits = hidden[prompt - 1 : n - 1] @ base.lm_head.weight.T / run.args.sampling_temperature
-    logp = logits.log_softmax(-1)[range(len(response)), response]
+    every = logits.log_softmax(-1)
+    logp = every[range(len(response)), response]
+    entropy = -(every.exp() * every).sum(-1)
     disc = int(batch["disc_index"][0])
-    return logp.tolist(), F.normalize(hidden[n - 1], dim=0), F.normalize(hidden[disc], dim=0)
+    return logp.tolist(), F.normalize(hidden[n - 1], dim=0), F.normalize(hidden[disc], dim=0), entropy.tolist()
 
 
 def plain_rewards(run, names, sides, rollouts, found):
@@ -86,7 +88,7 @@ def plain_rewards(run, names, sides, rollouts, found):
             row = place * G + g
             text = run.processing_class.tokenizer.decode(rollouts[row], skip_special_tokens=False)
             form = float(run.collator.template.parse_response(text).format_ok)
-            _, gen, disc = found[row]
+            _, gen, disc, _ = found[row]
             if args.reward_mode == "ume_r1":
                 others = {
                     i: [float(gen @ found[p * G + h][1]) for h in range(G)]
@@ -148,6 +150,8 @@ def compare(run, loss, plain):
     assert float(loss) == pytest.approx(plain[0], rel=2e-5, abs=2e-6)
     assert metrics["ratio"] == pytest.approx(plain[2], rel=1e-5)
     assert metrics["clip_fraction"] == pytest.approx(plain[3], abs=1e-6)
+    entropies = [value for *_, row in plain[5] for value in row]
+    assert metrics["entropy"] == pytest.approx(statistics.fmean(entropies), rel=1e-5)
     if run.args.beta:
         assert metrics["kl"] == pytest.approx(plain[1], rel=1e-4)
         assert plain[1] > 1e-4
@@ -171,27 +175,27 @@ def test_loss_and_metrics(tiny, tmp_path, settings, lora):
     run = trainer(tiny, tmp_path, lora, **({"beta": 0.2} | settings))
     assert run.reference.kind == ("adapter" if lora else "none" if settings.get("beta") == 0 else "copy")
     inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
-    drawn = run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
-    run.phase.draw = lambda *_: drawn
-    loss = run.step.train(run.model, inputs)
-    compare(run, loss, plain_loss(run, inputs, drawn.responses))
+    drawn = run.generator.generate(run.policy, inputs["sides"], inputs["prompts"])
+    run.generator.generate = lambda *_: drawn
+    loss = run.training_step(run.model, inputs)
+    compare(run, loss, plain_loss(run, inputs, drawn.rewrites))
 
 
 def test_a_second_update_clips_and_keeps_the_rollouts_rewards(tiny, tmp_path):
     """Old log-probabilities are the first update's; rewards are of the g that sampled, not of the moved policy's."""
     run = trainer(tiny, tmp_path, num_iterations=2, beta=0.2)
     inputs = run._prepare_inputs(next(iter(run.get_train_dataloader())))
-    drawn = run.phase.draw(run.policy, inputs["sides"], inputs["prompts"])
-    run.phase.draw = lambda *_: drawn
-    first = run.step.train(run.model, inputs)
-    plain = plain_loss(run, inputs, drawn.responses)
+    drawn = run.generator.generate(run.policy, inputs["sides"], inputs["prompts"])
+    run.generator.generate = lambda *_: drawn
+    first = run.training_step(run.model, inputs)
+    plain = plain_loss(run, inputs, drawn.rewrites)
     metrics = compare(run, first, plain)
     assert metrics["ratio"] == 1.0
     with torch.no_grad():
         for parameter in run.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.03 * torch.randn_like(parameter))
-    second = run.step.train(run.model, inputs)
-    again = plain_loss(run, inputs, drawn.responses, old=plain[4], rewards_from=plain[5])
+    second = run.training_step(run.model, inputs)
+    again = plain_loss(run, inputs, drawn.rewrites, old=plain[4], rewards_from=plain[5])
     assert again[3] > 0.05  # clipping is active
     assert compare(run, second, again)["clip_fraction"] > 0.05

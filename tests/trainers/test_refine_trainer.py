@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rime_fast.trainers.config import RefineConfig
-from rime_fast.trainers.refine_trainer import RefineRLTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 QUIET = {
     "save_strategy": "no",
@@ -50,7 +50,7 @@ def curve(run: RefineRLTrainer) -> list[dict[str, float]]:
         {"trained_sides": "query"},
         {"trained_sides": "target", "anchors": "policy"},
         {"anchors": "policy"},
-        {"negatives": "batch", "loss_type": "token_mean"},
+        {"anchor_pool": "batch", "loss_type": "token_mean"},
         {"reward_mode": "ume_r1", "loss_type": "dr_grpo", "scale_rewards": False},
         {"beta": 0.0},
     ],
@@ -68,6 +68,7 @@ def test_every_switch_runs_and_logs(tiny, tmp_path, settings):
         "reward/length",
         "rewrite_tokens",
         "kl",
+        "entropy",
         "clip_fraction",
         "group_std",
         "degenerate_groups",
@@ -79,6 +80,7 @@ def test_every_switch_runs_and_logs(tiny, tmp_path, settings):
     assert log["ratio"] == 1.0
     assert log["clip_fraction"] == 0.0
     assert 1 <= log["rewrite_tokens"] <= 5
+    assert 0 < log["entropy"] <= math.log(run.model.config.get_text_config().vocab_size)
     assert all(math.isfinite(value) for value in log.values())
     sides = 1 if "trained_sides" in settings else 2
     assert 0 <= log["unfinished"] <= log["format_failed"] <= 2 * 3 * sides

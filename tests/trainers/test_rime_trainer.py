@@ -17,7 +17,7 @@ from transformers import Qwen2VLForConditionalGeneration, TrainerCallback, Train
 import rime_fast
 from rime_fast.model.processor import RimeProcessor
 from rime_fast.trainers.config import RimeConfig
-from rime_fast.trainers.rime_trainer import RimeTrainer
+from rime_fast.trainers.joint import RimeTrainer
 
 QUIET = {
     "save_strategy": "no",

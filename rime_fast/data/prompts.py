@@ -1,4 +1,4 @@
-"""Between a batch of pairs and the Refine-RL step: prompts, sampled rewrites as packed sequences, data order.
+"""From rows to a trainer's batches: the DataLoader's collate functions, ids of sides, and the order of the data.
 
 Row order, everywhere: the trained sides one after the other (queries first), in each the pairs in order, in each pair
 its G rollouts. So a side's rows are a block, and [rows] views as [sides, B, G].
@@ -17,6 +17,19 @@ from torch.utils.data import Dataset, Sampler
 from rime_fast.data.collate import Collator
 from rime_fast.data.records import Pair, Side, stable_hash
 from rime_fast.recipe.group_rewards import OPPOSITE
+
+
+class PairBatches:
+    """The DataLoader's collate function: at most ``hard_negatives`` of each pair (None: all), then the collator."""
+
+    def __init__(self, collator: Collator, hard_negatives: int | None) -> None:
+        self.collator, self.hard_negatives = collator, hard_negatives
+
+    def __call__(self, pairs: list[Any]) -> dict[str, Any]:
+        if self.hard_negatives is not None:
+            few = self.hard_negatives
+            pairs = [replace(p, negatives=p.negatives[:few]) if len(p.negatives) > few else p for p in pairs]
+        return self.collator.collate_pairs(pairs)
 
 
 class IndexedPairs(Dataset):

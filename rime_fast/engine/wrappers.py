@@ -1,4 +1,6 @@
-"""When gradients travel: once a step, with the backward of its last micro-batch.
+"""Models as they come wrapped (DDP, FSDP2, DeepSpeed, peft): when gradients travel, and whole parameters for decoding.
+
+Gradients travel once a step, with the backward of its last micro-batch:
 
 | model              | gradients leave a rank                        | ranks must run equally many micro-batches      |
 |--------------------|-----------------------------------------------|------------------------------------------------|
@@ -10,12 +12,19 @@
 |                    | gradient, so there is nothing to add up to    | forward gathers as well)                       |
 
 Where ranks must keep step they agree on the number once a step (16 bytes), and a rank with fewer runs idle ones.
+
+ZeRO-3 and FSDP2 keep a part of every parameter on each rank and gather the rest in hooks around each module's forward.
+Decoding calls every module once a token, and ranks decode for different numbers of tokens: their hooks would move the
+whole model once a token, and then wait for a rank that has stopped. Here all parameters are gathered when the phase
+begins, the hooks sleep, and the parts are put back when it ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +32,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from rime_fast.model.dual_mode import DualModeModel
+
 Backward = Callable[[Tensor], None]
+# The modules inside a ``whole_parameters`` block.
+_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def dual_mode_of(model: nn.Module) -> Any:
+    """The ``DualModeModel`` inside DDP, FSDP, DeepSpeed and peft wrappers; TypeError when there is none."""
+    inner: Any = model
+    while not isinstance(inner, DualModeModel):
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            raise TypeError(f"model is a {type(model).__name__}; expected a DualModeModel, wrapped or not")
+    return inner
+
+
+def vision_tower(model: nn.Module) -> nn.Module:
+    """The vision tower with its merger(s) of a dual-mode model, wrapped or not."""
+    return dual_mode_of(model).model.visual
+
+
+# --- when gradients travel -------------------------------------------------------------------------------------------
 
 
 class GradSync:
@@ -171,3 +205,79 @@ def grad_sync(model: nn.Module, *, backward: Backward | None = None, group: Any 
 
 def _is_fsdp(module: nn.Module) -> bool:
     return hasattr(module, "set_requires_gradient_sync") and hasattr(module, "unshard")
+
+
+# --- whole parameters ------------------------------------------------------------------------------------------------
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Whether ``model`` is sharded and whole at the moment, by a ``whole_parameters`` block."""
+    return model in _WHOLE
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """All parameters of ``model`` on every rank inside this block, without a collective call in its forwards.
+
+    model: as it is, in DDP or in ZeRO-1 and 2 (nothing to do), in DeepSpeed ZeRO-3, or sharded by FSDP2's
+    ``fully_shard``; wrapped or unwrapped. Every rank must enter and leave, in step; inside they may differ: call the
+    inner model (``dual_mode_of``), as often as needed, without gradients. The block may change no parameter. It costs
+    the memory of the whole model in the dtype in which the forward has it, and one gather a parameter group (FSDP2) or
+    a model (ZeRO-3). Forward hooks of all modules sleep where parameters are sharded.
+
+    Raises TypeError for FSDP1.
+    """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise TypeError("model is wrapped by FSDP1 (FullyShardedDataParallel); expected FSDP2 (fsdp_version 2)")
+    if is_gathered(model):
+        yield
+        return
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    sharded: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+    if not partitioned and not sharded:
+        yield
+        return
+    inside = list(model.modules())
+    _WHOLE.update(inside)
+    try:
+        with _zero3(partitioned), _fsdp2(sharded), _hooks_asleep(model):
+            yield
+    finally:
+        _WHOLE.difference_update(inside)
+
+
+@contextmanager
+def _zero3(parameters: list[nn.Parameter]) -> Iterator[None]:
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    # Small ones may be whole since their first use (ZeRO-3's persistence threshold), and stay so.
+    missing = [p for p in parameters if p.ds_status.name != "AVAILABLE"]  # type: ignore[attr-defined]
+    with deepspeed.zero.GatheredParameters(missing, enabled=bool(missing)):
+        yield
+
+
+@contextmanager
+def _fsdp2(modules: list[Any]) -> Iterator[None]:
+    handles = [module.unshard(async_op=True) for module in modules]  # the gathers of all units run one after another
+    for handle in handles:
+        handle.wait()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+
+
+@contextmanager
+def _hooks_asleep(model: nn.Module) -> Iterator[None]:
+    kept = [(m, m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
+    for module, _, _ in kept:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, before, after in kept:
+            module._forward_pre_hooks, module._forward_hooks = before, after

@@ -1,23 +1,23 @@
-"""The batch in which rollouts are scored: every prompt once with its rollouts, or each rollout on its own; and how a
-step's prompts are cut into such batches."""
+"""The policy's side of a Refine-RL step: the batch in which rollouts are scored (every prompt once with its rollouts,
+or each rollout on its own), and the KL's reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rime_fast.data.collate import Collator
-from rime_fast.engine.micro_batch import PackedBatch
-from rime_fast.engine.rollout import dual_mode_of
-from rime_fast.engine.rollout_backend import take_prompts as take_neighbours
+from rime_fast.engine.packed_batch import to_device
+from rime_fast.engine.wrappers import dual_mode_of, vision_tower
 from rime_fast.model.packing import PACKED_SDPA
 from rime_fast.model.shared_prefix import shared_prefix_batch
-from rime_fast.trainers.anchors import to_device
 
 
 @dataclass
@@ -39,38 +39,13 @@ class PolicyBatch:
         """Packed scores [T] as [n G, R]; any value outside the mask."""
         return logp.index_select(0, self.scored.flatten()).view_as(self.scored)
 
+    def token_mean(self, values: Tensor) -> Tensor:
+        """Mean of packed values [T] over the rollouts' tokens, 0-d."""
+        return torch.where(self.mask, self.by_rollout(values), 0.0).sum() / self.mask.sum()
+
     def prompts(self, disc: Tensor) -> Tensor:
         """The "disc" pool's rows as one row a prompt, [n, D]."""
         return disc[:: self.repeats]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Prompts ``first`` to ``stop`` of a step. idle: run only because other ranks have more parts."""
-
-    first: int
-    stop: int
-    idle: bool = False
-
-    def rows(self, group_size: int) -> slice:
-        """The rollouts of these prompts."""
-        return slice(self.first * group_size, self.stop * group_size)
-
-
-def plan_parts(costs: Sequence[int], budget: int | None) -> list[Part]:
-    """As few runs of neighbouring prompts as there can be whose costs (rows) stay within ``budget``; None: one part.
-
-    A prompt above the budget is a part of its own.
-    """
-    bounds, room = [0], budget
-    for i, cost in enumerate(costs):
-        if room is not None and budget is not None:
-            if cost > room and i > bounds[-1]:
-                bounds.append(i)
-                room = budget
-            room -= cost
-    bounds.append(len(costs))
-    return [Part(a, b) for a, b in pairwise(bounds)]
 
 
 def policy_rows(lengths: Sequence[int], responses: Sequence[Sequence[int]], shared: bool) -> list[int]:
@@ -78,27 +53,6 @@ def policy_rows(lengths: Sequence[int], responses: Sequence[Sequence[int]], shar
     group = len(responses) // len(lengths)
     tokens = [sum(map(len, responses[i * group : (i + 1) * group])) for i in range(len(lengths))]
     return [p - 1 + group + r if shared else group * p + r for p, r in zip(lengths, tokens, strict=True)]
-
-
-def take_prompts(prompts: dict[str, Any], chosen: Sequence[int], merge_size: int) -> dict[str, Any]:
-    """The packed batch of the ``chosen`` prompts, in ascending order: views (and their share of a filled vision cache)
-    where they are neighbours."""
-    count, first, stop = len(prompts["lengths"]), chosen[0], chosen[-1] + 1
-    if len(chosen) == count:
-        return prompts
-    if stop - first != len(chosen):
-        return PackedBatch(prompts, merge_size).take(chosen)
-    images, videos = (prompts.get(f"{kind}_counts") or [0] * count for kind in ("image", "video"))
-    return take_neighbours(prompts, first, stop, images, videos)
-
-
-def has_pixels(prompts: dict[str, Any], first: int = 0, stop: int | None = None) -> bool:
-    """Whether prompts ``first`` to ``stop`` have an image or a video."""
-    whole = first == 0 and stop in (None, len(prompts["lengths"]))
-    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if pixels in prompts and (whole or any(prompts[f"{kind}_counts"][first:stop])):
-            return True
-    return False
 
 
 def shared_policy_batch(prompts: dict[str, Any], responses: Sequence[Sequence[int]]) -> PolicyBatch:
@@ -135,3 +89,61 @@ def _scored(first: Sequence[int], sizes: Sequence[int], device: torch.device) ->
 def use_packed_attention(model: nn.Module) -> None:
     """Let the text model take an attention layout: packed SDPA, whose CUDA kernel is flash-attention too."""
     dual_mode_of(model).model.language_model.config._attn_implementation = PACKED_SDPA
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Switch dropout off: one forward serves the reward and the update, and the ratio to itself is exactly 1."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+class Reference:
+    """Log-probabilities of the model as it was before Refine-RL.
+
+    kind: "auto", "adapter", "copy" or "none" (see RefineConfig.reference). Raises ValueError for "adapter" without
+    one, and for a copy of a model whose parameters are sharded at load (ZeRO-3): use an adapter or beta=0 there. Under
+    FSDP2 the copy is made before the sharding: every rank holds it whole.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, beta: float) -> None:
+        adapted = hasattr(model, "disable_adapter")
+        if kind == "auto":
+            kind = "none" if beta == 0 else "adapter" if adapted else "copy"
+        if kind == "adapter" and not adapted:
+            raise ValueError("reference='adapter' needs a peft model (peft_config); this model has no adapter")
+        self.kind = kind
+        self.copy: Any = None
+        if kind == "copy":
+            if any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters()):
+                raise ValueError("reference='copy' cannot copy sharded parameters; use an adapter, or beta=0")
+            self.copy = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @contextmanager
+    def model(self, policy: Any) -> Iterator[Any]:
+        """The reference to call in this block; ``policy`` is the unwrapped policy."""
+        if self.kind == "adapter":
+            training = policy.training
+            policy.eval()
+            with policy.disable_adapter():
+                yield policy
+            policy.train(training)
+        else:
+            device = next(policy.parameters()).device
+            yield self.copy.to(device)
+
+    @torch.no_grad()
+    def logp(self, policy: Any, batch: dict[str, Any], temperature: float) -> Tensor | None:
+        """[T] fp32 of ``batch["targets"]``; None without a reference."""
+        if self.kind == "none":
+            return None
+        with self.model(policy) as model:
+            if self._dtype(model) != self._dtype(policy):  # DeepSpeed casts the policy, not the copy made before
+                batch = {name: value for name, value in batch.items() if name != "vision_cache"}
+            return model(**batch, pools={}, temperature=temperature).logp
+
+    @staticmethod
+    def _dtype(model: nn.Module) -> torch.dtype:
+        return next(vision_tower(model).parameters()).dtype

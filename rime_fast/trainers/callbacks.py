@@ -1,4 +1,4 @@
-"""Progress for people: a rich bar with loss terms, samples/s, tokens/s and ETA; and what Ctrl-C does."""
+"""What a run tells and hears: metrics without host synchronisation, progress for people, Ctrl-C, other events."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import get_annotations
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import TrainerCallback
+
+from rime_fast.trainers.config import CommonConfig
 
 # Shown first, in this order; a bar has room for about eight numbers. A trailing * stands for any ending.
 SHOWN = (
@@ -158,3 +162,143 @@ class InterruptCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+class On(TrainerCallback):
+    """Calls functions at a trainer's events: ``On(on_train_begin=f)`` calls ``f()``."""
+
+    def __init__(self, **actions: Callable[[], Any]) -> None:
+        for event, action in actions.items():
+            setattr(self, event, self._handler(action))
+
+    @staticmethod
+    def _handler(action: Callable[[], Any]) -> Callable[..., None]:
+        def handle(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            action()
+
+        return handle
+
+
+# --- metrics: summed on the device in the step, read once per logging step -------------------------------------------
+
+
+class MetricSums:
+    """Running means of 0-d tensors, and running totals of host numbers.
+
+    ``add`` costs two small kernels, ``drain`` one transfer (and one all-reduce between ranks). Ranks must add the
+    same names; a name's mean is over every value added on any rank, by weight.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._adds: dict[tuple[str, ...], float] = {}
+        self._totals: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        """Add one observation of each name; tensors 0-d, on one device. Gradients are not followed.
+
+        weight: of what each value is a mean over (tokens), where observations differ in it.
+        """
+        if not values:
+            return
+        names = tuple(values)
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        if weight != 1.0:
+            stacked = stacked * weight
+        if names in self._sums:
+            self._sums[names] += stacked
+            self._adds[names] += weight
+        else:
+            self._sums[names], self._adds[names] = stacked, weight
+
+    def count(self, **amounts: float) -> None:
+        """Add host numbers to totals (tokens, samples)."""
+        for name, amount in amounts.items():
+            self._totals[name] = self._totals.get(name, 0.0) + amount
+
+    def drain(self, device: torch.device, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """Mean of every name and total of every count since the last call, over the ranks of ``group``; then empty."""
+        layout = sorted(self._sums)
+        parts = []
+        for names in layout:
+            parts += [self._sums[names].to(torch.float64), torch.tensor([self._adds[names]], dtype=torch.float64)]
+        totals = sorted(self._totals)
+        parts.append(torch.tensor([self._totals[name] for name in totals], dtype=torch.float64))
+        packed = torch.cat([part.to(device, torch.float64) for part in parts])
+        if group is not None:
+            dist.all_reduce(packed, group=group)
+        numbers = packed.tolist()
+        values: dict[str, list[float]] = {}
+        at = 0
+        for names in layout:
+            adds = numbers[at + len(names)]
+            for i, name in enumerate(names):
+                pair = values.setdefault(name, [0.0, 0.0])
+                pair[0] += numbers[at + i]
+                pair[1] += adds
+            at += len(names) + 1
+        result = {name: total / adds for name, (total, adds) in values.items()}
+        result |= dict(zip(totals, numbers[at:], strict=True))
+        self._sums, self._adds, self._totals = {}, {}, {}
+        return result
+
+
+class StepClock:
+    """Seconds of training between two readings; evaluation and saving are left out (``paused``)."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def restart(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, pauses not counted; at least 1e-9."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        return max(seconds, 1e-9)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - begin
+
+
+# --- what a model card says of a run, as plain values -----------------------------------------------------------------
+
+# transformers' own settings that decide what was learnt; ours are all told
+_STOCK = (
+    *("num_train_epochs", "max_steps", "gradient_accumulation_steps", "weight_decay", "max_grad_norm", "optim"),
+    *("bf16", "fp16", "seed", "world_size"),
+)
+_LEFT_OUT = ("progress", "report_to", "logging_steps", "logging_nan_inf_filter", "remove_unused_columns", "image_root")
+
+
+def settings_of(args: CommonConfig) -> dict[str, Any]:
+    """The recipe's fields and the deciding ones of transformers, by name."""
+    classes = [cls for cls in reversed(type(args).__mro__) if issubclass(cls, CommonConfig)]
+    own = [name for cls in classes for name in get_annotations(cls) if hasattr(args, name)]
+    chosen = {name: getattr(args, name) for name in (*own, *_STOCK) if name not in _LEFT_OUT}
+    plain = (int, float, str, type(None))
+    return {name: value if isinstance(value, plain) else str(value) for name, value in chosen.items()}
+
+
+def data_of(dataset: Any) -> dict[str, int]:
+    """Rows of each file (or other source) of a training set."""
+    parts: Sequence[Any] = getattr(dataset, "datasets", None) or [dataset]
+    named = {}
+    for part in parts:
+        if part is not None and hasattr(part, "__len__"):
+            named[str(getattr(part, "name", type(part).__name__))] = len(part)
+    return named
+
+
+def results_of(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last value of every number that was logged."""
+    found: dict[str, float] = {}
+    for entry in history:
+        found |= {name: value for name, value in entry.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in found.items() if name not in ("step", "epoch", "total_flos")}

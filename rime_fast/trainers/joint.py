@@ -1,0 +1,221 @@
+"""RimeTrainer: joint training of a dual-mode model on pairs, as a transformers Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from rime_fast.data.collate import Collator
+from rime_fast.data.prompts import PairBatches
+from rime_fast.engine.grad_cache import Encoded, GradCache
+from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
+from rime_fast.recipe.joint import joint_loss, scored_tokens, side_cross_entropy, token_weights
+from rime_fast.trainers.base import DualModeTrainer
+from rime_fast.trainers.callbacks import On
+from rime_fast.trainers.config import RimeConfig
+from rime_fast.trainers.setup import as_pairs, prepare_model
+from rime_fast.trainers.temperature import LearnableTemperature
+
+# Batch entries that are for the loss, not for the model.
+LOSS_KEYS = ("side", "query_ids", "key_ids", "negative_ids", "negative_of", "prompt_lengths", "dropped")
+
+Rows = dict[str, Tensor]
+
+
+class RimeTrainer(DualModeTrainer):
+    """Joint training: cross-entropy on both rewrites, contrast in both modes, Cross-Mode Alignment (recipe, 3).
+
+        RimeTrainer("Qwen/Qwen2-VL-2B-Instruct", RimeConfig(output_dir="out"), train_dataset="pairs.json").train()
+
+    model: directory or hub name, a stock Qwen2-VL / Qwen2.5-VL / Qwen3-VL, a DualModeModel, or a peft model of these.
+    args: RimeConfig. train_dataset: a file of any supported format or a list of files, a list of Pair, a
+        datasets.Dataset or any map-style dataset whose rows are Pair or rows of a supported format. eval_dataset: the
+        same, or a dict of them.
+    processing_class (or ``processor``): with ``tokenizer`` and ``image_processor``; default: the one beside the model.
+    template: a Template, in place of ``args.template``. peft_config: train an adapter. Everything else goes to Trainer.
+
+    One forward serves both sides, both modes and the cross-entropy. A step goes through the gradient cache: of one
+    micro-batch, the plain step, or with ``args.contrastive_batch_size`` and ``args.micro_batch_tokens`` of many, for a
+    contrast over any number of pairs (docs/grad_cache.md). Checkpoints, resume,
+    callbacks, loggers, DDP, FSDP and DeepSpeed work as in Trainer; ``save_model`` writes a directory that stock
+    transformers loads.
+    """
+
+    title = "joint training"
+    args: RimeConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: RimeConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        processor: Any = None,
+        template: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = RimeConfig(output_dir="rime-output") if args is None else args
+        if not isinstance(args, RimeConfig):
+            raise TypeError(f"args is {type(args).__name__}; expected RimeConfig")
+        model, processor, _ = prepare_model(model, processing_class or processor, args, peft_config)
+        self.collator = Collator(
+            processor,
+            args.template if template is None else template,
+            model.config,
+            max_length=args.max_length,
+            ids=args.mask_false_negatives,
+        )
+        rewrites = self.collator.template.filler is None
+        train, self.bad_rows = as_pairs(train_dataset, "train_dataset", args, self.collator, rewrites=rewrites)
+
+        def opened(source: Any, name: str) -> Any:
+            return as_pairs(source, name, args, self.collator, rewrites=rewrites)[0]
+
+        evaluation: Any = opened(None if isinstance(eval_dataset, dict) else eval_dataset, "eval_dataset")
+        if isinstance(eval_dataset, dict):
+            evaluation = {name: opened(part, name) for name, part in eval_dataset.items()}
+        kwargs.setdefault("data_collator", PairBatches(self.collator, args.hard_negatives))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processor,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.weights = args.weights()
+        self.temperature: LearnableTemperature | None = None
+        if args.learnable_temperature:
+            self.temperature = LearnableTemperature(args.temperature, args.temperature_learning_rate, args.device)
+            self.add_callback(On(on_optimizer_step=self._step_temperature))
+        self.cache = GradCache(keep_bytes=args.kept_graphs_gib * 2**30, cost=part_tokens)
+        # without a contrast a batch's micro-batches have nothing to do with each other: one serves
+        self.micro_batch_tokens = args.micro_batch_tokens if self.weights.modes() else None
+
+    def step(self, model: Any, inputs: dict[str, Any], scale: float) -> Tensor:
+        """The gradient cache's two passes over the batch's micro-batches; a single one keeps its graph and is encoded
+        once."""
+        encoder, loss, metrics = self._batch(model, inputs, self.micro_batch_tokens)
+
+        def encode(part: Part, scored: bool) -> Encoded:
+            with self.compute_loss_context_manager():
+                return encoder(part, scored)
+
+        self.cache.sync = self.grad_sync(model, alike=self.micro_batch_tokens is None)
+        done = self.cache.step(
+            encoder.parts, encode=encode, loss=loss, scale=scale, synchronise=self.accelerator.sync_gradients
+        )
+        self._observe(inputs, metrics | done.metrics)
+        return done.loss * scale
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The joint loss of one packed batch in one forward, with its graph: of evaluation, and for who overrides it.
+
+        With return_outputs also what was encoded (``Encoded``).
+        """
+        encoder, loss, metrics = self._batch(model, inputs, None)
+        out = encoder(encoder.parts[0], True)
+        total = loss(out.embeddings)
+        if out.loss is not None:
+            total = total + out.loss
+        self._observe(inputs, metrics | out.metrics)
+        return (total, out) if return_outputs else total
+
+    def _batch(
+        self, model: Any, inputs: dict[str, Any], max_tokens: int | None
+    ) -> tuple[PackedEncoder, Callable[[Rows], Tensor], Rows]:
+        """What the recipe makes of a batch of ``Collator.collate_pairs``: the encoder of its micro-batches, whose own
+        loss is their cross-entropy; the contrast as a function of all embeddings; and what that will log."""
+        args, weights, group, world = self.args, self.weights, self.group, max(self.args.world_size, 1)
+        batch = {name: value for name, value in inputs.items() if name not in LOSS_KEYS}
+        n, hard = _sizes(inputs)
+        query_rows = sum(inputs["lengths"][:n])
+        targets, counts = batch.pop("targets"), None
+        if weights.ce_query > 0 or weights.ce_target > 0:
+            counts = scored_tokens(targets, query_rows, group)
+            batch["token_weight"] = token_weights(targets, query_rows, counts, weights, world)
+            batch["targets"] = targets
+        tau = args.temperature if self.temperature is None else self.temperature.value()
+        metrics: Rows = {"temperature": tau} if isinstance(tau, Tensor) else {}
+
+        def cross_entropy(out: Any, part: Part, taken: Batch) -> Rows:
+            # a micro-batch's sequences ascend: its queries come first
+            rows = sum(length for length, i in zip(taken["lengths"], part.sequences, strict=True) if i < n)
+            found = side_cross_entropy(out.logp.detach(), rows, counts, world)  # type: ignore[arg-type]
+            return {name.replace("_", "/"): value for name, value in found.items()}
+
+        def contrast(rows: Rows) -> Tensor:
+            rows = encoder.in_order(rows)
+            queries = {mode: x[:n] for mode, x in rows.items()}
+            keys = {mode: x[n:] for mode, x in rows.items()}
+            if hard and len(keys) == 2:
+                # a hard negative without a rewrite has no g: its d is the candidate of the generative terms [ours]
+                keys["gen"] = torch.where((inputs["gen_index"][n:] >= 0)[:, None], keys["gen"], keys["disc"])
+            ids = inputs.get("key_ids")
+            with self.compute_loss_context_manager():
+                joint = joint_loss(
+                    torch.zeros((), device=targets.device),
+                    queries,
+                    keys,
+                    weights=weights,
+                    temperature=tau,
+                    symmetric=args.symmetric,
+                    detach_disc=args.detach_disc_in_cross,
+                    query_ids=ids,  # a key is no negative when it equals the query's own positive
+                    key_ids=torch.cat([ids, inputs["negative_ids"]]) if ids is not None and hard else ids,
+                    margin=args.false_negative_margin,
+                    group=group,
+                )
+            metrics.update({f"contrast/{name}": value for name, value in joint.terms.items()})
+            metrics.update({f"hit@1/{name}": value for name, value in joint.accuracy.items()})
+            return joint.total
+
+        encoder = PackedEncoder(
+            model,
+            batch,
+            max_tokens,
+            modes=weights.modes(),
+            metrics=cross_entropy,
+            merge_size=self.collator.vision.merge_size,
+            host_features=args.vision_features_on_host,
+        )
+        return encoder, contrast, metrics
+
+    def _observe(self, inputs: dict[str, Any], metrics: Rows) -> None:
+        self.observe(metrics, samples=_sizes(inputs)[0], tokens=inputs["input_ids"].shape[0])
+
+    # --- the temperature ---------------------------------------------------------------------------------------------
+
+    def _step_temperature(self) -> None:
+        """With the model's optimizer, at the schedule's share of its own learning rate."""
+        assert self.temperature is not None
+        peak = self.args.learning_rate
+        self.temperature.step(self._get_learning_rate() / peak if peak > 0 else 1.0, self.group)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.temperature is not None and self.args.should_save:
+            self.temperature.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.temperature is not None and checkpoint is not None:
+            self.temperature.load(Path(checkpoint))
+
+
+def _sizes(inputs: dict[str, Any]) -> tuple[int, int]:
+    """(pairs, hard negatives) of a packed batch of pairs."""
+    hard = inputs["negative_of"].shape[0] if "negative_of" in inputs else 0
+    return (len(inputs["lengths"]) - hard) // 2, hard

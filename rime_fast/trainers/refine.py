@@ -1,0 +1,429 @@
+"""RefineRLTrainer: rewrites are generated, scored against stable anchors, and reinforced, as a transformers Trainer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback
+
+from rime_fast.data.collate import Collator
+from rime_fast.data.prompts import IndexedPairs, PromptBatches, RepeatedBatches
+from rime_fast.engine.anchor_bank import AnchorBank
+from rime_fast.engine.packed_batch import PackedBatch, plan_micro_batches
+from rime_fast.engine.rollout import LocalBackend, RolloutBackend, Sampling
+from rime_fast.engine.rollout_buffer import RolloutBuffer
+from rime_fast.engine.wrappers import GradSync, vision_tower, whole_parameters
+from rime_fast.model.vision_cache import VisionCache, trunk_is_frozen
+from rime_fast.recipe.group_rewards import RewardBuffers, Rewarder, SideAnchors
+from rime_fast.recipe.refine import policy_loss
+from rime_fast.trainers.anchors import AnchorSource
+from rime_fast.trainers.base import DualModeTrainer
+from rime_fast.trainers.callbacks import On
+from rime_fast.trainers.config import RefineConfig
+from rime_fast.trainers.policy import (
+    PolicyBatch,
+    Reference,
+    no_dropout,
+    policy_rows,
+    separate_policy_batch,
+    shared_policy_batch,
+    use_packed_attention,
+)
+from rime_fast.trainers.rollouts import RolloutGenerator, RolloutStore
+from rime_fast.trainers.setup import as_pairs, prepare_model
+
+
+class RefineRLTrainer(DualModeTrainer):
+    """Refine-RL (recipe, 4): G rewrites per prompt, rewards to discriminative anchors, clipped policy loss, KL.
+
+        RefineRLTrainer("runs/sft", RefineConfig(output_dir="runs/rl"), train_dataset="rl.json").train()
+
+    Arguments as ``RimeTrainer``, and ``rollout_backend``: who decodes (default: the policy). The pairs need no
+    rewrites. Start from a jointly trained model: its discriminative embeddings are the anchors, computed once for the
+    whole set and kept in ``output_dir`` (or made before, ``args.anchor_bank``). A step is: rollout, one reference
+    forward, one policy forward whose g is scored and whose log-probs are reinforced, one backward; a prompt's rows
+    stand once for its G rewrites, and ``args.micro_batch_tokens`` cuts a large step into parts (docs/refine.md).
+    """
+
+    title = "Refine-RL"
+    args: RefineConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: RefineConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        processor: Any = None,
+        template: Any = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        rollout_backend: RolloutBackend | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = RefineConfig(output_dir="refine-output") if args is None else args
+        if not isinstance(args, RefineConfig):
+            raise TypeError(f"args is {type(args).__name__}; expected RefineConfig")
+        if args.fsdp and int(args.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr]
+            raise ValueError("fsdp_config['version'] is 1; expected 2: rollouts gather the parameters by FSDP2's means")
+        model, processor, tokens = prepare_model(model, processing_class or processor, args, peft_config)
+        no_dropout(model)
+        if args.shared_prefix:
+            use_packed_attention(model)
+        self.trained = ("query", "target") if args.trained_sides == "both" else (args.trained_sides,)
+        chosen = args.template if template is None else template
+        self.collator = Collator(processor, chosen, model.config, max_length=args.max_length, ids=False)
+
+        self.args, self.bad_rows = args, 0
+        train = self._opened(train_dataset, "train")
+        evaluation: Any = self._opened(None if isinstance(eval_dataset, dict) else eval_dataset, "eval")
+        if isinstance(eval_dataset, dict):
+            evaluation = {name: self._opened(part, f"eval-{name}") for name, part in eval_dataset.items()}
+        opposite = args.reward_mode == "anchor" and args.anchors == "policy" and len(self.trained) == 1
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processor,
+            callbacks=callbacks,
+            data_collator=PromptBatches(self.collator, self.trained, opposite),
+            **kwargs,
+        )
+        sampling = Sampling(
+            gen_id=tokens.gen_id,
+            group_size=args.num_generations,
+            max_new_tokens=args.max_completion_length,
+            temperature=args.sampling_temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            repetition_limit=args.repetition_limit,
+            pad_id=processor.tokenizer.pad_token_id or 0,
+            suppress_ids=(self.collator.image_id, self.collator.video_id),
+        )
+        backend = rollout_backend or LocalBackend(args.rollout_batch)
+        self.generator = RolloutGenerator(backend, self.collator, processor.tokenizer, sampling, args.refill_degenerate)
+        self.reference = Reference(self.model, args.reference, args.beta)
+        self.anchors = AnchorSource(args, self.trained, self.collator, self.group)
+        self.rewarder = Rewarder(args.reward_weights(), self.trained, args.num_generations)
+        self.store = RolloutStore(
+            args.num_iterations, args.gradient_accumulation_steps, args.device, args.process_index
+        )
+        self.resuming = False
+        # where a wrapper owns the parameters, the anchors need it in place
+        self.add_callback(On(on_train_begin=lambda: self.make_banks(self.model_wrapped)))
+
+    def _opened(self, source: Any, name: str) -> Any:
+        pairs, bad = as_pairs(source, name, self.args, self.collator, rewrites=False)
+        self.bad_rows += bad
+        return None if pairs is None else IndexedPairs(pairs, name)
+
+    @property
+    def policy(self) -> Any:
+        """The model without its wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a wrapper owns the parameters: a forward before training begins is then impossible."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @property
+    def gathers(self) -> bool:
+        """Whether every forward gathers parameters from other ranks (ZeRO-3, FSDP2)."""
+        plugin: Any = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or (self.is_deepspeed_enabled and plugin.zero_stage == 3)
+
+    # --- the banks of anchors ----------------------------------------------------------------------------------------
+
+    @property
+    def banks(self) -> dict[tuple[str, str], AnchorBank]:
+        """(name of the set: "train", "eval", ..; side) -> its bank, as it is stored."""
+        return self.anchors.banks
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``RimeTrainer.train``; first the anchors are computed, or read back when the run is resumed."""
+        self.resuming = bool(resume_from_checkpoint)  # from here on the weights may be a checkpoint's
+        self.store.clear()
+        if not self.sharded:
+            self.make_banks(self.model)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers' ``evaluate``: rewards and lengths of sampled rewrites on the evaluation pairs.
+
+        The anchors of a dataset that the trainer was not made with are the current model's.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, IndexedPairs)):
+            eval_dataset = self._opened(eval_dataset, f"given-{len(self.banks)}")
+        self.make_banks(self.model, eval_dataset if isinstance(eval_dataset, IndexedPairs) else None)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def make_banks(self, model: Any, more: IndexedPairs | None = None) -> None:
+        """Compute the anchors that are not there yet, with ``model`` as it is now."""
+        many = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        with self.clock.paused():
+            for pairs in (self.train_dataset, *many.values(), more):
+                if pairs is not None:
+                    self.anchors.make(model, self.policy, pairs, resuming=self.resuming, sharded_model=self.sharded)
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def step(self, model: Any, inputs: dict[str, Any], scale: float) -> Tensor:
+        """A training step on one batch, a part of it at a time (``micro_batch_tokens``)."""
+        sync = self.grad_sync(model, alike=self.args.micro_batch_tokens is None)
+        return self.generate_score_reinforce(model, inputs, sync, scale) * scale
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one batch with its graph: of evaluation, and for who overrides it. No outputs beside it."""
+        loss = self.generate_score_reinforce(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def generate_score_reinforce(
+        self, model: Any, inputs: dict[str, Any], sync: GradSync | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """Refine-RL on one batch of N prompts, each with G rollouts (recipe, 4); its loss, 0-d.
+
+        sync: runs each part's backward, of its loss times ``scale``; without it the loss keeps its graph.
+        """
+        args, training = self.args, self.model.training
+        prompts, temperature, size = len(inputs["sides"]), args.sampling_temperature, args.num_generations
+        frozen = args.shared_prefix and trunk_is_frozen(vision_tower(self.policy))
+        with self.compute_loss_context_manager():
+            # a frozen vision tower sees an image once, for rollouts, reference and policy
+            if frozen and not self.gathers and _has_pixels(inputs["prompts"]):
+                inputs = inputs | {"prompts": inputs["prompts"] | {"vision_cache": VisionCache(keep=True)}}
+
+            # generate rollouts, or reuse those of the update before
+            kept, first_update = self.store.next(prompts) if training else (None, True)
+            opposite = self._opposite_anchors(model, inputs) if first_update else None
+            rollouts = self._generate(inputs, opposite, kept) if kept is None or first_update else kept
+            tokens = sum(map(len, rollouts.rewrites))
+
+            # cut the batch into parts of neighbouring prompts
+            packed = PackedBatch(inputs["prompts"], self.collator.vision.merge_size)
+            parts, several, visual = self._cut(packed, rollouts, self.sharded if sync is None else sync.lockstep)
+            frozen = frozen and (visual or not self.gathers)  # kept features run fewer modules: not while in step
+
+            # anchors; where a reward needs the whole batch, or outlives the update, it is of the states of decoding
+            scores = RewardBuffers.over(rollouts.rewards, rollouts.advantages, size)
+            scored = not first_update
+            anchors: dict[str, SideAnchors] | None = None
+            if first_update and not self.anchors.together:
+                anchors = self.anchors.of(inputs, opposite=opposite)
+            if first_update and ((training and args.num_iterations > 1) or (several and self.anchors.together)):
+                gen, disc = (
+                    rollouts.embeddings()
+                    if rollouts.has_states
+                    else self._encode(model, inputs, packed, rollouts, parts, frozen)
+                )
+                anchors = anchors or self.anchors.of(inputs, gen, disc, opposite)
+                self.rewarder(scores, anchors, gen, disc, rollouts.format_ok, rollouts.lengths)
+                scored = True
+
+        step_tokens = self._mean_over_ranks(tokens)
+        loss: Any = 0.0
+        policy: Any = 0.0
+        sums: dict[str, Any] = defaultdict(float)  # of metrics over scored tokens
+        rows_run = 0
+        for turn, (part, idle) in enumerate(parts):
+            rows = slice(part.start * size, part.stop * size)
+            with self.compute_loss_context_manager(), nullcontext() if sync is None else sync.local():
+                batch = self._policy_batch(inputs, packed, rollouts, part, frozen)
+
+                # reference log-probs, and those of the first update
+                if first_update:
+                    old, reference = None, self.reference.logp(self.policy, batch.inputs, temperature)
+                    reference = None if reference is None else batch.by_rollout(reference)
+                else:
+                    longest = batch.mask.shape[1]
+                    old, reference = rollouts.old_logp[rows, :longest], rollouts.ref_logp[rows, :longest]
+                    reference = None if self.reference.kind == "none" else reference
+
+                # policy forward
+                torch.clear_autocast_cache()  # weights cast without a graph (rollouts, adapter off) would cut this one
+                pools = {} if scored else batch.pools
+                out = model(**batch.inputs, pools=pools, temperature=temperature, entropy=True)
+                logp = batch.by_rollout(out.logp)
+
+                # score in place, by the very embeddings that this forward made
+                if not (scored or idle):
+                    gen, disc = out.embeddings["gen"].detach(), batch.prompts(out.embeddings["disc"].detach())
+                    found_by = anchors or self.anchors.of(inputs, gen, disc, opposite)
+                    ok, lengths = rollouts.format_ok[rows], rollouts.lengths[rows]
+                    self.rewarder(scores, found_by, gen, disc, ok, lengths, part.start)
+
+                # policy loss
+                if idle:  # only keeps step with other ranks; its advantages need not be there yet
+                    part_loss = logp.sum() * 0.0
+                else:
+                    part_loss, found = policy_loss(
+                        logp,
+                        old,
+                        reference,
+                        rollouts.advantages[rows],
+                        batch.mask,
+                        n_rows=prompts * size,
+                        n_tokens=step_tokens,
+                        clip_low=args.epsilon,
+                        clip_high=args.epsilon_high,
+                        beta=args.beta,
+                        loss_type=args.loss_type,
+                        max_completion_length=args.max_completion_length,
+                    )
+                    found["entropy"] = batch.token_mean(out.entropy.detach())
+                    policy = policy + found.pop("policy")
+                    loss = loss + (part_loss if sync is None else part_loss.detach())
+                    part_tokens = sum(map(len, rollouts.rewrites[rows]))
+                    for name, value in found.items():
+                        sums[name] = sums[name] + value * part_tokens
+                    rows_run += batch.inputs["input_ids"].shape[0]
+                    if first_update:
+                        rollouts.keep_logp(rows, logp.detach(), reference)
+
+            # backward
+            if sync is not None:
+                last = turn == len(parts) - 1
+                sync.backward(part_loss * scale, last=last and self.accelerator.sync_gradients)
+
+        metrics = {"policy_loss": policy}
+        if first_update:
+            metrics |= scores.metrics() | {"rewrite_tokens": rollouts.lengths.float().mean()}
+        target = self.sums if training else self.eval_sums
+        target.add({name: total / tokens for name, total in sums.items()}, weight=tokens)
+        self.observe(metrics, samples=prompts * size, tokens=rows_run)
+        if first_update:
+            target.count(format_failed=rollouts.format_failed, unfinished=rollouts.unfinished)
+            if args.refill_degenerate and training:
+                target.count(refilled_groups=rollouts.refilled)
+        return loss
+
+    # --- its stations ------------------------------------------------------------------------------------------------
+
+    def _opposite_anchors(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
+        """The current policy's anchors of a side that is not trained."""
+        if "opposite" not in inputs:
+            return None
+        with torch.no_grad():
+            return model(**inputs["opposite"]).embeddings["disc"]
+
+    def _generate(self, inputs: dict[str, Any], opposite: Tensor | None, out: RolloutBuffer | None) -> RolloutBuffer:
+        """G rollouts of every prompt; in training degenerate groups are drawn again (``refill_degenerate``)."""
+        anchors: dict[str, SideAnchors] = {}
+
+        def degenerate(rollouts: RolloutBuffer) -> Tensor:
+            """Whose groups say nothing, by the rewards of the states that decoding left."""
+            if not rollouts.has_states:
+                raise ValueError(
+                    f"refill_degenerate: {type(self.generator.backend).__name__} gives no gen_states and disc_states; "
+                    "expected a backend that does, such as LocalBackend, or refill_degenerate=0"
+                )
+            gen, disc = rollouts.embeddings()
+            anchors.update(anchors or self.anchors.of(inputs, gen, disc, opposite))
+            scores = RewardBuffers.make(rollouts.prompts, self.args.num_generations, gen.device)
+            self.rewarder(scores, anchors, gen, disc, rollouts.format_ok, rollouts.lengths)
+            return scores.degenerate()
+
+        refills = self.args.refill_degenerate and self.model.training
+        with whole_parameters(self.policy):
+            rollouts = self.generator.generate(
+                self.policy, inputs["sides"], inputs["prompts"], out, degenerate if refills else None
+            )
+        if self.model.training:
+            self.store.keep(rollouts)
+        return rollouts
+
+    def _cut(
+        self, packed: PackedBatch, rollouts: RolloutBuffer, lockstep: bool
+    ) -> tuple[list[tuple[range, bool]], bool, bool]:
+        """(this rank's parts: the prompts, and whether it is idle, run only because other ranks have more; whether any
+        rank has several; whether all parts of all ranks have an image)."""
+        args = self.args
+        costs = policy_rows(packed.lengths, rollouts.rewrites, args.shared_prefix)
+        groups = plan_micro_batches(costs, args.micro_batch_tokens, neighbours=True)
+        parts = [(range(group[0], group[-1] + 1), False) for group in groups]
+        most, visual = len(parts), all(packed.has_pixels(part) for part, _ in parts)
+        if self.group is not None and (args.micro_batch_tokens is not None or self.gathers):
+            most, everywhere = GradSync(group=self.group).agree(most, int(visual))
+            visual = bool(everywhere)
+        if lockstep:
+            cheapest = min((part for part, _ in parts), key=lambda part: sum(costs[i] for i in part))
+            parts = [(cheapest, True)] * (most - len(parts)) + parts
+        return parts, most > 1, visual
+
+    def _policy_batch(
+        self, inputs: dict[str, Any], packed: PackedBatch, rollouts: RolloutBuffer, part: range, frozen: bool
+    ) -> PolicyBatch:
+        """The packed batch of a part's prompts and rollouts."""
+        size = self.args.num_generations
+        rewrites = rollouts.rewrites[part.start * size : part.stop * size]
+        if not self.args.shared_prefix:
+            sides = inputs["sides"][part.start : part.stop]
+            return separate_policy_batch(self.collator, sides, rewrites, self.args.device)
+        prompts = packed.take(part)
+        if frozen and "vision_cache" not in prompts and packed.has_pixels(part):
+            prompts["vision_cache"] = VisionCache(keep=True)
+        return shared_policy_batch(prompts, rewrites)
+
+    @torch.no_grad()
+    def _encode(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        packed: PackedBatch,
+        rollouts: RolloutBuffer,
+        parts: list[tuple[range, bool]],
+        frozen: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(g, d) of all rollouts and prompts by one more forward, where decoding left no states."""
+        gens, discs = [], []
+        for part, idle in parts:
+            batch = self._policy_batch(inputs, packed, rollouts, part, frozen)
+            batch.inputs.pop("targets")
+            out = model(**batch.inputs, pools=batch.pools)
+            if not idle:
+                gens.append(out.embeddings["gen"])
+                discs.append(batch.prompts(out.embeddings["disc"]))
+        return torch.cat(gens), torch.cat(discs)
+
+    def _mean_over_ranks(self, tokens: int) -> Tensor | int:
+        """Scored tokens of all ranks over the ranks (gradients are averaged), where the loss divides by them."""
+        if self.args.loss_type != "token_mean" or self.group is None:
+            return tokens
+        total = torch.tensor(float(tokens)).to(self.args.device, non_blocking=True)
+        dist.all_reduce(total, group=self.group)
+        return total / self.args.world_size
+
+    # --- several updates per rollout batch ---------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.num_iterations == 1 or dataset is None:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * max(self.args.world_size, 1)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatedBatches(len(dataset), rows, self.args.num_iterations, seed)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.store.save(Path(output_dir), self.state.global_step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for rollouts in self.store.load(Path(checkpoint), self.state.global_step):
+                self.generator.look_at(rollouts)
+
+
+def _has_pixels(prompts: dict[str, Any]) -> bool:
+    return "pixel_values" in prompts or "pixel_values_videos" in prompts

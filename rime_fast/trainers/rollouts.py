@@ -1,0 +1,149 @@
+"""The rollouts of a Refine-RL step: who generates them, and where they wait for further updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rime_fast.data.collate import Collator
+from rime_fast.engine.packed_batch import PackedBatch
+from rime_fast.engine.rollout import RolloutBackend, Sampling, buffer_for
+from rime_fast.engine.rollout_buffer import RolloutBuffer
+
+# The prompts [N] bool whose groups say nothing (all rewards equal).
+Degenerate = Callable[[RolloutBuffer], Tensor]
+
+
+class RolloutGenerator:
+    """Generates a step's rollouts and looks at their form.
+
+    tokenizer: decodes responses for the template's check. sampling: what is drawn, G included. refill: how often
+    degenerate groups are drawn anew.
+    """
+
+    def __init__(
+        self, backend: RolloutBackend, collator: Collator, tokenizer: Any, sampling: Sampling, refill: int = 0
+    ) -> None:
+        self.backend, self.collator, self.tokenizer = backend, collator, tokenizer
+        self.sampling, self.refill = sampling, refill
+
+    def generate(
+        self,
+        policy: Any,
+        sides: Sequence[Any],
+        prompts: dict[str, Any],
+        out: RolloutBuffer | None = None,
+        degenerate: Degenerate | None = None,
+    ) -> RolloutBuffer:
+        """G rollouts of every prompt, in ``out`` (default: a new buffer); with ``degenerate``, those of the groups it
+        names are drawn again.
+
+        The policy's parameters must be whole. Ranks may call it with different results: nothing in here is collective,
+        except what ``degenerate`` does in its first call.
+        """
+        self.backend.refresh(policy)
+        found = self._generated(policy, sides, prompts, out)
+        if degenerate is None:
+            return found
+        refilled = 0
+        packed = PackedBatch(prompts, self.collator.vision.merge_size)
+        for _ in range(self.refill):
+            stale = [i for i, yes in enumerate(degenerate(found).tolist()) if yes]
+            if not stale:
+                break
+            refilled += len(stale)
+            found.replace(stale, self._generated(policy, [sides[i] for i in stale], packed.take(stale), None))
+            self.look_at(found)
+        found.refilled = refilled
+        return found
+
+    def _generated(
+        self, policy: Any, sides: Sequence[Any], prompts: dict[str, Any], out: RolloutBuffer | None
+    ) -> RolloutBuffer:
+        sampling = self.sampling
+        if out is None:
+            out = buffer_for(policy, prompts, sampling.group_size, sampling.max_new_tokens, sampling.pad_id)
+        given = self.backend.generate(policy, sides, prompts, sampling, out.clear())
+        if given.tokens.shape[1] > out.max_tokens:
+            raise ValueError(
+                f"{type(self.backend).__name__} gave {given.tokens.shape[1]} tokens a rollout; "
+                f"max_completion_length is {out.max_tokens}"
+            )
+        out.take(given)
+        out.has_states = all(getattr(given, name, None) is not None for name in ("gen_states", "disc_states"))
+        out.rewrites = out.responses()
+        return self.look_at(out)
+
+    def look_at(self, rollouts: RolloutBuffer) -> RolloutBuffer:
+        """Fill in what the host knows of ``rollouts.rewrites``: their form, and counts; returns the rollouts."""
+        rewrites = rollouts.rewrites
+        if empty := [i for i, rewrite in enumerate(rewrites) if not rewrite]:
+            raise ValueError(f"{type(self.backend).__name__}: rollout {empty[0]} is empty; expected at least one token")
+        texts = self.tokenizer.batch_decode(rewrites, skip_special_tokens=False)
+        ok = [self.collator.template.parse_response(text).format_ok for text in texts]
+        rollouts.format_ok = torch.tensor(ok).to(rollouts.tokens.device, non_blocking=True)
+        rollouts.format_failed = len(ok) - sum(ok)
+        rollouts.unfinished = sum(rewrite[-1] != self.sampling.gen_id for rewrite in rewrites)
+        return rollouts
+
+
+class RolloutStore:
+    """Rollouts between the updates on them: one buffer for each batch of an optimizer step, written in place by every
+    generation, part of a checkpoint that is made between two updates.
+
+    updates: on one set of rollouts. batches: of an optimizer step (accumulation). rank: of this process.
+    """
+
+    def __init__(self, updates: int, batches: int, device: torch.device, rank: int) -> None:
+        # with one update a step's batches need nothing of each other: they share a buffer
+        self.updates, self.batches, self.accumulation = updates, batches if updates > 1 else 1, batches
+        self.device, self.rank = device, rank
+        self.clear()
+
+    def clear(self) -> None:
+        """Before a run."""
+        self.buffers: dict[int, RolloutBuffer] = {}
+        self.turn = self.place = 0
+
+    def next(self, prompts: int) -> tuple[RolloutBuffer | None, bool]:
+        """The buffer of the training batch that comes now, and whether its update is the first on its rollouts: then
+        the buffer is there to be written (None: make one, and ``keep`` it)."""
+        self.place = self.turn % self.batches
+        first = self.turn % (self.batches * self.updates) < self.batches
+        self.turn += 1
+        buffer = self.buffers.get(self.place)
+        return (None if first and buffer is not None and buffer.prompts != prompts else buffer), first
+
+    def keep(self, rollouts: RolloutBuffer) -> None:
+        """For the batch that ``next`` spoke of."""
+        self.buffers[self.place] = rollouts
+
+    def _file(self, folder: Path, place: int) -> Path:
+        return folder / f"rollouts-{self.rank}-{place}.safetensors"
+
+    def save(self, folder: Path, step: int) -> None:
+        """Into the checkpoint of this optimizer step, where updates on these rollouts are still to come."""
+        if step % self.updates:
+            for place, buffer in self.buffers.items():
+                buffer.save(self._file(folder, place))
+
+    def load(self, folder: Path, step: int) -> list[RolloutBuffer]:
+        """Go on where the checkpoint was made; the rollouts read. Raises ValueError where they are missing."""
+        self.clear()
+        self.turn = step * self.accumulation
+        if step % self.updates == 0:
+            return []
+        for place in range(self.batches):
+            file = self._file(folder, place)
+            if not file.is_file():
+                raise ValueError(
+                    f"{file} is missing: the checkpoint was made between two updates on its rollouts (num_iterations "
+                    f"{self.updates}); expected one file for each rank and batch of a step"
+                )
+            self.buffers[place] = RolloutBuffer.from_file(file, self.device)
+            self.buffers[place].rewrites = self.buffers[place].responses()
+        return list(self.buffers.values())
