@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("evaluate", "the 2 x 2 table of mutual retrieval; report.json and report.html"),
     "embed": ("embed", "embed a file of items; safetensors and JSONL"),
     "export": ("export", "a folder for sentence-transformers and vLLM; compare their vectors with ours"),
+    "serve": ("serve", "an OpenAI-style embedding server: modes, batching, limits"),
     "data check": ("data_check", "name file, row and field of every bad row; write the good ones"),
     "demo": ("demo", "the whole recipe on digit scans, from random weights to a report"),
     "doctor": ("doctor", "what is active here, what is missing, what that costs"),

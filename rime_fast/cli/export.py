@@ -48,10 +48,6 @@ class ExportOptions:
 
 def run(values: dict[str, Any]) -> int:
     """Export, or check."""
-    if isinstance(values.get("model"), list):  # words without a name
-        if len(values["model"]) > 1:
-            raise UsageError(f"several models: {', '.join(values['model'])}; expected one")
-        values = values | {"model": values["model"][0]}
     options, loading = build(ExportOptions, values), build(EmbedderOptions, values)
     if options.to not in NEXT:
         raise UsageError(f"--to is {options.to!r}; expected {' or '.join(NEXT)}")

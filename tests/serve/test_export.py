@@ -173,7 +173,7 @@ def test_an_adapter_is_exported_merged(model_dir, items_file, tmp_path):
     [
         (["export"], 2, "--model is required"),
         (["export", "{model}", "--to", "onnx"], 2, "--to is 'onnx'"),
-        (["export", "a", "b"], 2, "several models"),
+        (["export", "a", "b"], 2, "--model is ['a', 'b']; expected text or none"),
         (["export", "{model}", "--output_dir", "{model}"], 1, "output_dir is the model's own folder"),
         (["export", "{model}", "--output_dir", "{tmp}/out", "--dims", "64"], 1, "dims has 64; expected 1 to 32"),
         (["export", "{model}", "--report", "/none.json"], 2, "--report /none.json"),
