@@ -82,7 +82,7 @@ def _check(options: ExportOptions, loading: EmbedderOptions) -> int:
     from rime_fast.cli.embed import read_items
     from rime_fast.serve.parity import differences, folder_embeddings, server_embeddings
 
-    sides = read_items(file, loading.image_root)
+    sides = read_items(file, loading.image_root, loading.allow_outside)
     reference = load_embedder(options.model or target, loading).encode(sides)
     found = server_embeddings(target, sides) if remote else folder_embeddings(target, sides)
     largest = differences(reference, found, sides)
