@@ -42,7 +42,6 @@ def stock_embedding(folder, side):
     state normalised. What sentence-transformers' three modules do, without its processor, which needs torchvision."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     template = (folder / CHAT_TEMPLATE).read_text()
     text = tokenizer.apply_chat_template(_messages(side), chat_template=template, tokenize=False)
     inputs = {}
@@ -52,7 +51,13 @@ def stock_embedding(folder, side):
             count = int(grid.prod()) // processor.merge_size**2
             text = text.replace("<|image_pad|>", "<|made|>" * count, 1)
         text = text.replace("<|made|>", "<|image_pad|>")
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    return stock_text_embedding(folder, text, **inputs)
+
+
+def stock_text_embedding(folder, text, **inputs):
+    """[D]: the last state of a rendered prompt (with expanded image tokens), normalised."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", add_special_tokens=False)
     kinds = (ids["input_ids"] == model.config.image_token_id).int()
     with torch.no_grad():
         hidden = model(**ids, **inputs, mm_token_type_ids=kinds).last_hidden_state
