@@ -93,8 +93,7 @@ COMMAND = Command(
     "`rime-fast search` queries it; `rime-fast serve --index` takes margins from it (mode auto).",
     examples=(
         (
-            "exact",
-            "rime-fast embed --model runs/sft --data catalogue.jsonl --output_dir runs/embedded\n"
+            "exact, from what rime-fast embed wrote",
             "rime-fast index runs/embedded --output_dir runs/index",
         ),
         ("approximate, for many items, on fewer dimensions", "rime-fast index runs/embedded --faiss HNSW32 --dims 256"),

@@ -98,11 +98,6 @@ COMMAND = Command(
             "for others, with mode auto",
             "rime-fast serve runs/refine --host 0.0.0.0 --index runs/index --threshold 0.05",
         ),
-        (
-            "ask it",
-            "curl localhost:8000/v1/embeddings -H 'content-type: application/json' \\\n"
-            '  -d \'{"input": "a red shoe", "mode": "gen"}\'',
-        ),
     ),
     run=run,
     groups=(

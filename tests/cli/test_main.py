@@ -188,9 +188,10 @@ def test_data_check_refuses_unknown_strictness(pairs, capsys):
 
 
 def documented_lines() -> list[str]:
-    """Every rime-fast line of a bash block in docs/cli.md, docs/benchmarks.md and the overview."""
-    docs = Path(__file__).parents[2] / "docs"
-    text = (docs / "cli.md").read_text() + (docs / "benchmarks.md").read_text()
+    """Every rime-fast line of a bash block in README.md, three pages of docs/ and the overview."""
+    root = Path(__file__).parents[2]
+    pages = ("README.md", "docs/cli.md", "docs/benchmarks.md", "docs/serving.md")
+    text = "\n".join((root / page).read_text() for page in pages)
     blocks = [part.split("```")[0] for part in text.split("```bash")[1:]]
     lines = [line.strip() for block in [*blocks, cli.overview().split("report:")[1]] for line in block.splitlines()]
     return [line for line in lines if "rime-fast" in line or "rime_fast.cli" in line]
