@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ class ExportOptions:
     check: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "FOLDER FILE: embed FILE's items by sentence-transformers from FOLDER and by us, print the largest "
-            "difference. In place of FOLDER a server's URL up to /v1 (ours, vLLM), with the model's directory before."
+            "help": "FOLDER FILE: embed FILE's items by sentence-transformers (without torchvision: by stock "
+            "transformers) from FOLDER and by us, print the largest difference. In place of FOLDER a server's URL up "
+            "to /v1 (ours, vLLM), with the model's directory before."
         },
     )
     tolerance: float = field(default=1e-4, metadata={"help": "--check: exit code 1 above this difference."})
@@ -80,16 +82,22 @@ def _check(options: ExportOptions, loading: EmbedderOptions) -> int:
     if remote and not options.model:
         raise UsageError("--check with a server needs the directory of its model: rime-fast export MODEL --check ...")
     from rime_fast.cli.embed import read_items
-    from rime_fast.serve.parity import differences, folder_embeddings, server_embeddings
+    from rime_fast.serve.parity import differences, folder_embeddings, server_embeddings, stock_embeddings
 
     sides = read_items(file, loading.image_root, loading.allow_outside)
     reference = load_embedder(options.model or target, loading).encode(sides)
-    found = server_embeddings(target, sides) if remote else folder_embeddings(target, sides)
+    if remote:
+        engine, found = target, server_embeddings(target, sides)
+    elif find_spec("sentence_transformers") and find_spec("torchvision"):
+        engine, found = "sentence-transformers", folder_embeddings(target, sides)
+    else:  # stock Qwen processors need torchvision
+        engine, found = "stock transformers (no torchvision for sentence-transformers)", stock_embeddings(target, sides)
     largest = differences(reference, found, sides)
     for kind, value in largest.items():
         print(f"{kind:<6} {value:.2e}")
     within = largest["all"] <= options.tolerance
-    print(f"{len(sides)} items, largest difference {largest['all']:.2e}: {'equal' if within else 'DIFFERENT'}")
+    verdict = "equal" if within else "DIFFERENT"
+    print(f"{len(sides)} items by {engine}, largest difference {largest['all']:.2e}: {verdict}")
     return 0 if within else 1
 
 

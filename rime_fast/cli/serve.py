@@ -62,7 +62,7 @@ def run(values: dict[str, Any]) -> int:
     with listener:
         service = EmbeddingService(
             load_embedder(options.model, loading),
-            options.name or Path(options.model).name,
+            options.name or Path(options.model).resolve().name,
             index=index,
             threshold=options.threshold,
             limits=Limits(options.max_items, options.max_images, options.max_image_pixels),

@@ -134,6 +134,9 @@ class DualModeModel:
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As torch's, and the published names are taken too: transformers' Trainer resumes by it."""
         named = {_module_name(name): value for name, value in state_dict.items()}
+        table, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
+        if table in named and self.lm_head.weight is self.model.get_input_embeddings().weight:
+            named.setdefault(head, named[table])  # no checkpoint holds a tied head; it is not missing
         if named.keys() == state_dict.keys():
             named = state_dict  # type: ignore[assignment]  # with its metadata
         return super().load_state_dict(named, *args, **kwargs)  # type: ignore[misc]

@@ -1,4 +1,5 @@
-"""Whether another engine makes our discriminative embeddings: sentence-transformers on a folder, or a server."""
+"""Whether another engine makes our discriminative embeddings: sentence-transformers or stock transformers on an
+exported folder, or a server."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rime_fast.data.records import Side, load_image
 from rime_fast.model.tokens import DISC_TOKEN
+from rime_fast.serve.export import CHAT_TEMPLATE
+
+IMAGE_TOKEN = "<|image_pad|>"
 
 
 def folder_embeddings(folder: str, sides: Sequence[Side], batch_size: int = 8) -> torch.Tensor:
@@ -39,6 +44,35 @@ def folder_embeddings(folder: str, sides: Sequence[Side], batch_size: int = 8) -
             transformer.model.rope_deltas = None  # positions of an earlier batch
         found.append(model.encode(part, batch_size=batch_size, convert_to_tensor=True).float())
     return torch.cat(found)
+
+
+def stock_embeddings(folder: str, sides: Sequence[Side]) -> torch.Tensor:
+    """[N, D] fp32 by stock transformers from an exported folder: its template for the prompt, AutoTokenizer,
+    AutoImageProcessor and AutoModel, the last state normalised. What sentence-transformers' modules do, without the
+    processor class, which needs torchvision."""
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    template = Path(folder, CHAT_TEMPLATE).read_text(encoding="utf-8")
+    rows = []
+    for side in sides:
+        chat = _messages(side, opened=True)
+        text = str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+        inputs: dict[str, Any] = {}
+        if side.images:
+            inputs = processor([load_image(source) for source in side.images], return_tensors="pt")
+            counts = inputs["image_grid_thw"].prod(dim=1) // processor.merge_size**2
+            before, *after = text.split(IMAGE_TOKEN)
+            repeated = (IMAGE_TOKEN * int(n) + part for n, part in zip(counts, after, strict=True))
+            text = before + "".join(repeated)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        kinds = (ids["input_ids"] == model.config.image_token_id).int()
+        with torch.no_grad():
+            hidden = model(**ids, **inputs, mm_token_type_ids=kinds).last_hidden_state
+        rows.append(torch.nn.functional.normalize(hidden[0, -1], dim=0))
+    return torch.stack(rows)
 
 
 def server_embeddings(url: str, sides: Sequence[Side], model: str = "") -> torch.Tensor:

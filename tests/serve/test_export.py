@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from rime_fast.cli import main
 from rime_fast.cli.embed import read_items
-from rime_fast.data.records import Side, load_image
+from rime_fast.data.records import Side
 from rime_fast.data.templates import get_template
 from rime_fast.eval.embedder import RimeEmbedder
 from rime_fast.model.tiny import FAMILIES
 from rime_fast.serve.export import CHAT_TEMPLATE, export_model
-from rime_fast.serve.parity import _messages
+from rime_fast.serve.parity import _messages, stock_embeddings
 from tests.serve.conftest import CHAT, picture, save_model
 
 LAYOUT = {
@@ -37,30 +38,12 @@ LAYOUT = {
 }
 
 
-def stock_embedding(folder, side):
-    """[D] by stock transformers alone: the folder's template, tokenizer, image processor and AutoModel, the last
-    state normalised. What sentence-transformers' three modules do, without its processor, which needs torchvision."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
-    template = (folder / CHAT_TEMPLATE).read_text()
-    text = tokenizer.apply_chat_template(_messages(side), chat_template=template, tokenize=False)
-    inputs = {}
-    if side.images:
-        inputs = processor([load_image(image) for image in side.images], return_tensors="pt")
-        for grid in inputs["image_grid_thw"]:
-            count = int(grid.prod()) // processor.merge_size**2
-            text = text.replace("<|image_pad|>", "<|made|>" * count, 1)
-        text = text.replace("<|made|>", "<|image_pad|>")
-    return stock_text_embedding(folder, text, **inputs)
-
-
-def stock_text_embedding(folder, text, **inputs):
-    """[D]: the last state of a rendered prompt (with expanded image tokens), normalised."""
+def stock_text_embedding(folder, text):
+    """[D]: the last state of a rendered prompt, normalised."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", add_special_tokens=False)
-    kinds = (ids["input_ids"] == model.config.image_token_id).int()
     with torch.no_grad():
-        hidden = model(**ids, **inputs, mm_token_type_ids=kinds).last_hidden_state
+        hidden = model(**ids).last_hidden_state
     return torch.nn.functional.normalize(hidden[0, -1], dim=0)
 
 
@@ -71,8 +54,7 @@ def test_stock_transformers_makes_our_embedding_from_the_folder(family, items_fi
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} >= LAYOUT
     sides = read_items(str(items_file), None)
     wanted = RimeEmbedder.from_pretrained(tmp_path / "model").encode(sides)
-    for side, row in zip(sides, wanted, strict=True):
-        torch.testing.assert_close(stock_embedding(folder, side), row, rtol=0, atol=1e-6)
+    torch.testing.assert_close(stock_embeddings(str(folder), sides), wanted, rtol=0, atol=1e-6)
     torch.testing.assert_close(RimeEmbedder.from_pretrained(folder).encode(sides), wanted, rtol=0, atol=0)
     config = json.loads((folder / "config.json").read_text())
     assert config["is_matryoshka"] is True
@@ -131,7 +113,7 @@ def test_sentence_transformers_makes_our_embedding(family, items_file, tmp_path)
         torch.testing.assert_close(found, embedder.encode(batch), rtol=0, atol=1e-6)
 
 
-def test_the_command(model_dir, tmp_path, capsys):
+def test_the_command(model_dir, items_file, tmp_path, capsys):
     report = tmp_path / "report.json"
     cells = {"disc-disc": {"hit@1": 0.5, "mrr": 0.6, "ndcg@10": 0.7, "query_tokens": 0}}
     report.write_text(json.dumps({"phases": [{"mutual": {"cells": cells}}]}))
@@ -155,6 +137,12 @@ def test_the_command(model_dir, tmp_path, capsys):
     assert "| disc-disc hit@1 | 0.5 |" in card
     assert f"Started from: {model_dir}" in card
     assert 'SentenceTransformer("out")' in card
+    assert main(["export", "--check", str(folder), str(items_file)]) == 0
+    assert re.search(r"6 items by .*transformers.*, largest difference \d\.\d\de-0[78]: equal", capsys.readouterr().out)
+    chat = folder / CHAT_TEMPLATE
+    chat.write_text(chat.read_text().replace("helpful", "brief"))
+    assert main(["export", "--check", str(folder), str(items_file), "--tolerance", "1e-6"]) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
 
 
 def test_an_adapter_is_exported_merged(model_dir, items_file, tmp_path):
@@ -167,9 +155,9 @@ def test_an_adapter_is_exported_merged(model_dir, items_file, tmp_path):
     RimeProcessor.from_pretrained(model_dir).save_pretrained(tmp_path / "adapter")
     folder = export_model(tmp_path / "adapter", tmp_path / "out")
     side = read_items(str(items_file), None)[2]
-    wanted = RimeEmbedder.from_pretrained(tmp_path / "adapter").encode([side])[0]
-    assert not torch.allclose(wanted, RimeEmbedder.from_pretrained(model_dir).encode([side])[0], atol=1e-3)
-    torch.testing.assert_close(stock_embedding(folder, side), wanted, rtol=0, atol=1e-6)
+    wanted = RimeEmbedder.from_pretrained(tmp_path / "adapter").encode([side])
+    assert not torch.allclose(wanted, RimeEmbedder.from_pretrained(model_dir).encode([side]), atol=1e-3)
+    torch.testing.assert_close(stock_embeddings(str(folder), [side]), wanted, rtol=0, atol=1e-6)
     assert not (folder / "adapter_config.json").exists()
 
 

@@ -185,7 +185,7 @@ def test_health_models_and_metrics(server):
 
 def test_the_parity_check_reads_a_server(server, model_dir, items_file, capsys):
     assert main(["export", str(model_dir), "--check", server.url, str(items_file)]) == 0
-    assert "6 items, largest difference" in capsys.readouterr().out
+    assert f"6 items by {server.url}, largest difference" in capsys.readouterr().out
 
 
 def cut(form):
