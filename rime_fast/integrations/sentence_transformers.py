@@ -69,7 +69,9 @@ class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
             return Encoded({"rows": rows})
 
         def loss(rows: dict[str, Tensor]) -> Tensor:
-            return self._contrast(rows["rows"], counts)
+            # with gradients it runs the backward itself and returns a number
+            columns = [[column] for column in rows["rows"].split(counts)]
+            return self.calculate_loss(columns, with_backward=rows["rows"].requires_grad)
 
         if not torch.is_grad_enabled():
             return loss({"rows": torch.cat([encode(part, False).embeddings["rows"] for part in parts])})
@@ -85,20 +87,32 @@ class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
         value.register_hook(second)
         return value
 
-    def _contrast(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """The loss of anchors, positives and each column of negatives, ``counts`` rows of each."""
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of anchors, positives and each column of negatives, given in parts; as in their class.
+
+        with_backward: run its backward, and return the loss detached. What decorates this method (MatryoshkaLoss) or
+        overrides it takes effect.
+        """
         symmetric = _SYMMETRIC.get((frozenset(self.directions), self.partition_mode))
         weighted = self.hardness_mode is not None and self.hardness_strength > 0
         if symmetric is None or weighted or self.similarity_fct not in (cos_sim, dot_score):
-            # with gradients it runs the backward itself, chunk by chunk, and returns a number
-            return self.calculate_loss([[column] for column in rows.split(counts)], with_backward=rows.requires_grad)
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        queries, keys = torch.cat(reps[0]), torch.cat([part for column in reps[1:] for part in column])
         if self.similarity_fct is cos_sim:
-            rows = F.normalize(rows, dim=-1)
-        queries = counts[0]
+            queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+        loss = self._contrast(queries, keys, symmetric)
+        if with_backward:
+            loss.backward()
+            return loss.detach()
+        return loss
+
+    def _contrast(self, queries: Tensor, keys: Tensor, symmetric: bool) -> Tensor:
         gathered = self.gather_across_devices and dist.is_initialized() and dist.get_world_size() > 1
         loss = contrastive_loss(
-            {"rows": rows[:queries]},
-            {"rows": rows[queries:]},
+            {"rows": queries},
+            {"rows": keys},
             terms=[("rows", "rows", 1.0)],
             temperature=1.0 / self.scale,
             symmetric=symmetric,

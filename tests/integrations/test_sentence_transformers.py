@@ -96,6 +96,35 @@ def test_loss_and_gradients_equal_theirs(base, options):
             assert_equal(ours, truth, 1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS["joint"]], ids=["fused", "theirs"])
+def test_matryoshka_loss_trains_every_width(base, options):
+    """It decorates ``calculate_loss``; so do others, and subclasses override it."""
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss as Theirs
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
+    def nested(make):
+        return lambda model, **more: MatryoshkaLoss(model, make(model, **more), [32, 16, 4], [1.0, 2.0, 0.5])
+
+    features, options = columns(base), {"mini_batch_size": 5} | options
+    truth = gradients(nested(Theirs), base, features, **options)
+    for keep in (0.0, math.inf):
+        ours = gradients(nested(FusedMultipleNegativesRankingLoss), base, features, keep_bytes=keep, **options)
+        assert_equal(ours, truth, 1e-4)
+    widest = gradients(FusedMultipleNegativesRankingLoss, base, features, **options)
+    assert not math.isclose(widest[0], truth[0], rel_tol=0.1)
+
+    class Doubled(FusedMultipleNegativesRankingLoss):
+        def calculate_loss(self, reps, labels=None, *, with_backward=False):
+            loss = 2 * super().calculate_loss(reps, labels)
+            if with_backward:
+                loss.backward()
+            return loss.detach() if with_backward else loss
+
+    doubled = gradients(Doubled, base, features, mini_batch_size=5)
+    plain = gradients(FusedMultipleNegativesRankingLoss, base, features, mini_batch_size=5)
+    assert_equal((doubled[0] / 2, {name: value / 2 for name, value in doubled[1].items()}), plain, 1e-6)
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["pairs", "datasets with prompts and hard negatives"])
 def test_their_trainer_gives_the_same_weights(base, tmp_path, several):
     """Accumulation, evaluation and the loss's config in the model card included."""
