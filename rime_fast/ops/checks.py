@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32)
@@ -83,6 +84,15 @@ def check_flag(name: str, value: object) -> None:
     """``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+
+
+def refuse_forward_ad(name: str, tensors: Iterable[object]) -> None:
+    """None of the tensors carries a tangent, which a fused kernel would silently drop (its derivative would be 0)."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(f"{name}: forward-mode AD (jvp) of a fused backend; expected backend='reference' there")
 
 
 def require(good: Tensor, message: str) -> None:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from rime_fast.ops import native
+from rime_fast.ops import dispatch, native
 from rime_fast.ops.contrastive import contrastive_loss, cpu, schedule
 from rime_fast.ops.contrastive.problem import Options
 from rime_fast.ops.contrastive.softmax import BOUNDED
@@ -88,6 +89,58 @@ def test_second_direction_of_the_margin_belongs_to_the_key() -> None:
         {"m": b}, {"m": a}, query_ids=ids["key_ids"], key_ids=ids["query_ids"], symmetric=False, **settings
     )
     assert relative(both.loss, 0.5 * (there.loss + back.loss)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "chunked", *(["triton"] if dispatch.interpreted() else [])])
+def test_twins_of_the_positive_stay_with_a_margin_of_zero(backend: str, dtype: torch.dtype) -> None:
+    """All candidates are the positive itself: none is above it, whatever the order its product was summed in."""
+    torch.manual_seed(0)
+    for n, d, size in ((3, 5, 1.0), (17, 96, 1.0), (40, 257, 20.0), (23, 1536, 1.0)):
+        row = (size * unit(1, d)).to(dtype)
+        options = {"terms": [("a", "a", 1.0)], "temperature": size**2, "margin": 0.0, "backend": backend}
+        found = contrastive_loss({"a": row.expand(n, d)}, {"a": row.expand(n + 9, d)}, **options)
+        queries = (size * unit(n, d)).to(dtype)
+        twins = contrastive_loss({"a": queries}, {"a": queries.repeat(2, 1)}, symmetric=False, **options)
+        similarity = queries.double() @ queries.double().T
+        above = similarity > similarity.diagonal()[:, None] * (1 + 1e-4)
+        logits = (similarity / size**2).masked_fill(above, -torch.inf).repeat(1, 2)
+        expected = F.cross_entropy(logits, torch.arange(n))
+        assert relative(found.loss, 0.5 * (torch.tensor(n + 9.0).log() + torch.tensor(float(n)).log())) < 1e-5
+        assert relative(twins.loss, expected) < 1e-5
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_forward_mode_ad_is_refused_by_name(wrapped: bool) -> None:
+    queries, keys, tangent = unit(4, 3), unit(4, 3), unit(4, 3)
+
+    def loss(rows: Tensor, temperature: Tensor, backend: str) -> Tensor:
+        options = {"terms": [("a", "a", 1.0)], "temperature": temperature, "backend": backend}
+        return contrastive_loss({"a": rows}, {"a": keys}, **options).loss
+
+    def derivative(backend: str, of_temperature: bool = False) -> Tensor:
+        primals, tangents = (queries, torch.tensor(0.1)), (tangent, torch.zeros(()))
+        if of_temperature:
+            tangents = torch.zeros_like(tangent), torch.ones(())
+        if wrapped:
+            return torch.func.jvp(lambda q, t: loss(q, t, backend), primals, tangents)[1]
+        with forward_ad.dual_level():
+            dual = (forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True))
+            return forward_ad.unpack_dual(loss(*dual, backend)).tangent
+
+    for of_temperature in (False, True):
+        with pytest.raises(ValueError, match=r"contrastive_loss: forward-mode AD .* expected backend='reference'"):
+            derivative("chunked", of_temperature)
+        leaves = queries.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
+        gradients = torch.autograd.grad(loss(*leaves, "chunked"), leaves)
+        expected = gradients[1] if of_temperature else (gradients[0] * tangent).sum()
+        assert relative(derivative("reference", of_temperature), expected) < 1e-5
+
+
+def test_a_temperature_below_zero_is_a_named_error() -> None:
+    for backend in ("reference", "chunked"):
+        with pytest.raises(ValueError, match=r"temperature is -0.5; expected a finite number > 0"):
+            run(replace(make_case(4, 4, 3), temperature=-0.5), torch.float64, backend)
 
 
 # The tiled backend by the test rule.
@@ -316,6 +369,23 @@ def test_compiles_as_one_graph() -> None:
     assert torch.equal(compiled, eager)
     for found, wanted in zip(torch.autograd.grad(compiled, leaves), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_compiles_once_more_when_a_number_changes() -> None:
+    """Temperature, margin and weight as Python numbers, also integers."""
+    queries, keys = unit(6, 3).requires_grad_(), unit(6, 3)
+
+    def step(rows: Tensor, temperature: float, margin: float, weight: float) -> Tensor:
+        terms = [("a", "a", weight), ("b", "a", 1.0)]
+        return contrastive_loss(
+            {"a": rows, "b": rows}, {"a": keys}, terms=terms, temperature=temperature, margin=margin
+        ).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for numbers in ((0.1, 0.1, 1.0), (0.2, 0.1, 1.0), (0.3, 0.2, 1.0), (0.3, 0.3, 2.0), (1, 1, 2)):
+        found, wanted = compiled(queries, *numbers), step(queries, *numbers)
+        assert torch.equal(found, wanted)
+        assert torch.equal(*(torch.autograd.grad(loss, queries)[0] for loss in (found, wanted)))
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

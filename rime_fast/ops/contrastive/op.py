@@ -19,9 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rime_fast.ops.checks import refuse_forward_ad
 from rime_fast.ops.contrastive import reference, triton
 from rime_fast.ops.contrastive.agreement import Agreement, agree
-from rime_fast.ops.contrastive.problem import Inputs, NonFiniteRow, Options, accumulation_dtype, make_problem
+from rime_fast.ops.contrastive.problem import (
+    Inputs,
+    NonFiniteRow,
+    Options,
+    Problem,
+    accumulation_dtype,
+    make_problem,
+)
 from rime_fast.ops.contrastive.schedule import of_one_rank
 from rime_fast.ops.dispatch import BackendTable
 
@@ -81,8 +89,9 @@ def contrastive_loss(
         query_ids, key_ids: [N], [K] int64, both or neither: candidates whose ids are equal are left out of both
             directions (false negatives). A labelled positive is never left out, so a row always keeps one candidate;
             a row with no other candidate has loss 0.
-        margin: leave out candidates whose similarity q.k exceeds that of the anchor's positive by more than this.
-            In the second direction the anchor is the key (its most similar labelled query counts).
+        margin: leave out candidates whose similarity q.k exceeds that of the anchor's positive by more than this, and
+            by more than rounding (1e-5 of the norms): twins of the positive stay, also with a margin of 0. In the
+            second direction the anchor is the key (its most similar labelled query counts).
         symmetric: both directions, or queries to keys only.
         group: a torch.distributed process group. Rows are this rank's; candidates are all ranks' keys (in rank order)
             and, in the second direction, all ranks' queries; ``labels`` index the keys of all ranks (default: key i of
@@ -107,12 +116,14 @@ def contrastive_loss(
         agreed = agree(arguments, group, lambda tensor: TABLE.choose(backend, tensor))
         problem = agreed.problem
         x = problem.inputs
+        _refuse_forward_ad(problem)
         if problem.options.backend == "reference":
             per_term, hits = reference.over_group(x, problem.options, agreed)
         else:
             per_term, hits = _Grouped.apply(agreed, x.temperature, *x.queries, *x.keys)
     else:
         problem = make_problem(*arguments, choose=lambda tensor: TABLE.choose(backend, tensor))
+        _refuse_forward_ad(problem)
         try:
             if problem.options.backend == "reference":
                 per_term, hits = reference.one_rank(problem.inputs, problem.options)
@@ -130,6 +141,12 @@ def contrastive_loss(
         per_term=dict(zip(problem.names, losses, strict=True)),
         accuracy=dict(zip(problem.names, hits.detach().unbind(), strict=True)),
     )
+
+
+def _refuse_forward_ad(problem: Problem) -> None:
+    if problem.options.backend != "reference":
+        x = problem.inputs
+        refuse_forward_ad("contrastive_loss", (*x.queries, *x.keys, x.temperature))
 
 
 def _has_others(group: Any) -> bool:

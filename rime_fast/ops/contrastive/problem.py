@@ -20,6 +20,10 @@ from torch import Tensor
 from rime_fast.ops.checks import FLOATS, require, require_range
 from rime_fast.ops.dispatch import BACKENDS
 
+# Similarities this close, relative to the norms, are equal: a candidate that is its positive's twin is not above it
+# because its product was summed in another order.
+SAME_SIMILARITY = 1e-5
+
 
 @dataclass(frozen=True)
 class Options:

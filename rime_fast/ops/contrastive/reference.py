@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rime_fast.ops.collectives import gather_rows
 from rime_fast.ops.contrastive.problem import (
+    SAME_SIMILARITY,
     Inputs,
     Options,
     accumulation_dtype,
@@ -114,7 +115,8 @@ def _one_term(
     # Each direction compares with its own anchor's positive: the best one of the row, or of the column.
     row_masked, column_masked = twins, twins
     if (margin := options.margin) is not None:
-        positive = pair_similarity.detach()
+        norms = queries.to(dtype).norm(dim=1)[:, None] * keys.to(dtype).norm(dim=1)[positives.at]
+        positive = (pair_similarity + SAME_SIMILARITY * norms).detach()
         row_masked = twins | ((similarity > positive.amax(1, keepdim=True) + margin) & ~own)
         column_masked = twins | ((similarity > positives.best_by_key(positive, keys.shape[0]) + margin) & ~own)
 

@@ -137,14 +137,14 @@ class Schedule:
         return masks
 
     def _pair_similarities(self) -> Tensor:
-        """[terms, N, P] similarity of each query with its positives, -inf for a missing one."""
+        """[terms, N, P] similarity of each query with its positives and what is equal to it, -inf for a missing one."""
         labels = self.positives.labels
         found = labels.new_full((len(self.options.terms), *labels.shape), -torch.inf, dtype=self.dtype)
         for start, stop, keys in self.source.blocks():
             here = (labels >= start) & (labels < stop)
-            block = Positives(labels, torch.where(here, labels - start, 0), here.double())
+            at = torch.where(here, labels - start, 0)
             for term, (q, k) in zip(found, self.options.terms, strict=True):
-                term.copy_(torch.where(here, pair_similarity(self.queries[q], keys[k], block), term))
+                term.copy_(torch.where(here, pair_similarity(self.queries[q], keys[k], at), term))
         return found
 
     def _temperature_gradient(self, dq: list[Tensor | None]) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rime_fast.ops import cpu_products, native
-from rime_fast.ops.contrastive.problem import accumulation_dtype
-from rime_fast.ops.contrastive.softmax import Positives, Slopes, Statistics
+from rime_fast.ops.contrastive.problem import SAME_SIMILARITY, accumulation_dtype
+from rime_fast.ops.contrastive.softmax import Slopes, Statistics
 
 
 @dataclass
@@ -61,15 +61,20 @@ def id_classes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor
     return row_ids.contiguous(), col_ids.contiguous()
 
 
-def pair_similarity(queries: Tensor, keys: Tensor, positives: Positives) -> Tensor:
-    """[N, P] similarity of each query with its positives, -inf for a missing one; by blocks (no copy of the keys)."""
+def pair_similarity(queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:
+    """[N, P] similarity of each query with the keys ``at`` [N, P], and what counts as equal to it, added.
+
+    By blocks (no copy of the keys).
+    """
     dtype = accumulation_dtype(queries.dtype)
     columns = []
-    for at in positives.at.unbind(1):
-        pairs = zip(queries.split(4096), at.split(4096), strict=True)
-        columns.append(torch.cat([(q.to(dtype) * keys[index]).sum(1) for q, index in pairs]))
-    found = torch.stack(columns, dim=1)
-    return found if len(columns) == 1 else torch.where(positives.weight > 0, found, -torch.inf)
+    for column in at.unbind(1):
+        parts = []
+        for q, index in zip(queries.split(4096), column.split(4096), strict=True):
+            q, k = q.to(dtype), keys[index].to(dtype)
+            parts.append((q * k).sum(1) + SAME_SIMILARITY * q.norm(dim=1) * k.norm(dim=1))
+        columns.append(torch.cat(parts))
+    return torch.stack(columns, dim=1)
 
 
 # Library products with fp32 accumulation and result, whatever the operands' dtype. Gradients of similarities reach them
