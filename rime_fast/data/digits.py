@@ -9,6 +9,12 @@ is followed step by step, and the target is the text of the last two values: "41
 in one pass, but it can write the five values one after the other. Rewrite: the five values. Chain of thought: the same
 as equations. Control: as many tokens as the longest rewrite, which say nothing. One sign is one token everywhere.
 
+A teacher's rewrites are not all equally good. Three kinds of a query's rewrite, drawn row by row:
+
+    whole   72441               what the target needs
+    wordy   72441 and so 41     the same with the answer again
+    vague   72 and so           it stops after two values, which do not give the answer away
+
 Train, validation and test use disjoint SCANS, so that a test image never holds a digit the model has seen.
 Needs scikit-learn (the ``demo`` extra); nothing is downloaded.
 """
@@ -26,6 +32,7 @@ from rime_fast.data.retrieval import RetrievalSet
 
 Split = Literal["train", "val", "test"]
 Style = Literal["rewrite", "cot", "control"]
+Kind = Literal["whole", "wordy", "vague"]
 
 SIDE = 8  # pixels of a scan
 CHAIN = 5  # scans of an image
@@ -33,7 +40,7 @@ OPERATORS = "+-×"
 _SPLIT_SEED = 1234
 _TEST, _VAL = 360, 240  # scans; the other 1,197 are for training
 _STREAM = {"train": 1, "val": 2, "test": 3}
-_STYLES = 4  # the stream that decides which rewrites are wordy
+_KINDS = 4  # the stream that decides the kind of each rewrite
 # As many words as a wordy rewrite, and as a target's, has tokens between its tags: ten and two.
 CONTROL_TEXTS = ("here are five small digits in a row of scans", "two digits")
 
@@ -113,11 +120,11 @@ def _disturb(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (bright + 0.1 * rng.standard_normal(pixels.shape)).clip(0, 1)
 
 
-def query_side(chain: Chain, style: Style = "rewrite", *, wordy: bool = False, id: str | None = None) -> Side:
-    """The image and the operators, with the response of that style. wordy: the rewrite ends with its answer again."""
+def query_side(chain: Chain, style: Style = "rewrite", *, kind: Kind = "whole", id: str | None = None) -> Side:
+    """The image and the operators, with the response of that style; ``kind`` is the rewrite's."""
     values = "".join(map(str, chain.values))
     if style == "rewrite":
-        response = f"{values} and so {chain.answer}" if wordy else values
+        response = {"whole": values, "wordy": f"{values} and so {chain.answer}", "vague": f"{values[:2]} and so"}[kind]
     elif style == "control":
         response = CONTROL_TEXTS[0]
     else:
@@ -140,8 +147,8 @@ def target_side(answer: str, style: Style = "rewrite") -> Side:
 class DigitChains(Sequence[Pair]):
     """``size`` training pairs, each made when it is asked for; the same ones for the same arguments.
 
-    style: what the rewrites are. wordy: share of the queries' rewrites that say the answer twice ("72441 and so 41"),
-    the slack that a length reward can take out. augment: see ``make_chain`` (default: only in training).
+    style: what the responses are. wordy, vague: shares of the queries' rewrites of these kinds; the rest are whole.
+    augment: see ``make_chain`` (default: only in training).
     """
 
     def __init__(
@@ -152,12 +159,16 @@ class DigitChains(Sequence[Pair]):
         seed: int = 0,
         style: Style = "rewrite",
         wordy: float = 0.0,
+        vague: float = 0.0,
         augment: bool | None = None,
     ) -> None:
+        if min(wordy, vague) < 0 or wordy + vague > 1:
+            raise ValueError(f"wordy is {wordy} and vague {vague}; expected shares from 0 to 1, together at most 1")
         if style not in get_args(Style):
             raise ValueError(f"style is {style!r}; expected one of {', '.join(map(repr, get_args(Style)))}")
         scan_indices(split)
-        self.split, self.size, self.seed, self.style, self.wordy = split, size, seed, style, wordy
+        self.split, self.size, self.seed, self.style = split, size, seed, style
+        self.wordy, self.vague = wordy, vague
         self.augment = split == "train" if augment is None else augment
 
     def __len__(self) -> int:
@@ -168,8 +179,9 @@ class DigitChains(Sequence[Pair]):
             raise IndexError(f"index is {index}; expected 0 to {self.size - 1}")
         chain = make_chain(self.split, self.seed, index, augment=self.augment)
         name = f"{self.split}-{self.seed}-{index}"
-        wordy = bool(np.random.default_rng((_STYLES, self.seed, index)).random() < self.wordy)
-        return Pair(query_side(chain, self.style, wordy=wordy, id=name), target_side(chain.answer, self.style), id=name)
+        drawn = np.random.default_rng((_KINDS, self.seed, index)).random()
+        kind: Kind = "wordy" if drawn < self.wordy else "vague" if drawn < self.wordy + self.vague else "whole"
+        return Pair(query_side(chain, self.style, kind=kind, id=name), target_side(chain.answer, self.style), id=name)
 
 
 def retrieval_set(split: Split, size: int, *, seed: int = 0, style: Style = "rewrite") -> RetrievalSet:

@@ -1,16 +1,19 @@
-"""`make ablation`: the demo's claims over three seeds, against the recipe without its parts.
+"""`make ablation`: the demo's claims over three seeds, against the recipe without its parts and Refine-RL's controls.
 
     python -m rime_fast.demo.ablation --output_dir runs/ablation [--fast]
 
 Cells, each for every seed, every one a process of its own with one thread, two at a time:
 
-    full      joint training, measured; then Refine-RL on it, measured again
-    no_cma    joint training without Cross-Mode Alignment
+    noisy     joint training on the noisy teacher's rewrites: where the demo and every arm of ``arms.py`` begin
+    whole     joint training on whole rewrites alone
+    clean     joint training on rewrites that retrieve equally well; the next three differ from it in one thing each
+    no_cma    without Cross-Mode Alignment
     cot       chains of thought (the equations spelled out) in place of rewrites
     control   a fixed free text of as many tokens in place of the rewrite
+    refine, anchors_policy, ume_r1, random, format_only, length_only, more_sft, best_of_8: see ``arms.py``
 
 A cell writes ``cells/<name>-<seed>.json``; one that is there with the same settings is not run again, so a stopped
-ablation goes on where it was.
+ablation goes on where it was, and `make curves` finds its arms here.
 """
 
 from __future__ import annotations
@@ -28,13 +31,17 @@ from pathlib import Path
 from typing import Any
 
 from rime_fast.data.digits import Style
-from rime_fast.demo.phases import FAST, FULL, TEST_SEED, Sizes, joint_training, measure, query_tokens, refine
+from rime_fast.demo.arms import ARMS, best_of, run_arm
+from rime_fast.demo.phases import FAST, FULL, TEST_SEED, Sizes, Teacher, joint_training, measure, query_tokens
 from rime_fast.demo.task import demo_model
 
 SEEDS = (0, 1, 2)
-# Seed by seed, the longest first.
-CELLS = ("cot", "full", "no_cma", "control")
+JOINT = ("noisy", "cot", "whole", "clean", "no_cma", "control")
+FROM_NOISY = (*ARMS, "best_of_8")
+CELLS = (*JOINT, *FROM_NOISY)
 WORKERS = 2
+
+Cells = dict[tuple[str, int], dict[str, Any]]
 
 
 def run_ablation(
@@ -42,30 +49,19 @@ def run_ablation(
 ) -> dict[str, Any]:
     """Run what is missing and write ``report.json`` and ``ablation.png`` into ``out``; returns the report.
 
-    The report has ``run_demo``'s keys with every number as {"mean", "std", "values"} (std: of a sample, over seeds;
-    values in the order of ``seeds``), ``no_cma``, ``cot`` and ``control`` beside ``sft`` and ``refine``, and
-    ``claims``: the four differences the demo is there to show, each with its threshold. Raises RuntimeError naming
-    the cells that failed.
+    The report has a key a cell (``noisy`` is ``sft`` there, as in ``run_demo``'s report), with every cell of mutual
+    retrieval as {"mean", "std", "values"} (std: of a sample, over seeds; values in the order of ``seeds``), and
+    ``claims``: the differences the demo is there to show, each with its threshold.
     """
     from rime_fast.demo.ablation_plot import plot_ablation
     from rime_fast.demo.ablation_report import summarise
 
-    out = Path(out)
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    sizes = FAST if fast else FULL
-    jobs = [(name, seed) for seed in seeds for name in CELLS]
-    waiting = [job for job in jobs if _done(out, *job, sizes) is None]
-    print(f"{len(jobs) - len(waiting)} of {len(jobs)} cells are there; running {len(waiting)}", flush=True)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        codes = list(pool.map(lambda job: _spawn(out, job[0], job[1], fast), waiting))
-    failed = [f"{name}-{seed}" for (name, seed), code in zip(waiting, codes, strict=True) if code]
-    if failed:
-        raise RuntimeError(f"cells failed: {', '.join(failed)}; see {out / 'cells'}/<cell>.log")
-    cells = {(name, seed): _done(out, name, seed, sizes) for name, seed in jobs}
+    out, sizes = Path(out), FAST if fast else FULL
+    cells = run_cells(out, CELLS, seeds=seeds, fast=fast)
     report = summarise(cells, seeds, sizes.n_test) | {
         "settings": sizes.as_dict() | {"test_seed": TEST_SEED},
         # Not the wall clock: a resumed run's would leave out what was there before.
-        "cell_seconds": round(sum(sum(cell["seconds"].values()) for cell in cells.values() if cell), 1),
+        "cell_seconds": round(sum(sum(cell["seconds"].values()) for cell in cells.values()), 1),
         "environment": environment("python -m rime_fast.demo.ablation", WORKERS),
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -73,45 +69,79 @@ def run_ablation(
     return report
 
 
+def run_cells(out: Path, names: Sequence[str], *, seeds: Sequence[int], fast: bool) -> Cells:
+    """Run those of the named cells that are missing, in processes; returns them all.
+
+    The arms' starting points come first. Raises RuntimeError naming the cells that failed.
+    """
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    sizes = FAST if fast else FULL
+    jobs = [(name, seed) for seed in seeds for name in names]
+    starts = [job for job in jobs if job[0] == "noisy"]
+    for wave in (starts, [job for job in jobs if job not in starts]):
+        waiting = [job for job in wave if _done(out, *job, sizes) is None]
+        print(f"{len(wave) - len(waiting)} of {len(wave)} cells are there; running {len(waiting)}", flush=True)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            codes = list(pool.map(lambda job: _spawn(out, job[0], job[1], fast), waiting))
+        failed = [f"{name}-{seed}" for (name, seed), code in zip(waiting, codes, strict=True) if code]
+        if failed:
+            raise RuntimeError(f"cells failed: {', '.join(failed)}; see {out / 'cells'}/<cell>.log")
+    return {job: cell for job in jobs if (cell := _done(out, *job, sizes)) is not None}
+
+
 def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
-    """One cell, in this process. Returns and writes hit@1, tokens and seconds."""
+    """One cell, in this process. Returns and writes hit@1, tokens, seconds, the log and, of an arm, its curve."""
     if name not in CELLS:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(CELLS)}")
     styles: dict[str, Style] = {"cot": "cot", "control": "control"}
     style = styles.get(name, "rewrite")
     result: dict[str, Any] = {"cell": name, "seed": seed, "settings": sizes.as_dict(), "seconds": {}}
     work = out / "work" / f"{name}-{seed}"
-    model, processor = demo_model(seed)
-
-    def phase(label: str, done: Any, begin: float) -> Any:
-        result["seconds"][label] = round(time.perf_counter() - begin, 2)
-        return done
-
-    def table(label: str) -> None:
+    model, processor = _start(out, seed) if name in FROM_NOISY else demo_model(seed)
+    if name in ARMS:
+        arm = run_arm(name, model, processor, work, seed=seed, sizes=sizes)
+        result |= {"points": arm["points"], "log": arm["log"]}
+        result["seconds"]["train"] = arm["seconds"]
+    elif name in JOINT:
         begin = time.perf_counter()
-        found = phase(f"eval_{label}", measure(model, processor, sizes=sizes, style=style), begin)
-        result[label] = {
-            "hit@1": found.hit_at_1(),
-            "query_tokens": query_tokens(found),
-            "target_tokens": found.cost["gen"]["target_tokens"],
-            "missing_gen": found.missing_gen,
-            "format_errors": found.format_errors,
-        }
-
+        teacher: Teacher = "noisy" if name == "noisy" else "whole" if name == "whole" else "clean"
+        result["log"] = joint_training(
+            model,
+            processor,
+            work,
+            seed=seed,
+            sizes=sizes,
+            style=style,
+            teacher=teacher,
+            cross_modes=name != "no_cma",
+        )
+        result["seconds"]["train"] = round(time.perf_counter() - begin, 2)
     begin = time.perf_counter()
-    log = joint_training(model, processor, work, seed=seed, sizes=sizes, style=style, cross_modes=name != "no_cma")
-    phase("sft", log, begin)
-    result["sft_log"] = log
-    table("sft")
-    if name == "full":
-        model.save_pretrained(work / "sft")
-        processor.save_pretrained(work / "sft")
-        begin = time.perf_counter()
-        result["refine_log"] = phase("refine", refine(model, processor, work, seed=seed, sizes=sizes), begin)
-        table("refine")
+    if name == "best_of_8":
+        found = best_of(model, processor, sizes=sizes, seed=seed)
+        result |= {"hit@1": {"gen-gen": found["hit@1"]}, "query_tokens": found["query_tokens"], "format_errors": 0}
+        result["first_hit@1"] = found["first_hit@1"]
+    else:
+        table = measure(model, processor, sizes=sizes, style=style)
+        result |= {"hit@1": table.hit_at_1(), "query_tokens": query_tokens(table)}
+        result["format_errors"] = table.format_errors["query"]
+    result["seconds"]["eval"] = round(time.perf_counter() - begin, 2)
+    if name == "noisy":
+        model.save_pretrained(_folder(out, seed))
     path = _path(out, name, seed)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _start(out: Path, seed: int) -> tuple[Any, Any]:
+    """The noisy teacher's model of that seed, which its cell has left, and its processor."""
+    from rime_fast.model.dual_mode import DualModeModel
+
+    return DualModeModel.from_pretrained(_folder(out, seed)), demo_model(seed)[1]
+
+
+def _folder(out: Path, seed: int) -> Path:
+    return out / "starts" / str(seed)
 
 
 def _path(out: Path, name: str, seed: int) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
 
@@ -17,6 +17,7 @@ from rime_fast.data.digits import DigitChains, Split, Style, retrieval_set
 from rime_fast.demo.task import MAX_NEW_TOKENS, demo_template
 from rime_fast.eval.embedder import RimeEmbedder
 from rime_fast.eval.mutual import MutualResult, evaluate_mutual
+from rime_fast.recipe.group_rewards import Rewarder
 from rime_fast.trainers.config import RefineConfig, RimeConfig
 from rime_fast.trainers.joint import RimeTrainer
 from rime_fast.trainers.refine import RefineRLTrainer
@@ -25,16 +26,27 @@ from rime_fast.trainers.refine import RefineRLTrainer
 TERSE_TOKENS = 9
 # The seed of every test set: all cells and seeds are measured on the same queries.
 TEST_SEED = 7
-# Refine-RL's training chains: another stream than joint training's.
+# Training chains of Refine-RL, and of joint training that goes on: another stream than joint training's.
 _REFINE_SEED = 1000
+# The demo's reward, as fields of RefineConfig.
+REWARD: dict[str, Any] = {"rank_reward": "hit", "length_weight": 0.2, "length_limit": TERSE_TOKENS}
+Teacher = Literal["noisy", "clean", "whole"]
+# Shares of a teacher's vague and wordy rewrites of the queries; the rest are whole (``data/digits.py``). Seven in ten
+# of the noisy one's stop early, so that greedy decoding stops early too, and sampling finds a useful rewrite now and
+# then: what Refine-RL has to tell apart. The clean one's retrieve equally well, and differ in length alone.
+TEACHERS: dict[Teacher, dict[str, float]] = {
+    "noisy": {"vague": 0.7, "wordy": 0.15},
+    "clean": {"vague": 0.0, "wordy": 0.7},
+    "whole": {"vague": 0.0, "wordy": 0.0},
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything. wordy: share of joint training's rewrites that say the answer twice.
+    """How much of everything.
 
-    Seven in ten, so that greedy decoding is wordy and sampling finds the terse form now and then: the slack that
-    Refine-RL's length term is there to take out.
+    more_steps: joint training's steps in the control that goes on with it in place of Refine-RL: at least as many
+    seconds on two cores (docs/demo.md). measurements: how often an arm of the ablation is measured on its way.
     """
 
     sft_steps: int = 1400
@@ -42,15 +54,16 @@ class Sizes:
     refine_steps: int = 80
     refine_batch: int = 24
     n_test: int = 512
-    wordy: float = 0.7
+    more_steps: int = 300
+    measurements: int = 10
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for reports and for telling runs apart."""
-        return asdict(self)
+        return asdict(self) | {"teachers": TEACHERS}
 
 
 FULL = Sizes()
-FAST = Sizes(sft_steps=12, sft_batch=8, refine_steps=2, refine_batch=4, n_test=24)
+FAST = Sizes(sft_steps=12, sft_batch=8, refine_steps=2, refine_batch=4, n_test=24, more_steps=2, measurements=2)
 
 
 def joint_training(
@@ -61,38 +74,46 @@ def joint_training(
     seed: int,
     sizes: Sizes,
     style: Style = "rewrite",
+    teacher: Teacher = "noisy",
     cross_modes: bool = True,
+    more: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
-    """Train ``model`` in place on the training scans; returns the log. cross_modes: with Cross-Mode Alignment.
+    """Train ``model`` in place on the training scans; returns the log. teacher: who wrote the rewrites (of style
+    "rewrite"). cross_modes: with Cross-Mode Alignment. more: go on with a trained model, on rows it has not seen.
 
     The contrastive terms weigh 0.05 each, not 1: a million fresh weights have to learn to see and to reckon first,
     and the discriminative terms, which they can never satisfy, would drown the cross-entropy's gradient.
     """
-    decay = sizes.sft_steps * 3 // 10
+    steps = sizes.more_steps if more else sizes.sft_steps
+    decay = steps * 3 // 10
     args = RimeConfig(
         output_dir=str(out),
         seed=seed,
-        max_steps=sizes.sft_steps,
+        max_steps=steps,
         per_device_train_batch_size=sizes.sft_batch,
         learning_rate=1e-3,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
-        warmup_steps=min(50, sizes.sft_steps // 4),
+        warmup_steps=min(50, steps // 4),
         adam_beta2=0.98,
         temperature=0.05,
         disc_weight=0.05,
         gen_weight=0.05,
         cross_weight=0.05 if cross_modes else 0.0,
-        **_common(sizes.sft_steps),
+        **_common(steps),
     )
-    pairs = DigitChains(
-        "train",
-        sizes.sft_steps * sizes.sft_batch,
-        seed=seed,
-        style=style,
-        wordy=sizes.wordy if style == "rewrite" else 0.0,
+    shares = TEACHERS[teacher] if style == "rewrite" else {}
+    stream = seed + _REFINE_SEED if more else seed
+    pairs = DigitChains("train", steps * sizes.sft_batch, seed=stream, style=style, **shares)
+    trainer = RimeTrainer(
+        model,
+        args,
+        train_dataset=pairs,
+        processor=processor,
+        template=demo_template(style),
+        callbacks=list(callbacks),
     )
-    trainer = RimeTrainer(model, args, train_dataset=pairs, processor=processor, template=demo_template(style))
     trainer.train()
     return trainer.state.log_history
 
@@ -105,11 +126,12 @@ def refine(
     seed: int,
     sizes: Sizes,
     callbacks: Sequence[TrainerCallback] = (),
+    rewarder: Rewarder | None = None,
     **changes: Any,
 ) -> list[dict[str, Any]]:
     """Refine-RL on ``model`` in place: the queries' rewrites against the frozen disc embeddings of the targets.
 
-    changes: fields of ``RefineConfig`` that are not to be the demo's.
+    rewarder: in place of the trainer's own. changes: fields of ``RefineConfig`` that are not to be the demo's.
     """
     settings: dict[str, Any] = {
         "output_dir": str(out),
@@ -122,9 +144,7 @@ def refine(
         "trained_sides": "query",
         "num_generations": 8,
         "max_completion_length": MAX_NEW_TOKENS["rewrite"],
-        "rank_reward": "hit",
-        "length_weight": 0.2,
-        "length_limit": TERSE_TOKENS,
+        **REWARD,
         "loss_type": "token_mean",
     } | _common(sizes.refine_steps)
     pairs = DigitChains("train", sizes.refine_steps * sizes.refine_batch, seed=seed + _REFINE_SEED)
@@ -136,6 +156,8 @@ def refine(
         template=demo_template(),
         callbacks=list(callbacks),
     )
+    if rewarder is not None:
+        trainer.rewarder = rewarder
     trainer.train()
     return trainer.state.log_history
 

@@ -73,7 +73,8 @@ def test_sides_of_each_style() -> None:
     assert digits.query_side(chain, "cot").rewrite == "<think>7;7+5=2;2-8=4;4×1=4;4-3=1</think><answer>41</answer>"
     assert digits.target_side("41").rewrite == "41"
     assert digits.target_side("41", "cot").rewrite == "<think>41</think><answer>41</answer>"
-    assert digits.query_side(chain, wordy=True).rewrite == "72441 and so 41"
+    assert digits.query_side(chain, kind="wordy").rewrite == "72441 and so 41"
+    assert digits.query_side(chain, kind="vague").rewrite == "72 and so"
     assert digits.query_side(chain, "control").rewrite == digits.CONTROL_TEXTS[0]
     assert digits.target_side("41", "control").rewrite == digits.CONTROL_TEXTS[1]
     with pytest.raises(ValueError, match="style is 'poem'"):
@@ -95,6 +96,26 @@ def test_the_share_of_wordy_rewrites() -> None:
     pairs = DigitChains("train", 400, wordy=0.7)
     wordy = [(pair.query.rewrite or "").endswith(f" and so {pair.target.text}") for pair in pairs]
     assert 240 < sum(wordy) < 320
+
+
+def test_a_noisy_teacher_mixes_three_kinds() -> None:
+    """The wordy rows are the same ones whatever the share of vague ones; the rest are whole."""
+    pairs = DigitChains("train", 400, wordy=0.15, vague=0.7)
+    wordy = [(pair.query.rewrite or "").endswith(f" and so {pair.target.text}") for pair in pairs]
+    vague = [(pair.query.rewrite or "").endswith(" and so") for pair in pairs]
+    assert 240 < sum(vague) < 320
+    assert 30 < sum(wordy) < 90
+    alone = DigitChains("train", 400, wordy=0.15)
+    assert wordy == [(pair.query.rewrite or "").endswith(f" and so {pair.target.text}") for pair in alone]
+    for pair, a, b in zip(pairs, wordy, vague, strict=True):
+        rewrite = pair.query.rewrite or ""
+        assert (len(rewrite) == 5 and rewrite.endswith(pair.target.text or "")) == (not a and not b)
+
+
+@pytest.mark.parametrize("shares", [{"wordy": -0.1}, {"wordy": 0.6, "vague": 0.5}])
+def test_shares_outside_their_range_are_refused(shares: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="expected shares from 0 to 1"):
+        DigitChains("train", 4, **shares)
     assert not any(" " in (pair.query.rewrite or "") for pair in DigitChains("train", 20))
 
 
