@@ -24,7 +24,7 @@ MEASURES = ("hit@1", "query_tokens", "seconds")
 def summarise(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """{"curves": {arm: curve}, "n_seeds"} from each arm's cells, one a seed.
 
-    A curve has ``steps``; for each of hit@1, query_tokens and seconds (of training up to there) ``mean`` and ``std``
+    A curve has ``steps``; for each of hit@1, query_tokens and seconds (processor time of training up to there) ``mean`` and ``std``
     over seeds (of a sample), per step, and ``seeds``: {seed: values}; and ``gain``, hit@1 of the last step less that of
     step 0, as {mean, std, values}. Raises ValueError where seeds were measured at different steps.
     """
@@ -72,7 +72,7 @@ def plot_curves(report: Mapping[str, Any], path: str | Path) -> None:
         share = [step / max(curves[arm]["steps"]) for step in curves[arm]["steps"]]
         draw(by_steps, arm, share, "hit@1")
         draw(tokens, arm, share, "query_tokens")
-    by_seconds.set_xlabel("seconds of Refine-RL, one thread")
+    by_seconds.set_xlabel("processor seconds of Refine-RL, one thread")
     for axes in (by_steps, tokens):
         axes.set_xlabel("share of the arm's training")
     for axes, title in ((by_seconds, "gen-gen hit@1"), (by_steps, "gen-gen hit@1"), (tokens, "decoded tokens a query")):
