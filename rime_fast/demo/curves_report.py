@@ -24,7 +24,8 @@ MEASURES = ("hit@1", "query_tokens", "seconds")
 def summarise(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """{"curves": {arm: curve}, "n_seeds"} from each arm's cells, one a seed.
 
-    A curve has ``steps``; for each of hit@1, query_tokens and seconds (processor time of training up to there) ``mean`` and ``std``
+    A curve has ``steps``; for each of hit@1, query_tokens and seconds (processor time of the training)
+    ``mean`` and ``std``
     over seeds (of a sample), per step, and ``seeds``: {seed: values}; and ``gain``, hit@1 of the last step less that of
     step 0, as {mean, std, values}. Raises ValueError where seeds were measured at different steps.
     """

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from rime_fast.demo.phases import FAST, FULL, Sizes, joint_training, measure, query_tokens, refine
+from rime_fast.demo.phases import FAST, FULL, TEACHERS, Sizes, joint_training, measure, query_tokens, refine
 from rime_fast.demo.task import demo_model
 from rime_fast.eval.mutual import MutualResult
 from rime_fast.eval.report import write_report
@@ -26,8 +26,9 @@ LEAD = (
     "Each query is an image of five handwritten digits in a row (scikit-learn's scans; train and test share none) and "
     "four operators. The target is the text of the last two running values modulo 10, one of 100. A Qwen2-VL of 1.3 "
     "million random weights learns to write the five values as its rewrite, and to embed before it (disc) and after it "
-    "(gen). Seven in ten of the rewrites it learns from say the answer twice; Refine-RL then samples rewrites and "
-    "rewards closeness to the targets' frozen disc embeddings and shortness."
+    "(gen), from a noisy teacher: {vague:.0%} of its rewrites stop after two values, {wordy:.0%} say the answer twice, "
+    "the rest are whole. Refine-RL then samples rewrites and rewards closeness to the targets' frozen disc embeddings: "
+    "which rewrites retrieve is nowhere in the teacher's data."
 )
 
 
@@ -37,8 +38,19 @@ def run_demo(out: str | Path = "runs/demo", seed: int = 0, fast: bool = False) -
     Writes ``report.html``, ``report.json`` and both models (``sft``, ``refine``; any transformers reads them) into
     ``out``. The JSON has: ``sft`` and ``refine``, each the four cells' hit@1; ``rewrite_tokens`` {"sft", "refine"},
     decoded tokens a query; ``seconds`` of each phase; ``seed``; ``n_test``. fast: a smoke run of the same path.
+
+    Runs on one thread: the model is so small that a second gains little, and where another process is at work two
+    threads that wait for each other lose much (docs/demo.md).
     """
-    out, sizes = Path(out), FAST if fast else FULL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(Path(out), seed, FAST if fast else FULL)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     model, processor = demo_model(seed)
     sft_log = _timed("sft", seconds, lambda: joint_training(model, processor, out / "sft", seed=seed, sizes=sizes))
@@ -92,7 +104,8 @@ def _write(out: Path, numbers: dict[str, Any], phases: list[dict[str, Any]], siz
         "Refine-RL": f"{sizes.refine_steps} steps of {sizes.refine_batch} x 8 rewrites",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "teacher": ", ".join(f"{share:.0%} {kind}" for kind, share in TEACHERS["noisy"].items()),
+        "machine": f"{platform.machine()}, one thread",
     }
     table = {
         "title": "Time of each phase",
@@ -103,7 +116,7 @@ def _write(out: Path, numbers: dict[str, Any], phases: list[dict[str, Any]], siz
         out,
         {
             "title": "rime-fast demo: digit chains",
-            "lead": LEAD,
+            "lead": LEAD.format(**TEACHERS["noisy"]),
             "facts": facts,
             "phases": phases,
             "tables": [table],

@@ -20,11 +20,17 @@ _TRAINING = (
     ("In-batch hit@1", ("hit@1/",), False, True),
     ("Gradient norm", ("grad_norm",), True, False),
 )
+# A rank runs to the size of the bank, a similarity to one, a reward term to a tenth: each kind has its own scale.
 _REFINE = (
-    ("Reward", ("reward/",), False, False),
+    ("Reward", ("reward/total",), False, False),
+    ("Reward terms", ("reward/score", "reward/refine", "reward/length"), False, False),
+    ("Similarity to the anchors", ("reward/positive", "reward/negative"), False, False),
+    ("Rank of the own anchor", ("reward/rank",), True, False),
+    ("Shares", ("reward/format", "reward/hit", "reward/nan", "degenerate_groups", "clip_fraction"), False, True),
     ("Decoded tokens a rewrite", ("rewrite_tokens",), False, False),
     ("KL to the reference (nats a token)", ("kl",), False, False),
-    ("Clip fraction and group std", ("clip_fraction", "reward_std", "group_std"), False, False),
+    ("Standard deviation in a group", ("reward_std", "group_std"), False, False),
+    ("Entropy of the policy (nats a token)", ("entropy",), False, False),
 )
 
 
@@ -51,7 +57,7 @@ def _panels(log_history: Sequence[Mapping[str, Any]], layout: Sequence[tuple]) -
             bare = name.removeprefix("eval_")
             for want in wanted:
                 if bare == want or (want.endswith("/") and bare.startswith(want)):
-                    names[name] = (bare.removeprefix(want) or bare) + (" (eval)" if bare != name else "")
+                    names[name] = bare.rsplit("/", 1)[-1] + (" (eval)" if bare != name else "")
         series = {}
         for name, label in names.items():
             points = [(entry["step"], entry[name]) for entry in log_history if _drawable(entry, name)]

@@ -34,9 +34,9 @@ class Panel:
     unit: bool = False  # y from 0 to 1
 
 
-def line_panels(panels: Sequence[Panel]) -> str:
-    """All panels side by side, two a row."""
-    columns = min(2, len(panels))
+def line_panels(panels: Sequence[Panel], narrow: bool = False) -> str:
+    """All panels, two a row; with ``narrow`` one, for a telephone's width."""
+    columns = 1 if narrow else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = _figure(5.2 * columns, 3.3 * rows)
     for place, panel in enumerate(panels, 1):
@@ -61,14 +61,17 @@ def line_panels(panels: Sequence[Panel]) -> str:
     return _png(figure)
 
 
-def mutual_heat_maps(phases: Mapping[str, Mapping[str, Mapping[str, float]]], metric: str = "hit@1") -> str:
-    """One 2 x 2 map a phase (label -> cells), all on one colour scale from 0 to 1."""
-    figure = _figure(2.9 * len(phases) + 0.5, 2.9)
+def mutual_heat_maps(
+    phases: Mapping[str, Mapping[str, Mapping[str, float]]], narrow: bool = False, metric: str = "hit@1"
+) -> str:
+    """One map a phase (label -> cells), all on one colour scale from 0 to 1; with ``narrow`` one below the other."""
+    rows, columns = (len(phases), 1) if narrow else (1, len(phases))
+    figure = _figure(2.9 * columns + 0.5, 2.9 * rows)
     for place, (label, cells) in enumerate(phases.items(), 1):
         queries = list(dict.fromkeys(name.split("-")[0] for name in cells))
         targets = list(dict.fromkeys(name.split("-")[1] for name in cells))
         values = [[cells[f"{q}-{t}"][metric] for t in targets] for q in queries]
-        axes = figure.add_subplot(1, len(phases), place)
+        axes = figure.add_subplot(rows, columns, place)
         axes.imshow(values, cmap="YlGnBu", vmin=0, vmax=1, aspect="equal")
         for i, row in enumerate(values):
             for j, value in enumerate(row):
@@ -77,7 +80,7 @@ def mutual_heat_maps(phases: Mapping[str, Mapping[str, Mapping[str, float]]], me
         axes.set_xticks(range(len(targets)), targets, fontsize=10)
         axes.set_yticks(range(len(queries)), queries, fontsize=10)
         axes.set_xlabel("target mode", color=INK, fontsize=9)
-        axes.set_ylabel("query mode" if place == 1 else "", color=INK, fontsize=9)
+        axes.set_ylabel("query mode" if narrow or place == 1 else "", color=INK, fontsize=9)
         axes.set_title(label, fontsize=11, color=INK, fontweight="bold", loc="left")
         axes.tick_params(length=0)
         for side in axes.spines.values():
@@ -85,11 +88,11 @@ def mutual_heat_maps(phases: Mapping[str, Mapping[str, Mapping[str, float]]], me
     return _png(figure)
 
 
-def accuracy_against_tokens(points: Sequence[Mapping[str, Any]], metric: str = "hit@1") -> str:
+def accuracy_against_tokens(points: Sequence[Mapping[str, Any]], narrow: bool = False, metric: str = "hit@1") -> str:
     """points: {"label", "group", "tokens", "accuracy", "cell"?}; one colour a group, one marker a cell."""
-    figure = _figure(7.6, 3.9)
+    figure = _figure(*((4.6, 4.9) if narrow else (7.6, 3.9)))
     axes = figure.add_subplot()
-    _style(axes, "", "decoded tokens per query and target together (mean)", metric)
+    _style(axes, "", "decoded tokens, query and target together (mean)", metric)
     groups = list(dict.fromkeys(point["group"] for point in points))
     for i, group in enumerate(groups):
         own = sorted((p for p in points if p["group"] == group), key=lambda p: p["tokens"])
@@ -103,7 +106,10 @@ def accuracy_against_tokens(points: Sequence[Mapping[str, Any]], metric: str = "
             axes.scatter([], [], color="white", edgecolor=INK, marker=MARKERS[cell], label=f"{cell} (query-target)")
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlim(left=-0.03 * max(1.0, *(point["tokens"] for point in points)))
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if narrow:
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    else:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 
 from rime_fast import __version__
 from rime_fast.eval import curves, plots
-from rime_fast.eval.report_examples import examples_html
+from rime_fast.eval.report_examples import before_and_after_html, examples_html
 
 KEYS = ("title", "lead", "facts", "phases", "points", "tables", "warnings", "extra")
 COLUMNS = (
@@ -76,6 +77,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
     body = [f'<div class="warning">{escape(text)}</div>' for text in [*report.get("warnings", []), *_counted(phases)]]
     body.append(_tiles(phases))
+    body.append(before_and_after_html(phases))
     body += [f'<section id="{name}"><h2>{escape(title)}</h2>{html}</section>' for name, title, html in sections]
     lead = report.get("lead")
     template = Template(files("rime_fast.eval").joinpath("report.html").read_text(encoding="utf-8"))
@@ -98,14 +100,24 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _tiles(phases: list[Mapping[str, Any]]) -> str:
-    """The headline: the last phase's cheapest and richest cell, and the rewrite's length."""
+    """The headline: each cell and the rewrite's length, from the first measured phase to the last."""
     measured = [phase for phase in phases if phase.get("mutual")]
     if not measured:
         return ""
-    last, label = measured[-1]["mutual"], escape(measured[-1]["label"])
-    tiles = [(f"{cell['hit@1']:.1%}", f"hit@1 {name}") for name, cell in last["cells"].items()]
+    first, last = measured[0]["mutual"], measured[-1]["mutual"]
+    label = escape(" → ".join(dict.fromkeys(phase["label"] for phase in (measured[0], measured[-1]))))
+
+    def change(before: float, now: float, form: str) -> str:
+        shown = f"{now:{form}}"
+        return shown if first is last else f"<small>{before:{form}} →</small> {shown}"
+
+    tiles = [
+        (change(first["cells"].get(name, cell)["hit@1"], cell["hit@1"], ".1%"), f"hit@1 {name}")
+        for name, cell in last["cells"].items()
+    ]
     if "gen" in last["cost"]:
-        tiles.append((f"{last['cost']['gen']['query_tokens']:.1f}", "decoded tokens a query"))
+        tokens = [one["cost"]["gen"]["query_tokens"] if "gen" in one["cost"] else 0.0 for one in (first, last)]
+        tiles.append((change(*tokens, ".1f"), "decoded tokens a query"))
     tiles.append((f"{last['n_queries']:,}", f"queries, {_pool(last)}"))
     shown = "".join(f'<div class="tile"><b>{a}</b><span>{escape(b)}</span></div>' for a, b in tiles)
     return f'<div class="tiles" aria-label="{label}">{shown}</div><p class="under">{label}</p>'
@@ -122,7 +134,7 @@ def _mutual_section(phases: list[Mapping[str, Any]]) -> str:
     if not measured:
         return ""
     spoken = f"hit@1 of every query mode and target mode: {_spoken(measured)}"
-    image = _plot(plots.mutual_heat_maps(measured), spoken, width=310 * len(measured) + 50)
+    image = _plot(partial(plots.mutual_heat_maps, measured), spoken, width=310 * len(measured) + 50)
     return (
         '<p class="note">hit@1 for each query mode (rows) against each target mode (columns). Where the modes '
         "share one space, an index of cheap disc embeddings serves gen queries.</p>"
@@ -165,7 +177,7 @@ def _cost_section(phases: list[Mapping[str, Any]], more: list[Mapping[str, Any]]
     if len(points) < 2:
         return ""
     spoken = "; ".join(f"{p['group']} {p.get('cell', '')} {p['tokens']:.1f} tokens {p['accuracy']:.3f}" for p in points)
-    return _plot(plots.accuracy_against_tokens(points), spoken, width=800)
+    return _plot(partial(plots.accuracy_against_tokens, points), spoken, width=800)
 
 
 def _training_section(phases: list[Mapping[str, Any]]) -> str:
@@ -174,7 +186,9 @@ def _training_section(phases: list[Mapping[str, Any]]) -> str:
         panels = curves.training_panels(phase.get("log_history") or [])
         if panels:
             names = ", ".join(panel.title for panel in panels)
-            parts.append(f"<h3>{escape(phase['label'])}</h3>" + _plot(plots.line_panels(panels), names, _width(panels)))
+            parts.append(
+                f"<h3>{escape(phase['label'])}</h3>" + _plot(partial(plots.line_panels, panels), names, _width(panels))
+            )
     return "".join(parts)
 
 
@@ -184,7 +198,7 @@ def _refine_section(phases: list[Mapping[str, Any]]) -> str:
         panels = curves.refine_panels(phase.get("log_history") or [])
         if panels:
             names = ", ".join(panel.title for panel in panels)
-            parts.append(_plot(plots.line_panels(panels), names, _width(panels)))
+            parts.append(_plot(partial(plots.line_panels, panels), names, _width(panels)))
     return "".join(parts)
 
 
@@ -209,8 +223,12 @@ def _counted(phases: list[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _plot(data_uri: str, alt: str, width: int = 1000) -> str:
-    return f'<img class="plot" style="width:{width}px" alt="{escape(alt)}" src="{data_uri}">'
+def _plot(draw: Callable[[bool], str], alt: str, width: int = 1000) -> str:
+    """``draw(narrow)`` gives the picture's data URI; telephones get the narrow one."""
+    return (
+        f'<picture><source media="(max-width: 700px)" srcset="{draw(True)}">'
+        f'<img class="plot" style="width:{width}px" alt="{escape(alt)}" src="{draw(False)}"></picture>'
+    )
 
 
 def _width(panels: list[plots.Panel]) -> int:

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 LONGEST_TEXT = 600
+BEFORE_AFTER = 4  # queries whose rewrites before and after stand on the first screen
 
 
 def examples_html(phases: list[Mapping[str, Any]]) -> str:
@@ -22,6 +23,33 @@ def examples_html(phases: list[Mapping[str, Any]]) -> str:
             cards = "".join(_card(i, example) for i, example in enumerate(examples, 1))
             return f'<p class="note">{escape(note)}</p><div class="cards">{cards}</div>'
     return ""
+
+
+def before_and_after_html(phases: list[Mapping[str, Any]]) -> str:
+    """What the first and the last measured phase rewrote the same queries to; empty where only one was measured."""
+    kept = [phase for phase in phases if (phase.get("mutual") or {}).get("examples")]
+    if len(kept) < 2:
+        return ""
+    first, last = kept[0], kept[-1]
+    rows = []
+    for a, b in zip(first["mutual"]["examples"], last["mutual"]["examples"], strict=False):
+        same = (a["query"]["text"], a["query"]["images"]) == (b["query"]["text"], b["query"]["images"])
+        if same and len(rows) < BEFORE_AFTER and a["query"].get("rewrite") is not None:
+            cells = "".join(map(_written, (a, b)))
+            query = f"{_pictures(a['query']['images'])} {_short(a['query']['text'])}"
+            rows.append(f"<tr><td>{query}</td>{cells}</tr>")
+    if not rows:
+        return ""
+    heads = "".join(f"<th>{escape(phase['label'])}</th>" for phase in (first, last))
+    return (
+        f'<div class="scroll"><table class="changes"><caption>The same queries, rewritten before and after</caption>'
+        f"<thead><tr><th>query</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _written(example: Mapping[str, Any]) -> str:
+    rank = example["ranks"][example["cell"]]
+    return f"<td>{_short(example['query']['rewrite']) or '(empty)'} <small>rank {rank}</small></td>"
 
 
 def _card(number: int, example: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from rime_fast.eval import curves, plots
 from rime_fast.eval.report import render_html, write_report
 from rime_fast.eval.thumbnails import data_uri, thumbnails
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "br", "hr", "link", "input", "source"}
 PIXEL = data_uri(Image.new("RGB", (2, 2), "red"))
 
 
@@ -114,6 +115,33 @@ def test_page_is_well_formed_self_contained_and_escaped(tmp_path):
     assert json_path.parent == html_path.parent
 
 
+def _width(uri: str) -> int:
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).width
+
+
+def test_the_first_screen_shows_the_change_and_rewrites_before_and_after():
+    source = report()
+    for phase, gain in zip(source["phases"], (0.0, 0.1), strict=True):
+        phase["mutual"] = mutual(gain)
+    for phase, rewrite in zip(source["phases"], ("72 and so", "72441"), strict=True):
+        example = phase["mutual"]["examples"][0]
+        example["query"] = example["query"] | {"rewrite": rewrite}
+    html = render_html(source)
+    first_screen = re.sub(r"<[^>]+>", " ", html[: html.index("<section")])
+    assert re.search(r"70.0% →\s+80.0%\s+hit@1 gen-gen", first_screen)
+    assert first_screen.index("72 and so") < first_screen.index("72441")
+    source["phases"] = source["phases"][1:]
+    assert "→" not in render_html(source)
+
+
+def test_every_kind_of_reward_term_has_its_own_scale():
+    entry = {"step": 1, "reward/total": 1.0, "reward/rank": 60.0, "reward/score": 0.05, "reward/format": 1.0}
+    panels = {panel.title: panel for panel in curves.refine_panels([entry])}
+    assert list(panels) == ["Reward", "Reward terms", "Rank of the own anchor", "Shares"]
+    assert panels["Reward terms"].series == {"score": ([1.0], [0.05])}
+    assert panels["Rank of the own anchor"].log
+
+
 def test_every_picture_is_a_png_with_a_description():
     page = Page(render_html(report()))
     figures = [one for one in page.all("img") if one.get("class") == "plot"]
@@ -124,6 +152,11 @@ def test_every_picture_is_a_png_with_a_description():
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data).startswith(b"\x89PNG")
     assert "gen-gen 0.800" in figures[0]["alt"]
+    narrow = [one["srcset"] for one in page.all("source")]  # the same four, for a telephone's width
+    assert len(narrow) == 4
+    assert all(base64.b64decode(one.split(",", 1)[1]).startswith(b"\x89PNG") for one in narrow)
+    for one, wide in zip(narrow, figures, strict=True):
+        assert _width(one) < _width(wide["src"])
 
 
 def test_table_shows_the_measured_numbers():
