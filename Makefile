@@ -32,7 +32,7 @@ ablation: setup
 	$(PY) -m rime_fast.demo.ablation --output_dir runs/ablation
 
 curves: setup
-	$(PY) -m rime_fast.demo.curves --output_dir runs/curves
+	$(PY) -m rime_fast.demo.curves --output_dir runs/ablation
 
 lint: setup
 	$(PY) -m ruff check .
