@@ -78,6 +78,10 @@ __device__ T block_reduce(T mine, Op op) {
   return all;
 }
 
+__host__ __device__ __forceinline__ bool at_sixteen(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
 __device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float wide(__half x) { return __half2float(x); }

@@ -51,9 +51,11 @@ struct CudaSlopes {
 };
 
 struct Join {
+  bool bounded;
+
   template <class T>
   __device__ T operator()(T a, T b) const {
-    return join(a, b);
+    return bounded ? add_bounded(a, b) : join(a, b);
   }
 };
 
@@ -64,6 +66,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(CudaTile t, CudaSt
   const int64_t first = int64_t{blockIdx.x} * kPatchCols;
   const float scale = *t.scale;
   const bool bounded = *t.bounded != 0;
+  const Join join_parts{bounded};
   LaneColumns columns;
   unsigned outside = 0;
 RIME_UNROLL
@@ -97,7 +100,7 @@ RIME_UNROLL
       }
     }
     const RowMasks row{kIds ? t.row_id[i] : 0, kMargin ? t.row_limit[i] : 0.0f};
-    const RowPart part = warp_reduce(lane_row<kIds, kMargin>(x, scale, bounded, lifted, row, columns), Join{});
+    const RowPart part = warp_reduce(lane_row<kIds, kMargin>(x, scale, bounded, lifted, row, columns), join_parts);
     if (lane == 0) {
       float* at = out.row_part + blockIdx.x * 3 * t.rows + i;
       at[0] = part.top, at[t.rows] = part.sum, at[2 * t.rows] = part.rival;
@@ -109,57 +112,97 @@ RIME_UNROLL
   const int64_t j = first + threadIdx.x;
   if (j >= t.cols) return;
   Online all = merged[0][threadIdx.x];
-  for (int w = 1; w < kPatchWarps; ++w) all = join(all, merged[w][threadIdx.x]);
+  for (int w = 1; w < kPatchWarps; ++w) all = join_parts(all, merged[w][threadIdx.x]);
   float* at = out.col_part + blockIdx.y * 2 * t.cols + j;
   at[0] = all.top, at[t.cols] = all.sum;
+}
+
+// Adds the parts [n_parts][planes][count] of row or column i, whose first planes are maxima and sums, to its running
+// statistics: kept in registers, written once. Returns the largest of plane 2, if there is one, and `rival`.
+template <int kPlanes>
+__device__ __forceinline__ float add_parts(const float* __restrict__ parts, int64_t n_parts, int64_t count, int64_t i,
+                                           float* running_max, double* running_sum, float rival) {
+  float top = running_max[i];
+  double sum = running_sum[i];
+  for (int64_t p = 0; p < n_parts; ++p) {
+    const float* at = parts + p * kPlanes * count + i;
+    accumulate(at[0], at[count], top, sum);
+    if (kPlanes > 2) rival = larger(rival, at[2 * count]);
+  }
+  running_max[i] = top;
+  running_sum[i] = sum;
+  return rival;
 }
 
 // Threads 0 .. rows - 1 take a row each, the next `cols` a column.
 __global__ void __launch_bounds__(kThreads) merge_kernel(
     CudaStatistics from, int64_t rows, int64_t cols, int64_t row_patches, int64_t col_patches, CudaRunning into) {
-  int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < rows) {
-    for (int64_t p = 0; p < col_patches; ++p) {
-      const float* at = from.row_part + p * 3 * rows + i;
-      accumulate(at[0], at[rows], into.row_max[i], into.row_sum[i]);
-      into.rival[i] = larger(into.rival[i], at[2 * rows]);
-    }
-    return;
-  }
-  i -= rows;
-  if (i >= cols) return;
-  for (int64_t p = 0; p < row_patches; ++p) {
-    const float* at = from.col_part + p * 2 * cols + i;
-    accumulate(at[0], at[cols], into.col_max[i], into.col_sum[i]);
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < rows)
+    into.rival[i] = add_parts<3>(from.row_part, col_patches, rows, i, into.row_max, into.row_sum, into.rival[i]);
+  else if (i < rows + cols)
+    add_parts<2>(from.col_part, row_patches, cols, i - rows, into.col_max, into.col_sum, 0.0f);
+}
+
+// Four numbers of a column array, which may begin at any element.
+template <class T>
+__device__ __forceinline__ void four_of(const T* from, int64_t first, int64_t end, bool aligned, T* to) {
+  static_assert(sizeof(T) == sizeof(float));
+  if (aligned && first + 4 <= end) {
+    const float4 four = *reinterpret_cast<const float4*>(from + first);
+    memcpy(to, &four, sizeof(four));
+  } else {
+    RIME_UNROLL
+    for (int c = 0; c < 4; ++c) to[c] = first + c < end ? from[first + c] : T{};
   }
 }
 
 // One block a row. T: float, or a 16-bit float written over the row it is made from; out_stride in elements of T.
-template <class T, bool kIds, bool kMargin>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(CudaTile t, CudaSlopes slopes, T* out, int64_t out_stride) {
+template <class T, bool kBounded, bool kIds, bool kMargin>
+__device__ __forceinline__ void gradient_row(const CudaTile& t, const CudaSlopes& slopes, T* out, int64_t out_stride) {
   const int64_t i = blockIdx.x;
   const float scale = *t.scale, factor = *slopes.factor;
-  const bool bounded = *t.bounded != 0;
   const Side row{slopes.row_shift[i], slopes.row_coef[i], kMargin ? t.row_limit[i] : 0.0f, kIds ? t.row_id[i] : 0};
+  const bool aligned = at_sixteen(slopes.col_shift) && at_sixteen(slopes.col_coef) &&
+                       (!kIds || at_sixteen(t.col_id)) && (!kMargin || at_sixteen(t.col_limit));
+  // The only positive of most calls is read before the loop, whose stores could change it for all the compiler knows.
+  const int64_t label = t.labels[i * t.positives] - t.col0;
+  const float positive = slopes.positive_slope[i * t.positives] * factor;
   for (int64_t step = 0; step < t.cols; step += kStep) {
     const int64_t first = step + int64_t{threadIdx.x} * 4;
     float g[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (first < t.cols) {
+      float shift[4] = {}, coef[4], limit[4] = {};
+      int32_t id[4] = {};
       const float4 four = *reinterpret_cast<const float4*>(t.x + i * t.stride + first);
       g[0] = four.x, g[1] = four.y, g[2] = four.z, g[3] = four.w;
-    }
-RIME_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      const int64_t j = first + c;
-      if (j >= t.cols) continue;
-      const Side col{slopes.col_shift[j], slopes.col_coef[j], kMargin ? t.col_limit[j] : 0.0f, kIds ? t.col_id[j] : 0};
-      g[c] = lane_slope<kIds, kMargin>(g[c], scale, bounded, row, col) * factor;
-      for (int p = 0; p < t.positives; ++p)
-        if (t.labels[i * t.positives + p] - t.col0 == j) g[c] = slopes.positive_slope[i * t.positives + p] * factor;
+      if (!kBounded) four_of(slopes.col_shift, first, t.cols, aligned, shift);
+      four_of(slopes.col_coef, first, t.cols, aligned, coef);
+      if (kMargin) four_of(t.col_limit, first, t.cols, aligned, limit);
+      if (kIds) four_of(t.col_id, first, t.cols, aligned, id);
+      RIME_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        g[c] = lane_slope<kBounded, kIds, kMargin>(g[c], scale, row, Side{shift[c], coef[c], limit[c], id[c]}) * factor;
+        if (label == first + c) g[c] = positive;
+      }
+      for (int p = 1; p < t.positives; ++p) {
+        const int64_t own = t.labels[i * t.positives + p] - t.col0 - first;
+        RIME_UNROLL
+        for (int c = 0; c < 4; ++c)
+          if (own == c) g[c] = slopes.positive_slope[i * t.positives + p] * factor;
+      }
     }
     if (sizeof(T) < sizeof(float)) __syncthreads();
     if (first < t.cols) put_four(out + i * out_stride + first, g);
   }
+}
+
+template <class T, bool kIds, bool kMargin>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(CudaTile t, CudaSlopes slopes, T* out, int64_t out_stride) {
+  if (*t.bounded != 0)
+    gradient_row<T, true, kIds, kMargin>(t, slopes, out, out_stride);
+  else
+    gradient_row<T, false, kIds, kMargin>(t, slopes, out, out_stride);
 }
 
 }  // namespace

@@ -75,6 +75,10 @@ RIME_FN RowPart join(RowPart a, RowPart b) {
   return {both.top, both.sum, larger(a.rival, b.rival)};
 }
 
+// While `bounded` the maxima are 0: no exponential is needed.
+RIME_FN Online add_bounded(Online a, Online b) { return {0.0f, a.sum + b.sum}; }
+RIME_FN RowPart add_bounded(RowPart a, RowPart b) { return {0.0f, a.sum + b.sum, larger(a.rival, b.rival)}; }
+
 // Adds (top, sum) of a part to a running (maximum, fp64 sum).
 RIME_FN void accumulate(float part_top, double part_sum, float& running_top, double& running_sum) {
   if (part_top > running_top) {
@@ -136,13 +140,13 @@ struct Side {
 
 // Gradient of the loss to one similarity that is no positive, up to the term's factor. A masked exponential may
 // overflow, so it is left out, not multiplied by 0.
-template <bool kIds, bool kMargin>
-RIME_FN float lane_slope(float x, float scale, bool bounded, const Side& row, const Side& col) {
+template <bool kBounded, bool kIds, bool kMargin>
+RIME_FN float lane_slope(float x, float scale, const Side& row, const Side& col) {
   const bool both = kIds && row.id == col.id;
   const bool row_out = both || (kMargin && x > row.limit) || row.coef == 0.0f;
   const bool col_out = both || (kMargin && x > col.limit) || col.coef == 0.0f;
   const float s = x * scale;
-  if (bounded) return exp32(s) * ((row_out ? 0.0f : row.coef) + (col_out ? 0.0f : col.coef));
+  if (kBounded) return exp32(s) * ((row_out ? 0.0f : row.coef) + (col_out ? 0.0f : col.coef));
   return (row_out ? 0.0f : exp32(s - row.shift) * row.coef) + (col_out ? 0.0f : exp32(s - col.shift) * col.coef);
 }
 

@@ -31,7 +31,7 @@
 
 #ifndef RIME_NAMESPACE
 #define RIME_NAMESPACE rime::inline plain
-#define RIME_VECTOR_BYTES 64
+#define RIME_VECTOR_BYTES 16
 #endif
 
 namespace RIME_NAMESPACE {
@@ -98,7 +98,9 @@ RIME_FN To as_bits(From from) {
 template <class V>
 RIME_FN V exp32(V x) {
 #if defined(__CUDA_ARCH__)
-  return exp2f(x * kLog2e);
+  float power;  // one instruction; what would be subnormal is 0
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kLog2e));
+  return power;
 #else
   using Bits = std::conditional_t<std::is_same_v<V, float>, int32_t,
 #if defined(__CUDACC__)

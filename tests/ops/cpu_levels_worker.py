@@ -64,8 +64,34 @@ def tile_results(scale: float, bounded: bool) -> list[Tensor]:
     return [row_max, row_sum, col_max, col_sum, positive, rival, gradient]
 
 
+def row_results(softcap: float | None) -> list[Tensor]:
+    """Statistics and gradient of 5 rows of 2,083 logits, one of which is a NaN with every bit set."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(5, 2083, generator=generator)
+    logits[3].view(torch.int32)[7] = -1
+    targets = torch.tensor([-1, 0, 2082, 5, 77])
+    cap = None if softcap is None else torch.tensor(softcap)
+    common = (targets, torch.randn(2083, generator=generator), torch.tensor(0.7), cap)
+    lse, hit, entropy, products = torch.empty(2, 5), torch.empty(5), torch.empty(5), torch.empty(5)
+    torch.ops.rime_fast_C.row_softmax_forward(logits, *common, lse, hit, entropy)
+    z = logits.double() + common[1]
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / common[2].double()
+    log_p = z.log_softmax(1)
+    torch.testing.assert_close(lse.double().sum(0), z.logsumexp(1), rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(1), rtol=2e-5, atol=2e-6, equal_nan=True)
+    g, h = torch.rand(2, 5, generator=generator)
+    gradient = logits.clone()
+    torch.ops.rime_fast_C.row_softmax_backward(gradient, *common, lse, hit, entropy, g, h, gradient, products)
+    dz = -log_p.exp() * (g.double()[:, None] + h.double()[:, None] * (log_p + entropy.double()[:, None]))
+    dz[range(1, 5), targets[1:]] += g[1:]
+    slope = 1.0 if softcap is None else 1 - (z * common[2].double() / softcap) ** 2
+    exact = dz * slope / common[2].double()
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-6, equal_nan=True)
+    return [lse, hit, entropy, gradient, products]
+
+
 def kernels(case: reward_cases.Case) -> list[Tensor]:
-    found = tile_results(50.0, True) + tile_results(300.0, False)
+    found = tile_results(50.0, True) + tile_results(300.0, False) + row_results(None) + row_results(6.0)
     for negative in ("mean", "softmax", "max"):
         found += reward_cases.score(case, RewardWeights(negative=negative), backend="chunked").values()
     return found

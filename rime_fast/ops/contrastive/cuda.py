@@ -10,7 +10,7 @@ from torch import Tensor
 from rime_fast.ops.contrastive import tiles
 
 TILE = (4096, 8192)  # 128 MiB of fp32, enough to fill the card
-PATCH = (64, 256)  # rows and columns of the patches whose parts the kernel writes (csrc/include/rime)
+PATCH = (64, 256)  # rows and columns of the patches whose parts the kernel writes (csrc/rime)
 SHIFTLESS = False
 
 

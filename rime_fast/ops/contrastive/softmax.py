@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Largest |logit| for which no softmax shift is needed in fp32 (kBounded in csrc/include/rime).
+# Largest |logit| for which no softmax shift is needed in fp32 (csrc/rime/contrastive.h counts on it).
 BOUNDED = 60.0
 # Sums that several queries may reach are taken in fixed point on an accelerator, where float atomics would make the
 # last bits depend on chance: terms lie in [0, 1], so 2^20 of them fit beside 42 bits of fraction.

@@ -5,7 +5,7 @@ product again, turned in place into the gradient G of the tile, then dq += G k a
 one tile plus O(N D). Tiles, and with them all sums, depend on the shapes alone: the result is deterministic.
 
 Row kernels come compiled (csrc, fp32 tiles) or in plain torch (fp64, installations without a compiler). Element rules
-are documented in csrc/include/rime; both follow them. Sizes of tiles and operands are the device's: cpu.py, cuda.py.
+are documented in csrc/rime; both follow them. Sizes of tiles and operands are the device's: cpu.py, cuda.py.
 """
 
 from __future__ import annotations

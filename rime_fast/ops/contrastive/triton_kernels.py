@@ -13,7 +13,7 @@ statistics; the panel (bounded) written once and read twice.
 
 Logits are in base 2: s = (q . k) scale2, scale2 = log2(e) / temperature. While ``bounded`` is set (no |logit| can
 exceed 60, see softmax.py) no maximum is subtracted and ONE exponential serves a row and its column. A tile that holds a
-positive, or the matrix's edge, takes the branch ``care``: positives are lifted out (csrc/include/rime). The bodies are
+positive, or the matrix's edge, takes the branch ``care``: positives are lifted out (csrc/rime). The bodies are
 free of autotuning, libdevice and inline assembly, so that they run in the interpreter; there ``WIDEN`` casts the
 operands to fp32, as its bf16 dot is wrong.
 """

@@ -9,7 +9,7 @@ with
 and returns sum_v dz_v (z_v - z[target]), of which -1/temperature is the row's share of the temperature's gradient: it
 equals sum_v dz_v z_v, as sum_v dz_v = 0, and being near z[target] keeps it from cancelling.
 A target outside [0, V) hits nothing: that is how a rank without the target's column takes part (vocab_parallel.py).
-Compiled: csrc/cpu/row_softmax.cpp, csrc/cuda/row_softmax.cu; without them the torch code below.
+Compiled: csrc/cpu/logprob.cpp, csrc/cuda/logprob.cu; without them the torch code below.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from rime_fast.ops.logprob_pool.triton_rows import read_out
 
 @triton.jit
 def _tanh(x):
-    """exp-based; the Taylor series near 0 keeps the relative accuracy (csrc/include/rime/math.h has the same)."""
+    """exp-based; the Taylor series near 0 keeps the relative accuracy (csrc/rime/math.h has the same)."""
     s = x * x
     series = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
     e = tl.exp(-2.0 * tl.abs(x))

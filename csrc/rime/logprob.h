@@ -1,4 +1,5 @@
-// The maths of one row of logits, shared by csrc/cpu/row_softmax.cpp and csrc/cuda/row_softmax.cu.
+// The maths of one row of logits, shared by csrc/cpu/logprob* and csrc/cuda/logprob*. Without a guard and in
+// RIME_NAMESPACE, as math.h.
 //
 //   z_v = softcap(x_v + b_v) / temperature
 //   forward:  m = max z, S = sum e^(z-m), E = sum e^(z-m) (z-m), target_logit = z[target]; two partial results merge by `merge`
@@ -7,11 +8,9 @@
 //   backward: dz_v = g ([v = target] - p_v) - h p_v (z_v - lse + entropy),  p_v = e^(z_v - lse - low)
 //             dx_v = dz_v (1 - tanh^2) / temperature,  products = sum dz_v (z_v - centre)
 //             = sum dz_v z_v, as sum dz = 0; a centre near the target's keeps the sum from cancelling
-#pragma once
-
 #include <rime/math.h>
 
-namespace rime {
+namespace RIME_NAMESPACE {
 
 struct Scale {
   float inv_temperature;
@@ -77,4 +76,4 @@ RIME_FN V dscore(V z, Pair lse, float entropy, float g, float h) {
   return p * -g - product(p, d + entropy) * h;
 }
 
-}  // namespace rime
+}  // namespace RIME_NAMESPACE
