@@ -18,8 +18,14 @@ from typing import Any
 
 from rime_fast import __version__
 
-VARIABLES = ("RIME_FAST_BACKEND", "RIME_FAST_CPU", "RIME_FAST_BUILD", "RIME_FAST_CUDA_ARCHS", "OMP_NUM_THREADS")
-VARIABLES += ("CUDA_VISIBLE_DEVICES",)
+VARIABLES = (
+    "RIME_FAST_BACKEND",
+    "RIME_FAST_CPU",
+    "RIME_FAST_BUILD",
+    "RIME_FAST_CUDA_ARCHS",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,11 @@ def joint_training(
         cross_weight=0.05 if cross_modes else 0.0,
         **_common(steps),
     )
-    shares = TEACHERS[teacher] if style == "rewrite" else {}
+    shares = TEACHERS[teacher] if style == "rewrite" else {"vague": 0.0, "wordy": 0.0}
     stream = seed + _REFINE_SEED if more else seed
-    pairs = DigitChains("train", steps * sizes.sft_batch, seed=stream, style=style, **shares)
+    pairs = DigitChains(
+        "train", steps * sizes.sft_batch, seed=stream, style=style, vague=shares["vague"], wordy=shares["wordy"]
+    )
     trainer = RimeTrainer(
         model,
         args,

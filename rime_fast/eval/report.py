@@ -116,8 +116,8 @@ def _tiles(phases: list[Mapping[str, Any]]) -> str:
         for name, cell in last["cells"].items()
     ]
     if "gen" in last["cost"]:
-        tokens = [one["cost"]["gen"]["query_tokens"] if "gen" in one["cost"] else 0.0 for one in (first, last)]
-        tiles.append((change(*tokens, ".1f"), "decoded tokens a query"))
+        before = first["cost"]["gen"]["query_tokens"] if "gen" in first["cost"] else 0.0
+        tiles.append((change(before, last["cost"]["gen"]["query_tokens"], ".1f"), "decoded tokens a query"))
     tiles.append((f"{last['n_queries']:,}", f"queries, {_pool(last)}"))
     shown = "".join(f'<div class="tile"><b>{a}</b><span>{escape(b)}</span></div>' for a, b in tiles)
     return f'<div class="tiles" aria-label="{label}">{shown}</div><p class="under">{label}</p>'

@@ -31,7 +31,7 @@ def before_and_after_html(phases: list[Mapping[str, Any]]) -> str:
     if len(kept) < 2:
         return ""
     first, last = kept[0], kept[-1]
-    rows = []
+    rows: list[str] = []
     for a, b in zip(first["mutual"]["examples"], last["mutual"]["examples"], strict=False):
         same = (a["query"]["text"], a["query"]["images"]) == (b["query"]["text"], b["query"]["images"])
         if same and len(rows) < BEFORE_AFTER and a["query"].get("rewrite") is not None:
