@@ -9,8 +9,11 @@ A batch is a plain dict. N sequences, T rows in all:
         and the key is absent when none has one (as `targets` is)
     pixel_values, image_grid_thw, image_grids (host); pixel_values_videos, video_grid_thw, video_grids: when there are;
         with them image_counts / video_counts: list[int] of N, how many each sequence has
-    side [N] int64 (0 query, 1 target, 2 hard negative); query_ids, key_ids [n], negative_ids int64: for the masks of
-        false negatives; negative_of: the pair each hard negative belongs to (pairs only)
+    Of pairs only: side [N] int64 (0 query, 1 target, 2 hard negative); negative_of [h]: each hard negative's pair.
+    For the masks of false negatives (recipe/false_negatives.py), int64: query_ids, key_ids [n], negative_ids [h];
+        query_contents [n], key_contents [n + h]; other_ids [m, 2], other_of [m]: further right answers and their pairs
+    scores [n + h]: a teacher's logits of the targets, then of the hard negatives; NaN where a pair has none
+    sets, blocks [n]: of pairs that a mixture drew
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import torch
 
 from rime_fast.data.encode import TextEncoder
 from rime_fast.data.images import MAX_PIXELS, image_size
-from rime_fast.data.records import Pair, Side, stable_hash
+from rime_fast.data.records import Pair, Side, content_hash, stable_hash
 from rime_fast.data.rope import RopeIndexer
 from rime_fast.data.templates import VIDEO, Template, get_template
 from rime_fast.data.video import Frames, FrameSampling, load_frames, plan_frames
@@ -119,13 +122,34 @@ class Collator:
             owners = [i for i, pair in enumerate(pairs) for _ in pair.negatives]
             batch["negative_of"] = torch.tensor(owners)
         if self.ids:
-            batch["query_ids"] = torch.tensor([stable_hash(side) for side in sides[:n]])
-            batch["key_ids"] = torch.tensor([stable_hash(side) for side in sides[n : 2 * n]])
-            if negatives:
-                batch["negative_ids"] = torch.tensor([stable_hash(side) for side in negatives])
+            batch |= self._item_hashes(pairs, negatives)
+        if any(pair.scores is not None for pair in pairs):
+            missing = [[float("nan")] * (1 + len(pair.negatives)) for pair in pairs]
+            rows = [pair.scores or none for pair, none in zip(pairs, missing, strict=True)]
+            batch["scores"] = torch.tensor([row[0] for row in rows] + [x for row in rows for x in row[1:]])
+        if all(pair.drawn is not None for pair in pairs):
+            batch["sets"], batch["blocks"] = torch.tensor([pair.drawn for pair in pairs]).unbind(1)
         if dropped:
             batch["dropped"] = dropped
         return batch
+
+    @staticmethod
+    def _item_hashes(pairs: Sequence[Pair], negatives: Sequence[Side]) -> Batch:
+        def hashes(sides: Sequence[Side], look: Any) -> torch.Tensor:
+            return torch.tensor([look(side) for side in sides], dtype=torch.int64)
+
+        queries, targets = [pair.query for pair in pairs], [pair.target for pair in pairs]
+        found = {"query_ids": hashes(queries, stable_hash), "key_ids": hashes(targets, stable_hash)}
+        found["query_contents"] = hashes(queries, content_hash)
+        found["key_contents"] = hashes([*targets, *negatives], content_hash)
+        if negatives:
+            found["negative_ids"] = hashes(negatives, stable_hash)
+        others = [(i, side) for i, pair in enumerate(pairs) for side in pair.positives]
+        if others:
+            sides = [side for _, side in others]
+            found["other_ids"] = torch.stack([hashes(sides, stable_hash), hashes(sides, content_hash)], dim=1)
+            found["other_of"] = torch.tensor([i for i, _ in others])
+        return found
 
     def collate_sides(self, sides: Sequence[Side]) -> Batch:
         """Sides with their own rewrites as responses (or the template's filler), all scored."""
