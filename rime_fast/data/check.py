@@ -42,11 +42,14 @@ _FOLDERS = 4096  # folders of images that a verdict remembers
 
 @dataclass
 class Verdict:
-    """report: for people. bad: places of the bad rows, ascending. tokens: [n] of every row, 0 where unknown."""
+    """report: for people. bad: places of the bad rows, ascending. tokens: [n] of every row, 0 where unknown. names:
+    what the rows call their data sets ("" first); dataset: [n] int32, each row's place in it."""
 
     report: CheckReport
     bad: np.ndarray
     tokens: np.ndarray
+    names: list[str]
+    dataset: np.ndarray
 
 
 @dataclass
@@ -58,6 +61,7 @@ class _Part:
     problems: list[Problem] = field(default_factory=list)
     bad: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
 
 
@@ -156,6 +160,7 @@ def _look(
         sample, spans = None, [(i, min(i + _PART, n)) for i in range(0, n, _PART)]
     total = sum(stop - start for start, stop in spans)
     tokens = np.zeros(n, dtype=np.uint32)
+    names, dataset = {"": 0}, np.zeros(n, dtype=np.int32)
     report = CheckReport(rows.name, rows=total, of=None if sample is None else n)
     bad: list[int] = []
     folders: set[str] = set()
@@ -164,7 +169,9 @@ def _look(
     found = []
     for part in _parts(job, spans, _processes(rows, total, workers)):
         found.append(part)
-        tokens[part.start : part.start + len(part.tokens)] = part.tokens
+        rows_of = slice(part.start, part.start + len(part.tokens))
+        tokens[rows_of] = part.tokens
+        dataset[rows_of] = [names.setdefault(name, len(names)) for name in part.datasets]
         done += len(part.tokens)
         if progress is not None:
             progress(done, total)
@@ -175,7 +182,7 @@ def _look(
         folders |= part.folders
     if rows.problem is not None:
         report.problems.append(rows.problem)
-    return Verdict(report, np.array(bad, dtype=np.int64), tokens), folders
+    return Verdict(report, np.array(bad, dtype=np.int64), tokens, list(names), dataset), folders
 
 
 def check_part(job: tuple[Any, ...], start: int, stop: int) -> _Part:
@@ -190,6 +197,7 @@ def check_part(job: tuple[Any, ...], start: int, stop: int) -> _Part:
             part.bad.append(i)
             part.problems += [Problem(rows.name, row.number, where, problem) for where, problem in problems]
         part.tokens.append(tokens)
+        part.datasets.append("" if pair is None else pair.dataset or "")
         if pair is not None and len(part.folders) < _FOLDERS:
             part.folders |= visited(pair)
     return part
@@ -296,7 +304,7 @@ def _load(path: Path, name: str) -> Verdict | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             found = json.loads(bytes(stored["report"]).decode())
-            bad, tokens = stored["bad"], stored["tokens"]
+            bad, tokens, dataset = stored["bad"], stored["tokens"], stored["dataset"]
     except (OSError, ValueError, KeyError, EOFError):
         return None
     if any(_changed(folder) != when for folder, when in found["folders"].items()):
@@ -304,7 +312,7 @@ def _load(path: Path, name: str) -> Verdict | None:
     os.utime(path)
     report = CheckReport(name, found["rows"], formats=Counter(found["formats"]), of=found["of"])
     report.problems = [Problem(name, row, where, problem) for row, where, problem in found["problems"]]
-    return Verdict(report, bad, tokens)
+    return Verdict(report, bad, tokens, found["names"], dataset)
 
 
 def _save(path: Path, verdict: Verdict, folders: set[str]) -> None:
@@ -313,12 +321,13 @@ def _save(path: Path, verdict: Verdict, folders: set[str]) -> None:
         "rows": report.rows,
         "of": report.of,
         "formats": report.formats,
+        "names": verdict.names,
         "problems": [(problem.row, problem.field, problem.problem) for problem in report.problems],
         "folders": {folder: _changed(folder) for folder in sorted(folders)},
     }
     text = np.frombuffer(json.dumps(found).encode(), dtype=np.uint8)
     with replacing(path, "wb") as stream:
-        np.savez(stream, report=text, bad=verdict.bad, tokens=verdict.tokens)
+        np.savez(stream, report=text, bad=verdict.bad, tokens=verdict.tokens, dataset=verdict.dataset)
 
 
 def _changed(path: str) -> int:

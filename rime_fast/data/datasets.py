@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +27,14 @@ class PairDataset(Dataset[Pair]):
     ImageRoot; rows of an object that the caller made may name any path unless ``image_root`` is given. rows: indices
     [n] to keep (None: all). max_rows: of an iterable, how many are read.
 
-    ``tokens``: [len] of each pair, where a check has counted or estimated them, else None.
+    ``tokens``: [len] of each pair, where a check has counted or estimated them, else None. ``by_name()``: its parts by
+    the data set that each row names, where a check has looked.
 
     Items raise DataError naming file, row and field when a row is bad. Pickles, so it serves dataloader workers.
     """
 
     tokens: np.ndarray | None = None
+    _names: tuple[list[str], np.ndarray] | None = None
 
     def __init__(
         self,
@@ -75,6 +78,22 @@ class PairDataset(Dataset[Pair]):
         """Leave only these of the present items, in this order."""
         self.rows = chosen if self.rows is None else self.rows[chosen]
         self.tokens = None if self.tokens is None else self.tokens[chosen]
+        self._names = None if self._names is None else (self._names[0], self._names[1][chosen])
+
+    def by_name(self) -> dict[str, PairDataset]:
+        """One dataset for each name that the rows give as their data set. Raises ValueError where rows give none, or
+        were not looked at (``open_pairs``)."""
+        if self._names is None:
+            raise ValueError(f"{self.name} was not checked; its rows' data sets are not known")
+        names, codes = self._names
+        parts = {}
+        for code in np.unique(codes).tolist():
+            if not names[code]:
+                row = self.source.number(int(np.flatnonzero(codes == code)[0]))
+                raise ValueError(f"{self.name}, row {row} names no data set")
+            parts[names[code]] = copy.copy(self)
+            parts[names[code]].keep(np.flatnonzero(codes == code))
+        return parts
 
 
 def open_pairs(
@@ -115,6 +134,7 @@ def open_pairs(
     if report.problems and (on_bad_row == "stop" or whole_file):
         raise DataError(whole_file or report.problems)
     dataset.rows, dataset.tokens = None, verdict.tokens
+    dataset._names = verdict.names, verdict.dataset
     if len(verdict.bad):
         dataset.keep(np.delete(np.arange(len(dataset.source)), verdict.bad))
     if not len(dataset):

@@ -33,9 +33,10 @@ class MixtureSet:
     """One set of a mixture, as a list in YAML or Python names it.
 
     path: whatever ``open_rows`` opens. format: a name of FORMATS (None: by each row's keys). name: in messages and
-    logs (default: the path's own). weight: its share of all rows, relative to the other sets' (None for all sets: in
-    proportion to their rows). max_rows: use only so many of its rows, the same random ones all the time. image_root:
-    folder of its relative image paths (default: the run's, else the file's own).
+    logs (default: the path's own); "*": the rows name their data sets, and each of these is a set. weight: its share
+    of all rows, relative to the other sets' (None for all sets: in proportion to their rows). max_rows: use only so
+    many of its rows, the same random ones all the time. image_root: folder of its relative image paths (default: the
+    run's, else the file's own).
     """
 
     path: Any
@@ -86,7 +87,7 @@ def mixture_sets(source: Any, name: str = "train_dataset") -> list[MixtureSet] |
             raise ValueError(f"{at} is {type(entry).__name__}; expected a set with a path, as the others are")
         sets.append(entry)
     labels = [entry.label for entry in sets]
-    if twice := [label for i, label in enumerate(labels) if label in labels[:i]]:
+    if twice := [label for i, label in enumerate(labels) if label != "*" and label in labels[:i]]:
         raise ValueError(f"{name} has two sets called {twice[0]!r}; give them a name each")
     given = [entry.weight is not None for entry in sets]
     if any(given) and not all(given):
@@ -96,14 +97,23 @@ def mixture_sets(source: Any, name: str = "train_dataset") -> list[MixtureSet] |
 
 def open_mixture(sets: Sequence[MixtureSet], opened: Callable[[MixtureSet], PairDataset]) -> MixtureDataset:
     """The sets as one dataset. opened: one set to its good pairs (``open_pairs`` with the run's settings)."""
-    parts = []
+    parts: list[PairDataset] = []
+    labels: list[str] = []
+    weights: list[float] = []
     for entry in sets:
-        part = opened(entry)
-        if entry.max_rows is not None and entry.max_rows < len(part):
-            part.keep(spread(len(part), entry.max_rows, stream_key("max_rows", entry.label)))
-        parts.append(part)
-    weights = None if sets[0].weight is None else [float(entry.weight or 0) for entry in sets]
-    return MixtureDataset(parts, [entry.label for entry in sets], weights)
+        whole = opened(entry)
+        named = whole.by_name() if entry.name == "*" else {entry.label: whole}
+        rows = sum(len(part) for part in named.values())
+        for label, part in named.items():
+            if label in labels:
+                raise ValueError(f"two sets are called {label!r}; give them a name each")
+            # the parts of one file share its weight by their rows
+            weights.append((entry.weight or 0.0) * len(part) / rows)
+            if entry.max_rows is not None and entry.max_rows < len(part):
+                part.keep(spread(len(part), entry.max_rows, stream_key("max_rows", label)))
+            parts.append(part)
+            labels.append(label)
+    return MixtureDataset(parts, labels, None if sets[0].weight is None else weights)
 
 
 class Place(NamedTuple):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from rime_fast.data.check import CheckRules
 from rime_fast.data.datasets import open_pairs
 from rime_fast.data.mixture import (
     GlobalBatches,
@@ -274,7 +275,7 @@ def test_places_are_plain_data():
 def test_sets_open_as_one_dataset_with_their_caps(tmp_path):
     for name, count in (("a", 30), ("b", 5)):
         rows = [
-            {"query": {"text": f"{name} {i}", "rewrite": "r"}, "target": {"text": "t", "rewrite": "s"}}
+            {"query": {"text": f"{name} {i} " * 9, "rewrite": "r"}, "target": {"text": "t", "rewrite": "s"}}
             for i in range(count)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -287,3 +288,22 @@ def test_sets_open_as_one_dataset_with_their_caps(tmp_path):
     assert len(set(texts[:10])) == 10
     assert {pair.dataset for pair in found} == {"a", "b"}
     assert (found.tokens(np.array([[0, 3], [1, 4]])) > 1).all()
+
+
+def test_one_file_whose_rows_name_their_sets(tmp_path):
+    def row(i):
+        return {"query": {"text": str(i)}, "target": {"text": "t"}, "dataset": "odd" if i % 3 else "third"}
+
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row(i)) + "\n" for i in range(30)))
+    for _ in range(2):  # also from a kept verdict
+        sets = [MixtureSet(str(file), name="*", weight=2.0, max_rows=15)]
+        found = open_mixture(sets, lambda entry: open_pairs(entry.path, rules=CheckRules(rewrites=False))[0])
+        assert found.labels == ["third", "odd"]
+        assert found.sizes.tolist() == [10, 15]
+        assert found.weights.tolist() == pytest.approx([2 / 3, 4 / 3])
+        assert all(int(pair.query.text) % 3 == 0 for pair in found.sets[0])
+    with file.open("a") as stream:
+        stream.write(json.dumps({**row(1), "dataset": None}) + "\n")
+    with pytest.raises(ValueError, match=r"a.jsonl, row 31 names no data set"):
+        open_mixture(sets, lambda entry: open_pairs(entry.path, rules=CheckRules(rewrites=False))[0])
