@@ -41,8 +41,11 @@ class TrainingOptions:
     """What is trained on what."""
 
     model: str = field(metadata={"help": "Directory or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL."})
-    train_data: list[str] = field(
-        metadata={"help": "Pairs: RIME-Train or UME-R1 JSON, or rime-jsonl (docs/data.md); several files join."}
+    train_data: list[Any] = field(
+        metadata={
+            "help": "Pairs: files or folders of any format of docs/data.md; several join. In YAML also a list of sets "
+            "{path, format, name, weight, max_rows, image_root}: a mixture."
+        }
     )
     output_dir: str = field(default="runs/out", metadata={"help": "Folder of the model, checkpoints and report."})
     resume_from_checkpoint: str | None = field(
@@ -59,6 +62,11 @@ class TrainingOptions:
         metadata={"help": "Regular expression of the layers; default: attention and MLP of the language model."},
     )
     report: bool = field(default=True, metadata={"help": "Write report.html with the curves at the end."})
+
+
+def _data_name(source: Any) -> str:
+    """A path, or what a set of a mixture is called."""
+    return str(source.get("name") or source["path"]) if isinstance(source, dict) else str(source)
 
 
 def groups(config: str, title: str) -> tuple[Group, ...]:
@@ -154,7 +162,11 @@ def save_outputs(trainer: Any, options: TrainingOptions, args: Any, label: str) 
             from rime_fast.eval.report import write_report
 
             phase = {"name": label.lower(), "label": label, "log_history": trainer.state.log_history}
-            facts = {"model": options.model, "data": ", ".join(options.train_data), "steps": trainer.state.global_step}
+            facts = {
+                "model": options.model,
+                "data": ", ".join(map(_data_name, options.train_data)),
+                "steps": trainer.state.global_step,
+            }
             report = {"title": f"{label}: {directory.name}", "facts": facts | {"seed": args.seed}, "phases": [phase]}
             print(f"report: {write_report(directory, report)[1]}")
     if pushes:

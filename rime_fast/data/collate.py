@@ -13,7 +13,7 @@ A batch is a plain dict. N sequences, T rows in all:
     For the masks of false negatives (recipe/false_negatives.py), int64: query_ids, key_ids [n], negative_ids [h];
         query_contents [n], key_contents [n + h]; other_ids [m, 2], other_of [m]: further right answers and their pairs
     scores [n + h]: a teacher's logits of the targets, then of the hard negatives; NaN where a pair has none
-    sets, blocks [n]: of pairs that a mixture drew
+    sets [n], blocks (list[int] of n, host): of pairs that a mixture drew
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ class Collator:
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         return self.collate_pairs(pairs)
 
-    def collate_pairs(self, pairs: Sequence[Pair]) -> Batch:
+    def collate_pairs(self, pairs: Sequence[Pair], *, answers: bool = True) -> Batch:
         """Training batch of n pairs: queries 0..n-1, targets n..2n-1, then all hard negatives.
 
-        A hard negative without a rewrite is a prompt only; none is scored (its targets are -100).
+        A hard negative without a rewrite is a prompt only; none is scored (its targets are -100). answers: False makes
+        all of them prompts up to ``<disc_emb>``, for contrast of the discriminative embeddings alone.
         """
         pairs = list(pairs)
         dropped: list[str] = []
@@ -115,8 +116,8 @@ class Collator:
         n = len(pairs)
         negatives = [side for pair in pairs for side in pair.negatives]
         sides = [pair.query for pair in pairs] + [pair.target for pair in pairs] + negatives
-        answered = [True] * (2 * n) + [side.rewrite is not None for side in negatives]
-        batch = self._pack(sides, *self._encode(sides, answered), scored=2 * n)
+        answered = [answers] * (2 * n) + [answers and side.rewrite is not None for side in negatives]
+        batch = self._pack(sides, *self._encode(sides, answered, disc_only=not answers), scored=2 * n)
         batch["side"] = torch.tensor([0] * n + [1] * n + [2] * len(negatives))
         if negatives:
             owners = [i for i, pair in enumerate(pairs) for _ in pair.negatives]
@@ -128,7 +129,8 @@ class Collator:
             rows = [pair.scores or none for pair, none in zip(pairs, missing, strict=True)]
             batch["scores"] = torch.tensor([row[0] for row in rows] + [x for row in rows for x in row[1:]])
         if all(pair.drawn is not None for pair in pairs):
-            batch["sets"], batch["blocks"] = torch.tensor([pair.drawn for pair in pairs]).unbind(1)
+            drawn = [pair.drawn or (0, 0) for pair in pairs]
+            batch |= {"sets": torch.tensor([at for at, _ in drawn]), "blocks": [block for _, block in drawn]}
         if dropped:
             batch["dropped"] = dropped
         return batch

@@ -272,7 +272,7 @@ class MixtureSampler(Sampler[list[Place]]):
     dataset: MixtureDataset. batch_size: rows of the GLOBAL batch: all ranks, all micro-steps of one optimizer step.
     accumulation: micro-steps; ``batch_size // accumulation`` rows are one contrast, which ``block`` divides.
     steps: length of the sampler in optimizer steps (default: as many as hold the rows of all sets once). start: the
-    first step, for a run that goes on; ``start_at`` sets it later.
+    first step, for a run that goes on.
     """
 
     def __init__(
@@ -302,19 +302,24 @@ class MixtureSampler(Sampler[list[Place]]):
             dataset.sizes, dataset.weights, batch_size, block=block, seed=seed, labels=dataset.labels
         )
         self.steps = -(-len(dataset) // batch_size) if steps is None else steps
-        self.contrast, self.start, self._epoch = contrast, start, 0
+        self.contrast, self.start, self._first, self._skipped = contrast, start, 0, 0
 
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
     def set_epoch(self, epoch: int) -> None:
         """Of a loop over epochs of ``steps`` steps: the next iteration begins at step epoch * steps (and ``start``)."""
-        self._epoch = epoch
+        self._first = epoch * self.steps
+
+    def resume(self, step: int) -> None:
+        """Before the iteration of the epoch that ``step`` is in, by a loop that then leaves out what came before it
+        itself, as transformers' Trainer does: those micro-steps are empty lists and cost nothing."""
+        self.set_epoch(step // self.steps)
+        self._skipped = step
 
     def __iter__(self) -> Iterator[list[Place]]:
-        first = self._epoch * self.steps
-        for step in range(max(first, self.start), first + self.steps):
-            yield from self.step(step)
+        for step in range(max(self._first, self.start), self._first + self.steps):
+            yield from [[]] * self.accumulation if step < self._skipped else self.step(step)
 
     def step(self, step: int) -> list[list[Place]]:
         """This rank's rows of each micro-step of one optimizer step."""
@@ -324,5 +329,6 @@ class MixtureSampler(Sampler[list[Place]]):
             part = rows[start : start + self.contrast]
             mine = deal(self.dataset.tokens(part[:, :2]), self.ranks, self.batches.block)[self.rank]
             blocks = (start + mine) // self.batches.block
-            parts.append([Place(*row, block) for row, block in zip(part[mine].tolist(), blocks.tolist(), strict=True)])
+            places = np.column_stack([part[mine], blocks]).tolist()
+            parts.append([Place._make(place) for place in places])
         return parts

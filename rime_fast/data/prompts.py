@@ -20,16 +20,18 @@ from rime_fast.recipe.group_rewards import OPPOSITE
 
 
 class PairBatches:
-    """The DataLoader's collate function: at most ``hard_negatives`` of each pair (None: all), then the collator."""
+    """The DataLoader's collate function: at most ``hard_negatives`` of each pair (None: all), then the collator.
 
-    def __init__(self, collator: Collator, hard_negatives: int | None) -> None:
-        self.collator, self.hard_negatives = collator, hard_negatives
+    answers: False for prompts up to ``<disc_emb>`` alone, where no rewrite is trained or read.
+    """
+
+    def __init__(self, collator: Collator, hard_negatives: int | None, answers: bool = True) -> None:
+        self.collator, self.hard_negatives, self.answers = collator, hard_negatives, answers
 
     def __call__(self, pairs: list[Any]) -> dict[str, Any]:
         if self.hard_negatives is not None:
-            few = self.hard_negatives
-            pairs = [replace(p, negatives=p.negatives[:few]) if len(p.negatives) > few else p for p in pairs]
-        return self.collator.collate_pairs(pairs)
+            pairs = [pair.with_negatives(self.hard_negatives) for pair in pairs]
+        return self.collator.collate_pairs(pairs, answers=self.answers)
 
 
 class IndexedPairs(Dataset):

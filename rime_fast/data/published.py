@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from rime_fast.data.archives import MEMBER, has_member
-from rime_fast.data.images import ImageRoot
+from rime_fast.data.images import ImageRoot, ImageSource
 from rime_fast.data.records import Pair, Side, image_list, kind_of, video_source
 from rime_fast.data.texts import Problems, parse_assistant, parse_human, text_of, unknown_keys
 
@@ -97,7 +97,7 @@ def parse_mmeb(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair
     for text_key, image_key in (known[:2], known[2:4], known[4:]):
         path = text_of(raw, image_key, problems)
         zipped = _zipped(path, root) if path else None
-        images = [zipped] if zipped else image_list(path, image_key, root, problems)
+        images: list[ImageSource] = [zipped] if zipped else image_list(path, image_key, root, problems)
         text = parse_human(text_of(raw, text_key, problems), len(images), 0, text_key, problems).strip("\n")
         sides.append(Side(text, images))
     for side, where in zip(sides[:2], (known[0], known[2]), strict=True):

@@ -76,6 +76,10 @@ class Template:
     filler: str | Callable[[Side], str] | None = None
     special_text: Literal["error", "escape"] = "error"
 
+    def render_vision(self, side: Side) -> str:
+        """One placeholder per image, then one per video."""
+        return IMAGE * len(side.images) + VIDEO * len(side.videos)
+
     def render_user(self, side: Side) -> str:
         """The side's parts in order, with one placeholder an image or video; the collator expands them to their token
         counts."""

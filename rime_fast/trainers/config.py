@@ -62,6 +62,16 @@ class CommonConfig(TrainingArguments):
         None, "Images are shrunk to at most this many pixels. None keeps the processor's own limit. UME-R1: 2,359,296."
     )
     image_root: str | None = option(None, "Folder of relative image paths; None: the data file's own folder.")
+    allow_outside: bool = option(
+        False, "Open image paths that lead out of the image root (absolute ones, or by ..). For trusted files."
+    )
+    allow_urls: bool = option(False, "Open image paths like https:// and s3:// (by fsspec).")
+    max_image_pixels: int = option(89_478_485, "An image of more pixels is a bad row; it is never decoded.")
+    video_frames: int | None = option(
+        None, "Frames taken of each video file, evenly; None: video_fps a second. [known, VLM2Vec-V2: 8]"
+    )
+    video_fps: float = option(2.0, "Frames a second taken of video files, and the rate of frame lists. [ours: Qwen's]")
+    max_video_frames: int = option(64, "Most frames taken of a video file. [ours: Qwen3-VL-Embedding's]")
     check_data: bool = option(
         True, "Look at every row before step 1 (no image is decoded). Off for rows made on the fly."
     )
@@ -103,6 +113,11 @@ class CommonConfig(TrainingArguments):
             in_range("max_length", self.max_length, 8)
         if self.max_pixels is not None:
             in_range("max_pixels", self.max_pixels, 1)
+        in_range("max_image_pixels", self.max_image_pixels, 1)
+        in_range("video_fps", self.video_fps, 0, open_low=True)
+        in_range("max_video_frames", self.max_video_frames, 1)
+        if self.video_frames is not None:
+            in_range("video_frames", self.video_frames, 1)
         if self.use_liger_kernel:
             if self.use_cpu:
                 raise ValueError("use_liger_kernel is True; Liger's kernels need a CUDA device, this run is on the CPU")
@@ -157,6 +172,15 @@ class RimeConfig(CommonConfig):
         None, "A pair's first listed negatives that join the keys: None all of them, 0 none. [ours]"
     )
 
+    block: int = option(
+        0,
+        "Of a mixture (train_data as a list of sets): rows of one set that stand together in the global batch; 0 mixes "
+        "row by row. Divides the pairs of one contrast. [known, VLM2Vec-V2 and Think-Then-Embed: 512]",
+    )
+    contrast_scope: str = option(
+        "global",
+        "Which pairs are each other's negatives: 'global' all of one contrast, 'block' those of one of its blocks.",
+    )
     contrastive_batch_size: int | None = option(
         None,
         "Pairs in one contrast, all ranks together: any number, through the gradient cache. Sets "
@@ -183,6 +207,10 @@ class RimeConfig(CommonConfig):
     def __post_init__(self) -> None:
         self.weights()  # raises, naming the weight
         in_range("temperature", self.temperature, 0, open_low=True)
+        in_range("block", self.block, 0)
+        one_of("contrast_scope", self.contrast_scope, ("global", "block"))
+        if self.contrast_scope == "block" and not self.block:
+            raise ValueError("contrast_scope is 'block' and block is 0; set how many rows a block has")
         in_range("temperature_learning_rate", self.temperature_learning_rate, 0)
         if self.hard_negatives is not None:
             in_range("hard_negatives", self.hard_negatives, 0)

@@ -10,19 +10,25 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rime_fast.data.collate import Collator
+from rime_fast.data.mixture import MixtureDataset
 from rime_fast.data.prompts import PairBatches
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
-from rime_fast.recipe.joint import joint_loss, scored_tokens, side_cross_entropy, token_weights
+from rime_fast.recipe.false_negatives import mask_ids
+from rime_fast.recipe.joint import JointLoss, joint_loss, scored_tokens, side_cross_entropy, token_weights
+from rime_fast.recipe.set_scores import set_scores
 from rime_fast.trainers.base import DualModeTrainer
 from rime_fast.trainers.callbacks import On
 from rime_fast.trainers.config import RimeConfig
-from rime_fast.trainers.setup import as_pairs, prepare_model
+from rime_fast.trainers.mixture import MixtureRun, by_block
+from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
 from rime_fast.trainers.temperature import LearnableTemperature
 
 # Batch entries that are for the loss, not for the model.
-LOSS_KEYS = ("side", "query_ids", "key_ids", "negative_ids", "negative_of", "prompt_lengths", "dropped")
+LOSS_KEYS = (
+    *("side", "query_ids", "key_ids", "negative_ids", "negative_of", "prompt_lengths", "dropped"),
+    *("query_contents", "key_contents", "other_ids", "other_of", "scores", "sets", "blocks"),
+)
 
 Rows = dict[str, Tensor]
 
@@ -34,8 +40,8 @@ class RimeTrainer(DualModeTrainer):
 
     model: directory or hub name, a stock Qwen2-VL / Qwen2.5-VL / Qwen3-VL, a DualModeModel, or a peft model of these.
     args: RimeConfig. train_dataset: a file of any supported format or a list of files, a list of Pair, a
-        datasets.Dataset or any map-style dataset whose rows are Pair or rows of a supported format. eval_dataset: the
-        same, or a dict of them.
+        datasets.Dataset or any map-style or iterable dataset whose rows are Pair or rows of a supported format; or a
+        mixture: a list of sets (MixtureSet, or dicts with its fields). eval_dataset: the same, or a dict of them.
     processing_class (or ``processor``): with ``tokenizer`` and ``image_processor``; default: the one beside the model.
     template: a Template, in place of ``args.template``. peft_config: train an adapter. Everything else goes to Trainer.
 
@@ -67,14 +73,11 @@ class RimeTrainer(DualModeTrainer):
         if not isinstance(args, RimeConfig):
             raise TypeError(f"args is {type(args).__name__}; expected RimeConfig")
         model, processor, _ = prepare_model(model, processing_class or processor, args, peft_config)
-        self.collator = Collator(
-            processor,
-            args.template if template is None else template,
-            model.config,
-            max_length=args.max_length,
-            ids=args.mask_false_negatives,
-        )
-        rewrites = self.collator.template.filler is None
+        chosen = args.template if template is None else template
+        self.collator = make_collator(processor, chosen, model.config, args, ids=args.mask_false_negatives)
+        # without a term that trains or reads rewrites, prompts up to <disc_emb> are all that is needed
+        answers = args.ce_query_weight > 0 or args.ce_target_weight > 0 or "gen" in args.weights().modes()
+        rewrites = answers and self.collator.template.filler is None
         train, self.bad_rows = as_pairs(train_dataset, "train_dataset", args, self.collator, rewrites=rewrites)
 
         def opened(source: Any, name: str) -> Any:
@@ -83,7 +86,7 @@ class RimeTrainer(DualModeTrainer):
         evaluation: Any = opened(None if isinstance(eval_dataset, dict) else eval_dataset, "eval_dataset")
         if isinstance(eval_dataset, dict):
             evaluation = {name: opened(part, name) for name, part in eval_dataset.items()}
-        kwargs.setdefault("data_collator", PairBatches(self.collator, args.hard_negatives))
+        kwargs.setdefault("data_collator", PairBatches(self.collator, args.hard_negatives, answers))
         super().__init__(
             model=model,
             args=args,
@@ -98,6 +101,12 @@ class RimeTrainer(DualModeTrainer):
         if args.learnable_temperature:
             self.temperature = LearnableTemperature(args.temperature, args.temperature_learning_rate, args.device)
             self.add_callback(On(on_optimizer_step=self._step_temperature))
+        self.mixture = MixtureRun(train, args) if isinstance(train, MixtureDataset) else None
+        if self.mixture is not None:
+            sampler = self.mixture.sampler
+            self.add_callback(On(on_epoch_begin=lambda: sampler.resume(self.state.global_step)))
+        elif args.block:
+            raise ValueError(f"block is {args.block}; it is for a mixture: a train_dataset that is a list of sets")
         self.cache = GradCache(keep_bytes=args.kept_graphs_gib * 2**30, cost=part_tokens)
         # without a contrast a batch's micro-batches have nothing to do with each other: one serves
         self.micro_batch_tokens = args.micro_batch_tokens if self.weights.modes() else None
@@ -142,7 +151,8 @@ class RimeTrainer(DualModeTrainer):
         batch = {name: value for name, value in inputs.items() if name not in LOSS_KEYS}
         n, hard = _sizes(inputs)
         query_rows = sum(inputs["lengths"][:n])
-        targets, counts = batch.pop("targets"), None
+        device = inputs["input_ids"].device
+        targets, counts = batch.pop("targets", None), None
         if weights.ce_query > 0 or weights.ce_target > 0:
             counts = scored_tokens(targets, query_rows, group)
             batch["token_weight"] = token_weights(targets, query_rows, counts, weights, world)
@@ -163,21 +173,31 @@ class RimeTrainer(DualModeTrainer):
             if hard and len(keys) == 2:
                 # a hard negative without a rewrite has no g: its d is the candidate of the generative terms [ours]
                 keys["gen"] = torch.where((inputs["gen_index"][n:] >= 0)[:, None], keys["gen"], keys["disc"])
-            ids = inputs.get("key_ids")
-            with self.compute_loss_context_manager():
-                joint = joint_loss(
-                    torch.zeros((), device=targets.device),
-                    queries,
-                    keys,
+            ids = _mask_ids(inputs, group)
+
+            def joint_of(own: Tensor | slice, among: Tensor | slice) -> JointLoss:
+                return joint_loss(
+                    torch.zeros((), device=device),
+                    {mode: x[own] for mode, x in queries.items()},
+                    {mode: x[among] for mode, x in keys.items()},
                     weights=weights,
                     temperature=tau,
                     symmetric=args.symmetric,
                     detach_disc=args.detach_disc_in_cross,
-                    query_ids=ids,  # a key is no negative when it equals the query's own positive
-                    key_ids=torch.cat([ids, inputs["negative_ids"]]) if ids is not None and hard else ids,
+                    query_ids=None if ids is None else ids[0][own],
+                    key_ids=None if ids is None else ids[1][among],
                     margin=args.false_negative_margin,
                     group=group,
                 )
+
+            with self.compute_loss_context_manager():
+                if args.contrast_scope == "block" and "blocks" in inputs:
+                    owners = inputs["negative_of"].tolist() if hard else []
+                    joint = by_block(inputs["blocks"], owners, joint_of, device)
+                else:
+                    joint = joint_of(slice(None), slice(None))
+            if self.mixture is not None and "sets" in inputs and self.model.training:
+                self._score_sets(inputs, queries, keys, tau, ids)
             metrics.update({f"contrast/{name}": value for name, value in joint.terms.items()})
             metrics.update({f"hit@1/{name}": value for name, value in joint.accuracy.items()})
             return joint.total
@@ -192,6 +212,40 @@ class RimeTrainer(DualModeTrainer):
             host_features=args.vision_features_on_host,
         )
         return encoder, contrast, metrics
+
+    def _score_sets(self, inputs: dict[str, Any], queries: Rows, keys: Rows, tau: Any, ids: Any) -> None:
+        """Adds up loss and hit@1 of each set, of the term that a served embedding is compared by."""
+        assert self.mixture is not None
+        terms = [(q, k) for q, k, _ in self.weights.pair_terms()]
+        if not terms:
+            return
+        query, key = min(terms, key=[("gen", "gen"), ("disc", "disc"), ("gen", "disc"), ("disc", "gen")].index)
+        blocks = None
+        if self.args.contrast_scope == "block":
+            blocks = torch.tensor(inputs["blocks"], device=self.mixture.sums.device)
+            if "negative_of" in inputs:
+                blocks = torch.cat([blocks, blocks[inputs["negative_of"]]])
+        self.mixture.sums += set_scores(
+            queries[query],
+            keys[key],
+            inputs["sets"],
+            self.mixture.sums.shape[0],
+            temperature=tau,
+            query_ids=None if ids is None else ids[0],
+            key_ids=None if ids is None else ids[1],
+            blocks=blocks,
+            group=self.group,
+        )
+
+    def get_train_dataloader(self) -> Any:
+        """As transformers', or the mixture's own, whose batches depend on seed and step alone."""
+        return super().get_train_dataloader() if self.mixture is None else self.mixture.loader(self.data_collator)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the figures of each set of a mixture."""
+        if "loss" in logs and self.mixture is not None:
+            logs.update(self.mixture.drain(self.state.global_step, self.group))
+        super().log(logs, start_time)
 
     def _observe(self, inputs: dict[str, Any], metrics: Rows) -> None:
         self.observe(metrics, samples=_sizes(inputs)[0], tokens=inputs["input_ids"].shape[0])
@@ -213,6 +267,16 @@ class RimeTrainer(DualModeTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.temperature is not None and checkpoint is not None:
             self.temperature.load(Path(checkpoint))
+
+
+def _mask_ids(inputs: dict[str, Any], group: Any) -> tuple[Tensor, Tensor] | None:
+    """ids of queries and keys that are equal where a key is no negative; None where none were made."""
+    if "key_ids" not in inputs:
+        return None
+    own = torch.cat([inputs["key_ids"], inputs["negative_ids"]]) if "negative_ids" in inputs else inputs["key_ids"]
+    keys = torch.stack([own, inputs["key_contents"]], dim=1)
+    queries = torch.stack([inputs["query_ids"], inputs["query_contents"]], dim=1)
+    return mask_ids(keys, queries, inputs.get("other_ids"), inputs.get("other_of"), group=group)
 
 
 def _sizes(inputs: dict[str, Any]) -> tuple[int, int]:

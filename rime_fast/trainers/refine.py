@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rime_fast.data.collate import Collator
 from rime_fast.data.prompts import IndexedPairs, PromptBatches, RepeatedBatches
 from rime_fast.engine.anchor_bank import AnchorBank
 from rime_fast.engine.packed_batch import PackedBatch, plan_micro_batches
@@ -36,7 +35,7 @@ from rime_fast.trainers.policy import (
     use_packed_attention,
 )
 from rime_fast.trainers.rollouts import RolloutGenerator, RolloutStore
-from rime_fast.trainers.setup import as_pairs, prepare_model
+from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
 
 
 class RefineRLTrainer(DualModeTrainer):
@@ -80,7 +79,7 @@ class RefineRLTrainer(DualModeTrainer):
             use_packed_attention(model)
         self.trained = ("query", "target") if args.trained_sides == "both" else (args.trained_sides,)
         chosen = args.template if template is None else template
-        self.collator = Collator(processor, chosen, model.config, max_length=args.max_length, ids=False)
+        self.collator = make_collator(processor, chosen, model.config, args, ids=False)
 
         self.args, self.bad_rows = args, 0
         train = self._opened(train_dataset, "train")

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from rime_fast.data.check import CheckRules
 from rime_fast.data.collate import Collator
 from rime_fast.data.datasets import PairDataset, open_pairs
+from rime_fast.data.mixture import MixtureSet, mixture_sets, open_mixture
 from rime_fast.engine.wrappers import vision_tower
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
@@ -98,28 +99,68 @@ def freeze_vision(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
+def make_collator(processor: Any, template: Any, config: Any, args: CommonConfig, *, ids: bool) -> Collator:
+    """The Collator with a run's limits."""
+    return Collator(
+        processor,
+        template,
+        config,
+        max_length=args.max_length,
+        video_fps=args.video_fps,
+        video_frames=args.video_frames,
+        max_video_frames=args.max_video_frames,
+        max_image_pixels=args.max_image_pixels,
+        ids=ids,
+    )
+
+
 def as_pairs(source: Any, name: str, args: CommonConfig, collator: Collator, *, rewrites: bool) -> tuple[Any, int]:
     """(a dataset of Pair or None, bad rows left out): what a user passes as a dataset, checked before step 1.
 
-    source: None, a path or a list of paths (joined), a list of Pair or of rows, a datasets.Dataset, any map-style
-    dataset. name: for messages.
+    source: None, a path or a list of paths (joined), a list of sets (MixtureSet, or dicts with its fields), a list of
+    Pair or of rows, a datasets.Dataset, any map-style or iterable dataset. name: for messages.
     rewrites: both sides need one. Raises DataError with file, row and field of every bad row unless
     ``args.on_bad_row`` is "skip"; TypeError for a source of another kind.
     """
     if source is None:
         return None, 0
+    if (sets := mixture_sets(source, name)) is not None:
+        bad = []
+
+        def one(entry: MixtureSet) -> Any:
+            root = args.image_root if entry.image_root is None else entry.image_root
+            part, left_out = _opened(entry.path, entry.label, args, collator, rewrites, root, entry.format)
+            bad.append(left_out)
+            return part
+
+        return open_mixture(sets, one), sum(bad)
     if isinstance(source, (list, tuple)) and source and all(isinstance(part, (str, Path)) for part in source):
         parts = [as_pairs(part, name, args, collator, rewrites=rewrites) for part in source]
         return ConcatDataset([pairs for pairs, _ in parts]), sum(bad for _, bad in parts)
+    return _opened(source, name, args, collator, rewrites, args.image_root, None)
+
+
+def _opened(
+    source: Any,
+    name: str,
+    args: CommonConfig,
+    collator: Collator,
+    rewrites: bool,
+    image_root: str | None,
+    file_format: str | None,
+) -> tuple[PairDataset, int]:
+    options: dict[str, Any] = {"image_root": image_root, "file_format": file_format, "name": name}
+    options |= {"allow_outside": args.allow_outside, "allow_urls": args.allow_urls}
     if not args.check_data:
-        return PairDataset(source, image_root=args.image_root, name=name), 0
-    rules = CheckRules(rewrites=rewrites, max_length=args.max_length, measure=collator.measure)
+        return PairDataset(source, **options), 0
+    rules = CheckRules(
+        rewrites=rewrites, max_length=args.max_length, measure=collator.measure, max_pixels=args.max_image_pixels
+    )
     dataset, report = open_pairs(
         source,
-        name=name,
         rules=rules,
         on_bad_row=args.on_bad_row,  # type: ignore[arg-type]
-        image_root=args.image_root,
+        **options,
     )
     if report.bad_rows and is_main_process():
         shown = "\n".join(str(problem) for problem in report.problems[:5])

@@ -1,0 +1,97 @@
+"""A mixture's part of a joint run: its loader, the blocks of a contrast, and the figures of each set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rime_fast.data.mixture import MixtureDataset, MixtureSampler
+from rime_fast.recipe.joint import JointLoss
+from rime_fast.trainers.config import RimeConfig
+
+Rows = dict[str, Tensor]
+
+
+class MixtureRun:
+    """The sampler of one rank, and per-set sums that stay on the device until they are logged.
+
+    The global batch (``per_device_train_batch_size`` x ranks x accumulation rows) depends on the data seed and the step
+    alone; see data/mixture.py.
+    """
+
+    def __init__(self, dataset: MixtureDataset, args: RimeConfig) -> None:
+        ranks, accumulation = max(args.world_size, 1), args.gradient_accumulation_steps
+        contrast = args.per_device_train_batch_size * ranks
+        if args.contrast_scope == "block" and args.block % ranks:
+            raise ValueError(f"block is {args.block}; with contrast_scope='block' expected a multiple of {ranks} ranks")
+        self.dataset, self.args = dataset, args
+        self.sampler = MixtureSampler(
+            dataset,
+            contrast * accumulation,
+            block=args.block,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            ranks=ranks,
+            accumulation=accumulation,
+        )
+        self.sums = torch.zeros(len(dataset.labels), 3, device=args.device)
+
+    def loader(self, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+        """This rank's micro-steps; not to be sharded again."""
+        args = self.args
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def drain(self, step: int, group: dist.ProcessGroup | None) -> dict[str, float]:
+        """For the log: loss and hit@1 of each set since the last call, its rows and passes since step 0."""
+        if group is not None:
+            dist.all_reduce(self.sums, group=group)
+        batches, logs = self.sampler.batches, {}
+        rows = batches.before(step) * batches.block
+        for label, size, read, (loss, hits, count) in zip(
+            self.dataset.labels, self.dataset.sizes.tolist(), rows.tolist(), self.sums.tolist(), strict=True
+        ):
+            logs[f"set/{label}/rows"], logs[f"set/{label}/passes"] = read, read / size
+            if count:
+                logs[f"set/{label}/loss"], logs[f"set/{label}/hit@1"] = loss / count, hits / count
+        self.sums.zero_()
+        return logs
+
+
+def by_block(
+    blocks: list[int], owners: list[int], loss: Callable[[Tensor, Tensor], JointLoss], device: torch.device
+) -> JointLoss:
+    """The mean over blocks of ``loss(queries, keys)`` of their places alone (``contrast_scope: block``).
+
+    blocks: of each of n pairs, equally many on every rank. owners: the pair of each hard negative, whose key stands at
+    n + its number.
+    """
+    found = [loss(*places) for places in _places(blocks, owners, device)]
+    mean = 1 / len(found)
+
+    def averaged(name: str) -> Rows:
+        first = getattr(found[0], name)
+        return {key: torch.stack([getattr(part, name)[key] for part in found]).mean(0) for key in first}
+
+    total = torch.stack([part.total for part in found]).sum() * mean
+    return JointLoss(total, averaged("terms"), averaged("accuracy"))
+
+
+def _places(blocks: list[int], owners: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    n = len(blocks)
+    for block in sorted(set(blocks)):
+        own = [i for i, other in enumerate(blocks) if other == block]
+        hard = [n + j for j, owner in enumerate(owners) if blocks[owner] == block]
+        yield torch.tensor(own, device=device), torch.tensor(own + hard, device=device)
