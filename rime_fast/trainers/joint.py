@@ -11,16 +11,17 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rime_fast.data.mixture import MixtureDataset
+from rime_fast.data.mixture_run import MixtureRun
 from rime_fast.data.prompts import PairBatches
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
+from rime_fast.recipe.blocks import by_block
 from rime_fast.recipe.false_negatives import mask_ids
 from rime_fast.recipe.joint import JointLoss, joint_loss, scored_tokens, side_cross_entropy, token_weights
 from rime_fast.recipe.set_scores import set_scores
 from rime_fast.trainers.base import DualModeTrainer
 from rime_fast.trainers.callbacks import On
 from rime_fast.trainers.config import RimeConfig
-from rime_fast.trainers.mixture import MixtureRun, by_block
 from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
 from rime_fast.trainers.temperature import LearnableTemperature
 

@@ -1,30 +1,25 @@
-"""A mixture's part of a joint run: its loader, the blocks of a contrast, and the figures of each set."""
+"""A mixture's part of a joint run: its loader, and the figures of each set for the log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rime_fast.data.mixture import MixtureDataset, MixtureSampler
-from rime_fast.recipe.joint import JointLoss
-from rime_fast.trainers.config import RimeConfig
-
-Rows = dict[str, Tensor]
 
 
 class MixtureRun:
     """The sampler of one rank, and per-set sums that stay on the device until they are logged.
 
     The global batch (``per_device_train_batch_size`` x ranks x accumulation rows) depends on the data seed and the step
-    alone; see data/mixture.py.
+    alone; see mixture.py. args: the run's RimeConfig.
     """
 
-    def __init__(self, dataset: MixtureDataset, args: RimeConfig) -> None:
+    def __init__(self, dataset: MixtureDataset, args: Any) -> None:
         ranks, accumulation = max(args.world_size, 1), args.gradient_accumulation_steps
         contrast = args.per_device_train_batch_size * ranks
         if args.contrast_scope == "block" and args.block % ranks:
@@ -68,30 +63,3 @@ class MixtureRun:
                 logs[f"set/{label}/loss"], logs[f"set/{label}/hit@1"] = loss / count, hits / count
         self.sums.zero_()
         return logs
-
-
-def by_block(
-    blocks: list[int], owners: list[int], loss: Callable[[Tensor, Tensor], JointLoss], device: torch.device
-) -> JointLoss:
-    """The mean over blocks of ``loss(queries, keys)`` of their places alone (``contrast_scope: block``).
-
-    blocks: of each of n pairs, equally many on every rank. owners: the pair of each hard negative, whose key stands at
-    n + its number.
-    """
-    found = [loss(*places) for places in _places(blocks, owners, device)]
-    mean = 1 / len(found)
-
-    def averaged(name: str) -> Rows:
-        first = getattr(found[0], name)
-        return {key: torch.stack([getattr(part, name)[key] for part in found]).mean(0) for key in first}
-
-    total = torch.stack([part.total for part in found]).sum() * mean
-    return JointLoss(total, averaged("terms"), averaged("accuracy"))
-
-
-def _places(blocks: list[int], owners: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    n = len(blocks)
-    for block in sorted(set(blocks)):
-        own = [i for i, other in enumerate(blocks) if other == block]
-        hard = [n + j for j, owner in enumerate(owners) if blocks[owner] == block]
-        yield torch.tensor(own, device=device), torch.tensor(own + hard, device=device)
