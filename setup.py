@@ -2,6 +2,8 @@
 
 What is built: C++ row kernels for the CPU whenever cmake, a C++ compiler and torch are importable in the build
 environment (`pip install --no-build-isolation .`), and the CUDA kernels as well when nvcc and a CUDA torch are there.
+The library holds no Python symbols and of torch only the stable ABI's, so a wheel with it is py3-none-PLATFORM, one for
+every Python and torch of the range; a wheel without it is py3-none-any.
 
 Environment: RIME_FAST_BUILD=0 skips the build, =1 makes a failed build an error (default: warn and go on);
 RIME_FAST_CUDA_ARCHS="80;90a;100" overrides the CUDA targets; RIME_FAST_CUDA=0 builds for the CPU only.
@@ -16,7 +18,9 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -61,6 +65,7 @@ class CMakeBuild(build_ext):
             "-B",
             str(build),
             "-DCMAKE_BUILD_TYPE=Release",
+            "-DCMAKE_SKIP_RPATH=ON",  # torch is imported first; no path of the building machine in a wheel
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
             f"-DTORCH_DIR={Path(torch.__file__).parent}",
             f"-DRIME_OUTPUT_DIR={output.parent}",
@@ -74,4 +79,31 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
 
 
-setup(ext_modules=[Extension("rime_fast._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
+class BuildPy(build_py):
+    """The settings of examples/ travel inside the package, where rime_fast.data.examples finds them."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree(str(ROOT / "examples"), str(Path(self.build_lib, "rime_fast", "examples")))
+
+
+class Wheel(bdist_wheel):
+    """Tagged by what is in it, which is known only after the build."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        built = Path(self.get_finalized_command("build").build_lib)
+        self.root_is_pure = not (built / "rime_fast" / "_C.so").is_file()
+        if self.root_is_pure:
+            self.distribution.ext_modules = []  # or everything would go into the platform's part of the wheel
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
+
+
+setup(
+    ext_modules=[Extension("rime_fast._C", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy, "bdist_wheel": Wheel},
+)

