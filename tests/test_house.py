@@ -83,20 +83,6 @@ def test_no_circle_anywhere():
     assert not found, found
 
 
-def test_components_take_values_not_a_trainer():
-    """The two trainers and their base aside, nothing below the command line is given a whole trainer."""
-    wrong = []
-    for name, tree in modules().items():
-        if floor(name) == TOP or name in ("trainers.base", "trainers.joint", "trainers.refine"):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-                every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                wrong += [f"{name}, line {node.lineno}" for one in every if one.arg == "trainer"]
-    assert not wrong, wrong
-    assert len([name for name in modules() if name.split(".")[0] == "trainers"]) <= 11
-
-
 def test_the_search_for_circles_finds_them():
     assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
@@ -110,6 +96,57 @@ def test_recipe_and_ops_stay_pure():
             module = node.module if isinstance(node, ast.ImportFrom) else None
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [module or ""]
             assert not {"transformers", "accelerate"} & {one.split(".")[0] for one in names}, name
+
+
+# --- the trainers and the operators ----------------------------------------------------------------------------------
+
+
+def test_components_know_no_trainer():
+    """A component gets the values it needs; only the trainers' own files, and those who start one, hold a trainer."""
+    wrong = []
+    for name, tree in modules().items():
+        if floor(name) == TOP or name in ("trainers.base", "trainers.joint", "trainers.refine"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                wrong += [f"{name}.{node.name}" for argument in given if argument.arg == "trainer"]
+    assert not wrong, wrong
+
+
+def test_the_trainers_are_few_files_on_few_floors():
+    own = {name for name in modules() if name.startswith("trainers.")}
+    assert len(own) + 1 <= 11, sorted(own)  # and __init__.py
+
+    def height(name: str) -> int:
+        return 1 + max((height(one) for one in imports(name) & own), default=0)
+
+    assert max(map(height, own)) <= 4, {name: height(name) for name in own}
+
+
+ANATOMY = {"op", "reference", "cpu", "cuda", "triton", "triton_kernels"}
+OWN = {  # what an operator has besides, because no other needs it
+    "contrastive": {"agreement", "keys", "problem", "schedule", "softmax", "tiles"},
+    "logprob_pool": {"arguments", "problem", "read_outs", "rows", "triton_rows", "triton_tiles", "vocab_parallel"},
+    "reward": {"stream", "weights"},
+}
+
+
+def test_every_operator_has_the_same_files():
+    found: dict[str, set[str]] = {}
+    for name in modules():
+        folder, _, module = name.removeprefix("ops.").partition(".")
+        if name.startswith("ops.") and module:
+            found.setdefault(folder, set()).add(module)
+    assert found == {name: ANATOMY | own for name, own in OWN.items()}
+
+
+def test_the_contributors_page_names_what_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:rime_fast|csrc|tests|docs|benchmarks)/[\w./*]*)`", text)
+    assert len(named) > 20
+    missing = [one for one in named if not list(ROOT.glob(one.rstrip("/")))]
+    assert not missing, missing
 
 
 # --- the public interface --------------------------------------------------------------------------------------------
@@ -170,9 +207,6 @@ def public_callables() -> list[Any]:
     return found
 
 
-PENDING = {"softcap", "ignore_index", "vocab_group"}  # of the log-probs operator
-
-
 @pytest.mark.parametrize(("owner", "function"), public_callables())
 def test_every_option_has_a_caller(owner, function):
     """An option that neither the package nor a page's example gives is one that nobody needs."""
@@ -184,7 +218,7 @@ def test_every_option_has_a_caller(owner, function):
         if method := getattr(base, function.__name__, None):
             inherited |= set(inspect.signature(method).parameters)
     options = [one for one in inspect.signature(function).parameters.values() if one.default is not one.empty]
-    missing = {one.name for one in options} - inherited - called(owner) - PENDING
+    missing = {one.name for one in options} - inherited - called(owner)
     assert not missing, f"{function.__qualname__}: {sorted(missing)} is given nowhere"
 
 
