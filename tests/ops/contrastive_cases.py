@@ -113,15 +113,26 @@ def run(case: Case, dtype: torch.dtype, backend: str, **changes: Any) -> Result:
 
 def temperature_terms(case: Case) -> float:
     """Sum over all similarities s of |dL/ds s| / temperature, of which the temperature's gradient is minus the sum."""
-    sides = {f"{q}-{k}": (case.queries[q] @ case.keys[k].T).requires_grad_() for q, k, _ in case.terms}
+    settings = {name: value for name, value in case.settings.items() if name not in ("dims", "dim_weights")}
+    terms = [(q, k, weight) for q, k, weight in case.terms]
+    if widths := case.settings.get("dims"):  # a term of its own for each width
+        dim_weights = case.settings.get("dim_weights") or [1.0] * len(widths)
+        at = list(zip(widths, dim_weights, strict=True))
+        parts = [
+            {f"{mode}{m}": F.normalize(rows[:, :m], dim=1) for mode, rows in side.items() for m in widths}
+            for side in (case.queries, case.keys)
+        ]
+        terms = [(f"{q}{m}", f"{k}{m}", weight * own) for q, k, weight in terms for m, own in at]
+        case = replace(case, queries=parts[0], keys=parts[1])
+    sides = {f"{q}-{k}": (case.queries[q] @ case.keys[k].T).requires_grad_() for q, k, _ in terms}
     each_key = torch.eye(next(iter(case.keys.values())).shape[0], dtype=torch.float64, device=case.device)
     out = contrastive_loss(
         sides,  # similarities as rows: against the unit vectors they are their own products
         dict.fromkeys(sides, each_key),
-        terms=[(f"{q}-{k}", f"{q}-{k}", weight) for q, k, weight in case.terms],
+        terms=[(f"{q}-{k}", f"{q}-{k}", weight) for q, k, weight in terms],
         temperature=case.temperature,
         backend="reference",
-        **case.settings,
+        **settings,
     )
     slopes = torch.autograd.grad(out.loss, list(sides.values()))
     products = [(slope * side.detach()).abs().sum() for slope, side in zip(slopes, sides.values(), strict=True)]
@@ -134,6 +145,11 @@ def check_rule(found: Result, eager: Result, truth: Result, dtype: torch.dtype) 
     for name, exact in truth.out.per_term.items():
         assert_rule(name, found.out.per_term[name], eager.out.per_term[name], exact, dtype)
         assert abs(found.out.accuracy[name].item() - truth.out.accuracy[name].item()) < 1e-6, f"accuracy of {name}"
+    for width, exact in truth.out.per_dim.items():
+        assert_rule(f"width {width}", found.out.per_dim[width], eager.out.per_dim[width], exact, dtype)
+    assert found.out.accuracy.keys() == truth.out.accuracy.keys()
+    for name, exact in truth.out.accuracy.items():
+        assert abs(found.out.accuracy[name].item() - exact.item()) < 1e-6, f"accuracy of {name}"
     assert found.gradients.keys() == truth.gradients.keys()
     for name, exact in truth.gradients.items():
         absolute = truth.temperature_terms if name == "temperature" else 0.0

@@ -64,9 +64,10 @@ def equality(rank: int, world: int) -> None:
     masked = make_case(sum(queries), sum(keys), 16, shuffled=True, ids=True, margin=0.1)
     one_way = make_case(sum(queries), sum(keys), 16, shuffled=True, symmetric=False)
     several = make_case(sum(queries), sum(keys), 16, positives=3, ids=True, margin=0.1)
+    nested = replace(several, settings={**several.settings, "dims": [3, 8, 16], "dim_weights": [1.0, 0.5, 2.0]})
     for limit in ("8192", "0"):
         os.environ[GATHER_LIMIT] = limit
-        for case in (masked, one_way, several):
+        for case in (masked, one_way, several, nested):
             check_against_one_process(case, queries, keys, torch.float64, "chunked")
             if limit != "0":
                 check_against_one_process(case, queries, keys, torch.float64, "reference")
@@ -139,6 +140,7 @@ def errors(rank: int, world: int) -> None:
     fails("temperature differs", temperature=0.1 if last else 0.2)
     fails("temperature differs .*: 0.2.* on rank 0, 0.1", temperature=torch.tensor(0.1 if last else 0.2))
     fails("temperature is -0.2", temperature=torch.tensor(-0.2 if last else 0.2))
+    fails("dims or dim_weights differs", dims=[2, 4] if last else [4])
     fails("margin differs", margin=0.1 if last else None)
     fails("symmetric differs", symmetric=last)
     fails("query_ids and key_ids", **({"query_ids": torch.arange(3), "key_ids": torch.arange(3)} if last else {}))

@@ -48,6 +48,7 @@ FIELDS = (
 # What all ranks have to agree on: key of the settings -> the argument to name.
 AGREED = {
     "terms": "terms",
+    "widths": "dims or dim_weights",
     "dims": "the embedding size D of queries and keys",
     "positives": "the number of positives a query (labels.shape[1])",
     "dtype": "the dtype of queries and keys",
@@ -121,6 +122,7 @@ def _settings(problem: Problem, temperature: float | Tensor) -> dict[str, Any]:
     embeddings = *x.queries, *x.keys
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*embeddings, x.temperature))
     return {
+        "widths": _short([options.widths, problem.width_weights]),
         "terms": _short(list(zip(problem.names, problem.weights, strict=True))),
         "dims": _short([t.shape[1] for t in embeddings]),
         "positives": x.labels.shape[1] if x.labels is not None and x.labels.dim() == 2 else "one a query",

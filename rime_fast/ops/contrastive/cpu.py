@@ -27,8 +27,11 @@ def sweep(
     scale: Tensor,
     masks: list[tiles.Masks],
     flag: Tensor,
+    widths: tuple[int, ...] = (),
 ) -> tiles.TileSweep:
     """queries, keys: from ``operands``. flag: 0-d int32, 1 when every |logit| <= BOUNDED."""
     compiled = tiles.has_compiled_rows(queries[0])
     rows = tiles.CompiledRows(scale, flag) if compiled else tiles.TorchRows(scale)
+    if len(widths) > 1:
+        return tiles.NestedSweep(queries, keys, terms, masks, rows, TILE, 1, widths)
     return tiles.TileSweep(queries, keys, terms, masks, rows, TILE, align=1)

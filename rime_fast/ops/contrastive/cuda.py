@@ -26,9 +26,12 @@ def sweep(
     scale: Tensor,
     masks: list[tiles.Masks],
     flag: Tensor,
+    widths: tuple[int, ...] = (),
 ) -> tiles.TileSweep:
     """As cpu.sweep; rows of the kernels' tiles start at 16 bytes."""
     rows = CudaRows(scale, flag) if tiles.has_compiled_rows(queries[0]) else tiles.TorchRows(scale)
+    if len(widths) > 1:
+        return tiles.NestedSweep(queries, keys, terms, masks, rows, TILE, 4, widths)
     return tiles.TileSweep(queries, keys, terms, masks, rows, TILE, align=4)
 
 

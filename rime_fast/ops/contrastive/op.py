@@ -11,7 +11,7 @@ The first three run one schedule (schedule.py). An operator takes the tensors an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,13 +46,16 @@ class ContrastiveOutput:
 
     loss: 0-d, fp32 (fp64 for fp64 inputs): the sum over terms of weight x C(query mode, key mode).
     per_term: "query mode-key mode" -> C, 0-d, before its weight; carries gradient as ``loss`` does.
+    per_dim: width -> sum over terms of weight x C, 0-d, before the width's own weight; empty without ``dims``.
     accuracy: "query mode-key mode" -> hit@1, 0-d, detached: the share of queries whose positive is more similar than
-        every other candidate that is not masked. An equal candidate is a miss.
+        every other candidate that is not masked. An equal candidate is a miss. With ``dims`` that of the widest, and
+        ("query mode-key mode", width) -> that of each.
     """
 
     loss: Tensor
     per_term: dict[str, Tensor]
-    accuracy: dict[str, Tensor]
+    accuracy: dict[str | tuple[str, int], Tensor]
+    per_dim: dict[int, Tensor] = field(default_factory=dict)
 
 
 def contrastive_loss(
@@ -66,6 +69,8 @@ def contrastive_loss(
     key_ids: Tensor | None = None,
     margin: float | None = None,
     symmetric: bool = True,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     group: Any = None,
     backend: str = "auto",
 ) -> ContrastiveOutput:
@@ -93,6 +98,10 @@ def contrastive_loss(
             by more than rounding (1e-5 of the norms): twins of the positive stay, also with a margin of 0. In the
             second direction the anchor is the key (its most similar labelled query counts).
         symmetric: both directions, or queries to keys only.
+        dims: Matryoshka widths, ascending, at most D: the loss is the sum over them of ``dim_weights`` (1 each) x the
+            loss of the rows' first columns, normalised at every width (rows need not be unit then). Own softmaxes,
+            margin and hit@1 for each; all in one sweep, at the products of the widest alone. With several widths
+            "triton" is not offered. ``dims=[D]`` is the loss of the normalised rows.
         group: a torch.distributed process group. Rows are this rank's; candidates are all ranks' keys (in rank order)
             and, in the second direction, all ranks' queries; ``labels`` index the keys of all ranks (default: key i of
             this rank). Ranks may hold different N and K; every rank must call, and call backward. Not under compile.
@@ -111,9 +120,20 @@ def contrastive_loss(
             Inf in a row gives a NaN loss and NaN gradients where they depend on that row (other queries' gradients
             stay finite with symmetric=False).
     """
-    arguments = (queries, keys, terms, temperature, labels, query_ids, key_ids, margin, symmetric)
+    arguments = (queries, keys, terms, temperature, labels, query_ids, key_ids, margin, symmetric, dims, dim_weights)
+
+    def choose(tensor: Tensor) -> str:
+        chosen = TABLE.choose(backend, tensor)
+        if chosen != "triton" or dims is None or len(dims) == 1:
+            return chosen
+        if backend == "triton":
+            raise ValueError(
+                "backend='triton' cannot run here: it has one width; several dims run on chunked or reference"
+            )
+        return "chunked"
+
     if group is not None and _has_others(group):
-        agreed = agree(arguments, group, lambda tensor: TABLE.choose(backend, tensor))
+        agreed = agree(arguments, group, choose)
         problem = agreed.problem
         x = problem.inputs
         _refuse_forward_ad(problem)
@@ -122,7 +142,7 @@ def contrastive_loss(
         else:
             per_term, hits = _Grouped.apply(agreed, x.temperature, *x.queries, *x.keys)
     else:
-        problem = make_problem(*arguments, choose=lambda tensor: TABLE.choose(backend, tensor))
+        problem = make_problem(*arguments, choose=choose)
         _refuse_forward_ad(problem)
         try:
             if problem.options.backend == "reference":
@@ -131,15 +151,39 @@ def contrastive_loss(
                 per_term, hits, _, _ = torch.ops.rime_fast.contrastive(*problem.inputs, problem.options.encode())
         except NonFiniteRow as error:  # below the public function modes have no names
             raise ValueError(problem.row_message(error)) from None
+    if widths := problem.options.widths:
+        return _of_widths(problem, per_term.view(-1, len(widths)), hits.detach().view(-1, len(widths)))
     losses = per_term.unbind()
     # Weights stay Python numbers: a tensor made from host data would make the host wait on CUDA.
-    loss = problem.weights[0] * losses[0]
-    for weight, value in zip(problem.weights[1:], losses[1:], strict=True):
-        loss = loss + weight * value
     return ContrastiveOutput(
-        loss=loss,
+        loss=_weighted(problem.weights, losses),
         per_term=dict(zip(problem.names, losses, strict=True)),
         accuracy=dict(zip(problem.names, hits.detach().unbind(), strict=True)),
+    )
+
+
+def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total = total + weight * value
+    return total
+
+
+def _of_widths(problem: Problem, losses: Tensor, hits: Tensor) -> ContrastiveOutput:
+    """From loss and hit@1 [terms, widths]."""
+    names, widths = problem.names, problem.options.widths
+    per_term = [_weighted(problem.width_weights, term.unbind()) for term in losses.unbind()]
+    accuracy: dict[str | tuple[str, int], Tensor] = {}
+    for name, term in zip(names, hits.unbind(), strict=True):
+        accuracy[name] = term[-1]
+        accuracy |= {(name, width): hit for width, hit in zip(widths, term.unbind(), strict=True)}
+    return ContrastiveOutput(
+        loss=_weighted(problem.weights, per_term),
+        per_term=dict(zip(names, per_term, strict=True)),
+        accuracy=accuracy,
+        per_dim={
+            width: _weighted(problem.weights, at.unbind()) for width, at in zip(widths, losses.T.unbind(), strict=True)
+        },
     )
 
 
@@ -204,7 +248,7 @@ def _(
     key_ids: Tensor | None,
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    terms, like = (len(options) - 4) // 2, queries[0]
+    terms, like = Options.decode(options).n_losses, queries[0]
     loss = like.new_empty(terms, dtype=accumulation_dtype(like.dtype))
     positives = 1 if labels is None or labels.dim() == 1 else labels.shape[1]
     rows = like.new_empty(terms, 2 + positives, like.shape[0], dtype=torch.float64)

@@ -29,33 +29,35 @@ SAME_SIMILARITY = 1e-5
 class Options:
     """The settings of a call that are no tensors; as numbers (``encode``) they pass through an operator's schema.
 
-    terms: (position in queries, position in keys) of each term. backend: the one that runs, never "auto".
+    terms: (position in queries, position in keys) of each term. backend: the one that runs, never "auto". widths: the
+    leading columns that are compared, ascending, the last one all of them; () for all alone. A term has one loss a
+    width: losses are counted term by term, the widths of one together.
     """
 
     terms: tuple[tuple[int, int], ...]
     margin: float | None
     symmetric: bool
     backend: str
+    widths: tuple[int, ...] = ()
+
+    @property
+    def n_losses(self) -> int:
+        return len(self.terms) * max(1, len(self.widths))
 
     def encode(self) -> list[float]:
-        """[backend, symmetric, margin given, margin, then two positions a term]."""
+        """[backend, symmetric, margin given, margin, the number of widths, the widths, two positions a term]."""
         margin = 0.0 if self.margin is None else self.margin
-        flat = [float(position) for term in self.terms for position in term]
-        return [
-            float(BACKENDS.index(self.backend)),
-            float(self.symmetric),
-            float(self.margin is not None),
-            margin,
-            *flat,
-        ]
+        flat = [len(self.widths), *self.widths, *(position for term in self.terms for position in term)]
+        flags = BACKENDS.index(self.backend), self.symmetric, self.margin is not None
+        return [*map(float, flags), margin, *map(float, flat)]
 
     @classmethod
     def decode(cls, numbers: Sequence[float]) -> Options:
         """The inverse of ``encode``."""
         backend, symmetric, masked, margin = numbers[:4]
-        flat = [int(number) for number in numbers[4:]]
-        terms = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return cls(terms, margin if masked else None, bool(symmetric), BACKENDS[int(backend)])
+        count, *flat = [int(number) for number in numbers[4:]]
+        terms = tuple(zip(flat[count::2], flat[count + 1 :: 2], strict=True))
+        return cls(terms, margin if masked else None, bool(symmetric), BACKENDS[int(backend)], tuple(flat[:count]))
 
 
 class Inputs(NamedTuple):
@@ -81,13 +83,14 @@ class Inputs(NamedTuple):
 class Problem:
     """One contrastive call, flattened: modes become positions in two lists of tensors.
 
-    query_modes, key_modes: their names. names, weights: of each term.
+    query_modes, key_modes: their names. names, weights: of each term. width_weights: of each of ``Options.widths``.
     """
 
     query_modes: list[str]
     key_modes: list[str]
     names: list[str]
     weights: list[float]
+    width_weights: list[float]
     inputs: Inputs
     options: Options
 
@@ -124,6 +127,8 @@ def make_problem(
     key_ids: Tensor | None,
     margin: float | None,
     symmetric: bool,
+    dims: Sequence[int] | None,
+    dim_weights: Sequence[float] | None,
     *,
     choose: Callable[[Tensor], str],
 ) -> Problem:
@@ -159,6 +164,12 @@ def make_problem(
             f"labels is None, so key i is the positive of query i, but keys hold {n_keys} rows for {n} queries; "
             "expected at least as many keys as queries, or labels"
         )
+    widths, width_weights = _check_widths(dims, dim_weights, [*flat_queries, *flat_keys])
+    if widths:  # the widest is normalised here, by autograd; the others relative to it, in the kernels' sweep
+        flat_queries, flat_keys = (
+            [torch.nn.functional.normalize(rows[:, : widths[-1]], dim=1) for rows in side]
+            for side in (flat_queries, flat_keys)
+        )
     positions = tuple((query_modes.index(q), key_modes.index(k)) for q, k in pairs)
     scale = _check_temperature(temperature, first)
     return Problem(
@@ -166,8 +177,9 @@ def make_problem(
         key_modes,
         names,
         weights,
+        width_weights,
         Inputs(flat_queries, flat_keys, scale, labels, query_ids, key_ids),
-        Options(positions, _check_margin(margin), bool(symmetric), choose(first)),
+        Options(positions, _check_margin(margin), bool(symmetric), choose(first), widths),
     )
 
 
@@ -243,6 +255,32 @@ def _check_index(name: str, index: object, length: int, what: str, device: torch
         raise ValueError(f"{name} has shape {tuple(index.shape)}; expected {shape} ({what})")
     if index.device != device:
         raise ValueError(f"{name} is on {index.device}; expected {device}")
+
+
+def _check_widths(dims: object, dim_weights: object, embeddings: list[Tensor]) -> tuple[tuple[int, ...], list[float]]:
+    if dims is None:
+        if dim_weights is not None:
+            raise ValueError("dim_weights came without dims; expected both or dims alone")
+        return (), []
+    if isinstance(dims, (str, bytes)) or not isinstance(dims, Sequence):
+        raise TypeError(f"dims is {type(dims).__name__}; expected a list of widths or None")
+    most = min(rows.shape[1] for rows in embeddings)
+    ints = all(isinstance(width, int) and not isinstance(width, bool) for width in dims)
+    if not dims or not ints or dims[0] < 1 or dims[-1] > most or list(dims) != sorted(set(dims)):
+        raise ValueError(f"dims is {dims!r}; expected ascending whole numbers from 1 to {most}, the embedding size D")
+    weights = [1.0] * len(dims) if dim_weights is None else dim_weights
+    if isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence) or len(weights) != len(dims):
+        raise ValueError(f"dim_weights is {dim_weights!r}; expected a number for each of the {len(dims)} dims")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _finite(weight):
+            raise ValueError(f"dim_weights holds {weight!r}; expected finite numbers")
+    return tuple(dims), [float(weight) for weight in weights]
+
+
+def inverse_norms(rows: Tensor, width: int) -> Tensor:
+    """[N] what brings the first ``width`` columns of each row to unit norm."""
+    part = rows[:, :width]
+    return part.norm(dim=1, dtype=accumulation_dtype(rows.dtype)).clamp_min(1e-12).reciprocal()
 
 
 def _check_temperature(temperature: object, like: Tensor) -> Tensor:

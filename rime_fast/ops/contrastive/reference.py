@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rime_fast.ops.collectives import gather_rows
@@ -89,9 +90,13 @@ def reference_terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     if x.query_ids is not None and x.key_ids is not None:
         twins = (x.query_ids[:, None] == x.key_ids[None, :]) & ~own
     for q, k in options.terms:
-        loss, hit = _one_term(x.queries[q], x.keys[k], x.temperature, positives, own, twins, options)
-        losses.append(loss)
-        hits.append(hit)
+        for width in options.widths or (x.queries[q].shape[1],):
+            sides = x.queries[q], x.keys[k]
+            if width < sides[0].shape[1]:
+                sides = tuple(F.normalize(side[:, :width], dim=1) for side in sides)
+            loss, hit = _one_term(*sides, x.temperature, positives, own, twins, options)
+            losses.append(loss)
+            hits.append(hit)
     return torch.stack(losses), torch.stack(hits)
 
 

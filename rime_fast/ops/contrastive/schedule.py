@@ -20,13 +20,22 @@ from rime_fast.ops.contrastive.problem import (
     Options,
     accumulation_dtype,
     check_labels,
+    inverse_norms,
     largest_norm,
     positive_temperature,
     require_finite,
     require_temperature,
 )
 from rime_fast.ops.contrastive.softmax import BOUNDED, Positives, Slopes, Solved, Statistics
-from rime_fast.ops.contrastive.tiles import Masks, TileSweep, id_classes, pair_similarity, scale_by, unit_of
+from rime_fast.ops.contrastive.tiles import (
+    Masks,
+    NestedSweep,
+    TileSweep,
+    id_classes,
+    pair_similarity,
+    scale_by,
+    unit_of,
+)
 
 
 class Schedule:
@@ -59,9 +68,12 @@ class Schedule:
         self.key_weights: Tensor | None = None  # Positives.key_weights over all ranks
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss of each term, hit@1 of each term; Solved.rows and Solved.cols of each term for the backward)."""
+        """(losses, hit@1 of each; Solved.rows and Solved.cols of each for the backward), ``n_losses`` of each."""
         labels = self.positives.labels
-        states = [Statistics.empty(labels, self.source.n_keys, self.shiftless, self.dtype) for _ in self.options.terms]
+        states = [
+            Statistics.empty(labels, self.source.n_keys, self.shiftless, self.dtype)
+            for _ in range(self.options.n_losses)
+        ]
         for start, stop, keys in self.source.blocks():
             self._sweep(start, stop, keys).statistics([state.columns(start, stop) for state in states])
         solved = [Solved.of(state, self.positives) for state in states]
@@ -95,14 +107,20 @@ class Schedule:
             for q, need in zip(self.queries, need_queries, strict=True)
         ]
 
+        narrower = [torch.zeros((), dtype=torch.float64, device=self.scale.device)]
+
         def add(start: int, stop: int, keys: list[Tensor], dk: list[Tensor | None]) -> None:
             part = [slope.columns(start, stop) for slope in slopes]
-            self._sweep(start, stop, keys).gradients(part, dq, dk)
+            sweep = self._sweep(start, stop, keys)
+            sweep.gradients(part, dq, dk)
             scale_by(unit, dk)
+            if isinstance(sweep, NestedSweep):
+                narrower.extend(products.sum() for products in sweep.row_products)
 
         dk = self.source.gradients(add, need_keys)
         scale_by(unit, dq)
-        return dq, dk, self._temperature_gradient(dq)
+        extra = torch.stack(narrower).sum()
+        return dq, dk, self._temperature_gradient(dq, extra if unit is None else extra * unit)
 
     def _merge_columns(self, cols: Tensor) -> None:
         """Log-sum-exps of cols [terms, 3, K] over all ranks' queries, in place, and how much each key weighs."""
@@ -119,14 +137,15 @@ class Schedule:
     def _sweep(self, start: int, stop: int, keys: list[Tensor]) -> TileSweep | triton.TritonSweep:
         masks = [masks.columns(start, stop) for masks in self.masks]
         moved = self.backend.operands(keys)
-        return self.backend.sweep(self.queries, moved, self.options.terms, self.scale, masks, self.flag)
+        widths = self.options.widths
+        return self.backend.sweep(self.queries, moved, self.options.terms, self.scale, masks, self.flag, widths)
 
     def _masks(self) -> list[Masks]:
-        """One a term, over all keys. Limits need the positives' similarities, which may lie with any rank."""
+        """One a loss, over all keys. Limits need the positives' similarities, which may lie with any rank."""
         x, margin = self.x, self.options.margin
         key_ids = None if x.key_ids is None else self.source.gather(x.key_ids)
         row_ids, col_ids = id_classes(x.query_ids, key_ids)
-        masks = [Masks(self.positives.labels, row_ids, col_ids) for _ in self.options.terms]
+        masks = [Masks(self.positives.labels, row_ids, col_ids) for _ in range(self.options.n_losses)]
         if margin is None:
             return masks
         similarity = self._pair_similarities()
@@ -137,19 +156,27 @@ class Schedule:
         return masks
 
     def _pair_similarities(self) -> Tensor:
-        """[terms, N, P] similarity of each query with its positives and what is equal to it, -inf for a missing one."""
+        """[losses, N, P] similarity of each query with its positives, and what equals it; -inf for a missing one."""
         labels = self.positives.labels
-        found = labels.new_full((len(self.options.terms), *labels.shape), -torch.inf, dtype=self.dtype)
+        widths = self.options.widths or (None,)
+        found = labels.new_full((self.options.n_losses, *labels.shape), -torch.inf, dtype=self.dtype)
         for start, stop, keys in self.source.blocks():
             here = (labels >= start) & (labels < stop)
             at = torch.where(here, labels - start, 0)
-            for term, (q, k) in zip(found, self.options.terms, strict=True):
-                term.copy_(torch.where(here, pair_similarity(self.queries[q], keys[k], at), term))
+            slots = [(q, k, width) for q, k in self.options.terms for width in widths]
+            for known, (q, k, width) in zip(found, slots, strict=True):
+                sides = self.queries[q], keys[k]
+                if width is not None and width < self.options.widths[-1]:
+                    sides = tuple(side[:, :width] * inverse_norms(side, width)[:, None] for side in sides)
+                known.copy_(torch.where(here, pair_similarity(*sides, at), known))
         return found
 
-    def _temperature_gradient(self, dq: list[Tensor | None]) -> Tensor:
-        """-(1/t) sum_i dq_i . q_i over all modes, since every logit is q.k / t."""
-        total = torch.zeros((), dtype=torch.float64, device=self.scale.device)
+    def _temperature_gradient(self, dq: list[Tensor | None], narrower: Tensor) -> Tensor:
+        """-(1/t) sum_i dq_i . q_i over all modes, since every logit is q.k / t.
+
+        narrower: sum of G S over the widths below the widest, whose logits do not change with the length of a row.
+        """
+        total = -narrower
         for d, q in zip(dq, self.queries, strict=True):
             if d is not None:
                 total = total - (d * q.to(d.dtype)).sum(1).double().sum()

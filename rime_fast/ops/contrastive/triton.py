@@ -55,8 +55,10 @@ def sweep(
     scale: Tensor,
     masks: list[Masks],
     flag: Tensor,
+    widths: tuple[int, ...] = (),
 ) -> TritonSweep:
-    """As cpu.sweep."""
+    """As cpu.sweep; one width, that of the rows."""
+    assert len(widths) <= 1
     return TritonSweep(queries, keys, terms, scale, masks, flag)
 
 
