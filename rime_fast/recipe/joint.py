@@ -105,7 +105,7 @@ def token_weights(targets: Tensor, query_rows: int, counts: Tensor, weights: Joi
 def side_cross_entropy(logp: Tensor, query_rows: int, counts: Tensor, world: int = 1) -> dict[str, Tensor]:
     """CE_q and CE_p, unweighted: {"ce_query", "ce_target"} -> 0-d; over ranks their mean is the global token mean.
 
-    logp: [T] fp32, 0 where ignored (operator A's promise).
+    logp: [T] fp32, 0 where ignored (the log-probs operator's promise).
     """
     share = world / counts.clamp(min=1)
     return {"ce_query": -logp[:query_rows].sum() * share[0], "ce_target": -logp[query_rows:].sum() * share[1]}

@@ -1,4 +1,4 @@
-"""Operator B on a GPU: the fp64 rule over dtypes, backends and masks, determinism, no waiting, compile."""
+"""The contrastive loss on a GPU: the fp64 rule over dtypes, backends and masks, determinism, no waiting, compile."""
 
 from __future__ import annotations
 

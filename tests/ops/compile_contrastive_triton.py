@@ -1,4 +1,4 @@
-"""Cross-compiles operator B's Triton kernels and prints one JSON line a kernel; needs no GPU.
+"""Cross-compiles the contrastive loss's Triton kernels and prints one JSON line a kernel; needs no GPU.
 
 Run by test_contrastive_triton.py in a process of its own, without TRITON_INTERPRET:
     python tests/ops/compile_contrastive_triton.py 90 bf16 00,10,11 [pointers]

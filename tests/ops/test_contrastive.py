@@ -1,4 +1,4 @@
-"""Operator B on one process: the reference against its definition, the tiled backends against the reference."""
+"""The contrastive loss alone: the reference against its definition, the tiled backends against the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operator B over a process group: equal to one process, and the same named error on every rank.
+"""The contrastive loss over a process group: equal to one process, and the same named error on every rank.
 
 The scenarios are in contrastive_worker.py; a rank that waits in a collective for another one that
 raised would hit the time limit here.

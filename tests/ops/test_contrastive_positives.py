@@ -1,4 +1,4 @@
-"""Operator B with several positives a query (labels [N, P], -1 where there are fewer)."""
+"""The contrastive loss with several positives a query (labels [N, P], -1 where there are fewer)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operator B on Triton: the kernels through the interpreter, and cross-compiled for real chips without a GPU."""
+"""The contrastive loss on Triton: the kernels through the interpreter, and cross-compiled without a GPU."""
 
 from __future__ import annotations
 
