@@ -91,7 +91,9 @@ float row_backward(float* x, const Head& head, int64_t target, const Upstream& u
                       : tile_gradient<false>(tile, z, count, up, scale);
     if (target >= first && target < first + count) {
       const float at = z[(target - first) / kLanes][(target - first) % kLanes];
-      x[target] += up.grad_logp * scale.slope(at);
+      // dz first: g slope added to the rounded -g slope would leave the rounding where p is exactly 1.
+      const float rest = dscore(at, Pair{up.lse, up.low}, up.entropy, up.grad_logp, up.grad_entropy);
+      x[target] = (rest + up.grad_logp) * scale.slope(at);
       products += product(up.grad_logp, at - up.target_logit);
     }
   }

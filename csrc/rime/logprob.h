@@ -12,6 +12,17 @@
 
 namespace RIME_NAMESPACE {
 
+// a b, rounded before anything is added to it: a fused multiply-add of z - lse would keep what z's rounding lost, which
+// from |z| = 1e9 on is more than the logarithm of any float.
+template <class V>
+RIME_FN V rounded_product(V a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 struct Scale {
   float inv_temperature;
   float softcap;      // 0 = none
@@ -19,7 +30,8 @@ struct Scale {
 
   template <class V>
   RIME_FN V score(V x) const {
-    return softcap == 0.0f ? x * inv_temperature : tanh32(x * inv_softcap) * (softcap * inv_temperature);
+    return softcap == 0.0f ? rounded_product(x, inv_temperature)
+                           : rounded_product(tanh32(x * inv_softcap), softcap * inv_temperature);
   }
   // d score / d x at a score z: (1 - tanh^2) / temperature, the tanh taken back from the score.
   template <class V>

@@ -48,6 +48,7 @@ LONGS = {"targets", "order", "starts", "ends"}
 OPERANDS = {"hidden", "out", "x", "w", "panel", "dhead", "dhidden", "low"}
 
 
+UNFUSED = {"forward_kernel", "dlogits_kernel"}  # as triton.py launches them
 ROW_KERNELS = {
     "merge_kernel": {"BM": 128, "ENTROPY": True},
     "read_outs_kernel": {"NORMALIZE": True},
@@ -96,7 +97,7 @@ def compile_kernel(name: str, constants: dict, capability: int, operand: str, wa
         {(kernel.arg_names.index(a),): v for a, v in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": name not in UNFUSED}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
         "kernel": name,
@@ -142,6 +143,7 @@ def todo(capability: int, operand: str, tma: bool) -> list[tuple[str, dict, int,
         add("forward_kernel", t, {"SPLIT": SPLIT_COLUMNS // t.BN, "NORMALIZE": True, **options})
         if options is not light:
             add("dlogits_kernel", t, {"PRODUCTS": heavy, **options})
+    add("dlogits_kernel", score_tiles(dtype, chip, True, tma), {"PRODUCTS": True, **plain})  # temperature is trained
     add("dhead_kernel", head_tiles(dtype, chip), {"BIAS": True})
     add("dhead_kernel", head_tiles(dtype, chip), {"BIAS": False})
     add("dhidden_kernel", hidden_tiles(dtype, chip), {"ADD": True, "LOW": operand == "bf16"})

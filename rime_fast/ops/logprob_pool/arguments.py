@@ -92,6 +92,9 @@ def prepare(
     chosen = table.choose(backend, hidden)
     if chosen == "reference" and group:
         raise ValueError("vocab_group: the reference backend works on a whole head; use backend='chunked'")
+    if chosen != "reference":
+        for name, tensor in (("hidden", hidden), ("lm_head", lm_head), ("bias", bias), ("temperature", scale)):
+            check.refuse_forward_ad(name, [tensor])
     grad = torch.is_grad_enabled()
     asked = (grad and t is not None and t.requires_grad for t in (hidden, lm_head, bias, scale))
     bound = -1 if max_scored is None else max_scored
@@ -128,7 +131,8 @@ def _scalar(name: str, value: float | Tensor, hidden: Tensor) -> Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=hidden.device)
-    check.require(value.detach() > 0, f"{name}: expected a value above 0")
+    good = value.detach()
+    check.require((good > 0) & (good < torch.inf), f"{name}: expected a value above 0, and finite")
     return value.to(device=hidden.device, dtype=dtype)
 
 

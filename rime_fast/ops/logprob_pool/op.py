@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rime_fast.ops.checks import refuse_forward_ad
 from rime_fast.ops.dispatch import BackendTable
 from rime_fast.ops.logprob_pool import cpu, cuda, triton, vocab_parallel
 from rime_fast.ops.logprob_pool.arguments import Call, Pool, check_weight, prepare
@@ -131,6 +132,8 @@ def fused_linear_ce(
     rest = pools, bias, temperature, softcap, ignore_index, entropy, normalize, backend, vocab_group, max_scored
     call = prepare(hidden, lm_head, targets, *rest, TABLE)
     weight = check_weight(token_weight, call.hidden)
+    if call.options.backend != "reference":
+        refuse_forward_ad("token_weight", [token_weight])
     if call.options.backend == "reference" or not any(call.options.needs):
         found = _logprob_pool(call)
         # Ignored rows are left out, not multiplied by 0: their weight may be anything, 1/0 as well.

@@ -29,7 +29,8 @@ def scores(x: Tensor, lm_head: Tensor, bias: Tensor | None, temperature: Tensor,
         s = s + bias.to(dtype)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    return s / temperature.to(dtype)
+    banned = s == -torch.inf  # by the bias; left out of the division, whose gradient would be 0 * inf
+    return (s.masked_fill(banned, 0.0) / temperature.to(dtype)).masked_fill(banned, -torch.inf)
 
 
 def reference_rows(
@@ -51,8 +52,8 @@ def reference_rows(
         return zeros.index_put((scored,), logp), None
     log_p = z - lse.unsqueeze(1)
     p = log_p.exp()
-    # A score of -inf has p = 0 and adds nothing; the clamp keeps 0 * inf out of the gradient as well.
-    terms = p * log_p.clamp_min(torch.finfo(z.dtype).min)
+    # A score of -inf has p = 0 and adds nothing; the fill keeps 0 * inf out of the gradient as well.
+    terms = p * log_p.masked_fill(log_p == -torch.inf, 0.0)
     return zeros.index_put((scored,), logp), zeros.index_put((scored,), -terms.sum(dim=1))
 
 

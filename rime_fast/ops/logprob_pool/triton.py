@@ -114,6 +114,7 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
                 SPLIT=split,
                 ENTROPY=options.entropy,
                 NORMALIZE=options.normalize,
+                enable_fp_fusion=False,
                 **run.flags,
                 **run.cut(t),
             )
@@ -231,7 +232,8 @@ class _Backward:
         self, problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None, scored: Scored
     ) -> None:
         self.problem, self.stats, self.upstream, needs = problem, stats, upstream, problem.options.needs
-        self.run = run = _Launch(problem, problem.scoring.softcap is not None or upstream.entropy is not None)
+        heavy = problem.scoring.softcap is not None or upstream.entropy is not None or needs.temperature
+        self.run = run = _Launch(problem, heavy)
         hidden, lm_head, device = problem.hidden, problem.lm_head, problem.hidden.device
         kind, make = gradient_dtype(hidden.dtype), torch.empty if scored.order.shape[0] else torch.zeros
         self.hidden = torch.empty(hidden.shape, dtype=kind, device=device) if needs.hidden else None
@@ -281,6 +283,7 @@ class _Backward:
                 columns,
                 ENTROPY=upstream.entropy is not None,
                 PRODUCTS=products is not None,
+                enable_fp_fusion=False,
                 **run.flags,
                 **run.cut(t),
             )

@@ -23,6 +23,9 @@ TMA (sm_90 on, 16-bit operands, rows that start on 16 bytes): W and the panel co
 by the host; X comes by asynchronous copies in either case, as the scored rows lie scattered. The plain path (sm_80)
 loads all through pointers; both run the same products in the same order.
 
+Forward and dlogits are launched with enable_fp_fusion off: in a fused multiply-add, z - lse would keep what
+the rounding of z lost, which at |z| of 1e9 is more than the logarithm of any float.
+
 The bodies are free of autotuning, libdevice and inline assembly, so that they run in the interpreter; there
 ``WIDEN`` casts the operands to fp32, as its bf16 dot is wrong.
 """
@@ -273,22 +276,22 @@ def dlogits_kernel(
         )
         target = tl.load(targets + at, mask=live, other=-1)
         g = tl.load(grad_logp + at, mask=live, other=0.0)
-        # From here z is what it lacks to the row's log-sum-exp; its own value is not kept, for the registers.
         high, low = tl.load(lse + at, mask=live, other=0.0), tl.load(lse + length + at, mask=live, other=0.0)
-        z = (z - high[:, None]) - low[:, None]
-        p = tl.exp(z)
+        p = tl.exp((z - high[:, None]) - low[:, None])
         dz = tl.where(columns[None, :] == target[:, None], g[:, None], 0.0) - g[:, None] * p
         if ENTROPY:
             h = tl.load(grad_entropy + at, mask=live, other=0.0)
             mean = tl.load(entropy + at, mask=live, other=0.0)
-            dz -= tl.where(p == 0.0, 0.0, h[:, None] * p * (z + mean[:, None]))
+            log_p = (z - high[:, None]) - low[:, None]
+            dz -= tl.where(p == 0.0, 0.0, h[:, None] * p * (log_p + mean[:, None]))
         dz = tl.where(live[:, None] & (columns < vocabulary)[None, :], dz, 0.0)
         if PRODUCTS:
-            centre = (tl.load(target_logit + at, mask=live, other=0.0) - high) - low
+            # From z itself: its difference to the log-sum-exp has lost what sets a flat row's logits apart.
+            centre = tl.load(target_logit + at, mask=live, other=0.0)
             share = tl.sum(tl.where(dz == 0.0, 0.0, dz * (z - centre[:, None])), axis=1)
             tl.store(products + tile * capacity + rows, share, mask=live)
         if HAS_CAP:
-            t = (z + high[:, None]) / (inv_temperature * tl.load(softcap))
+            t = z / (inv_temperature * tl.load(softcap))
             dz = tl.where(dz == 0.0, 0.0, dz * (1.0 - t * t))
         dz *= inv_temperature
         if TMA:

@@ -43,8 +43,8 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def score_tiles(dtype: torch.dtype, capability: tuple[int, int], heavy: bool, tma: bool) -> Tiles:
-    """Where logits are made. heavy: the kernel makes more of a tile than its softmax (soft cap, the entropy's
-    gradient); half the columns then keep it in registers.
+    """Where logits are made. heavy: the kernel makes more of a tile than its softmax (soft cap, the gradient
+    of the entropy or temperature); half the columns then keep it in registers.
 
     Chosen as the largest that tests/ops/test_logprob_pool_triton.py compiles without a spill; 8.6, 8.9 and 12.0, whose
     shared memory is 100 KB, take the sizes of 8.0. The forward is heavy by its soft cap only, not by its entropy:
