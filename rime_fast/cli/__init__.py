@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("train", "joint training: rewrites, both embeddings, Cross-Mode Alignment"),
     "refine": ("refine", "Refine-RL: reinforce rewrites against stable discriminative anchors"),
     "eval": ("evaluate", "the 2 x 2 table of mutual retrieval; report.json and report.html"),
+    "eval suites": ("eval_suites:LIST", "the benchmarks that eval knows: MMEB-V2, MMEB-V1, MRMR, UVRB, BEIR folders"),
     "embed": ("embed", "embed a file of items; safetensors and JSONL"),
     "index": ("index", "an index of embeddings: exact, or FAISS"),
     "search": ("search", "the nearest items of a text or a picture; a page with thumbnails"),

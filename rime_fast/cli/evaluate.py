@@ -24,7 +24,9 @@ class EvalOptions:
     """What is evaluated on what."""
 
     model: list[str] = field(metadata={"help": "Directories or hub names; several are compared in one report."})
-    data: str = field(metadata={"help": "A retrieval set (docs/data.md): shared candidates (JSON) or lists (JSONL)."})
+    data: str | None = field(
+        default=None, metadata={"help": "A retrieval set (docs/data.md): shared candidates (JSON) or lists (JSONL)."}
+    )
     output_dir: str = field(default="runs/eval", metadata={"help": "Folder of report.json and report.html."})
     modes: list[str] = field(default_factory=list, metadata={"help": "'disc', 'gen'; default: both, the 2 x 2 table."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many queries."})
@@ -35,16 +37,23 @@ class EvalOptions:
 
 def run(values: dict[str, Any]) -> int:
     """Evaluate each model; write the report."""
+    if values.get("suite"):
+        from rime_fast.cli.eval_suites import run_suite
+
+        return run_suite(values)
+    if stray := sorted(set(Group("", "rime_fast.cli.eval_suites", "SuiteOptions").options()) & values.keys()):
+        raise UsageError(f"--{stray[0]} goes with --suite")
     required(values, "model", "data")
     options, loading = build(EvalOptions, values), build(EmbedderOptions, values)
     model_exists(*options.model)
     from rime_fast.cli.bars import bars
+    from rime_fast.cli.eval_suites import split
     from rime_fast.data.retrieval import RetrievalSet
     from rime_fast.eval.mutual import MODES, evaluate_mutual
     from rime_fast.eval.report import write_report
 
     data = RetrievalSet.from_file(
-        options.data, image_root=loading.image_root, allow_outside=loading.allow_outside, images="head"
+        str(options.data), image_root=loading.image_root, allow_outside=loading.allow_outside, images="head"
     )
     if options.limit is not None:
         data = _first(data, options.limit)
@@ -57,7 +66,7 @@ def run(values: dict[str, Any]) -> int:
             result = evaluate_mutual(
                 embedder,
                 data,
-                modes=options.modes or MODES,
+                modes=split(options.modes) or MODES,
                 top_k=options.top_k,
                 n_examples=options.examples,
                 progress=progress,
@@ -76,7 +85,7 @@ def run(values: dict[str, Any]) -> int:
         "device": device,
         "machine": _machine(),
     }
-    title = options.title or f"Mutual retrieval on {data.name or Path(options.data).name}"
+    title = options.title or f"Mutual retrieval on {data.name or Path(str(options.data)).name}"
     paths = write_report(options.output_dir, {"title": title, "facts": facts, "phases": phases})
     print(f"report: {paths[1]}\nnumbers: {paths[0]}")
     return 0
@@ -133,15 +142,19 @@ COMMAND = Command(
     name="eval",
     text="Embeds queries and candidates in both modes and ranks all four pairings: hit@1, MRR, nDCG@10, decoded tokens "
     "and seconds per item, so that accuracy and cost are one look. Writes report.json and a self-contained report.html "
-    "(heat map, accuracy against tokens, the model's training curves, examples with their first candidates).",
+    "(heat map, accuracy against tokens, the model's training curves, examples with their first candidates). With "
+    "--suite: a published benchmark, resumable and shared between processes; per-group tables and a leaderboard entry.",
     examples=(
         ("one model", "rime-fast eval --model runs/sft --data test.json --output_dir runs/eval"),
         ("before and after Refine-RL, in one report", "rime-fast eval --model runs/sft runs/refine --data test.json"),
         ("without decoding", "rime-fast eval --model runs/sft --data test.json --modes disc"),
+        ("whether a benchmark's files are there", "rime-fast eval --suite mmeb-v2 --root MMEB-V2 --check"),
+        ("a published benchmark", "rime-fast eval --suite mmeb-v2 --root MMEB-V2 --model runs/refine"),
     ),
     run=run,
     groups=(
         Group("What", "rime_fast.cli.evaluate", "EvalOptions"),
+        Group("Suite", "rime_fast.cli.eval_suites", "SuiteOptions"),
         Group("How", "rime_fast.cli.loading", "EmbedderOptions"),
     ),
 )

@@ -113,6 +113,28 @@ def accuracy_against_tokens(points: Sequence[Mapping[str, Any]], narrow: bool = 
     return _png(figure)
 
 
+def group_bars(groups: Mapping[str, Mapping[str, float]]) -> str:
+    """Horizontal bars: group -> series -> score from 0 to 1; one colour a series, the first group on top."""
+    series = list(dict.fromkeys(name for values in groups.values() for name in values))
+    height = 0.8 / max(1, len(series))
+    figure = _figure(6.0, 1.2 + len(groups) * max(0.3, 0.17 * len(series)))
+    axes = figure.add_subplot()
+    _style(axes, "", "score", "")
+    for k, name in enumerate(series):
+        places = [
+            i + (k - (len(series) - 1) / 2) * height for i, values in enumerate(groups.values()) if name in values
+        ]
+        scores = [values[name] for values in groups.values() if name in values]
+        axes.barh(places, scores, height=height * 0.9, color=COLOURS[k % len(COLOURS)], label=name)
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.grid(False, axis="y")
+    if len(series) > 1:  # above the bars: a narrow screen has no room beside them
+        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return _png(figure)
+
+
 def running_mean(values: Sequence[float], share: float = 0.05) -> list[float]:
     """Centred mean over a window of ``share`` of the points (at least 3), shorter at the ends; NaN is left out."""
     half = max(1, round(len(values) * share / 2))

@@ -9,6 +9,7 @@
               "mutual": MutualResult.to_dict(),       tables, heat map, accuracy against tokens, examples
               "log_history": [...]}]                  trainer_state.json's: curves
     points: [{"label": "CoT", "tokens": 61.0, "accuracy": 0.81}]     more points of accuracy against tokens
+    figures: [{"title": str, "image": data URI, "alt": str, "width": pixels, "note": str}]
     tables: [{"title": str, "columns": [str], "rows": [[...]], "note": str}]
     warnings: [str]                  shown at the top
     extra: {...}                     written to the JSON's top level as it is
@@ -33,7 +34,7 @@ from rime_fast import __version__
 from rime_fast.eval import curves, plots
 from rime_fast.eval.report_examples import before_and_after_html, examples_html
 
-KEYS = ("title", "lead", "facts", "phases", "points", "tables", "warnings", "extra")
+KEYS = ("title", "lead", "facts", "phases", "points", "figures", "tables", "warnings", "extra")
 COLUMNS = (
     ("hit@1", "hit@1", "{:.3f}"),
     ("mrr", "MRR", "{:.3f}"),
@@ -70,6 +71,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         ("cost", "Accuracy against decoded tokens", _cost_section(phases, report.get("points", []))),
         ("training", "Training", _training_section(phases)),
         ("refine", "Refine-RL", _refine_section(phases)),
+        *((f"figure-{i}", one["title"], _figure(one)) for i, one in enumerate(report.get("figures", []))),
         *((f"table-{i}", table["title"], _extra_table(table)) for i, table in enumerate(report.get("tables", []))),
         ("examples", "Examples", examples_html(phases)),
     ]
@@ -202,11 +204,18 @@ def _refine_section(phases: list[Mapping[str, Any]]) -> str:
     return "".join(parts)
 
 
+def _figure(figure: Mapping[str, Any]) -> str:
+    return _note(figure) + _plot(figure["image"], figure["alt"], width=figure.get("width", 1000))
+
+
+def _note(part: Mapping[str, Any]) -> str:
+    return f'<p class="note">{escape(part["note"])}</p>' if part.get("note") else ""
+
+
 def _extra_table(table: Mapping[str, Any]) -> str:
-    note = f'<p class="note">{escape(table["note"])}</p>' if table.get("note") else ""
     head = "".join(f"<th>{escape(str(column))}</th>" for column in table["columns"])
     rows = "".join("<tr>" + "".join(f"<td>{escape(_number(v))}</td>" for v in row) + "</tr>" for row in table["rows"])
-    return f'{note}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'{_note(table)}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _counted(phases: list[Mapping[str, Any]]) -> list[str]:

@@ -116,7 +116,7 @@ UVRB_GROUPS = {"FG": ("S", "T", "PR"), "TXT": ("CG", "FG", "LC"), "AVG-A": ("TXT
 
 def load_uvrb(root: Path, protocol: Protocol, download: bool = False) -> Suite:
     """UVRB's 16 sets. The official setting limits a frame to 200 visual tokens; the protocol gets that limit."""
-    low = min(protocol.video_min_pixels or FRAME_PIXELS, FRAME_PIXELS)
+    low = protocol.video_min_pixels and min(protocol.video_min_pixels, FRAME_PIXELS)
     protocol = replace(protocol, video_min_pixels=low, video_max_pixels=FRAME_PIXELS)
     tasks = {}
     for entry in table("uvrb.json")["datasets"]:

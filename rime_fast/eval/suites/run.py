@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from rime_fast import __version__
+from rime_fast.eval.index import truncated
 from rime_fast.eval.mutual import MODES
 from rime_fast.eval.ranking import TIES
 from rime_fast.eval.suites.cache import CHUNK, SideCache, Stored, check_meta, data_hash, fingerprint
 from rime_fast.eval.suites.check import gaps
 from rime_fast.eval.suites.result import SuiteResult, TaskResult, write_scores
-from rime_fast.eval.suites.score import CellScore, mean_cosine, score_cell, truncated
+from rime_fast.eval.suites.score import CellScore, mean_cosine, score_cell
 from rime_fast.eval.suites.tasks import Suite, Task, TaskData, mean
 
 SIDES = {"qry": "query", "tgt": "target"}

@@ -110,11 +110,6 @@ def _official_pairing(data: TaskData) -> list[list[float]] | None:
     return paired
 
 
-def truncated(embedding: torch.Tensor, dim: int | None) -> torch.Tensor:
-    """The first ``dim`` numbers of each row, at unit norm again (all where None)."""
-    return embedding if dim is None else torch.nn.functional.normalize(embedding[:, :dim], dim=1)
-
-
 def mean_cosine(embedding: torch.Tensor) -> float:
     """Mean cosine of two different rows, at unit norm: near 1, an encoder gives everything one place."""
     n = embedding.shape[0]
