@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rime_fast.data.records import Side, stable_hash
+from rime_fast.data.records import Side, content_hash
 from rime_fast.eval import metrics
 from rime_fast.eval.ranking import Ranking, Rows, rank_candidates
 
@@ -151,11 +151,11 @@ def evaluate_mutual(
 def without_twins(data: RetrievalSet) -> RetrievalSet:
     """``data`` with one candidate where several have the same text and images: none of them is more right than its
     twin, and a tie between the two is no miss. Of gains the larger one stays."""
-    first: dict[Any, int] = {}
+    first: dict[int, int] = {}
     row_of: list[int] = []
     kept: list[Side] = []
     for side in data.candidates:
-        row_of.append(first.setdefault(_content(side), len(kept)))
+        row_of.append(first.setdefault(content_hash(side), len(kept)))
         if row_of[-1] == len(kept):
             kept.append(side)
     if len(kept) == len(row_of):
@@ -172,11 +172,6 @@ def without_twins(data: RetrievalSet) -> RetrievalSet:
         gains=None if data.gains is None else [list(own.values()) for own in best],
         pools=None if data.pools is None else [list(dict.fromkeys(row_of[c] for c in pool)) for pool in data.pools],
     )
-
-
-def _content(side: Any) -> tuple[int, int]:
-    """Equal for sides that say and show the same, whatever they are called."""
-    return stable_hash(replace(side, id=None)), len(side.images)
 
 
 def _examples(data: RetrievalSet, cells: Mapping[str, Cell], gen: Mapping[str, Encoded], count: int) -> list[dict]:

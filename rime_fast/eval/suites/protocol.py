@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from rime_fast.data.records import ImageSource, Side
-from rime_fast.data.templates import Template, escape_control, get_template
+from rime_fast.data.records import ImageSource, Part, Side
+from rime_fast.data.templates import Template, get_template
 from rime_fast.data.vision_inputs import Size, VisionInputs
 from rime_fast.model.tokens import GEN_TOKEN
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 _PATCH = 28 * 28
-_HOLE = "\ue000"  # a private-use sign stands for the picture while the template writes the text around it
 _THINNEST = 200  # Qwen's image processors refuse pictures thinner than 1 : 200
 _SMALL = (56, 56)
 
@@ -136,13 +135,13 @@ def suite_template(name: str | Template) -> Template:
 class InlineTemplate(Template):
     """A template for texts that hold their vision token: the picture goes there, not in front."""
 
-    def render_disc(self, side: Side) -> str:
-        vision = self.render_vision(side)
+    def render_user(self, side: Side) -> str:
         before, token, after = side.text.partition(VIDEO_TOKEN if side.video else IMAGE_TOKEN)
+        vision = [part for part in side.parts if part[0] != "text"]
         if not vision or not token:
-            return super().render_disc(side)
-        bare = replace(side, text=f"{escape_control(before)}{_HOLE}{escape_control(after)}", images=[], video=None)
-        return super().render_disc(bare).replace(_HOLE, vision, 1)
+            return super().render_user(side)
+        parts: list[Part] = [("text", before), *vision, ("text", after)]
+        return super().render_user(Side(content=[part for part in parts if part[1]]))
 
 
 class SuiteVision(VisionInputs):
