@@ -27,6 +27,9 @@ class EvalOptions:
     data: str | None = field(
         default=None, metadata={"help": "A retrieval set (docs/data.md): shared candidates (JSON) or lists (JSONL)."}
     )
+    mteb: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of mteb by name instead of --data (extra mteb; --download)."}
+    )
     output_dir: str = field(default="runs/eval", metadata={"help": "Folder of report.json and report.html."})
     modes: list[str] = field(default_factory=list, metadata={"help": "'disc', 'gen'; default: both, the 2 x 2 table."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many queries."})
@@ -41,6 +44,12 @@ def run(values: dict[str, Any]) -> int:
         from rime_fast.cli.eval_suites import run_suite
 
         return run_suite(values)
+    if values.get("mteb"):
+        from rime_fast.cli.eval_mteb import run_mteb
+        from rime_fast.cli.eval_suites import SuiteOptions, split
+
+        modes = split(values.get("modes") or []) or ["disc", "gen"]
+        return run_mteb(values, split(values["mteb"]), modes, build(SuiteOptions, values).download)
     if stray := sorted(set(Group("", "rime_fast.cli.eval_suites", "SuiteOptions").options()) & values.keys()):
         raise UsageError(f"--{stray[0]} goes with --suite")
     required(values, "model", "data")
@@ -150,6 +159,7 @@ COMMAND = Command(
         ("without decoding", "rime-fast eval --model runs/sft --data test.json --modes disc"),
         ("whether a benchmark's files are there", "rime-fast eval --suite mmeb-v2 --root MMEB-V2 --check"),
         ("a published benchmark", "rime-fast eval --suite mmeb-v2 --root MMEB-V2 --model runs/refine"),
+        ("tasks of mteb", "rime-fast eval --mteb VidoreArxivQARetrieval --model runs/refine --modes disc --download"),
     ),
     run=run,
     groups=(
