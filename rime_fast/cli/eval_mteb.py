@@ -22,7 +22,7 @@ def run_mteb(values: dict[str, Any], tasks: list[str], modes: list[str], downloa
         import mteb
     except ImportError as error:
         raise UsageError(f"--mteb needs the extra: pip install 'rime-fast[mteb]' ({error})") from None
-    from rime_fast.cli.evaluate import EvalOptions
+    from rime_fast.cli.eval_options import EvalOptions
     from rime_fast.eval.report import write_report
     from rime_fast.integrations.mteb import RimeMtebEncoder
 

@@ -93,7 +93,7 @@ def _check(suite: Suite) -> int:
 
 def _evaluate(suite: Suite, options: SuiteOptions, values: dict[str, Any], models: list[str]) -> int:
     from rime_fast.cli.bars import bars
-    from rime_fast.cli.evaluate import EvalOptions
+    from rime_fast.cli.eval_options import EvalOptions
     from rime_fast.cli.loading import EmbedderOptions, load_embedder
     from rime_fast.eval.report import write_report
     from rime_fast.eval.suites import evaluate_suite, suite_template

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rime_fast.cli.command import Command, model_exists, required
+from rime_fast.cli.eval_options import EvalOptions
 from rime_fast.cli.loading import EmbedderOptions, load_embedder
 from rime_fast.cli.options import Group, UsageError
 from rime_fast.cli.values import build
@@ -17,25 +17,6 @@ from rime_fast.cli.values import build
 if TYPE_CHECKING:
     from rime_fast.data.retrieval import RetrievalSet
     from rime_fast.eval.mutual import MutualResult
-
-
-@dataclass
-class EvalOptions:
-    """What is evaluated on what."""
-
-    model: list[str] = field(metadata={"help": "Directories or hub names; several are compared in one report."})
-    data: str | None = field(
-        default=None, metadata={"help": "A retrieval set (docs/data.md): shared candidates (JSON) or lists (JSONL)."}
-    )
-    mteb: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks of mteb by name instead of --data (extra mteb; --download)."}
-    )
-    output_dir: str = field(default="runs/eval", metadata={"help": "Folder of report.json and report.html."})
-    modes: list[str] = field(default_factory=list, metadata={"help": "'disc', 'gen'; default: both, the 2 x 2 table."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many queries."})
-    top_k: int = field(default=5, metadata={"help": "Candidates shown per example."})
-    examples: int = field(default=24, metadata={"help": "Examples in the report, evenly spaced over the queries."})
-    title: str | None = field(default=None, metadata={"help": "Title of the report."})
 
 
 def run(values: dict[str, Any]) -> int:
@@ -163,7 +144,7 @@ COMMAND = Command(
     ),
     run=run,
     groups=(
-        Group("What", "rime_fast.cli.evaluate", "EvalOptions"),
+        Group("What", "rime_fast.cli.eval_options", "EvalOptions"),
         Group("Suite", "rime_fast.cli.eval_suites", "SuiteOptions"),
         Group("How", "rime_fast.cli.loading", "EmbedderOptions"),
     ),

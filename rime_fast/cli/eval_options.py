@@ -1,0 +1,24 @@
+"""Options that every form of ``rime-fast eval`` shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class EvalOptions:
+    """What is evaluated on what."""
+
+    model: list[str] = field(metadata={"help": "Directories or hub names; several are compared in one report."})
+    data: str | None = field(
+        default=None, metadata={"help": "A retrieval set (docs/data.md): shared candidates (JSON) or lists (JSONL)."}
+    )
+    mteb: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of mteb by name instead of --data (extra mteb; --download)."}
+    )
+    output_dir: str = field(default="runs/eval", metadata={"help": "Folder of report.json and report.html."})
+    modes: list[str] = field(default_factory=list, metadata={"help": "'disc', 'gen'; default: both, the 2 x 2 table."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many queries."})
+    top_k: int = field(default=5, metadata={"help": "Candidates shown per example."})
+    examples: int = field(default=24, metadata={"help": "Examples in the report, evenly spaced over the queries."})
+    title: str | None = field(default=None, metadata={"help": "Title of the report."})
