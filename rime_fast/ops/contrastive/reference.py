@@ -91,7 +91,7 @@ def reference_terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         twins = (x.query_ids[:, None] == x.key_ids[None, :]) & ~own
     for q, k in options.terms:
         for width in options.widths or (x.queries[q].shape[1],):
-            sides = x.queries[q], x.keys[k]
+            sides: tuple[Tensor, ...] = (x.queries[q], x.keys[k])
             if width < sides[0].shape[1]:
                 sides = tuple(F.normalize(side[:, :width], dim=1) for side in sides)
             loss, hit = _one_term(*sides, x.temperature, positives, own, twins, options)
