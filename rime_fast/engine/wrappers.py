@@ -240,10 +240,20 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     inside = list(model.modules())
     _WHOLE.update(inside)
     try:
+        _wait_for_flying(model)
         with _zero3(partitioned), _fsdp2(sharded), _hooks_asleep(model):
             yield
     finally:
         _WHOLE.difference_update(inside)
+
+
+def _wait_for_flying(model: nn.Module) -> None:
+    """ZeRO-3 fetches parameters ahead of their module; those whose module then did not run (the last of a forward, in
+    another order than the one before) are still in flight, and can be neither gathered nor put back."""
+    for module in model.modules():
+        registry = getattr(module, "ds_inflight_param_registry", None)
+        for parameter in list(registry or ()):
+            registry.pop(parameter).wait()  # type: ignore[union-attr]
 
 
 @contextmanager
