@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset
+from transformers import set_seed
 from transformers.utils import logging
 
 from rime_fast.data.check import CheckRules
@@ -59,6 +60,7 @@ def prepare_model(
     if peft_config is not None:
         from peft import get_peft_model
 
+        set_seed(args.seed)  # of the adapter's first values; the Trainer's own comes too late for them
         model = get_peft_model(model, peft_config)
     return model, processor, tokens
 
