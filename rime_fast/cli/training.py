@@ -49,7 +49,7 @@ class TrainingOptions:
     )
     output_dir: str = field(default="runs/out", metadata={"help": "Folder of the model, checkpoints and report."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'last' (the newest checkpoint of output_dir) or a checkpoint's folder."}
+        default=None, metadata={"help": "'last' (the newest whole checkpoint of output_dir, if any) or one's folder."}
     )
     eval_data: str | None = field(
         default=None, metadata={"help": "Pairs for the evaluation loss (at eval_strategy's times, else at the end)."}
@@ -87,7 +87,6 @@ def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, 
     options = build(TrainingOptions, values)
     model_exists(options.model)
     args = build(config_class, values | {"output_dir": options.output_dir})
-    resume = _checkpoint(args)
     quiet()
     trainer = trainer_class(
         model=options.model,
@@ -96,28 +95,11 @@ def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, 
         eval_dataset=options.eval_data,
         peft_config=_lora(options) if options.lora_rank else None,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
     if options.eval_data and args.eval_strategy == "no":
         trainer.evaluate()
     save_outputs(trainer, options, args, label)
     return 0
-
-
-def _checkpoint(args: Any) -> str | None:
-    """The folder to resume from. "last" means the newest checkpoint in the output folder."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        return None
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if wanted == "last":
-        found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if found is None:
-            raise UsageError(f"--resume_from_checkpoint last: no checkpoint in {args.output_dir}")
-        return found
-    if not Path(wanted, "trainer_state.json").is_file():
-        raise UsageError(f"--resume_from_checkpoint {wanted}: not a checkpoint (no trainer_state.json); or use 'last'")
-    return wanted
 
 
 def _lora(options: TrainingOptions) -> Any:

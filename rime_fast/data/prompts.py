@@ -20,7 +20,8 @@ from rime_fast.recipe.group_rewards import OPPOSITE
 
 
 class PairBatches:
-    """The DataLoader's collate function: at most ``hard_negatives`` of each pair (None: all), then the collator.
+    """The DataLoader's collate function: at most ``hard_negatives`` of each pair (None: all), then the collator, and
+    "rows": what the pairs are called (host).
 
     answers: False for prompts up to ``<disc_emb>`` alone, where no rewrite is trained or read.
     """
@@ -31,7 +32,8 @@ class PairBatches:
     def __call__(self, pairs: list[Any]) -> dict[str, Any]:
         if self.hard_negatives is not None:
             pairs = [pair.with_negatives(self.hard_negatives) for pair in pairs]
-        return self.collator.collate_pairs(pairs, answers=self.answers)
+        batch = self.collator.collate_pairs(pairs, answers=self.answers)
+        return batch | {"rows": [pair.id or pair.query.name for pair in pairs]}
 
 
 class IndexedPairs(Dataset):

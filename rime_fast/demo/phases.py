@@ -188,6 +188,7 @@ def _common(steps: int) -> dict[str, Any]:
     return {
         "freeze_vision": False,
         "check_data": False,
+        "overwrite_output_dir": True,
         "save_strategy": "no",
         "logging_steps": max(1, min(20, steps // 4)),
         "dataloader_num_workers": 0,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from rime_fast.engine import checkpoint
+from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite
 from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
 from rime_fast.trainers.callbacks import (
@@ -21,10 +27,12 @@ from rime_fast.trainers.callbacks import (
     data_of,
     results_of,
     settings_of,
+    settings_that_count,
 )
 from rime_fast.trainers.config import CommonConfig
 
 logger = logging.get_logger(__name__)
+RATES = ("learning_rate", "temperature_learning_rate")
 
 
 class DualModeTrainer(Trainer):
@@ -46,6 +54,7 @@ class DualModeTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible but one process runs: one is used; launch with torchrun", args.n_gpu)
             args._n_gpu = 1
+        check_folder(args)
         self.sums, self.eval_sums, self.clock = MetricSums(), MetricSums(), StepClock()
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         # our loss is a mean over its micro-batch: the Trainer divides it by the accumulation steps
@@ -55,6 +64,13 @@ class DualModeTrainer(Trainer):
         self.add_callback(self.interrupt)
         self._parameter_count: int | None = None
         self._synced: tuple[nn.Module, GradSync] | None = None
+        self.finite = FiniteGuard(args.device, self.group)
+        self._bad_terms: set[str] = (
+            set()
+        )  # not finite in the last log, which may come before the step is known to be bad
+        self._rows: list[str] = []  # of the step that runs
+        self._data: dict[str, Any] | None = None  # what is known of the training set
+        self._partial: str | None = None  # where a checkpoint is being written
 
     def _replace_progress(self) -> None:
         from transformers import PrinterCallback
@@ -75,19 +91,29 @@ class DualModeTrainer(Trainer):
     # --- running -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As transformers' ``train``. Ctrl-C ends the run after the current step: a checkpoint is saved, a message
-        says how to go on, and SystemExit(130) is raised."""
+        """As transformers' ``train``; ``resume_from_checkpoint`` is a checkpoint's folder, or True or "last" for the
+        newest of output_dir that is whole (none: a fresh start). Ctrl-C ends the run after the current step: a
+        checkpoint is saved, a message says how to go on, and SystemExit(130) is raised.
+
+        Before step 1, ValueError: nothing to train on, an output_dir that cannot be written or holds another run (see
+        ``overwrite_output_dir``), a checkpoint that is damaged or of another run (see ``accept_changes``).
+        """
+        self.check_start()
+        resume = self._checkpoint(resume_from_checkpoint)
         self.interrupt.requested = self.interrupt.stopped = False
+        self.finite = FiniteGuard(self.args.device, self.group)
         self.clock.restart()
+        self.before_training(resume)
         try:
             with self.interrupt.listening():
-                result = super().train(resume_from_checkpoint, *args, **kwargs)
+                result = super().train(resume, *args, **kwargs)
+                self._settle()
         finally:
             if self.progress is not None:
                 self.progress.close()
         if self.interrupt.stopped:
             if self.is_world_process_zero():
-                saved = get_last_checkpoint(self.args.output_dir)
+                saved = str(checkpoint.checkpoints(Path(str(self.args.output_dir)))[-1])
                 print(
                     f"stopped at step {self.state.global_step}; checkpoint: {saved}\n"
                     f"go on with resume_from_checkpoint={saved!r}"
@@ -100,9 +126,157 @@ class DualModeTrainer(Trainer):
         with self.clock.paused():
             return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def before_training(self, resume: str | None) -> None:
+        """Between the choice of a checkpoint and its comparison with this run. Subclasses extend."""
+        if resume is not None:
+            self._compare(Path(resume))
+
+    def check_start(self) -> None:
+        """Raise ValueError for what would end the run later, or train nothing."""
+        if self.train_dataset is None or len(self.train_dataset) == 0:
+            raise ValueError("train_dataset is empty; expected at least one row")
+        step = self.args.train_batch_size * max(self.args.world_size, 1)
+        if self.args.dataloader_drop_last and len(self.train_dataset) < step:
+            raise ValueError(
+                f"train_dataset has {len(self.train_dataset)} rows, a batch of all ranks {step}, and "
+                "dataloader_drop_last leaves an incomplete one out: nothing would be trained"
+            )
+
+    def _checkpoint(self, wanted: str | bool | None) -> str | None:
+        """The folder to resume from, the same on every rank; None: a fresh start."""
+        found: list[Any] = [None, None]
+        if self.args.process_index == 0:
+            try:
+                folder = Path(str(self.args.output_dir))
+                chosen, lines = checkpoint.choose(wanted, folder, self.args.overwrite_output_dir)
+                for line in lines:
+                    tell(line)
+                found = [chosen, None]
+            except ValueError as error:
+                found = [None, str(error)]
+        if self.group is not None:
+            dist.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise ValueError(found[1])
+        return found[0]
+
+    def run_facts(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that made its checkpoint; "rates" may change, and take effect."""
+        rates = {name: getattr(self.args, name) for name in RATES if hasattr(self.args, name)}
+        if self._data is None:  # rows that are made on the fly need not be the same twice
+            self._data = checkpoint.data_facts(self.train_dataset, rows=self.args.check_data)
+        return settings_that_count(self.args) | self._data | {"rates": rates}
+
+    def _compare(self, folder: Path) -> None:
+        if not (folder / checkpoint.MANIFEST).is_file():
+            return
+        changed = checkpoint.differences(checkpoint.read_manifest(folder)["facts"], self.run_facts())
+        changed.pop("rates", None)
+        if not changed:
+            return
+        named = "; ".join(f"{name} {change}" for name, change in changed.items())
+        if not self.args.accept_changes:
+            raise ValueError(
+                f"{folder} was made by a run that differs: {named}. Resume with what it had, or pass "
+                "accept_changes=True to go on with the new values"
+            )
+        if self.is_world_process_zero():
+            tell(f"{folder} was made by a run that differs, and goes on: {named}")
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        """As transformers'; a learning rate that changed takes effect, where the checkpoint's would be restored."""
+        super()._load_optimizer_and_scheduler(folder)
+        factor = self.rate_change(folder, "learning_rate")
+        if factor != 1.0 and hasattr(self.lr_scheduler, "base_lrs"):
+            for group in self.optimizer.param_groups:
+                group["lr"] *= factor
+                group["initial_lr"] = group.get("initial_lr", self.args.learning_rate / factor) * factor
+            self.lr_scheduler.base_lrs = [rate * factor for rate in self.lr_scheduler.base_lrs]
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def rate_change(self, folder: str | None, name: str) -> float:
+        """By what a learning rate differs from the checkpoint's (1 where that is not known, or was 0)."""
+        if folder is None or not (Path(folder) / checkpoint.MANIFEST).is_file():
+            return 1.0
+        before = checkpoint.read_manifest(Path(folder))["facts"].get("rates", {}).get(name)
+        return getattr(self.args, name) / before if before else 1.0
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else self._partial
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As transformers', as a transaction (see rime_fast/engine/checkpoint.py): never of weights that are not
+        finite, and older ones go when it is complete."""
         with self.clock.paused():
-            super()._save_checkpoint(*args, **kwargs)
+            self._settle()
+            if not all_finite(self.model.parameters(), self.group):
+                raise NonFiniteError(
+                    f"the weights are not finite after step {self.state.global_step}; no checkpoint of them was written"
+                )
+            run = Path(self._get_output_dir(trial))
+            name = f"checkpoint-{self.state.global_step}"
+            partial = run / checkpoint.PARTIAL
+            if self.args.should_save:
+                checkpoint.remove(partial)
+            self.accelerator.wait_for_everyone()
+            self.interrupt.saving, self._partial = True, str(partial)
+            try:
+                super()._save_checkpoint(model, trial)
+                self._partial = None
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._place_best(partial, run)
+                    checkpoint.commit(partial / name, run / name, self.run_facts())
+                    checkpoint.remove(partial)
+                    best = self.state.best_model_checkpoint
+                    rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
+                self.accelerator.wait_for_everyone()
+            finally:
+                self.interrupt.saving, self._partial = False, None
+
+    def _place_best(self, partial: Path, run: Path) -> None:
+        """The state names the best checkpoint by where it will lie."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == partial:
+            self.state.best_model_checkpoint = str(run / Path(best).name)
+            self.state.save_to_json(str(partial / Path(best).name / "trainer_state.json"))
+
+    # --- steps that are not finite -----------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As transformers'; here, before the optimizer's step, a step that is not finite ends."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        rows, self._rows = self._rows, []
+        if not self.args.fp16:  # its loss scale finds overflows by itself
+            step = self.state.global_step + 1
+            bad = self.finite.step(norm, self.optimizer, (step, norm, rows))
+            if bad is not None:
+                self._not_finite(*bad)
+                if bad[0] == step:
+                    model.zero_grad()
+        return norm
+
+    def _settle(self) -> None:
+        """The last step's verdict, where the host did not wait for it."""
+        if (bad := self.finite.settle()) is not None:
+            self._not_finite(*bad)
+
+    def _not_finite(self, step: int, norm: Any, rows: list[str]) -> None:
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        what = f"step {step} is not finite (gradient norm {float(norm):.4g}; rows of this rank: {shown})"
+        if self.args.on_nonfinite == "skip":
+            self.sums.count(skipped_steps=1.0 / max(self.args.world_size, 1))
+            tell(f"{what}: left out")
+            return
+        means = self.sums.drain(self.args.device, self.group)
+        terms = sorted({name for name, value in means.items() if not math.isfinite(value)} | self._bad_terms)
+        raise NonFiniteError(
+            f"{what}; not finite among the logged terms: {', '.join(terms) or 'none, so it is the gradient'}. "
+            "The optimizer did not take it, and no checkpoint was written since; on_nonfinite='skip' leaves such "
+            "steps out"
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -140,16 +314,24 @@ class DualModeTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """As transformers', by ``step``."""
+        self._rows += [str(row) for row in inputs.get("rows", ())]
         if self._loss_is_overridden():
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._seen(super().training_step(model, inputs, num_items_in_batch))
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        loss = self.step(model, self._prepare_inputs(inputs), 1.0 / self.current_gradient_accumulation_steps)
+        loss = self._seen(
+            self.step(model, self._prepare_inputs(inputs), 1.0 / self.current_gradient_accumulation_steps)
+        )
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0 and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return loss
+
+    def _seen(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss for transformers' sum; that of a step to be left out counts as 0 there."""
+        self.finite.see(loss)
+        return torch.where(loss.isfinite(), loss, 0.0) if self.args.on_nonfinite == "skip" else loss
 
     def _loss_is_overridden(self) -> bool:
         """Whether ``compute_loss`` comes from somebody who did not give the ``step`` that belongs to it."""
@@ -182,7 +364,17 @@ class DualModeTrainer(Trainer):
             for name in ("samples", "tokens"):
                 logs[f"{name}_per_second"] = gathered.pop(name, 0.0) / seconds
             logs.update(gathered)
+            self._bad_terms = {name for name, value in gathered.items() if not math.isfinite(value)}
+            if warning := self.warning_of(logs):
+                if self.progress is None:
+                    logger.warning("step %d: %s", self.state.global_step, warning)
+                else:
+                    self.progress.warning = warning
         super().log(logs, start_time)
+
+    def warning_of(self, logs: dict[str, float]) -> str:
+        """What the progress line warns of beside these numbers; "" for nothing. Subclasses give it."""
+        return ""
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -215,6 +407,22 @@ class DualModeTrainer(Trainer):
             embedding = self.model.get_input_embeddings().weight
             self._parameter_count = sum(p.numel() for p in self.model.parameters()) - embedding.numel()
         return 6 * self._parameter_count * tokens_of(inputs)
+
+
+def check_folder(args: CommonConfig) -> None:
+    """Raise ValueError where this rank is to save into output_dir and cannot."""
+    if args.should_save:
+        try:
+            Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.output_dir):
+                pass
+        except OSError as error:
+            raise ValueError(f"output_dir {str(args.output_dir)!r} cannot be written: {error}") from error
+
+
+def tell(text: str) -> None:
+    """A line for people, whatever the level of transformers' logger."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def tokens_of(inputs: dict[str, Any]) -> int:

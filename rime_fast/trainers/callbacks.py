@@ -32,11 +32,14 @@ SHOWN = (
     "kl",
     "clip_fraction",
     "group_std",
+    "format_failed",
+    "unfinished",
+    "skipped_steps",
 )
 RATES = ("samples_per_second", "tokens_per_second")
 
 
-def summary(logs: Mapping[str, Any], limit: int = 8) -> str:
+def summary(logs: Mapping[str, Any], limit: int = 11) -> str:
     """The log as one short line: loss terms, then rates."""
     names = []
     for pattern in SHOWN:
@@ -65,6 +68,7 @@ class ProgressCallback(TrainerCallback):
         self.console = console or Console(stderr=True)
         self.live = style == "rich" and self.console.is_terminal
         self.bar: Progress | None = None
+        self.warning = ""  # printed with the next log
         self.begin, self.first_step = time.perf_counter(), 0
         self.shown = 0
 
@@ -95,6 +99,9 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
+        if self.warning:
+            self.console.print(f"{self.title}: step {state.global_step}  warning: {self.warning}", markup=False)
+            self.warning = ""
         if any(name.startswith("eval_") for name in logs):
             numbers = [f"{n} {v:.4g}" for n, v in logs.items() if n.startswith("eval_") and isinstance(v, float)]
             self.console.print(f"{self.title}: step {state.global_step}  " + "  ".join(numbers), markup=False)
@@ -118,14 +125,19 @@ class ProgressCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C ends training after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+    """Ctrl-C (SIGINT) and SIGTERM end training after the current step, with a checkpoint.
 
-    Several ranks agree at the logging steps (the signal may reach them in different steps, and saving is collective).
+    Further signals within ``PATIENCE`` seconds count as the same one (srun and torchrun both send one; so does a
+    scheduler to the whole group), and while a checkpoint is written (``saving``) none ends the run; later ones do at
+    once. Several ranks agree at every step, over the host: the signal may reach them in different steps.
     """
 
+    PATIENCE = 10.0
+
     def __init__(self) -> None:
-        self.requested = False
-        self.stopped = False
+        self.requested = self.stopped = self.saving = False
+        self.since = 0.0
+        self.hosts: dist.ProcessGroup | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -137,9 +149,12 @@ class InterruptCallback(TrainerCallback):
 
         def ask(number: int, frame: Any) -> None:
             if self.requested:
+                if self.saving or time.monotonic() - self.since < self.PATIENCE:
+                    return
                 raise KeyboardInterrupt
-            self.requested = True
-            print("\nstopping after this step, with a checkpoint (again to stop at once)", file=sys.stderr, flush=True)
+            self.requested, self.since = True, time.monotonic()
+            text = f"stopping after this step, with a checkpoint (again after {self.PATIENCE:.0f} s to stop at once)"
+            print(f"\n{text}", file=sys.stderr, flush=True)
 
         for number in before:
             signal.signal(number, ask)
@@ -149,14 +164,17 @@ class InterruptCallback(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1 and self.hosts is None:
+            gloo = dist.get_backend() == "gloo"
+            self.hosts = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         requested = self.requested
         if args.world_size > 1:
-            if not control.should_log:
-                return control
-            flag = torch.tensor([float(requested)], device=args.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            requested = bool(flag.item())
+            flag = torch.tensor(float(requested))
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.hosts)
+            requested = bool(flag)
         if requested:
             self.stopped = True
             control.should_save = True
@@ -284,6 +302,21 @@ def settings_of(args: CommonConfig) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in (*own, *_STOCK) if name not in _LEFT_OUT}
     plain = (int, float, str, type(None))
     return {name: value if isinstance(value, plain) else str(value) for name, value in chosen.items()}
+
+
+# settings that change how a run is computed or told, not what it learns; and those that may change while resuming
+_FREE = {"micro_batch_tokens", "kept_graphs_gib", "vision_features_on_host", "bank_storage", "anchor_bank"}
+_FREE |= {"rollout_batch", "check_data", "on_bad_row", "attn_implementation", "model_dtype", "on_nonfinite"}
+_FREE |= {"overwrite_output_dir", "accept_changes", "warmup_steps", "lr_scheduler_type", "learning_rate"}
+_FREE |= {"temperature_learning_rate", "num_train_epochs", "max_steps", "negatives", "negative", *_LEFT_OUT}
+_COUNTS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "bf16")
+_COUNTS += ("fp16", "weight_decay", "max_grad_norm", "optim", "train_sampling_strategy", "dataloader_drop_last")
+
+
+def settings_that_count(args: CommonConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share with its checkpoint's."""
+    found = {name: value for name, value in settings_of(args).items() if name not in _FREE}
+    return found | {name: str(getattr(args, name)) for name in _COUNTS}
 
 
 def data_of(dataset: Any) -> dict[str, int]:

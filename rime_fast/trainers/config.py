@@ -18,12 +18,17 @@ from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe.joint import JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
 
-ON_BAD_ROW = ("stop", "skip")
+ON_BAD_ROW = ON_NONFINITE = ("stop", "skip")
 PROGRESS = ("rich", "plain", "none")
 SIDES = ("both", "query", "target")
 ANCHORS = ("sft", "policy")
 REFERENCES = ("auto", "adapter", "copy", "none")
 STORAGE = ("device", "host", "sharded")
+# TrainingArguments' own that are None or at least this
+STOCK_AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1)
+STOCK_AT_LEAST |= dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), 1)
+STOCK_AT_LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0)
+STOCK_AT_LEAST |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0)
 # Refine-RL's settings that are at least this
 AT_LEAST = {"num_generations": 1, "max_completion_length": 2, "top_k": 0, "epsilon_high": 0, "beta": 0}
 AT_LEAST |= {"num_iterations": 1, "refill_degenerate": 0, "micro_batch_tokens": 1, "rollout_batch": 1}
@@ -78,6 +83,17 @@ class CommonConfig(TrainingArguments):
     on_bad_row: str = option(
         "stop", "Data with bad rows: 'stop' before step 1 with the list, or 'skip' and count them."
     )
+    on_nonfinite: str = option(
+        "stop",
+        "A step whose loss or gradient is not finite: 'stop' before the optimizer takes it, with step, rows and terms; "
+        "or 'skip' and count it.",
+    )
+    overwrite_output_dir: bool = option(
+        False, "Train into an output_dir that holds a run; its checkpoints are removed when training begins."
+    )
+    accept_changes: bool = option(
+        False, "Resume although data or settings differ from the checkpoint's; the differences are named."
+    )
     freeze_vision: bool = option(True, "Freeze the vision tower, train the merger and the LLM. [known, UME-R1]")
     attn_implementation: str = option(
         "auto", "'auto': flash-attention when installed (CUDA), else SDPA. Used when the model is a path."
@@ -107,7 +123,30 @@ class CommonConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns is True; this trainer's collator needs the raw rows, leave it off")
         one_of("on_bad_row", self.on_bad_row, ON_BAD_ROW)
+        one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         one_of("progress", self.progress, PROGRESS)
+        for name, low in STOCK_AT_LEAST.items():
+            if getattr(self, name) is not None:
+                in_range(name, getattr(self, name), low)
+        in_range("num_train_epochs", self.num_train_epochs, 0, open_low=True)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is {self.max_steps}; expected a positive number, or -1 for num_train_epochs")
+        for name, value, off in (
+            ("neftune_noise_alpha", self.neftune_noise_alpha, None),
+            ("label_smoothing_factor", self.label_smoothing_factor, 0.0),
+        ):
+            if value != off:
+                raise ValueError(f"{name} is {value!r}; the losses of these trainers know nothing of it, leave it out")
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "train_sampling_strategy is 'group_by_length'; packed batches need no equal lengths, and a contrast "
+                "wants mixed ones: expected 'random' or 'sequential'"
+            )
+        if self.on_nonfinite == "skip" and (self.deepspeed or self.fp16):
+            raise ValueError(
+                "on_nonfinite is 'skip', but DeepSpeed and fp16's loss scale take or leave a step by themselves; "
+                "expected 'stop' there"
+            )
         one_of("model_dtype", self.model_dtype, ("auto", "float32", "bfloat16", "float16"))
         if self.max_length is not None:
             in_range("max_length", self.max_length, 8)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -19,7 +20,7 @@ from rime_fast.recipe.blocks import by_block
 from rime_fast.recipe.false_negatives import mask_ids
 from rime_fast.recipe.joint import JointLoss, joint_loss, scored_tokens, side_cross_entropy, token_weights
 from rime_fast.recipe.set_scores import set_scores
-from rime_fast.trainers.base import DualModeTrainer
+from rime_fast.trainers.base import RATES, DualModeTrainer
 from rime_fast.trainers.callbacks import On
 from rime_fast.trainers.config import RimeConfig
 from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
@@ -27,7 +28,7 @@ from rime_fast.trainers.temperature import LearnableTemperature
 
 # Batch entries that are for the loss, not for the model.
 LOSS_KEYS = (
-    *("side", "query_ids", "key_ids", "negative_ids", "negative_of", "prompt_lengths", "dropped"),
+    *("side", "query_ids", "key_ids", "negative_ids", "negative_of", "prompt_lengths", "dropped", "rows"),
     *("query_contents", "key_contents", "other_ids", "other_of", "scores", "sets", "blocks"),
 )
 
@@ -109,8 +110,23 @@ class RimeTrainer(DualModeTrainer):
         elif args.block:
             raise ValueError(f"block is {args.block}; it is for a mixture: a train_dataset that is a list of sets")
         self.cache = GradCache(keep_bytes=args.kept_graphs_gib * 2**30, cost=part_tokens)
+        self._step_tokens: Tensor | None = None
         # without a contrast a batch's micro-batches have nothing to do with each other: one serves
         self.micro_batch_tokens = args.micro_batch_tokens if self.weights.modes() else None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As transformers'. The cross-entropy is the mean over the tokens of all accumulated batches together, while
+        each one's loss is divided by their number: so each counts the step's tokens over that number."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_tokens = None
+        if len(batches) > 1 and (self.weights.ce_query > 0 or self.weights.ce_target > 0):
+            rows = [sum(batch["lengths"][: _sizes(batch)[0]]) for batch in batches]
+            parts = [scored_tokens(batch["targets"], n) for batch, n in zip(batches, rows, strict=True)]
+            total = torch.stack(parts).sum(0).to(self.args.device, non_blocking=True)
+            if self.group is not None:
+                dist.all_reduce(total, group=self.group)
+            self._step_tokens = total / len(batches)
+        return batches, items
 
     def step(self, model: Any, inputs: dict[str, Any], scale: float) -> Tensor:
         """The gradient cache's two passes over the batch's micro-batches; a single one keeps its graph and is encoded
@@ -155,7 +171,8 @@ class RimeTrainer(DualModeTrainer):
         device = inputs["input_ids"].device
         targets, counts = batch.pop("targets", None), None
         if weights.ce_query > 0 or weights.ce_target > 0:
-            counts = scored_tokens(targets, query_rows, group)
+            counts = self._step_tokens if self.model.training else None
+            counts = scored_tokens(targets, query_rows, group) if counts is None else counts
             batch["token_weight"] = token_weights(targets, query_rows, counts, weights, world)
             batch["targets"] = targets
         tau = args.temperature if self.temperature is None else self.temperature.value()
@@ -264,10 +281,23 @@ class RimeTrainer(DualModeTrainer):
         if self.temperature is not None and self.args.should_save:
             self.temperature.save(output_dir)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.temperature is not None and checkpoint is not None:
-            self.temperature.load(Path(checkpoint))
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(folder)
+        if self.temperature is not None and folder is not None:
+            self.temperature.load(Path(folder))
+            for name in RATES:  # both rates' changes, as the model's own is scaled
+                self.temperature.learning_rate *= self.rate_change(folder, name)
+
+    def check_start(self) -> None:
+        super().check_start()
+        if self.weights.ce_query > 0 or self.weights.ce_target > 0:
+            data: Any = self.train_dataset
+            batch = self.data_collator([data[i] for i in range(0, len(data), max(1, len(data) // 4))][:4])
+            if "targets" in batch and not bool((batch["targets"] >= 0).any()):
+                raise ValueError(
+                    "no token of rows all over train_dataset is scored: cross-entropy has nothing to train on; "
+                    "expected rewrites, or ce_query_weight=0 and ce_target_weight=0"
+                )
 
 
 def _mask_ids(inputs: dict[str, Any], group: Any) -> tuple[Tensor, Tensor] | None:

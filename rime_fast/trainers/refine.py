@@ -37,6 +37,8 @@ from rime_fast.trainers.policy import (
 from rime_fast.trainers.rollouts import RolloutGenerator, RolloutStore
 from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
 
+MALFORMED = 0.9  # share of rollouts from which on it is said
+
 
 class RefineRLTrainer(DualModeTrainer):
     """Refine-RL (recipe, 4): G rewrites per prompt, rewards to discriminative anchors, clipped policy loss, KL.
@@ -148,13 +150,13 @@ class RefineRLTrainer(DualModeTrainer):
         """(name of the set: "train", "eval", ..; side) -> its bank, as it is stored."""
         return self.anchors.banks
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``RimeTrainer.train``; first the anchors are computed, or read back when the run is resumed."""
-        self.resuming = bool(resume_from_checkpoint)  # from here on the weights may be a checkpoint's
+    def before_training(self, resume: str | None) -> None:
+        """The anchors are computed, or read back when the run is resumed."""
+        self.resuming = resume is not None  # from here on the weights may be a checkpoint's
         self.store.clear()
         if not self.sharded:
             self.make_banks(self.model)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        super().before_training(resume)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers' ``evaluate``: rewards and lengths of sampled rewrites on the evaluation pairs.
@@ -303,6 +305,7 @@ class RefineRLTrainer(DualModeTrainer):
         self.observe(metrics, samples=prompts * size, tokens=rows_run)
         if first_update:
             target.count(format_failed=rollouts.format_failed, unfinished=rollouts.unfinished)
+            target.count(rollouts=prompts * size)
             if args.refill_degenerate and training:
                 target.count(refilled_groups=rollouts.refilled)
         return loss
@@ -403,6 +406,19 @@ class RefineRLTrainer(DualModeTrainer):
         dist.all_reduce(total, group=self.group)
         return total / self.args.world_size
 
+    def warning_of(self, logs: dict[str, float]) -> str:
+        """Said where (nearly) all rollouts are malformed, with the likeliest cause."""
+        drawn = logs.get("rollouts", 0.0)
+        if drawn == 0 or logs["format_failed"] < MALFORMED * drawn:
+            return ""
+        cut = logs["unfinished"] / drawn
+        if cut > 0.5:
+            cap = self.args.max_completion_length
+            cause = f"{cut:.0%} do not reach <gen_emb>: max_completion_length ({cap}) may be too short"
+        else:
+            cause = "the model does not write the template's form: start from a jointly trained one, with its template"
+        return f"{logs['format_failed'] / drawn:.0%} of the rollouts are malformed; {cause}"
+
     # --- several updates per rollout batch ---------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -417,10 +433,10 @@ class RefineRLTrainer(DualModeTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         self.store.save(Path(output_dir), self.state.global_step)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            for rollouts in self.store.load(Path(checkpoint), self.state.global_step):
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(folder)
+        if folder is not None:
+            for rollouts in self.store.load(Path(folder), self.state.global_step):
                 self.generator.look_at(rollouts)
 
 

@@ -34,21 +34,33 @@ class LearnableTemperature:
         return self.log_tau.exp()
 
     def step(self, factor: float, group: dist.ProcessGroup | None = None) -> None:
-        """One update at ``factor`` times the peak learning rate; the gradient is averaged over ``group`` first."""
+        """One update at ``factor`` times the peak learning rate; the gradient is averaged over ``group`` first. Where
+        that is not finite the value stays."""
         gradient = self.log_tau.grad
         if gradient is not None and group is not None:
             dist.all_reduce(gradient, group=group)
             gradient /= dist.get_world_size(group)
+        kept = self.log_tau.detach().clone()
+        finite = torch.ones((), dtype=torch.bool, device=kept.device)
+        if gradient is not None:
+            finite = gradient.isfinite()
+            gradient.masked_fill_(~finite, 0.0)
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             self.log_tau.clamp_(math.log(LOWEST), math.log(HIGHEST))
+            self.log_tau.copy_(torch.where(finite, self.log_tau, kept))
 
     def save(self, folder: str | Path) -> None:
         """Write value and optimizer state into a checkpoint folder."""
         state = self.optimizer.state.get(self.log_tau, {})
-        tensors = {"log_tau": self.log_tau.detach(), **{name: torch.as_tensor(value) for name, value in state.items()}}
+        peak = torch.tensor(self.learning_rate, dtype=torch.float64)
+        tensors = {
+            "log_tau": self.log_tau.detach(),
+            "learning_rate": peak,
+            **{name: torch.as_tensor(value) for name, value in state.items()},
+        }
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, Path(folder) / FILE)
 
     def load(self, folder: str | Path) -> None:
@@ -59,6 +71,7 @@ class LearnableTemperature:
         tensors = load_file(path)
         with torch.no_grad():
             self.log_tau.copy_(tensors.pop("log_tau"))
+        self.learning_rate = float(tensors.pop("learning_rate", self.learning_rate))
         # AdamW keeps its step counter on the host
         self.optimizer.state[self.log_tau] = {
             name: tensor if name == "step" else tensor.to(self.log_tau.device) for name, tensor in tensors.items()

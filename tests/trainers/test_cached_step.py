@@ -197,3 +197,20 @@ def test_without_a_contrast_one_micro_batch_serves(tiny, tmp_path):
     run = trained(tiny, tmp_path, micro_batch_tokens=60, **only)
     assert set(run.parts) == {1}
     assert not any(name.startswith("contrast") for name in run.state.log_history[0])
+
+
+def test_cross_entropy_over_accumulated_batches_is_the_mean_over_the_steps_tokens(tiny, tmp_path):
+    """Not the mean of each batch's mean: rewrites are of unequal lengths."""
+    pairs = tiny.pairs(8)
+    for i, pair in enumerate(pairs):
+        pair.query.rewrite = "red " * (1 + 5 * (i % 8 < 4))
+    only = {"disc_weight": 0.0, "gen_weight": 0.0, "cross_weight": 0.0, "train_sampling_strategy": "sequential"}
+    runs = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        processor = tiny.processor()
+        args = RimeConfig(output_dir=str(tmp_path), **(QUIET | SGD | only | sizes))
+        run = RimeTrainer(tiny.model(processor), args, pairs, processing_class=processor, template=tiny.template)
+        run.train()
+        runs.append(run)
+    assert_same(*runs)

@@ -1,0 +1,194 @@
+"""Checkpoints as transactions, and what tells one run from another.
+
+A checkpoint is written into a partial folder beside its place, synced to the disk with a manifest (every file's size
+and BLAKE2b digest, and the run's facts), and renamed when it is complete: a folder named checkpoint-N is whole, or was
+damaged afterwards, which ``fault`` sees. Older ones are removed only after that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rime_fast.data.records import Pair, stable_hash
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+FORMAT = "rime-checkpoint/1"
+SAMPLED = 512  # rows of a larger data set that its fingerprint reads
+
+
+# --- the transaction -------------------------------------------------------------------------------------------------
+
+
+def commit(partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
+    """Make the folder ``partial`` durable with its manifest, and give it its name; a folder of that name goes."""
+    names = sorted(_files(partial))
+    with ThreadPoolExecutor(8) as pool:
+        entries = dict(zip(names, pool.map(lambda name: _entry(partial / name, sync=True), names), strict=True))
+    text = json.dumps({"format": FORMAT, "files": entries, "facts": dict(facts)}, indent=1, default=str)
+    with (partial / MANIFEST).open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    for folder in {(partial / name).parent for name in names} | {partial}:
+        _sync_folder(folder)
+    old = partial.with_name(f"{final.name}.old")
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted; None: every file is there, with the bytes that were written."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"it has no {MANIFEST} (half-written, or of an older version)"
+    try:
+        entries = read_manifest(folder)["files"]
+    except (ValueError, KeyError) as error:
+        return f"its {MANIFEST} is damaged: {error}"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes, {entry['size']} were written"
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda name: _entry(folder / name), entries)
+        for (name, entry), now in zip(entries.items(), found, strict=True):
+            if now["blake2b"] != entry["blake2b"]:
+                return f"the bytes of {name} are not those that were written"
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; raises ValueError where it is none."""
+    found = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{folder / MANIFEST} is not of format {FORMAT}")
+    return found
+
+
+def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of a run that verifies, and why later ones were left out."""
+    left_out = {}
+    for folder in reversed(checkpoints(output_dir)):
+        why = fault(folder)
+        if why is None:
+            return folder, left_out
+        left_out[folder] = why
+    return None, left_out
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders checkpoint-N, by N."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+
+
+def choose(wanted: str | bool | None, output_dir: Path, overwrite: bool) -> tuple[str | None, list[str]]:
+    """(the checkpoint to resume from, or None for a fresh start; lines for people).
+
+    wanted: a checkpoint's folder; True or "last": the newest of ``output_dir`` that is whole; None or False: a fresh
+    start, into an unused folder, or with ``overwrite`` in place of what is there. Raises ValueError.
+    """
+    held = checkpoints(output_dir)
+    if wanted is None or wanted is False:
+        used = [*held, *output_dir.glob("model*.safetensors"), *output_dir.glob("adapter_model.safetensors")]
+        if used and not overwrite:
+            raise ValueError(
+                f"output_dir {str(output_dir)!r} holds a run ({used[-1].name}); resume it "
+                "(resume_from_checkpoint=True), choose another folder, or pass overwrite_output_dir=True"
+            )
+        for old in held:
+            remove(old)
+        return None, []
+    if wanted is True or wanted == "last":
+        found, left_out = newest(output_dir)
+        lines = [f"{path} is left out: {why}" for path, why in left_out.items()]
+        if found is None and left_out:
+            raise ValueError("; ".join([*lines, f"no checkpoint of {str(output_dir)!r} is whole: name one to take it"]))
+        say = "no checkpoint there, a fresh start" if found is None else f"resuming from {found}"
+        return None if found is None else str(found), [*lines, f"{output_dir}: {say}"]
+    path = Path(wanted)
+    if not (path / "trainer_state.json").is_file():
+        raise ValueError(f"{wanted} is no checkpoint: it has no trainer_state.json")
+    if not (path / MANIFEST).is_file():
+        return str(path), [f"{path} has no {MANIFEST}: it cannot be verified"]
+    if (why := fault(path)) is not None:
+        raise ValueError(f"{wanted} is damaged: {why}")
+    return str(path), []
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: renamed first, so that an interruption leaves no half of it under its name."""
+    if not folder.exists():
+        return
+    gone = folder.with_name(f".{folder.name.lstrip('.')}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != MANIFEST:
+            yield str(path.relative_to(folder))
+
+
+def _entry(path: Path, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.blake2b(digest_size=16)
+        while block := file.read(1 << 22):
+            digest.update(block)
+        if sync:
+            os.fsync(file.fileno())
+        return {"size": file.tell(), "blake2b": digest.hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- what tells one run from another ---------------------------------------------------------------------------------
+
+
+def data_facts(dataset: Any, rows: bool = True) -> dict[str, Any]:
+    """Length of a training set, and with ``rows`` a digest of its rows in order: of all, or of evenly spaced ones."""
+    pairs = getattr(dataset, "pairs", dataset)
+    if pairs is None or not hasattr(pairs, "__len__"):
+        return {}
+    count = len(pairs)
+    if not rows:
+        return {"data rows": count}
+    step = max(1, count // SAMPLED)
+    digest = hashlib.blake2b(digest_size=16)
+    for i in range(0, count, step):
+        row = pairs[i]
+        if not isinstance(row, Pair):
+            return {"data rows": count}
+        for side in (row.query, row.target, *row.negatives):
+            digest.update(f"{stable_hash(side)} {stable_hash(replace(side, id=None))} {side.rewrite};".encode())
+    return {"data rows": count, "data": digest.hexdigest()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """name -> "old -> new" of every fact that is not the same (compared as JSON writes them)."""
+    old, new = (json.loads(json.dumps(dict(facts), default=str)) for facts in (before, now))
+    names = sorted(old.keys() | new.keys())
+    return {name: f"{old.get(name)!r} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)}

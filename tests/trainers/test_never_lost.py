@@ -1,0 +1,317 @@
+"""Training is never lost: steps that are not finite, checkpoints, resumed runs, signals, starts that cannot go well."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from rime_fast.engine import checkpoint
+from rime_fast.engine.finite import NonFiniteError
+from rime_fast.trainers.config import RefineConfig, RimeConfig
+from rime_fast.trainers.joint import RimeTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
+
+QUIET = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 1,
+    "progress": "none",
+    "per_device_train_batch_size": 2,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "temperature": 0.1,
+    "train_sampling_strategy": "sequential",
+}
+CE_ONLY = {"disc_weight": 0.0, "gen_weight": 0.0, "cross_weight": 0.0}
+
+
+def trainer(tiny, folder, pairs=None, *, more=None, **settings) -> RimeTrainer:
+    args = RimeConfig(output_dir=str(folder), **(QUIET | settings))
+    processor = tiny.processor()
+    pairs = tiny.pairs(8) if pairs is None else pairs
+    model = tiny.model(processor)
+    return RimeTrainer(model, args, pairs, processing_class=processor, template=tiny.template, **(more or {}))
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+class Spoil(TrainerCallback):
+    """Makes one gradient of step ``at`` not finite."""
+
+    def __init__(self, run, at):
+        self.at, self.now = at, 0
+        weight = run.model.model.language_model.norm.weight
+        weight.register_hook(lambda g: g * math.nan if self.now == self.at else g)
+        run.add_callback(self)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1
+
+
+@pytest.mark.parametrize("settings", [{}, CE_ONLY, {"optim": "sgd"}, {"micro_batch_tokens": 40}], ids=str)
+def test_a_step_that_is_not_finite_ends_the_run_before_it_is_taken(tiny, tmp_path, settings):
+    run = trainer(tiny, tmp_path, max_steps=4, save_total_limit=1, **settings)
+    Spoil(run, 3)
+    with pytest.raises(NonFiniteError, match=r"step 3 is not finite \(gradient norm nan; rows of this rank: 4, 5\)"):
+        run.train()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert checkpoint.fault(tmp_path / "checkpoint-2") is None
+    again = trainer(tiny, tmp_path, max_steps=4, **settings)
+    again.train(resume_from_checkpoint=True)  # nothing spoils it now
+    assert all(p.isfinite().all() for p in again.model.parameters())
+
+
+def test_the_terms_that_are_not_finite_are_named(tiny, tmp_path):
+    run = trainer(tiny, tmp_path, max_steps=2)
+    step = run.step
+
+    def spoiled(*args):
+        loss = step(*args)
+        run.sums.add({"contrast/gen-gen": torch.tensor(math.inf)})
+        return loss * math.nan
+
+    run.step = spoiled
+    with pytest.raises(NonFiniteError, match="not finite among the logged terms: contrast/gen-gen"):
+        run.train()
+    assert checkpoint.checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_or_it_is_left_out_and_counted(tiny, tmp_path, optim, capsys):
+    run = trainer(tiny, tmp_path, max_steps=4, on_nonfinite="skip", optim=optim, learnable_temperature=True)
+    Spoil(run, 2)
+    kept = []
+    run.add_callback(Keep(run, kept))
+    run.train()
+    for name, value in kept[1].items():
+        assert torch.equal(value, kept[0][name]), name
+    assert any(not torch.equal(value, kept[1][name]) for name, value in kept[2].items())
+    assert sum(entry.get("skipped_steps", 0) for entry in run.state.log_history) == 1
+    assert "step 2 is not finite" in capsys.readouterr().err
+    assert math.isfinite(run.state.log_history[-1]["train_loss"])
+
+
+class Keep(TrainerCallback):
+    def __init__(self, run, kept):
+        self.run, self.kept = run, kept
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.kept.append(weights(self.run))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
+    run = trainer(tiny, tmp_path, max_steps=2, save_total_limit=1)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    run.model.lm_head.weight[0, 0] = math.inf
+
+    run.add_callback(Break())
+    with pytest.raises(NonFiniteError, match="the weights are not finite after step 2"):
+        run.train()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_one_named(tiny, tmp_path, capsys):
+    straight = trainer(tiny, tmp_path / "a", max_steps=4)
+    straight.train()
+    trainer(tiny, tmp_path / "b", max_steps=4).train()
+    for step in (3, 4):
+        (tmp_path / "b" / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    again = trainer(tiny, tmp_path / "b", max_steps=4)
+    again.train(resume_from_checkpoint=True)
+    told = capsys.readouterr().err
+    assert "checkpoint-4 is left out: optimizer.pt is missing" in told
+    assert f"resuming from {tmp_path / 'b' / 'checkpoint-2'}" in told
+    for name, value in weights(straight).items():
+        assert torch.equal(value, dict(again.model.named_parameters())[name]), name
+    assert checkpoint.fault(tmp_path / "b" / "checkpoint-4") is None  # written anew in its place
+    (tmp_path / "b" / "checkpoint-3" / "model.safetensors").write_bytes(b"0")
+    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: model.safetensors has 1 bytes"):
+        trainer(tiny, tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
+
+
+def test_a_folder_with_a_run_is_not_written_over_by_accident(tiny, tmp_path, capsys):
+    run = trainer(tiny, tmp_path, max_steps=3)
+    run.train(resume_from_checkpoint="last")
+    assert "no checkpoint there, a fresh start" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"holds a run \(checkpoint-3\); resume it"):
+        trainer(tiny, tmp_path, max_steps=1).train()
+    trainer(tiny, tmp_path, max_steps=1, overwrite_output_dir=True).train()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+def test_the_best_checkpoint_is_named_by_its_place_and_kept(tiny, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
+    more = {"eval_dataset": tiny.pairs(4, seed=3)}
+    run = trainer(tiny, tmp_path, max_steps=3, metric_for_best_model="eval_loss", more=more, **settings)
+    run.train()
+    assert run.state.best_model_checkpoint in {str(path) for path in checkpoint.checkpoints(tmp_path)}
+
+
+# --- resumed runs that differ ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"seed": 4}, "seed"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"gen_weight": 0.5}, "gen_weight"),
+        ({"learnable_temperature": True}, "learnable_temperature"),
+        ({"hard_negatives": 0}, "hard_negatives"),
+        ({"max_length": 512}, "max_length"),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_that_differs_is_refused_by_name(tiny, tmp_path, settings, named):
+    trainer(tiny, tmp_path, max_steps=1).train()
+    with pytest.raises(ValueError, match=rf"was made by a run that differs: .*{named} .* -> .*accept_changes"):
+        trainer(tiny, tmp_path, max_steps=2, **settings).train(resume_from_checkpoint=True)
+
+
+def test_other_data_is_refused_or_accepted_by_name(tiny, tmp_path, capsys):
+    pairs = tiny.pairs(8)
+    trainer(tiny, tmp_path, pairs, max_steps=1).train()
+    for other in (pairs[::-1], pairs[:4], tiny.pairs(8, seed=2)):
+        with pytest.raises(ValueError, match="was made by a run that differs: data"):
+            trainer(tiny, tmp_path, other, max_steps=2).train(resume_from_checkpoint=True)
+    trainer(tiny, tmp_path, pairs[:6], max_steps=2, accept_changes=True).train(resume_from_checkpoint=True)
+    assert "data rows 8 -> 6" in capsys.readouterr().err
+
+
+def test_a_changed_learning_rate_takes_effect(tiny, tmp_path):
+    """On the model and, by the same factor, on the learnable temperature."""
+    rates = {"lr_scheduler_type": "constant", "learnable_temperature": True, "max_steps": 2}
+    trainer(tiny, tmp_path, **rates | {"max_steps": 1}).train()
+    run = trainer(tiny, tmp_path, **rates, **{"learning_rate": 1e-2})
+    run.train(resume_from_checkpoint=True)
+    assert run.state.log_history[-2]["learning_rate"] == pytest.approx(1e-2)
+    assert run.temperature.learning_rate == pytest.approx(2e-3)
+    assert run.temperature.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
+    again = trainer(tiny, tmp_path, **rates | {"max_steps": 3}, **{"learning_rate": 1e-2})
+    again.train(resume_from_checkpoint=True)
+    assert again.temperature.learning_rate == pytest.approx(2e-3)
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_signal_does_not_cancel_the_saving(tiny, tmp_path, monkeypatch):
+    class Press(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    run = trainer(tiny, tmp_path, max_steps=6, logging_steps=100, save_steps=100, more={"callbacks": [Press()]})
+    commit = checkpoint.commit
+
+    def slow(*args):
+        run.interrupt.since -= 60  # long after the first
+        os.kill(os.getpid(), signal.SIGTERM)
+        commit(*args)
+
+    monkeypatch.setattr(checkpoint, "commit", slow)
+    with pytest.raises(SystemExit):
+        run.train()
+    assert checkpoint.newest(tmp_path) == (tmp_path / "checkpoint-2", {})
+
+
+# --- starts that cannot go well --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"per_device_train_batch_size": -4}, "per_device_train_batch_size is -4"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"learning_rate": -1e-5}, "learning_rate is -1e-05"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
+        ({"on_nonfinite": "go on"}, "on_nonfinite is 'go on'"),
+        ({"on_nonfinite": "skip", "fp16": True}, "on_nonfinite is 'skip'"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [RimeConfig, RefineConfig])
+def test_bad_values_are_refused(tmp_path, settings, name, config):
+    with pytest.raises(ValueError, match=name):
+        config(output_dir=str(tmp_path), **settings)
+
+
+def test_what_would_train_nothing_is_refused_before_step_one(tiny, tmp_path):
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        trainer(tiny, tmp_path, check_data=False, pairs=[]).train()
+    with pytest.raises(ValueError, match="has 8 rows, a batch of all ranks 9"):
+        trainer(tiny, tmp_path, per_device_train_batch_size=9, dataloader_drop_last=True).train()
+    run = trainer(tiny, tmp_path)
+    collate = run.data_collator
+    run.data_collator = lambda rows: collate(rows) | {"targets": torch.full((9,), -100)}
+    with pytest.raises(ValueError, match="no token of rows all over train_dataset is scored"):
+        run.train()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir .* cannot be written"):
+        trainer(tiny, tmp_path / "file" / "run").train()
+
+
+def test_the_seed_reaches_an_adapters_first_values(tiny, tmp_path):
+    from peft import LoraConfig
+
+    def first(seed):
+        torch.manual_seed(torch.seed() % 1000)
+        more = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
+        run = trainer(tiny, tmp_path, more=more, seed=seed)
+        return torch.cat([p.flatten() for name, p in run.model.named_parameters() if "lora_A" in name])
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+# --- Refine-RL -------------------------------------------------------------------------------------------------------
+
+
+def refine(tiny, folder, **settings) -> RefineRLTrainer:
+    own = {"num_generations": 2, "max_completion_length": 4, "trained_sides": "query"}
+    shared = {name: value for name, value in QUIET.items() if name not in ("temperature", "train_sampling_strategy")}
+    args = RefineConfig(output_dir=str(folder), **(shared | own | settings))
+    processor = tiny.processor()
+    model = tiny.model(processor)
+    return RefineRLTrainer(model, args, tiny.pairs(6), processing_class=processor, template=tiny.template)
+
+
+@pytest.mark.parametrize("progress", ["plain", "none"])
+def test_malformed_rollouts_are_warned_of_with_the_likeliest_cause(tiny, tmp_path, capsys, caplog, progress):
+    refine(tiny, tmp_path, max_steps=1, progress=progress, save_strategy="no").train()
+    told = capsys.readouterr().err + caplog.text
+    assert "100% of the rollouts are malformed" in told
+    assert "max_completion_length (4) may be too short" in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"seed": 1}, "seed"), ({"trained_sides": "target"}, "trained_sides"), ({"beta": 0.5}, "beta")],
+    ids=str,
+)
+def test_refine_between_two_updates_goes_on_with_its_own_settings_only(tiny, tmp_path, settings, named):
+    refine(tiny, tmp_path, num_iterations=2, max_steps=1).train()
+    with pytest.raises(ValueError, match=rf"was made by a run that differs: .*{named}"):
+        refine(tiny, tmp_path, num_iterations=2, max_steps=2, **settings).train(resume_from_checkpoint=True)
