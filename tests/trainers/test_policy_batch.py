@@ -101,6 +101,7 @@ HOST_ONLY = {
     ("model/dual_mode.py", "_placeholders"): "checks the numbers of image tokens on the CPU only; asynchronous on CUDA",
     ("ops/checks.py", "require"): "value checks, on the CPU only; asynchronous on CUDA",
     ("ops/checks.py", "require_range"): "the same",
+    ("ops/reward/op.py", "_check_distinct"): "offsets in memory are host tensors",
     ("ops/logprob_pool/arguments.py", "_check_targets"): "the same",
     ("ops/logprob_pool/cpu.py", "__init__"): "the CPU's schedule numbers its scored rows; Triton's does not",
     ("ops/logprob_pool/read_outs.py", "read_outs_forward"): "the CPU's; Triton's does not look at the spans",
