@@ -292,8 +292,8 @@ class RimeTrainer(DualModeTrainer):
         super().check_start()
         if self.weights.ce_query > 0 or self.weights.ce_target > 0:
             data: Any = self.train_dataset
-            batch = self.data_collator([data[i] for i in range(0, len(data), max(1, len(data) // 4))][:4])
-            if "targets" in batch and not bool((batch["targets"] >= 0).any()):
+            batch = self.collator.collate_pairs([data[i] for i in range(0, len(data), max(1, len(data) // 4))][:4])
+            if not bool((batch["targets"] >= 0).any()):
                 raise ValueError(
                     "no token of rows all over train_dataset is scored: cross-entropy has nothing to train on; "
                     "expected rewrites, or ce_query_weight=0 and ce_target_weight=0"

@@ -264,8 +264,8 @@ def test_what_would_train_nothing_is_refused_before_step_one(tiny, tmp_path):
     with pytest.raises(ValueError, match="has 8 rows, a batch of all ranks 9"):
         trainer(tiny, tmp_path, per_device_train_batch_size=9, dataloader_drop_last=True).train()
     run = trainer(tiny, tmp_path)
-    collate = run.data_collator
-    run.data_collator = lambda rows: collate(rows) | {"targets": torch.full((9,), -100)}
+    collate = run.collator.collate_pairs
+    run.collator.collate_pairs = lambda rows: collate(rows) | {"targets": torch.full((9,), -100)}
     with pytest.raises(ValueError, match="no token of rows all over train_dataset is scored"):
         run.train()
     (tmp_path / "file").write_text("")
