@@ -91,10 +91,10 @@ def reference_terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         twins = (x.query_ids[:, None] == x.key_ids[None, :]) & ~own
     for q, k in options.terms:
         for width in options.widths or (x.queries[q].shape[1],):
-            sides: tuple[Tensor, ...] = (x.queries[q], x.keys[k])
-            if width < sides[0].shape[1]:
-                sides = tuple(F.normalize(side[:, :width], dim=1) for side in sides)
-            loss, hit = _one_term(*sides, x.temperature, positives, own, twins, options)
+            query, key = x.queries[q], x.keys[k]
+            if width < query.shape[1]:
+                query, key = F.normalize(query[:, :width], dim=1), F.normalize(key[:, :width], dim=1)
+            loss, hit = _one_term(query, key, x.temperature, positives, own, twins, options)
             losses.append(loss)
             hits.append(hit)
     return torch.stack(losses), torch.stack(hits)

@@ -165,10 +165,11 @@ class Schedule:
             at = torch.where(here, labels - start, 0)
             slots = [(q, k, width) for q, k in self.options.terms for width in widths]
             for known, (q, k, width) in zip(found, slots, strict=True):
-                sides: tuple[Tensor, ...] = (self.queries[q], keys[k])
+                query, key = self.queries[q], keys[k]
                 if width is not None and width < self.options.widths[-1]:
-                    sides = tuple(side[:, :width] * inverse_norms(side, width)[:, None] for side in sides)
-                known.copy_(torch.where(here, pair_similarity(*sides, at), known))
+                    query = query[:, :width] * inverse_norms(query, width)[:, None]
+                    key = key[:, :width] * inverse_norms(key, width)[:, None]
+                known.copy_(torch.where(here, pair_similarity(query, key, at), known))
         return found
 
     def _temperature_gradient(self, dq: list[Tensor | None], narrower: Tensor) -> Tensor:
