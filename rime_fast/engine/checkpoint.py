@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint of a run that verifies, and why later ones were left out."""
-    left_out = {}
+    left_out: dict[Path, str] = {}
     for folder in reversed(checkpoints(output_dir)):
         why = fault(folder)
         if why is None:

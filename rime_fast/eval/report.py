@@ -205,7 +205,7 @@ def _refine_section(phases: list[Mapping[str, Any]]) -> str:
 
 
 def _figure(figure: Mapping[str, Any]) -> str:
-    return _note(figure) + _plot(figure["image"], figure["alt"], width=figure.get("width", 1000))
+    return _note(figure) + _image(figure["image"], figure["alt"], figure.get("width", 1000))
 
 
 def _note(part: Mapping[str, Any]) -> str:
@@ -234,10 +234,12 @@ def _counted(phases: list[Mapping[str, Any]]) -> list[str]:
 
 def _plot(draw: Callable[[bool], str], alt: str, width: int = 1000) -> str:
     """``draw(narrow)`` gives the picture's data URI; telephones get the narrow one."""
-    return (
-        f'<picture><source media="(max-width: 700px)" srcset="{draw(True)}">'
-        f'<img class="plot" style="width:{width}px" alt="{escape(alt)}" src="{draw(False)}"></picture>'
-    )
+    wide = _image(draw(False), alt, width)
+    return f'<picture><source media="(max-width: 700px)" srcset="{draw(True)}">{wide}</picture>'
+
+
+def _image(data_uri: str, alt: str, width: int) -> str:
+    return f'<img class="plot" style="width:{width}px" alt="{escape(alt)}" src="{data_uri}">'
 
 
 def _width(panels: list[plots.Panel]) -> int:

@@ -135,12 +135,13 @@ class DualModeTrainer(Trainer):
 
     def check_start(self) -> None:
         """Raise ValueError for what would end the run later, or train nothing."""
-        if self.train_dataset is None or len(self.train_dataset) == 0:
+        dataset: Any = self.train_dataset
+        if dataset is None or len(dataset) == 0:
             raise ValueError("train_dataset is empty; expected at least one row")
         step = self.args.train_batch_size * max(self.args.world_size, 1)
-        if self.args.dataloader_drop_last and len(self.train_dataset) < step:
+        if self.args.dataloader_drop_last and len(dataset) < step:
             raise ValueError(
-                f"train_dataset has {len(self.train_dataset)} rows, a batch of all ranks {step}, and "
+                f"train_dataset has {len(dataset)} rows, a batch of all ranks {step}, and "
                 "dataloader_drop_last leaves an incomplete one out: nothing would be trained"
             )
 
@@ -189,12 +190,13 @@ class DualModeTrainer(Trainer):
         """As transformers'; a learning rate that changed takes effect, where the checkpoint's would be restored."""
         super()._load_optimizer_and_scheduler(folder)
         factor = self.rate_change(folder, "learning_rate")
-        if factor != 1.0 and hasattr(self.lr_scheduler, "base_lrs"):
+        scheduler: Any = self.lr_scheduler
+        if factor != 1.0 and hasattr(scheduler, "base_lrs"):
             for group in self.optimizer.param_groups:
                 group["lr"] *= factor
                 group["initial_lr"] = group.get("initial_lr", self.args.learning_rate / factor) * factor
-            self.lr_scheduler.base_lrs = [rate * factor for rate in self.lr_scheduler.base_lrs]
-            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+            scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def rate_change(self, folder: str | None, name: str) -> float:
         """By what a learning rate differs from the checkpoint's (1 where that is not known, or was 0)."""

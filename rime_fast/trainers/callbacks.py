@@ -309,7 +309,14 @@ _FREE = {"micro_batch_tokens", "kept_graphs_gib", "vision_features_on_host", "ba
 _FREE |= {"rollout_batch", "check_data", "on_bad_row", "attn_implementation", "model_dtype", "on_nonfinite"}
 _FREE |= {"overwrite_output_dir", "accept_changes", "warmup_steps", "lr_scheduler_type", "learning_rate"}
 _FREE |= {"temperature_learning_rate", "num_train_epochs", "max_steps", "negatives", "negative", *_LEFT_OUT}
-_COUNTS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "bf16")
+_COUNTS: tuple[str, ...] = (
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "world_size",
+    "bf16",
+)
 _COUNTS += ("fp16", "weight_decay", "max_grad_norm", "optim", "train_sampling_strategy", "dataloader_drop_last")
 
 

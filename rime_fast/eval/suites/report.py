@@ -66,7 +66,7 @@ def _several(task: TaskResult, side: str) -> bool:
 def _figures(result: SuiteResult) -> Iterator[dict[str, Any]]:
     cells = {cell: value for cell in result.cells if (value := headline(result, cell)) is not None}
     if len(cells) == 4:
-        image = plots.mutual_heat_maps({"overall": {cell: {"score": v} for cell, v in cells.items()}}, "score")
+        image = plots.mutual_heat_maps({"overall": {cell: {"score": v} for cell, v in cells.items()}}, metric="score")
         spoken = "; ".join(f"{cell} {value:.3f}" for cell, value in cells.items())
         yield {"title": "Overall", "image": image, "alt": f"overall score of each pairing: {spoken}", "width": 360}
     groups = {
