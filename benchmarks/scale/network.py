@@ -113,7 +113,7 @@ class Contrast:
 
     def small(self, cluster: Cluster) -> Traffic:
         """What does not grow with the width: the handshake, ids, column softmaxes (fp64), totals."""
-        records = cluster.gather(2048 * cluster.gpus)
+        records = cluster.gather(8 * 11 * cluster.gpus)  # numbers of ops/contrastive/agreement.py's record
         ids = cluster.gather(8 * self.keys) if self.ids else Traffic()
         columns = Traffic()
         if self.symmetric:
