@@ -20,6 +20,7 @@ from benchmarks.scale.joint import Load, Plan, Side, Step, joint_step
 from benchmarks.scale.network import Cluster
 from benchmarks.scale.refine import RefinePlan, decode, refine_step
 from benchmarks.scale.shapes import ModelShape, checkpoint_shape, shape_of
+from rime_fast.ops.logprob_pool import cpu
 
 TWO_B = checkpoint_shape("qwen2-vl-2b")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu"
@@ -59,10 +60,11 @@ def products(call: Any) -> float:
 
 
 @pytest.mark.parametrize("kept", [math.inf, 0.0])
-def test_flops_of_a_joint_training_step(kept: float) -> None:
+def test_flops_of_a_joint_training_step(kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real step of Qwen2-VL through the gradient cache, head and contrast included; within 2 % with every graph kept:
     the head pads its rows to 16, attention pads neighbours to one length, and a tiny batch has little of either.
     Otherwise within 5 %: the share that is encoded again comes in whole micro-batches."""
+    monkeypatch.setattr(cpu, "PRODUCT_ROWS", cpu.STEP)
     s = measured.Setting(measured.SHAPES["tiny"][0], "cpu", torch.float32)
     shape, load, step = modelled(s, kept=1.0 if kept else 0.0)
     want = sum(part.flops for part in step.parts)
