@@ -31,6 +31,7 @@ def run_mteb(values: dict[str, Any], tasks: list[str], modes: list[str], downloa
         chosen = list(mteb.get_tasks(tasks=tasks))
     except KeyError as error:
         raise UsageError(f"--mteb: {error.args[0] if error.args else error}") from None
+    metrics = {task.metadata.name: task.metadata.main_score for task in chosen}
     home = Path(options.output_dir)
     rows = []
     for path in options.model:
@@ -40,7 +41,7 @@ def run_mteb(values: dict[str, Any], tasks: list[str], modes: list[str], downloa
             cache = mteb.ResultCache(cache_path=home / "mteb")
             results = mteb.evaluate(encoder, chosen, cache=cache, show_progress_bar=False)
             for one in results.task_results:
-                rows.append([path, mode, one.task_name, one.task.metadata.main_score, f"{100 * one.get_score():.2f}"])
+                rows.append([path, mode, one.task_name, metrics[one.task_name], f"{100 * one.get_score():.2f}"])
                 print(f"{path:<24} {mode:<5} {one.task_name:<40} {rows[-1][3]:<16} {rows[-1][4]:>7}")
         del embedder
     table = {"title": "Tasks", "columns": ["model", "mode", "task", "metric", "score, %"], "rows": rows}
