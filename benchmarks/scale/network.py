@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.scale.hardware import Assumptions, Hardware
+from rime_fast.ops.contrastive.agreement import FIELDS
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Contrast:
 
     def small(self, cluster: Cluster) -> Traffic:
         """What does not grow with the width: the handshake, ids, column softmaxes (fp64), totals."""
-        records = cluster.gather(8 * 11 * cluster.gpus)  # numbers of ops/contrastive/agreement.py's record
+        records = cluster.gather(8 * len(FIELDS) * cluster.gpus)
         ids = cluster.gather(8 * self.keys) if self.ids else Traffic()
         columns = Traffic()
         if self.symmetric:
