@@ -54,7 +54,7 @@ class Sizes:
     refine_steps: int = 80
     refine_batch: int = 24
     n_test: int = 512
-    more_steps: int = 300
+    more_steps: int = 420
     measurements: int = 10
 
     def as_dict(self) -> dict[str, Any]:
