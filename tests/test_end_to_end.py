@@ -171,9 +171,11 @@ def test_eval_compares_both_models_in_one_report(work, sft, refined, capsys):
         12,
         "--examples",
         4,
+        "--dims",
+        "8,full",
     )
     assert code == 0
-    assert "gen-disc" in capsys.readouterr().out
+    assert "gen-disc @ 8" in capsys.readouterr().out
     report = json.loads((work / "eval" / "report.json").read_text())
     assert [phase["label"] for phase in report["phases"]] == ["sft", "refine"]
     for phase in report["phases"]:
@@ -182,6 +184,7 @@ def test_eval_compares_both_models_in_one_report(work, sft, refined, capsys):
         for cell in cells.values():
             assert 0 <= cell["hit@1"] <= cell["mrr"] <= 1
         assert (phase["mutual"]["n_queries"], phase["mutual"]["n_candidates"]) == (8, 8)
+        assert set(phase["mutual"]["dims"]["8"]) == set(cells)
         assert phase["mutual"]["cost"]["disc"]["query_tokens"] == 0
         assert 1 <= phase["mutual"]["cost"]["gen"]["query_tokens"] <= 12
         assert phase["log_history"]

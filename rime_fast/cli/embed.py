@@ -30,6 +30,9 @@ class EmbedOptions:
         default="runs/embeddings", metadata={"help": "Folder of embeddings.safetensors and items.jsonl."}
     )
     mode: str = field(default="disc", metadata={"help": "'disc' (one prefill), 'gen' (decodes a rewrite) or 'both'."})
+    dims: int | None = field(
+        default=None, metadata={"help": "Keep the first so many numbers, normalised again (Matryoshka)."}
+    )
     anchors: str | None = field(
         default=None,
         metadata={
@@ -47,15 +50,20 @@ def run(values: dict[str, Any]) -> int:
         raise UsageError(f"--mode is {options.mode!r}; expected {', '.join(MODES)}")
     model_exists(options.model)
     if options.anchors is not None:
+        if options.dims is not None:
+            raise UsageError("--dims goes without --anchors: a bank is whole, and refine --anchor_dims cuts it")
         from rime_fast.cli.embed_anchors import embed_anchors
 
         return embed_anchors(options.model, options.data, options.output_dir, options.anchors, loading)
     from safetensors.torch import save_file
 
     from rime_fast.cli.bars import bars
+    from rime_fast.eval.index import truncated
 
     items = read_items(options.data, loading.image_root, loading.allow_outside)
     embedder = load_embedder(options.model, loading)
+    if options.dims is not None:
+        embedder.check_widths([options.dims])
     with bars() as progress:
         one = embedder.encode_items(items, options.mode, progress=partial(progress, options.mode))
     encoded = {"disc": one.without_decoding(), "gen": one} if options.mode == "both" else {options.mode: one}
@@ -71,10 +79,10 @@ def run(values: dict[str, Any]) -> int:
         lines.append(json.dumps(line, ensure_ascii=False))
     (directory / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     metadata = {"model": options.model, "data": options.data, "template": loading.template}
-    tensors = {mode: one.embeddings for mode, one in encoded.items()}
+    tensors = {mode: truncated(one.embeddings, options.dims) for mode, one in encoded.items()}
     save_file(tensors, str(directory / "embeddings.safetensors"), metadata=metadata)
     for mode, one in encoded.items():
-        shape = " x ".join(map(str, one.embeddings.shape))
+        shape = " x ".join(map(str, tensors[mode].shape))
         print(
             f"{mode}: {shape} fp32, {one.seconds / len(items):.4f} s and {one.mean_tokens:.1f} decoded tokens an item"
         )
@@ -129,6 +137,10 @@ COMMAND = Command(
         (
             "an index of cheap embeddings",
             "rime-fast embed --model runs/sft --data catalogue.jsonl --output_dir runs/index",
+        ),
+        (
+            "Matryoshka embeddings of 256 numbers",
+            "rime-fast embed --model runs/sft --data catalogue.jsonl --dims 256 --output_dir runs/index",
         ),
         ("generative queries against it", "rime-fast embed --model runs/sft --data queries.txt --mode gen"),
         (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from rime_fast.cli.options import UsageError
 
 
 @dataclass
@@ -18,7 +21,23 @@ class EvalOptions:
     )
     output_dir: str = field(default="runs/eval", metadata={"help": "Folder of report.json and report.html."})
     modes: list[str] = field(default_factory=list, metadata={"help": "'disc', 'gen'; default: both, the 2 x 2 table."})
+    dims: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Also score embeddings cut to so many numbers: 64,256,full (full always is)."},
+    )
     limit: int | None = field(default=None, metadata={"help": "Only the first so many queries."})
     top_k: int = field(default=5, metadata={"help": "Candidates shown per example."})
     examples: int = field(default=24, metadata={"help": "Examples in the report, evenly spaced over the queries."})
     title: str | None = field(default=None, metadata={"help": "Title of the report."})
+
+    def widths(self) -> list[int]:
+        """``dims`` as ascending widths, without the whole, which is always scored."""
+        words = [one for one in split(self.dims) if one != "full"]
+        if not all(word.isdigit() and int(word) > 0 for word in words):
+            raise UsageError(f"--dims is {','.join(self.dims)!r}; expected widths from 1, or 'full'")
+        return sorted({int(word) for word in words})
+
+
+def split(words: Sequence[str]) -> list[str]:
+    """Words that may be joined by commas."""
+    return [part for word in words for part in word.split(",") if part]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rime_fast.cli.command import Command, model_exists, required
+from rime_fast.cli.eval_options import EvalOptions, split
 from rime_fast.cli.options import Group, UsageError
 from rime_fast.cli.values import build
 
@@ -32,7 +32,6 @@ class SuiteOptions:
     groups: list[str] = field(default_factory=list, metadata={"help": "Some groups of tasks: image.CLS,visdoc"})
     protocol: str = field(default="ume-r1", metadata={"help": "'ume-r1', 'vlm2vec' or 'plain': texts and resolutions."})
     frames: int | None = field(default=None, metadata={"help": "Frames of a video; default: the protocol's, 8."})
-    dims: list[int] = field(default_factory=list, metadata={"help": "Also score embeddings cut to so many numbers."})
     ties: str = field(default="pessimistic", metadata={"help": "'pessimistic', or 'official': the list's order."})
     shard: str | None = field(default=None, metadata={"help": "i/n: this process of n; under torchrun by itself."})
     leaderboard: str | None = field(default=None, metadata={"help": "Write an MMEB leaderboard entry to this file."})
@@ -69,11 +68,6 @@ def _suite(options: SuiteOptions) -> Suite:
     return suite.select(split(options.tasks), split(options.groups))
 
 
-def split(words: Sequence[str]) -> list[str]:
-    """Words that may be joined by commas."""
-    return [part for word in words for part in word.split(",") if part]
-
-
 def _check(suite: Suite) -> int:
     from rime_fast.eval.suites.check import check_suite
 
@@ -93,7 +87,6 @@ def _check(suite: Suite) -> int:
 
 def _evaluate(suite: Suite, options: SuiteOptions, values: dict[str, Any], models: list[str]) -> int:
     from rime_fast.cli.bars import bars
-    from rime_fast.cli.eval_options import EvalOptions
     from rime_fast.cli.loading import EmbedderOptions, load_embedder
     from rime_fast.eval.report import write_report
     from rime_fast.eval.suites import evaluate_suite, suite_template
@@ -122,7 +115,7 @@ def _evaluate(suite: Suite, options: SuiteOptions, values: dict[str, Any], model
                 limit=shared.limit,
                 shard=(rank, world),
                 ties=options.ties,
-                dims=options.dims,
+                dims=shared.widths(),
                 overwrite=options.overwrite,
                 model_name=path,
                 progress=progress,

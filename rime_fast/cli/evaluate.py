@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rime_fast.cli.command import Command, model_exists, required
-from rime_fast.cli.eval_options import EvalOptions
+from rime_fast.cli.eval_options import EvalOptions, split
 from rime_fast.cli.loading import EmbedderOptions, load_embedder
 from rime_fast.cli.options import Group, UsageError
 from rime_fast.cli.values import build
@@ -27,8 +27,10 @@ def run(values: dict[str, Any]) -> int:
         return run_suite(values)
     if values.get("mteb"):
         from rime_fast.cli.eval_mteb import run_mteb
-        from rime_fast.cli.eval_suites import SuiteOptions, split
+        from rime_fast.cli.eval_suites import SuiteOptions
 
+        if values.get("dims"):
+            raise UsageError("--dims goes with --data or --suite")
         modes = split(values.get("modes") or []) or ["disc", "gen"]
         return run_mteb(values, split(values["mteb"]), modes, build(SuiteOptions, values).download)
     if stray := sorted(set(Group("", "rime_fast.cli.eval_suites", "SuiteOptions").options()) & values.keys()):
@@ -37,7 +39,6 @@ def run(values: dict[str, Any]) -> int:
     options, loading = build(EvalOptions, values), build(EmbedderOptions, values)
     model_exists(*options.model)
     from rime_fast.cli.bars import bars
-    from rime_fast.cli.eval_suites import split
     from rime_fast.data.retrieval import RetrievalSet
     from rime_fast.eval.mutual import MODES, evaluate_mutual
     from rime_fast.eval.report import write_report
@@ -59,6 +60,7 @@ def run(values: dict[str, Any]) -> int:
                 modes=split(options.modes) or MODES,
                 top_k=options.top_k,
                 n_examples=options.examples,
+                dims=options.widths(),
                 progress=progress,
             )
         label = Path(path).name or path
@@ -76,7 +78,10 @@ def run(values: dict[str, Any]) -> int:
         "machine": _machine(),
     }
     title = options.title or f"Mutual retrieval on {data.name or Path(str(options.data)).name}"
-    paths = write_report(options.output_dir, {"title": title, "facts": facts, "phases": phases})
+    report: dict[str, Any] = {"title": title, "facts": facts, "phases": phases}
+    if options.widths():
+        report["tables"] = [widths_table(phases)]
+    paths = write_report(options.output_dir, report)
     print(f"report: {paths[1]}\nnumbers: {paths[0]}")
     return 0
 
@@ -98,10 +103,28 @@ def table(name: str, result: MutualResult) -> str:
         f"{'query-target':<14}" + "".join(f"{title:>{int(form.split('.')[0])}}" for _, title, form in columns),
     ]
     lines += [f"{cell:<14}" + "".join(f"{row[key]:{form}}" for key, _, form in columns) for cell, row in plain.items()]
+    for width, cells in result.dims.items():
+        lines += [
+            f"{f'{name} @ {width}':<14}" + "".join(f"{cell[key]:{form}}" for key, _, form in columns[:3])
+            for name, cell in cells.items()
+        ]
     missing = sum(result.missing_gen.values())
     if missing:
         lines.append(f"{missing} generations never reached <gen_emb>; their last state stood in")
     return "\n".join(lines)
+
+
+def widths_table(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """hit@1 of each width of each model, for the report."""
+    cells = list(phases[0]["mutual"]["cells"])
+    rows: list[list[Any]] = []
+    for phase in phases:
+        whole = {name: cell["hit@1"] for name, cell in phase["mutual"]["cells"].items()}
+        for width, found in phase["mutual"]["dims"].items():
+            rows.append([phase["label"], str(width), *(float(found[name]["hit@1"]) for name in cells)])
+        rows.append([phase["label"], "full", *(float(whole[name]) for name in cells)])
+    note = "hit@1; rows are cut to so many numbers and normalised again."
+    return {"title": "Width", "columns": ["model", "numbers", *cells], "rows": rows, "note": note}
 
 
 def history(path: str) -> list[dict[str, Any]]:
@@ -137,6 +160,7 @@ COMMAND = Command(
     examples=(
         ("one model", "rime-fast eval --model runs/sft --data test.json --output_dir runs/eval"),
         ("before and after Refine-RL, in one report", "rime-fast eval --model runs/sft runs/refine --data test.json"),
+        ("Matryoshka widths, in one pass", "rime-fast eval --model runs/sft --data test.json --dims 64,256,full"),
         ("without decoding", "rime-fast eval --model runs/sft --data test.json --modes disc"),
         ("whether a benchmark's files are there", "rime-fast eval --suite mmeb-v2 --root MMEB-V2 --check"),
         ("a published benchmark", "rime-fast eval --suite mmeb-v2 --root MMEB-V2 --model runs/refine"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rime_fast.cli.command import Command, required
+from rime_fast.cli.options import Group
 from rime_fast.cli.training import MORE, groups
 
 
@@ -32,8 +33,13 @@ COMMAND = Command(
         ("go on after an interruption", "rime-fast train --config sft.yaml --resume_from_checkpoint last"),
         ("8 GPUs", "torchrun --nproc_per_node 8 -m rime_fast.cli train --config sft.yaml"),
         ("an adapter", "rime-fast train --config sft.yaml --lora_rank 16"),
+        ("embeddings that can be cut", "rime-fast train --config sft.yaml --matryoshka_dims 64 128 256 512 1024"),
     ),
     run=run,
-    groups=groups("RimeConfig", "The recipe (joint training)"),
+    groups=groups(
+        "RimeConfig",
+        "The recipe (joint training)",
+        Group("Its contrast", "rime_fast.recipe.settings", "ContrastSettings"),
+    ),
     more=MORE,
 )

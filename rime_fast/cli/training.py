@@ -69,11 +69,12 @@ def _data_name(source: Any) -> str:
     return str(source.get("name") or source["path"]) if isinstance(source, dict) else str(source)
 
 
-def groups(config: str, title: str) -> tuple[Group, ...]:
-    """The option groups of a trainer whose config class is ``config``."""
+def groups(config: str, title: str, *parts: Group) -> tuple[Group, ...]:
+    """The option groups of a trainer whose config class is ``config``, made of ``parts`` besides its own fields."""
     return (
         Group("Model and data", "rime_fast.cli.training", "TrainingOptions"),
         Group(title, "rime_fast.trainers.config", config),
+        *parts,
         Group("Input, model loading, logging", "rime_fast.trainers.config", "CommonConfig"),
         Group("Training", "transformers.training_args", "TrainingArguments", only=COMMON),
     )

@@ -165,6 +165,16 @@ class RimeEmbedder:
         """Where the model is."""
         return dual_mode_of(self.model).device
 
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return dual_mode_of(self.model).config.get_text_config().hidden_size
+
+    def check_widths(self, widths: Iterable[int]) -> None:
+        """Raise ValueError for Matryoshka widths that no embedding of this model has."""
+        if wrong := [width for width in widths if not 1 <= width <= self.width]:
+            raise ValueError(f"dims is {wrong[0]}; expected 1 to {self.width}, the model's hidden size")
+
     @overload
     def encode(
         self, items: Items, mode: str = ..., *, return_rewrites: Literal[False] = ..., progress: Any = ...

@@ -118,7 +118,7 @@ def truncated(rows: torch.Tensor, dims: int | None) -> torch.Tensor:
     if dims is None or dims == rows.shape[1]:
         return rows
     if not 1 <= dims < rows.shape[1]:
-        raise ValueError(f"dimensions is {dims}; expected 1 to {rows.shape[1]}")
+        raise ValueError(f"dims is {dims}; expected 1 to {rows.shape[1]}")
     return torch.nn.functional.normalize(rows[:, :dims], dim=1)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from rime_fast.data.records import Side, content_hash
 from rime_fast.eval import metrics
+from rime_fast.eval.index import truncated
 from rime_fast.eval.ranking import Ranking, Rows, rank_candidates
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class MutualResult:
     means per item, measured in this run; tokens are all decoded ones, tags and <gen_emb> included (0 for disc).
     missing_gen: side -> generations that never reached <gen_emb>, so that their last state stood in.
     format_errors: side -> rewrites that do not parse. examples: queries with their first candidates, for the report.
+    dims: width -> cell -> metrics, of rows cut to so many numbers and normalised again.
     """
 
     cells: dict[str, Cell]
@@ -73,6 +75,7 @@ class MutualResult:
     n_candidates: int
     mean_pool: float
     examples: list[dict[str, Any]] = field(default_factory=list)
+    dims: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def hit_at_1(self) -> dict[str, float]:
         """{"disc-disc": hit@1, ...}."""
@@ -95,6 +98,7 @@ class MutualResult:
             "n_candidates": self.n_candidates,
             "mean_pool": self.mean_pool,
             "examples": self.examples,
+            "dims": self.dims,
         }
 
 
@@ -105,16 +109,20 @@ def evaluate_mutual(
     modes: Sequence[str] = MODES,
     top_k: int = 5,
     n_examples: int = 24,
+    dims: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> MutualResult:
     """Embed both sides of ``data`` in each mode, rank, and time it. Candidates with the same content count as one.
 
     modes: ("disc", "gen"), or one of them alone. n_examples: queries kept for the report, evenly spaced over the
-    set (not chosen by outcome). progress: called as ``progress("gen query", done, total)``.
+    set (not chosen by outcome). dims: further widths that the embeddings are scored at.
+    progress: called as ``progress("gen query", done, total)``.
     """
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown or not modes:
         raise ValueError(f"modes is {tuple(modes)}; expected a choice of {MODES}")
+    if dims:
+        embedder.check_widths(dims)
     data = without_twins(data)
     sides = {"query": data.queries, "target": data.candidates}
     encoded: dict[tuple[str, str], Encoded] = {}
@@ -122,14 +130,14 @@ def evaluate_mutual(
         for side, items in sides.items():
             report = None if progress is None else partial(progress, f"{mode} {side}")
             encoded[mode, side] = embedder.encode_items(items, mode, progress=report)
-    cells = mutual_table(
-        {mode: encoded[mode, "query"].embeddings for mode in modes},
-        {mode: encoded[mode, "target"].embeddings for mode in modes},
-        data.correct,
-        gains=data.gains,
-        lists=data.pools,
-        top_k=top_k,
-    )
+
+    def table(width: int | None, count: int) -> dict[str, Cell]:
+        rows = [
+            {mode: truncated(encoded[mode, side].embeddings, width) for mode in modes} for side in ("query", "target")
+        ]
+        return mutual_table(*rows, data.correct, gains=data.gains, lists=data.pools, top_k=count)
+
+    cells = table(None, top_k)
     cost = {}
     for mode in modes:
         cost[mode] = {f"{side}_tokens": encoded[mode, side].mean_tokens for side in sides}
@@ -145,6 +153,7 @@ def evaluate_mutual(
         n_candidates=len(data.candidates),
         mean_pool=pool.double().mean().item(),
         examples=_examples(data, cells, gen, n_examples),
+        dims={width: {name: cell.metrics for name, cell in table(width, 0).items()} for width in dims},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,12 @@ def by_block(
     found = [loss(*places) for places in _places(blocks, owners, device)]
     mean = 1 / len(found)
 
-    def averaged(name: str) -> dict[str, Tensor]:
+    def averaged(name: str) -> dict[Any, Tensor]:
         first = getattr(found[0], name)
         return {key: torch.stack([getattr(part, name)[key] for part in found]).mean(0) for key in first}
 
     total = torch.stack([part.total for part in found]).sum() * mean
-    return JointLoss(total, averaged("terms"), averaged("accuracy"))
+    return JointLoss(total, averaged("terms"), averaged("accuracy"), averaged("per_dim"))
 
 
 def _places(blocks: list[int], owners: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

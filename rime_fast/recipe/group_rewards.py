@@ -27,6 +27,11 @@ def negatives_mask(own: Tensor, others: Tensor) -> Tensor:
     return (own[:, None] != others[None]).all(dim=-1)
 
 
+def cut(rows: Tensor, width: int | None) -> Tensor:
+    """The first ``width`` columns as fp32 unit rows (Matryoshka); None: the rows as they are."""
+    return rows if width is None else torch.nn.functional.normalize(rows[:, :width].float(), dim=1)
+
+
 @dataclass(frozen=True)
 class SideAnchors:
     """What the rollouts of one trained side are scored against; the B items in order.
@@ -87,11 +92,14 @@ class RewardBuffers:
 class Rewarder:
     """Scores rollouts side by side, in place.
 
-    weights: the reward. trained: the sides, in row order. group_size: G.
+    weights: the reward. trained: the sides, in row order. group_size: G. width: at which all is compared (Matryoshka);
+    anchors have it already (``cut``).
     """
 
-    def __init__(self, weights: RewardWeights, trained: Sequence[str], group_size: int) -> None:
-        self.weights, self.trained, self.group_size = weights, tuple(trained), group_size
+    def __init__(
+        self, weights: RewardWeights, trained: Sequence[str], group_size: int, width: int | None = None
+    ) -> None:
+        self.weights, self.trained, self.group_size, self.width = weights, tuple(trained), group_size, width
 
     def __call__(
         self,
@@ -110,6 +118,7 @@ class Rewarder:
         format_ok [n G] bool, lengths [n G] rewrite tokens. Where a side's bank is sharded, every rank of its group
         must call with the same n and first.
         """
+        gen, disc = cut(gen, self.width), cut(disc, self.width)
         size = self.group_size
         prompts, items = into.rewards.shape[0], into.rewards.shape[0] // len(self.trained)
         stop = first + gen.shape[0] // size

@@ -17,8 +17,8 @@ of the values, and of the gradients, is that of one process holding the whole ba
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -50,10 +50,10 @@ class JointWeights:
     same_item: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"JointWeights.{field.name} is {value!r}; expected a finite number >= 0")
+                raise ValueError(f"JointWeights.{one.name} is {value!r}; expected a finite number >= 0")
 
     def modes(self) -> tuple[str, ...]:
         """The embeddings that the contrastive terms read: a subset of ("disc", "gen")."""
@@ -69,11 +69,15 @@ class JointWeights:
 
 @dataclass
 class JointLoss:
-    """total: 0-d fp32 with gradient. terms: name -> 0-d, unweighted, no gradient. accuracy: mode pair -> hit@1, 0-d."""
+    """total: 0-d fp32 with gradient. terms: name -> 0-d, unweighted, no gradient. accuracy: mode pair -> hit@1, 0-d.
+
+    With Matryoshka widths: accuracy also "mode pair@width"; per_dim: width -> the weighted terms' sum there, 0-d.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
     accuracy: dict[str, Tensor]
+    per_dim: dict[int, Tensor] = field(default_factory=dict)
 
 
 def scored_tokens(targets: Tensor, query_rows: int, group: Any = None) -> Tensor:
@@ -123,6 +127,8 @@ def joint_loss(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     margin: float | None = None,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     group: Any = None,
     backend: str = "auto",
 ) -> JointLoss:
@@ -136,6 +142,7 @@ def joint_loss(
     detach_disc: stop-gradient on d in the cross terms, so that they pull g to d and leave d alone [ours, off].
     query_ids [n], key_ids [n + h] int64: a key whose id equals the query's is no negative (never masks the positive).
     margin: a key more similar than the positive by more than this is no negative.
+    dims, dim_weights: Matryoshka widths of every contrast, and their weights (``contrastive_loss``).
     group: torch.distributed group of the global batch (see the module's docstring); ranks may hold different n and h.
 
     Raises ValueError for a missing mode; shapes, dtypes and ids are ``contrastive_loss``'s to check.
@@ -147,7 +154,7 @@ def joint_loss(
                 raise ValueError(f"{name} has modes {sorted(side)}; the weights {weights} also need {mode!r}")
     world = 1 if group is None else dist.get_world_size(group)
     settings: dict[str, Any] = {"temperature": temperature, "margin": margin, "symmetric": symmetric}
-    settings |= {"group": group, "backend": backend}
+    settings |= {"dims": dims, "dim_weights": dim_weights, "group": group, "backend": backend}
     loss = JointLoss(ce, {}, {})
 
     def add(
@@ -156,8 +163,12 @@ def joint_loss(
         out = contrastive_loss(a, b, terms=terms, query_ids=a_ids, key_ids=b_ids, **settings)
         # value of the global loss, gradient of this rank's share times the ranks
         loss.total = loss.total + (out.loss if world == 1 else out.loss * world - out.loss.detach() * (world - 1))
-        for name, value, hit in zip(names, out.per_term.values(), out.accuracy.values(), strict=True):
-            loss.terms[name], loss.accuracy[name] = value.detach(), hit
+        for name, found in zip(names, out.per_term, strict=True):
+            loss.terms[name], loss.accuracy[name] = out.per_term[found].detach(), out.accuracy[found]
+            for width in out.per_dim:
+                loss.accuracy[f"{name}@{width}"] = out.accuracy[found, width]
+        for width, value in out.per_dim.items():
+            loss.per_dim[width] = loss.per_dim.get(width, 0.0) + value.detach()
 
     pair_terms = weights.pair_terms()
     if pair_terms:

@@ -3,6 +3,7 @@ and kept; the current policy's own; or (UME-R1) the other side's rewrites."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rime_fast.data.records import Side
 from rime_fast.engine.anchor_bank import AnchorBank, data_fingerprint, model_fingerprint
 from rime_fast.engine.packed_batch import to_device
 from rime_fast.engine.wrappers import whole_parameters
-from rime_fast.recipe.group_rewards import OPPOSITE, SideAnchors, negatives_mask
+from rime_fast.recipe.group_rewards import OPPOSITE, SideAnchors, cut, negatives_mask
 from rime_fast.trainers.config import RefineConfig
 
 
@@ -91,6 +92,8 @@ class AnchorSource:
     def _placed(self, bank: AnchorBank) -> AnchorBank:
         """Where ``bank_storage`` wants it."""
         device = self.args.device
+        if (width := self.args.anchor_dims) is not None:
+            bank = replace(bank, anchors=cut(bank.anchors, width))
         if self.sharded:
             bank = bank.shard(dist.get_rank(self.group), dist.get_world_size(self.group))
         if self.args.bank_storage != "host":
@@ -113,6 +116,7 @@ class AnchorSource:
         [B, D]: discriminative embeddings of the other side, where that side is not trained and anchors are the
         policy's. Reads nothing from a device, except that a host bank's rows go there.
         """
+        gen, disc, opposite = (None if x is None else cut(x, self.args.anchor_dims) for x in (gen, disc, opposite))
         found = {}
         items = len(inputs["rows"])
         for place, name in enumerate(self.trained):

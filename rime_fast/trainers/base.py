@@ -297,6 +297,7 @@ class DualModeTrainer(Trainer):
             "title": self.title,
             "base_model": getattr(base.config, "_name_or_path", "") or None,
             "template": self.args.template,
+            "matryoshka_dimensions": getattr(base.config, "matryoshka_dimensions", None),
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "settings": settings_of(self.args),

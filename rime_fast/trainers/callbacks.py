@@ -16,7 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from rime_fast.trainers.config import CommonConfig
 
@@ -297,7 +297,7 @@ _LEFT_OUT = ("progress", "report_to", "logging_steps", "logging_nan_inf_filter",
 
 def settings_of(args: CommonConfig) -> dict[str, Any]:
     """The recipe's fields and the deciding ones of transformers, by name."""
-    classes = [cls for cls in reversed(type(args).__mro__) if issubclass(cls, CommonConfig)]
+    classes = [cls for cls in reversed(type(args).__mro__) if not issubclass(TrainingArguments, cls)]
     own = [name for cls in classes for name in get_annotations(cls) if hasattr(args, name)]
     chosen = {name: getattr(args, name) for name in (*own, *_STOCK) if name not in _LEFT_OUT}
     plain = (int, float, str, type(None))

@@ -6,10 +6,8 @@ RIME paper does not publish: a documented choice of this project, not the author
 
 from __future__ import annotations
 
-import math
 import warnings
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import TrainingArguments
@@ -17,6 +15,7 @@ from transformers import TrainingArguments
 from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe.joint import JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
+from rime_fast.recipe.settings import ContrastSettings, in_range, one_of, option
 
 ON_BAD_ROW = ON_NONFINITE = ("stop", "skip")
 PROGRESS = ("rich", "plain", "none")
@@ -32,23 +31,6 @@ STOCK_AT_LEAST |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "da
 # Refine-RL's settings that are at least this
 AT_LEAST = {"num_generations": 1, "max_completion_length": 2, "top_k": 0, "epsilon_high": 0, "beta": 0}
 AT_LEAST |= {"num_iterations": 1, "refill_degenerate": 0, "micro_batch_tokens": 1, "rollout_batch": 1}
-
-
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": text})
-
-
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
-
-
-def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if not number or value < low or value > high or (open_low and value == low):
-        bounds = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
-        raise ValueError(f"{name} is {value!r}; expected a number {bounds}")
 
 
 @dataclass
@@ -176,7 +158,7 @@ def _other_accelerator() -> bool:
 
 
 @dataclass
-class RimeConfig(CommonConfig):
+class RimeConfig(ContrastSettings, CommonConfig):
     """Joint training (SFT): cross-entropy on both sides, contrast in both modes, Cross-Mode Alignment.
 
     The batch of a step (all ranks) is the set of in-batch negatives: make it as large as memory allows.
@@ -190,26 +172,6 @@ class RimeConfig(CommonConfig):
         1.0, "Cross-Mode Alignment: half g-d, half d-g; 0: off. [known: idea; ours: form, weight]"
     )
     same_item_weight: float = option(0.0, "Contrast of g against d of the same side, half per side. [ours, off]")
-    temperature: float = option(0.02, "Contrast temperature tau; scale 1/tau = 50. [known]")
-    learnable_temperature: bool = option(
-        False, "Learn log tau (tau kept in [0.005, 1]); it follows the LR schedule. [ours]"
-    )
-    temperature_learning_rate: float = option(1e-3, "Peak learning rate of log tau when it is learnable. [ours]")
-    symmetric: bool = option(
-        True, "Both directions [known, UME-R1]; False: query to target only [known, Think-Then-Embed]."
-    )
-    detach_disc_in_cross: bool = option(
-        False, "Stop-gradient on d in the cross terms: only g moves towards d. [ours, off]"
-    )
-    mask_false_negatives: bool = option(
-        True, "A target with the positive's id or text is not a negative (equal 63-bit hashes). [ours]"
-    )
-    false_negative_margin: float | None = option(
-        None, "Also mask keys more similar than positive + margin (cosine). None: off. [ours, off]"
-    )
-    hard_negatives: int | None = option(
-        None, "A pair's first listed negatives that join the keys: None all of them, 0 none. [ours]"
-    )
 
     block: int = option(
         0,
@@ -245,16 +207,11 @@ class RimeConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         self.weights()  # raises, naming the weight
-        in_range("temperature", self.temperature, 0, open_low=True)
+        self.check_contrast()
         in_range("block", self.block, 0)
         one_of("contrast_scope", self.contrast_scope, ("global", "block"))
         if self.contrast_scope == "block" and not self.block:
             raise ValueError("contrast_scope is 'block' and block is 0; set how many rows a block has")
-        in_range("temperature_learning_rate", self.temperature_learning_rate, 0)
-        if self.hard_negatives is not None:
-            in_range("hard_negatives", self.hard_negatives, 0)
-        if self.false_negative_margin is not None:
-            in_range("false_negative_margin", self.false_negative_margin, -2, 2)
         if self.learnable_temperature and self.fp16:
             raise ValueError("learnable_temperature with fp16=True: the loss scale would distort it; use bf16")
         in_range("kept_graphs_gib", self.kept_graphs_gib, 0)
@@ -331,6 +288,11 @@ class RefineConfig(CommonConfig):
         "Bank of the training set made by `rime-fast embed --anchors` with this model: its folder, or one side's "
         "file. None: made at the start, into output_dir/anchors. [ours]",
     )
+    anchor_dims: int | None = option(
+        None,
+        "Width at which rewrites and anchors are compared: their first so many numbers, normalised again (Matryoshka). "
+        "None: all. [ours]",
+    )
     bank_storage: str = option(
         "device",
         "Where the bank lies: 'device'; 'host', page-locked memory from which it streams to a GPU (a memory map on "
@@ -389,6 +351,8 @@ class RefineConfig(CommonConfig):
         for name, low in AT_LEAST.items():
             if getattr(self, name) is not None or name not in ("micro_batch_tokens", "rollout_batch"):
                 in_range(name, getattr(self, name), low)
+        if self.anchor_dims is not None:
+            in_range("anchor_dims", self.anchor_dims, 1)
         in_range("sampling_temperature", self.sampling_temperature, 0, open_low=True)
         in_range("top_p", self.top_p, 0, 1, open_low=True)
         in_range("epsilon", self.epsilon, 0, 1)

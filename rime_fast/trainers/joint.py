@@ -75,6 +75,10 @@ class RimeTrainer(DualModeTrainer):
         if not isinstance(args, RimeConfig):
             raise TypeError(f"args is {type(args).__name__}; expected RimeConfig")
         model, processor, _ = prepare_model(model, processing_class or processor, args, peft_config)
+        config = model.config
+        self.widths = args.contrast_widths(config.get_text_config().hidden_size)
+        if self.widths is not None:
+            config.is_matryoshka, config.matryoshka_dimensions = True, self.widths[0]
         chosen = args.template if template is None else template
         self.collator = make_collator(processor, chosen, model.config, args, ids=args.mask_false_negatives)
         # without a term that trains or reads rewrites, prompts up to <disc_emb> are all that is needed
@@ -205,6 +209,8 @@ class RimeTrainer(DualModeTrainer):
                     query_ids=None if ids is None else ids[0][own],
                     key_ids=None if ids is None else ids[1][among],
                     margin=args.false_negative_margin,
+                    dims=None if self.widths is None else self.widths[0],
+                    dim_weights=None if self.widths is None else self.widths[1],
                     group=group,
                 )
 
@@ -218,6 +224,7 @@ class RimeTrainer(DualModeTrainer):
                 self._score_sets(inputs, queries, keys, tau, ids)
             metrics.update({f"contrast/{name}": value for name, value in joint.terms.items()})
             metrics.update({f"hit@1/{name}": value for name, value in joint.accuracy.items()})
+            metrics.update({f"contrast/all@{width}": value for width, value in joint.per_dim.items()})
             return joint.total
 
         encoder = PackedEncoder(

@@ -76,6 +76,8 @@ class RefineRLTrainer(DualModeTrainer):
         if args.fsdp and int(args.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr]
             raise ValueError("fsdp_config['version'] is 1; expected 2: rollouts gather the parameters by FSDP2's means")
         model, processor, tokens = prepare_model(model, processing_class or processor, args, peft_config)
+        if args.anchor_dims is not None and args.anchor_dims > (size := model.config.get_text_config().hidden_size):
+            raise ValueError(f"anchor_dims is {args.anchor_dims}; the model's embeddings have {size} numbers")
         no_dropout(model)
         if args.shared_prefix:
             use_packed_attention(model)
@@ -114,7 +116,7 @@ class RefineRLTrainer(DualModeTrainer):
         self.generator = RolloutGenerator(backend, self.collator, processor.tokenizer, sampling, args.refill_degenerate)
         self.reference = Reference(self.model, args.reference, args.beta)
         self.anchors = AnchorSource(args, self.trained, self.collator, self.group)
-        self.rewarder = Rewarder(args.reward_weights(), self.trained, args.num_generations)
+        self.rewarder = Rewarder(args.reward_weights(), self.trained, args.num_generations, args.anchor_dims)
         self.store = RolloutStore(
             args.num_iterations, args.gradient_accumulation_steps, args.device, args.process_index
         )

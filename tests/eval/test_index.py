@@ -62,7 +62,7 @@ def test_truncated_rows_are_unit_rows():
         (lambda: EmbeddingIndex(rows(3), items=[{}]), "items has 1 entries"),
         (lambda: EmbeddingIndex(rows(3)).search(rows(1, width=4)), r"queries is \(1, 4\); expected \[n, 8\]"),
         (lambda: EmbeddingIndex(rows(3)).search(rows(1), 0), "k is 0"),
-        (lambda: truncated(rows(3), 9), "dimensions is 9; expected 1 to 8"),
+        (lambda: truncated(rows(3), 9), "dims is 9; expected 1 to 8"),
         (lambda: EmbeddingIndex.load("/nowhere"), "holds no index.json"),
     ],
 )

@@ -30,6 +30,10 @@ class Oracle:
         self.size = size
         self.calls: list[tuple[str, int]] = []
 
+    def check_widths(self, widths):
+        if max(widths) > self.size:
+            raise ValueError(f"dims is {max(widths)}")
+
     def encode_items(self, items, mode, progress=None):
         self.calls.append((mode, len(items)))
         if progress is not None:
@@ -127,3 +131,14 @@ def test_equal_candidates_in_a_shared_pool_are_both_right():
     kept = without_twins(data)
     assert (kept.correct, kept.gains) == ([[0], [1], [2]], [[2.0], [1.0], [1.0]])
     assert without_twins(kept) is kept
+
+
+def test_widths_come_from_the_same_embeddings(data):
+    oracle = Oracle(10)
+    result = evaluate_mutual(oracle, data, dims=[4, 10])
+    assert len(oracle.calls) == 4
+    assert list(result.to_dict()["dims"]) == [4, 10]
+    assert result.dims[10]["gen-gen"] == result.cells["gen-gen"].metrics
+    assert result.dims[4]["gen-gen"]["hit@1"] < 1.0  # the rows' other six are zeros there
+    with pytest.raises(ValueError, match="dims is 11"):
+        evaluate_mutual(oracle, data, dims=[11])

@@ -150,3 +150,18 @@ def test_rows_that_fit_no_prompts_are_named() -> None:
     step.gen = step.gen[:-1]
     with pytest.raises(ValueError, match="gen has 23 rows and disc 8; expected 3 and 1"):
         step.score()
+
+
+def test_a_width_scores_what_was_cut_before():
+    """Rewards of whole rows at a width are those of the rows' first columns, normalised."""
+    step = Step()
+    step.banks = {name: F.normalize(bank[:, :5], dim=1) for name, bank in step.banks.items()}
+    step.anchors = {
+        name: SideAnchors(bank, step.positive, bank[step.positive], step.anchors[name].mask)
+        for name, bank in step.banks.items()
+    }
+    found = RewardBuffers.make(2 * B, G, torch.device("cpu"))
+    whole = step.gen, step.disc
+    Rewarder(step.weights, SIDES, G, 5)(found, step.anchors, *whole, step.format_ok, step.lengths)
+    step.gen, step.disc = (F.normalize(rows[:, :5], dim=1) for rows in whole)
+    assert torch.equal(found.rewards, step.score().rewards)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rime_fast.recipe.joint import JointWeights, joint_loss, scored_tokens, side_cross_entropy, token_weights
+from rime_fast.recipe.joint import JointLoss, JointWeights, joint_loss, scored_tokens, side_cross_entropy, token_weights
 from tests.ranks import run_ranks
 
 MODES = ("disc", "gen")
@@ -291,3 +291,19 @@ def test_two_ranks_under_ddp_give_the_gradients_of_one(tmp_path):
     for name, want in want_grads.items():
         error = (grads[name] - want).norm() / want.norm()
         assert error < 1e-5, (name, error)
+
+
+def test_widths_are_the_weighted_sum_of_the_terms_at_each():
+    q, k = sides(7, 3)
+    weights = JointWeights(disc=0.3, gen=0.7, cross=1.9, same_item=0.6)
+    got = joint_loss(ZERO, q, k, weights=weights, temperature=0.05, dims=[3, 16], dim_weights=[0.5, 2.0])
+
+    def at(width: int) -> JointLoss:
+        rows = [{m: F.normalize(x[:, :width], dim=1) for m, x in side.items()} for side in (q, k)]
+        return joint_loss(ZERO, *rows, weights=weights, temperature=0.05)
+
+    narrow, whole = at(3), at(16)
+    check(got.total, 0.5 * narrow.total + 2 * whole.total, q, k)
+    assert got.per_dim[3] == pytest.approx(narrow.total.item())
+    assert got.accuracy["gen-disc@3"] == narrow.accuracy["gen-disc"]
+    assert got.accuracy["gen-disc"] == got.accuracy["gen-disc@16"] == whole.accuracy["gen-disc"]

@@ -88,7 +88,7 @@ def test_a_text_is_escaped_on_the_page(model_dir, tmp_path, capsys):
         (["index"], "--embeddings is required"),
         (["index", "{tmp}"], "holds no embeddings.safetensors"),
         (["index", "{embedded}", "--mode", "latent"], "--mode is 'latent'; .* holds disc, gen"),
-        (["index", "{embedded}", "--dims", "64"], "dimensions is 64; expected 1 to 32"),
+        (["index", "{embedded}", "--dims", "64"], "dims is 64; expected 1 to 32"),
         (["index", "{embedded}", "--data", "/gone.jsonl"], "--data /gone.jsonl: no such file"),
         (["index", "{embedded}", "--data", "{tmp}/two.txt"], "has 2 items; the embeddings have 6"),
         (["index", "{embedded}", "--output_dir", "{tmp}/i", "--faiss", "Nope"], "faiss is 'Nope'"),

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rime_fast import cli
 from rime_fast.model.tokens import add_embedding_tokens
@@ -100,6 +101,18 @@ def test_a_bank_of_something_else_is_an_error(work):
         trainer(work).train()
 
 
+def test_embeddings_are_cut_and_normalised_again(work, capsys):
+    (work / "pairs.jsonl").write_text("".join(json.dumps({"text": f"red {i}"}) + "\n" for i in range(5)))
+    assert embed(work, "--dims", 8) == 0
+    assert "disc: 5 x 8 fp32" in capsys.readouterr().out
+    rows = load_file(work / "bank" / "embeddings.safetensors")["disc"]
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
+    assert embed(work, "--dims", 33) == 1
+    assert "dims is 33; expected 1 to 32, the model's hidden size" in capsys.readouterr().err
+
+
 def test_bad_options_are_named(work, capsys):
+    assert embed(work, "--anchors", "both", "--dims", 8) == 2
+    assert "--dims goes without --anchors" in capsys.readouterr().err
     assert embed(work, "--anchors", "all") == 2
     assert "--anchors is 'all'; expected query, target, both" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Settings with their help texts: how a field is written and checked, and those of the contrast.
+
+In the help texts [known] marks what is published (the source is named) and [ours] what the RIME paper does not publish.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+
+
+def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if not number or value < low or value > high or (open_low and value == low):
+        bounds = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
+        raise ValueError(f"{name} is {value!r}; expected a number {bounds}")
+
+
+@dataclass
+class ContrastSettings:
+    """What the contrast of joint training compares, and how: a part of ``RimeConfig``."""
+
+    temperature: float = option(0.02, "Contrast temperature tau; scale 1/tau = 50. [known]")
+    learnable_temperature: bool = option(
+        False, "Learn log tau (tau kept in [0.005, 1]); it follows the LR schedule. [ours]"
+    )
+    temperature_learning_rate: float = option(1e-3, "Peak learning rate of log tau when it is learnable. [ours]")
+    symmetric: bool = option(
+        True, "Both directions [known, UME-R1]; False: query to target only [known, Think-Then-Embed]."
+    )
+    detach_disc_in_cross: bool = option(
+        False, "Stop-gradient on d in the cross terms: only g moves towards d. [ours, off]"
+    )
+    mask_false_negatives: bool = option(
+        True, "A target with the positive's id or text is not a negative (equal 63-bit hashes). [ours]"
+    )
+    false_negative_margin: float | None = option(
+        None, "Also mask keys more similar than positive + margin (cosine). None: off. [ours, off]"
+    )
+    hard_negatives: int | None = option(
+        None, "A pair's first listed negatives that join the keys: None all of them, 0 none. [ours]"
+    )
+    matryoshka_dims: list[int] | None = option(  # noqa: RUF009
+        None,
+        "Widths that are trained beside the whole embedding (Matryoshka): the contrast is the sum over them, at the "
+        "products of the whole alone. Saved in the model's config. [known: Qwen3-VL-Embedding, WeMM; off in RIME]",
+    )
+    matryoshka_weights: list[float] | None = option(  # noqa: RUF009
+        None, "A weight for each of matryoshka_dims, then the whole embedding's. None: 1 each. [known: 1]"
+    )
+
+    def check_contrast(self) -> None:
+        """Raise ValueError for a value out of its range, naming the field."""
+        in_range("temperature", self.temperature, 0, open_low=True)
+        in_range("temperature_learning_rate", self.temperature_learning_rate, 0)
+        if self.hard_negatives is not None:
+            in_range("hard_negatives", self.hard_negatives, 0)
+        if self.false_negative_margin is not None:
+            in_range("false_negative_margin", self.false_negative_margin, -2, 2)
+        widths, weights = self.matryoshka_dims or [], self.matryoshka_weights
+        if widths != sorted(set(widths)) or any(width < 1 for width in widths):
+            raise ValueError(f"matryoshka_dims is {widths}; expected ascending widths from 1")
+        for weight in weights or []:
+            in_range("matryoshka_weights", weight, 0)
+        if weights is not None and len(weights) not in (len(widths), len(widths) + 1):
+            raise ValueError(
+                f"matryoshka_weights has {len(weights)} numbers; expected one for each of matryoshka_dims "
+                f"({len(widths)}), then one for the whole embedding"
+            )
+
+    def contrast_widths(self, whole: int) -> tuple[list[int], list[float]] | None:
+        """(widths, their weights) for embeddings of ``whole`` numbers, which are always the last; None where only
+        these are compared. Raises ValueError for a width beyond them."""
+        if not self.matryoshka_dims:
+            return None
+        if self.matryoshka_dims[-1] > whole:
+            raise ValueError(f"matryoshka_dims has {self.matryoshka_dims[-1]}; the model's embeddings have {whole}")
+        widths = sorted({*self.matryoshka_dims, whole})
+        weights = [1.0] * len(widths) if self.matryoshka_weights is None else self.matryoshka_weights
+        if len(weights) != len(widths):
+            raise ValueError(
+                f"matryoshka_weights has {len(weights)} numbers; expected {len(widths)}, one for each of {widths}"
+            )
+        return widths, list(weights)
