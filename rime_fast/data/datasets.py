@@ -63,8 +63,7 @@ class PairDataset(Dataset[Pair]):
         return len(self.source) if self.rows is None else len(self.rows)
 
     def __getitem__(self, index: int) -> Pair:
-        index = range(len(self))[int(index)]  # negative counts from the end; IndexError beyond
-        place = index if self.rows is None else int(self.rows[index])
+        place = self._place(index)
         row = self.source.read(place)
         if isinstance(row, Pair):
             return row
@@ -73,6 +72,14 @@ class PairDataset(Dataset[Pair]):
             number = self.source.number(place)
             raise DataError([Problem(self.name, number, where, problem) for where, problem in problems])
         return pair
+
+    def _place(self, index: int) -> int:
+        index = range(len(self))[int(index)]  # negative counts from the end; IndexError beyond
+        return index if self.rows is None else int(self.rows[index])
+
+    def row_number(self, index: int) -> int:
+        """What messages call an item's row: counted from 1 in its source, in JSONL the line."""
+        return self.source.number(self._place(index))
 
     def keep(self, chosen: np.ndarray) -> None:
         """Leave only these of the present items, in this order."""

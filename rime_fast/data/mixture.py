@@ -144,12 +144,16 @@ class MixtureDataset(Dataset[Pair]):
         return int(self._stops[-1])
 
     def __getitem__(self, place: Place | int) -> Pair:
-        if not isinstance(place, tuple):
-            index = range(len(self))[place]
-            at = int(np.searchsorted(self._stops, index, side="right"))
-            place = Place(at, index - int(self._stops[at] - self.sizes[at]), 0, 0)
-        at, row, visit, block = place
+        at, row, visit, block = self.place(place)
         return replace(self.sets[at][row].visit(visit), dataset=self.labels[at], drawn=(at, block))
+
+    def place(self, place: Place | int) -> Place:
+        """Of a plain index, its place."""
+        if isinstance(place, tuple):
+            return place
+        index = range(len(self))[place]
+        at = int(np.searchsorted(self._stops, index, side="right"))
+        return Place(at, index - int(self._stops[at] - self.sizes[at]), 0, 0)
 
     def tokens(self, places: np.ndarray) -> np.ndarray:
         """Of each of places [n, 2] (set, row): its tokens as the check counted or estimated them, else its set's mean

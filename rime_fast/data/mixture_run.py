@@ -36,11 +36,11 @@ class MixtureRun:
         )
         self.sums = torch.zeros(len(dataset.labels), 3, device=args.device)
 
-    def loader(self, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
-        """This rank's micro-steps; not to be sharded again."""
+    def loader(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+        """This rank's micro-steps of the mixture, or what wraps it; not to be sharded again."""
         args = self.args
         return DataLoader(
-            self.dataset,
+            dataset,
             batch_sampler=self.sampler,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from rime_fast.data.collate import Collator
-from rime_fast.data.records import Pair, Side, stable_hash
+from rime_fast.data.records import DataError, Pair, Side, stable_hash
 from rime_fast.recipe.group_rewards import OPPOSITE
 
 
@@ -37,15 +37,21 @@ class PairBatches:
 
 
 class IndexedPairs(Dataset):
-    """Items (name, index, pair): a rollout has to find its pair's anchor in the bank."""
+    """Items (name, index, pair): a rollout has to find its pair's anchor in the bank.
+
+    ``anchorless``: pairs whose anchor could not be made, and why; to ask for one raises DataError.
+    """
 
     def __init__(self, pairs: Any, name: str) -> None:
         self.pairs, self.name = pairs, name
+        self.anchorless: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[str, int, Pair]:
+        if index in self.anchorless:
+            raise DataError(self.anchorless[index])
         return self.name, index, self.pairs[index]
 
 

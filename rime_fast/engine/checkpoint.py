@@ -12,11 +12,14 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from rime_fast.data.records import Pair, stable_hash
 
@@ -131,6 +134,34 @@ def choose(wanted: str | bool | None, output_dir: Path, overwrite: bool) -> tupl
     return str(path), []
 
 
+def choose_together(
+    wanted: str | bool | None, output_dir: str, overwrite: bool, group: dist.ProcessGroup | None
+) -> tuple[str | None, list[str]]:
+    """``choose``, by the first rank of ``group`` for all of them; the lines are for that rank to tell. Raises on every
+    rank what ``choose`` raises."""
+    found: list[Any] = [None, [], None]
+    if group is None or dist.get_rank(group) == 0:
+        try:
+            found[:2] = choose(wanted, Path(output_dir), overwrite)
+        except ValueError as error:
+            found[2] = str(error)
+    if group is not None:
+        dist.broadcast_object_list(found, src=0, group=group)
+    if found[2] is not None:
+        raise ValueError(found[2])
+    return found[0], found[1]
+
+
+def check_writable(output_dir: str) -> None:
+    """Raise ValueError where nothing can be saved into ``output_dir``."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {output_dir!r} cannot be written: {error}") from error
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint: renamed first, so that an interruption leaves no half of it under its name."""
     if not folder.exists():
@@ -185,6 +216,29 @@ def data_facts(dataset: Any, rows: bool = True) -> dict[str, Any]:
         for side in (row.query, row.target, *row.negatives):
             digest.update(f"{stable_hash(side)} {stable_hash(replace(side, id=None))} {side.rewrite};".encode())
     return {"data rows": count, "data": digest.hexdigest()}
+
+
+def facts_of(folder: str | Path | None) -> dict[str, Any] | None:
+    """What the run was that made a checkpoint; None where that is not known."""
+    if folder is None or not (Path(folder) / MANIFEST).is_file():
+        return None
+    return read_manifest(Path(folder))["facts"]
+
+
+def compare(folder: str, now: Mapping[str, Any], accept: bool) -> str:
+    """What to tell of a checkpoint whose run was another one ("" for nothing). Raises ValueError unless ``accept``."""
+    before = facts_of(folder)
+    changed = {} if before is None else differences(before, now)
+    changed.pop("rates", None)
+    if not changed:
+        return ""
+    named = "; ".join(f"{name} {change}" for name, change in changed.items())
+    if not accept:
+        raise ValueError(
+            f"{folder} was made by a run that differs: {named}. Resume with what it had, or pass accept_changes=True "
+            "to go on with the new values"
+        )
+    return f"{folder} was made by a run that differs, and goes on: {named}"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

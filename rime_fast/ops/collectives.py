@@ -47,3 +47,16 @@ def scatter_sum_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
     own = blocks.new_empty(longest, *rows.shape[1:])
     reduce_scatter_single(own, blocks, op=dist.ReduceOp.SUM, group=group)
     return own[: counts[dist.get_rank(group)]]
+
+
+def of_all_ranks(mine: list[str], group: Any) -> list[str]:
+    """What any rank has to say, in rank order and the same on every one; [] costs one number on the wire."""
+    if group is None:
+        return mine
+    flag = torch.tensor(float(bool(mine)), device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    if not bool(flag):
+        return []
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return [f"rank {rank}: {text}" for rank, texts in enumerate(found) for text in texts]

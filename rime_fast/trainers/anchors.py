@@ -10,14 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from rime_fast.data.collate import Collator
 from rime_fast.data.prompts import IndexedPairs, side_ids
-from rime_fast.data.records import Side
+from rime_fast.data.records import DataError, Side
+from rime_fast.data.row_guard import BAD, LEFT_OUT, GuardedRows, row_of
 from rime_fast.engine.anchor_bank import AnchorBank, data_fingerprint, model_fingerprint
 from rime_fast.engine.packed_batch import to_device
 from rime_fast.engine.wrappers import whole_parameters
+from rime_fast.ops.collectives import of_all_ranks
 from rime_fast.recipe.group_rewards import OPPOSITE, SideAnchors, cut, negatives_mask
+from rime_fast.trainers.callbacks import tell
 from rime_fast.trainers.config import RefineConfig
 
 
@@ -54,8 +58,11 @@ class AnchorSource:
                 bank = given_bank(self.args.anchor_bank, policy, ids, side, self.collator, resuming=resuming)
             else:
                 bank = self._own_bank(model, policy, pairs, ids, side, resuming, sharded_model)
+            for i in (bank.ids != ids).any(1).nonzero().flatten().tolist():  # another's anchor stands there
+                name, number = row_of(pairs, i)
+                pairs.anchorless[i] = f"{name}, row {number}: its {side} could not be opened when anchors were made"
             self.banks[key] = self._placed(bank)
-            self._ids[key] = ids.to(self.args.device)
+            self._ids[key] = bank.ids.to(self.args.device)
 
     def _own_bank(
         self, model: Any, policy: Any, pairs: IndexedPairs, ids: Tensor, side: str, resuming: bool, sharded_model: bool
@@ -83,11 +90,17 @@ class AnchorSource:
                     raise  # without: of an earlier run with another model or other data, made anew
         batch = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
         keep = args.device if args.bank_storage == "device" else torch.device("cpu")
-        rows = discriminative_rows(model, pairs.pairs, side, self.collator, batch, args.device, self.group, keep)
+        sides = GuardedRows(SideRows(pairs.pairs, side), self._disc_batch, args.on_bad_row == "skip")
+        rows, used = discriminative_rows(model, sides, batch, args.device, self.group, keep)
+        ids = ids[used]
         if args.should_save:
             made: Any = rows  # a tensor is a sequence of its rows
             AnchorBank.make(path, made, torch.as_tensor, ids, model=name, data=data, side=side)
         return AnchorBank(rows, ids, 0, len(ids), name, data, side)
+
+    def _disc_batch(self, items: list[tuple[int, Side]]) -> dict[str, Any]:
+        batch = self.collator.collate_prompts([side for _, side in items], mode="disc")
+        return batch | {"rows": [index for index, _ in items]}
 
     def _placed(self, bank: AnchorBank) -> AnchorBank:
         """Where ``bank_storage`` wants it."""
@@ -214,37 +227,55 @@ def given_bank(source: str, model: Any, ids: Tensor, side: str, collator: Collat
     return AnchorBank.open(path, model=name, data=set_fingerprint(ids, side, collator))
 
 
+class SideRows(Dataset):
+    """One side of every pair, as (index, side)."""
+
+    def __init__(self, pairs: Any, side: str) -> None:
+        self.pairs, self.side = pairs, side
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[int, Side]:
+        return index, getattr(self.pairs[index], self.side)
+
+
 @torch.no_grad()
 def discriminative_rows(
     model: Any,
-    pairs: Any,
-    side: str,
-    collator: Collator,
+    sides: GuardedRows,
     batch_size: int,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
     keep: torch.device | None = None,
-) -> Tensor:
-    """d of one side of every pair, [A, D] fp32 on ``keep`` (default: ``device``).
+) -> tuple[Tensor, Tensor]:
+    """d of every row of ``sides``, [A, D] fp32 on ``keep`` (default: ``device``); and the row each is of, [A] int64 on
+    the host: another one's where a row could not be opened and may be skipped.
 
     The ranks of ``group`` share the work, each with the same number of forwards (ZeRO-3 and FSDP gather parameters in
-    step).
+    step). Raises DataError on every rank for a row that cannot be opened.
     """
     world = 1 if group is None else dist.get_world_size(group)
     rank = 0 if group is None else dist.get_rank(group)
-    share = -(-len(pairs) // world)
-    mine = [min(i, len(pairs) - 1) for i in range(rank * share, (rank + 1) * share)]
-    training, rows = model.training, torch.empty(0)
+    share = -(-len(sides) // world)
+    mine = [min(i, len(sides) - 1) for i in range(rank * share, (rank + 1) * share)]
+    training, rows, used = model.training, torch.empty(0), []
     model.eval()
     for start in range(0, share, batch_size):
-        sides = [getattr(pairs[i], side) for i in mine[start : start + batch_size]]
-        batch = to_device(collator.collate_prompts(sides, mode="disc"), device)
+        batch = sides.collate([sides[i] for i in mine[start : start + batch_size]])
+        if bad := of_all_ranks(batch.get(BAD, []), group):
+            raise DataError("\n".join(bad))
+        for row in batch.pop(LEFT_OUT, ()):
+            tell(f"without an anchor: {row}")
+        used += batch.pop("rows")
+        batch = to_device(batch, device)
         part = all_gather_rows(model(**batch).embeddings["disc"].float(), group).unflatten(0, (world, -1))
         if start == 0:
             rows = part.new_empty(world, share, part.shape[2], device=keep or device)
-        rows[:, start : start + len(sides)] = part
+        rows[:, start : start + part.shape[1]] = part
     model.train(training)
-    return rows.flatten(0, 1)[: len(pairs)]
+    every = all_gather_rows(torch.tensor(used, device=device), group).cpu()
+    return rows.flatten(0, 1)[: len(sides)], every[: len(sides)]
 
 
 def all_gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:

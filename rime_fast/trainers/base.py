@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from rime_fast.data.records import DataError
+from rime_fast.data.row_guard import BAD, LEFT_OUT, GuardedRows
 from rime_fast.engine import checkpoint
 from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite
 from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
+from rime_fast.ops.collectives import of_all_ranks
 from rime_fast.trainers.callbacks import (
     InterruptCallback,
     MetricSums,
@@ -28,6 +30,7 @@ from rime_fast.trainers.callbacks import (
     results_of,
     settings_of,
     settings_that_count,
+    tell,
 )
 from rime_fast.trainers.config import CommonConfig
 
@@ -54,7 +57,8 @@ class DualModeTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("%d GPUs are visible but one process runs: one is used; launch with torchrun", args.n_gpu)
             args._n_gpu = 1
-        check_folder(args)
+        if args.should_save:
+            checkpoint.check_writable(str(args.output_dir))
         self.sums, self.eval_sums, self.clock = MetricSums(), MetricSums(), StepClock()
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         # our loss is a mean over its micro-batch: the Trainer divides it by the accumulation steps
@@ -69,6 +73,7 @@ class DualModeTrainer(Trainer):
             set()
         )  # not finite in the last log, which may come before the step is known to be bad
         self._rows: list[str] = []  # of the step that runs
+        self._left_out: set[str] = set()  # rows that were told of
         self._data: dict[str, Any] | None = None  # what is known of the training set
         self._partial: str | None = None  # where a checkpoint is being written
 
@@ -99,7 +104,9 @@ class DualModeTrainer(Trainer):
         ``overwrite_output_dir``), a checkpoint that is damaged or of another run (see ``accept_changes``).
         """
         self.check_start()
-        resume = self._checkpoint(resume_from_checkpoint)
+        chosen = resume_from_checkpoint, str(self.args.output_dir), self.args.overwrite_output_dir
+        resume, lines = checkpoint.choose_together(*chosen, self.group)
+        self._tell(*lines)
         self.interrupt.requested = self.interrupt.stopped = False
         self.finite = FiniteGuard(self.args.device, self.group)
         self.clock.restart()
@@ -131,37 +138,11 @@ class DualModeTrainer(Trainer):
     def before_training(self, resume: str | None) -> None:
         """Between the choice of a checkpoint and its comparison with this run. Subclasses extend."""
         if resume is not None:
-            self._compare(Path(resume))
+            self._tell(checkpoint.compare(resume, self.run_facts(), self.args.accept_changes))
 
-    def check_start(self) -> None:
-        """Raise ValueError for what would end the run later, or train nothing."""
-        dataset: Any = self.train_dataset
-        if dataset is None or len(dataset) == 0:
-            raise ValueError("train_dataset is empty; expected at least one row")
-        step = self.args.train_batch_size * max(self.args.world_size, 1)
-        if self.args.dataloader_drop_last and len(dataset) < step:
-            raise ValueError(
-                f"train_dataset has {len(dataset)} rows, a batch of all ranks {step}, and "
-                "dataloader_drop_last leaves an incomplete one out: nothing would be trained"
-            )
-
-    def _checkpoint(self, wanted: str | bool | None) -> str | None:
-        """The folder to resume from, the same on every rank; None: a fresh start."""
-        found: list[Any] = [None, None]
-        if self.args.process_index == 0:
-            try:
-                folder = Path(str(self.args.output_dir))
-                chosen, lines = checkpoint.choose(wanted, folder, self.args.overwrite_output_dir)
-                for line in lines:
-                    tell(line)
-                found = [chosen, None]
-            except ValueError as error:
-                found = [None, str(error)]
-        if self.group is not None:
-            dist.broadcast_object_list(found, src=0)
-        if found[1] is not None:
-            raise ValueError(found[1])
-        return found[0]
+    def _tell(self, *lines: str) -> None:
+        if self.is_world_process_zero():
+            tell("\n".join(line for line in lines if line))
 
     def run_facts(self) -> dict[str, Any]:
         """What a resumed run must share with the one that made its checkpoint; "rates" may change, and take effect."""
@@ -169,22 +150,6 @@ class DualModeTrainer(Trainer):
         if self._data is None:  # rows that are made on the fly need not be the same twice
             self._data = checkpoint.data_facts(self.train_dataset, rows=self.args.check_data)
         return settings_that_count(self.args) | self._data | {"rates": rates}
-
-    def _compare(self, folder: Path) -> None:
-        if not (folder / checkpoint.MANIFEST).is_file():
-            return
-        changed = checkpoint.differences(checkpoint.read_manifest(folder)["facts"], self.run_facts())
-        changed.pop("rates", None)
-        if not changed:
-            return
-        named = "; ".join(f"{name} {change}" for name, change in changed.items())
-        if not self.args.accept_changes:
-            raise ValueError(
-                f"{folder} was made by a run that differs: {named}. Resume with what it had, or pass "
-                "accept_changes=True to go on with the new values"
-            )
-        if self.is_world_process_zero():
-            tell(f"{folder} was made by a run that differs, and goes on: {named}")
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         """As transformers'; a learning rate that changed takes effect, where the checkpoint's would be restored."""
@@ -200,9 +165,7 @@ class DualModeTrainer(Trainer):
 
     def rate_change(self, folder: str | None, name: str) -> float:
         """By what a learning rate differs from the checkpoint's (1 where that is not known, or was 0)."""
-        if folder is None or not (Path(folder) / checkpoint.MANIFEST).is_file():
-            return 1.0
-        before = checkpoint.read_manifest(Path(folder))["facts"].get("rates", {}).get(name)
+        before = (checkpoint.facts_of(folder) or {}).get("rates", {}).get(name)
         return getattr(self.args, name) / before if before else 1.0
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -244,6 +207,18 @@ class DualModeTrainer(Trainer):
         if best is not None and Path(best).parent == partial:
             self.state.best_model_checkpoint = str(run / Path(best).name)
             self.state.save_to_json(str(partial / Path(best).name / "trainer_state.json"))
+
+    def check_start(self) -> None:
+        """Raise ValueError for what would end the run later, or train nothing."""
+        dataset: Any = self.train_dataset
+        if dataset is None or len(dataset) == 0:
+            raise ValueError("train_dataset is empty; expected at least one row")
+        step = self.args.train_batch_size * max(self.args.world_size, 1)
+        if self.args.dataloader_drop_last and len(dataset) < step:
+            raise ValueError(
+                f"train_dataset has {len(dataset)} rows, a batch of all ranks {step}, and "
+                "dataloader_drop_last leaves an incomplete one out: nothing would be trained"
+            )
 
     # --- steps that are not finite -----------------------------------------------------------------------------------
 
@@ -304,6 +279,48 @@ class DualModeTrainer(Trainer):
             "data": data_of(self.train_dataset),
             "results": results_of(self.state.log_history),
         }
+
+    # --- rows that turn out bad ------------------------------------------------------------------------------------
+
+    def guarded(self, dataset: Any) -> GuardedRows:
+        """Rows for a DataLoader that says which of them a batch fails at (see rime_fast/data/row_guard.py)."""
+        return GuardedRows(dataset, self.data_collator, self.args.on_bad_row == "skip")
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        rows, collate = self.guarded(dataset), self.data_collator
+        self.data_collator = rows.collate
+        try:
+            return super()._get_dataloader(rows, *args, **kwargs)
+        finally:
+            self.data_collator = collate
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As transformers'. A row that no batch can be made of ends the run on every rank, with a checkpoint."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        bad = self._look_at_rows(batches, self.sums)
+        if bad:
+            self._settle()
+            step = self.state.global_step
+            place = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
+            if step > 0 and not place.is_dir():
+                self._save_checkpoint(self.model_wrapped, None)
+            after = f"; checkpoint: {place}" if step > 0 else ""
+            raise DataError(f"{bad}\n(found in the batch of step {step + 1}{after}; on_bad_row='skip' leaves such out)")
+        return batches, items
+
+    def _look_at_rows(self, batches: Sequence[Any], sums: MetricSums) -> str:
+        """Tell and count the rows of batches that were left out; what no rank's batch could be made of, "" for none."""
+        taken = [part for batch in batches if isinstance(batch, dict) for part in batch.pop(LEFT_OUT, ())]
+        if self.args.on_bad_row == "skip":
+            sums.count(left_out_rows=len(taken))
+        for row in sorted(set(taken) - self._left_out):
+            tell(f"left out, and another row taken in its place: {row}")
+        self._left_out.update(taken)
+        return "\n".join(of_all_ranks([text for batch in batches for text in batch.get(BAD, ())], self._talk()))
+
+    def _talk(self) -> dist.ProcessGroup | None:
+        """The group for words between ranks: on the host where there is one."""
+        return self.interrupt.hosts or self.group
 
     def _prepare_input(self, data: Any) -> Any:
         """As transformers', but lists stay as they are: ours hold host numbers (lengths, grids) and sides."""
@@ -366,6 +383,8 @@ class DualModeTrainer(Trainer):
             seconds = self.clock.lap()
             for name in ("samples", "tokens"):
                 logs[f"{name}_per_second"] = gathered.pop(name, 0.0) / seconds
+            if not gathered.get(LEFT_OUT, 1.0):
+                del gathered[LEFT_OUT]
             logs.update(gathered)
             self._bad_terms = {name for name, value in gathered.items() if not math.isfinite(value)}
             if warning := self.warning_of(logs):
@@ -383,6 +402,8 @@ class DualModeTrainer(Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
         """The loss of one evaluation batch."""
+        if bad := self._look_at_rows([inputs], self.eval_sums):
+            raise DataError(bad)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, inputs)
@@ -399,7 +420,7 @@ class DualModeTrainer(Trainer):
         """As transformers' loop, plus every metric of the step under ``metric_key_prefix``."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         gathered = self.eval_sums.drain(self.args.device, self.group)
-        for name in ("samples", "tokens"):
+        for name in ("samples", "tokens", *(() if gathered.get(LEFT_OUT) else (LEFT_OUT,))):
             gathered.pop(name, None)
         metrics = (output.metrics or {}) | {f"{metric_key_prefix}_{name}": value for name, value in gathered.items()}
         return output._replace(metrics=metrics)
@@ -410,22 +431,6 @@ class DualModeTrainer(Trainer):
             embedding = self.model.get_input_embeddings().weight
             self._parameter_count = sum(p.numel() for p in self.model.parameters()) - embedding.numel()
         return 6 * self._parameter_count * tokens_of(inputs)
-
-
-def check_folder(args: CommonConfig) -> None:
-    """Raise ValueError where this rank is to save into output_dir and cannot."""
-    if args.should_save:
-        try:
-            Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=args.output_dir):
-                pass
-        except OSError as error:
-            raise ValueError(f"output_dir {str(args.output_dir)!r} cannot be written: {error}") from error
-
-
-def tell(text: str) -> None:
-    """A line for people, whatever the level of transformers' logger."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def tokens_of(inputs: dict[str, Any]) -> int:

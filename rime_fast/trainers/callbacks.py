@@ -35,6 +35,7 @@ SHOWN = (
     "format_failed",
     "unfinished",
     "skipped_steps",
+    "left_out_rows",
 )
 RATES = ("samples_per_second", "tokens_per_second")
 
@@ -48,6 +49,12 @@ def summary(logs: Mapping[str, Any], limit: int = 11) -> str:
     parts = [f"{name} {logs[name]:.3g}" for name in names[:limit]]
     parts += [f"{logs[name]:,.0f} {name.split('_')[0]}/s" for name in RATES if name in logs]
     return "  ".join(parts)
+
+
+def tell(text: str) -> None:
+    """A line for people, whatever the level of transformers' logger."""
+    if text:
+        print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -63,7 +63,9 @@ class CommonConfig(TrainingArguments):
         True, "Look at every row before step 1 (no image is decoded). Off for rows made on the fly."
     )
     on_bad_row: str = option(
-        "stop", "Data with bad rows: 'stop' before step 1 with the list, or 'skip' and count them."
+        "stop",
+        "Data with bad rows: 'stop' before step 1 with the list, or 'skip' and count them. A row that breaks later (an "
+        "image's data): stop with a checkpoint, or count it and take the next good row in its place.",
     )
     on_nonfinite: str = option(
         "stop",

@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from rime_fast.data.mixture import MixtureDataset
 from rime_fast.data.mixture_run import MixtureRun
 from rime_fast.data.prompts import PairBatches
+from rime_fast.data.records import DataError
+from rime_fast.data.row_guard import BAD, GuardedRows
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
 from rime_fast.recipe.blocks import by_block
@@ -264,7 +266,10 @@ class RimeTrainer(DualModeTrainer):
 
     def get_train_dataloader(self) -> Any:
         """As transformers', or the mixture's own, whose batches depend on seed and step alone."""
-        return super().get_train_dataloader() if self.mixture is None else self.mixture.loader(self.data_collator)
+        if self.mixture is None:
+            return super().get_train_dataloader()
+        rows = self.guarded(self.train_dataset)
+        return self.mixture.loader(rows, rows.collate)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the figures of each set of a mixture."""
@@ -298,8 +303,10 @@ class RimeTrainer(DualModeTrainer):
     def check_start(self) -> None:
         super().check_start()
         if self.weights.ce_query > 0 or self.weights.ce_target > 0:
-            data: Any = self.train_dataset
-            batch = self.collator.collate_pairs([data[i] for i in range(0, len(data), max(1, len(data) // 4))][:4])
+            rows = GuardedRows(self.train_dataset, self.collator.collate_pairs, self.args.on_bad_row == "skip")
+            batch = rows.collate([rows[i] for i in range(0, len(rows), max(1, len(rows) // 4))][:4])
+            if BAD in batch:
+                raise DataError("\n".join(batch[BAD]))
             if not bool((batch["targets"] >= 0).any()):
                 raise ValueError(
                     "no token of rows all over train_dataset is scored: cross-entropy has nothing to train on; "
