@@ -3,6 +3,7 @@
 #   make test      set up, lint, all tests
 #   make bench     the CPU benchmarks        make gpu   GPU tests and benchmarks (on a machine with a GPU)
 #   make wheel     sdist, and a manylinux wheel with the kernels: dist/ (CUDA=1: the CUDA kernels too)
+#   make fuzz      the operators on 10^5 random inputs (START=40000 COUNT=1000: a part of them)
 #   make ablation  the demo's claims over 3 seeds   make curves  Refine-RL step by step   make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 CUDA ?= 0
 TORCH_LIBS := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so
 
-.PHONY: setup demo test bench gpu lint wheel ablation curves clean
+.PHONY: setup demo test fuzz bench gpu lint wheel ablation curves clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -45,6 +46,12 @@ lint: setup
 # One thread: the cases are small, and threads that wait for each other cost minutes on a busy machine.
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+# Case after case by its seed; one that fails is printed with the fewest options that make it fail.
+START ?= 0
+COUNT ?= 100000
+fuzz: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.ops.fuzz --start $(START) --count $(COUNT)
 
 # At most 3 minutes on 2 cores: a comparison that takes long has fewer rounds, a case that would begin late is left out.
 bench: setup

@@ -111,31 +111,48 @@ def run(case: Case, dtype: torch.dtype, backend: str, **changes: Any) -> Result:
     return Result(out, {**gradients, "temperature": temperature.grad}, terms)
 
 
-def temperature_terms(case: Case) -> float:
-    """Sum over all similarities s of |dL/ds s| / temperature, of which the temperature's gradient is minus the sum."""
+@dataclass
+class Slopes:
+    """Of one term at one width, fp64: its rows, and its share of the loss by each similarity [N, K]."""
+
+    modes: tuple[str, str]
+    queries: Tensor
+    keys: Tensor
+    slope: Tensor
+
+
+def slopes(case: Case) -> list[Slopes]:
+    """dL/ds of every similarity s, by the fp64 reference."""
     settings = {name: value for name, value in case.settings.items() if name not in ("dims", "dim_weights")}
-    terms = [(q, k, weight) for q, k, weight in case.terms]
-    if widths := case.settings.get("dims"):  # a term of its own for each width
-        dim_weights = case.settings.get("dim_weights") or [1.0] * len(widths)
-        at = list(zip(widths, dim_weights, strict=True))
-        parts = [
-            {f"{mode}{m}": F.normalize(rows[:, :m], dim=1) for mode, rows in side.items() for m in widths}
-            for side in (case.queries, case.keys)
-        ]
-        terms = [(f"{q}{m}", f"{k}{m}", weight * own) for q, k, weight in terms for m, own in at]
-        case = replace(case, queries=parts[0], keys=parts[1])
-    sides = {f"{q}-{k}": (case.queries[q] @ case.keys[k].T).requires_grad_() for q, k, _ in terms}
+    widths = case.settings.get("dims")
+    dim_weights = case.settings.get("dim_weights") or [1.0] * len(widths or [None])
+    found, terms, sides = [], [], {}
+    for q, k, weight in case.terms:
+        for width, own in zip(widths or [None], dim_weights, strict=True):  # a term of its own for each width
+            rows = case.queries[q], case.keys[k]
+            if width is not None:
+                rows = F.normalize(rows[0][:, :width], dim=1), F.normalize(rows[1][:, :width], dim=1)
+            name = f"{q}-{k}-{width}"
+            sides[name] = (rows[0] @ rows[1].T).requires_grad_()
+            terms.append((name, name, weight * own))
+            found.append(Slopes((q, k), *rows, sides[name]))
     each_key = torch.eye(next(iter(case.keys.values())).shape[0], dtype=torch.float64, device=case.device)
     out = contrastive_loss(
         sides,  # similarities as rows: against the unit vectors they are their own products
         dict.fromkeys(sides, each_key),
-        terms=[(f"{q}-{k}", f"{q}-{k}", weight) for q, k, weight in terms],
+        terms=terms,
         temperature=case.temperature,
         backend="reference",
         **settings,
     )
-    slopes = torch.autograd.grad(out.loss, list(sides.values()))
-    products = [(slope * side.detach()).abs().sum() for slope, side in zip(slopes, sides.values(), strict=True)]
+    for one, slope in zip(found, torch.autograd.grad(out.loss, [one.slope for one in found]), strict=True):
+        one.slope = slope
+    return found
+
+
+def temperature_terms(case: Case) -> float:
+    """Sum over all similarities s of |dL/ds s| / temperature, of which the temperature's gradient is minus the sum."""
+    products = [(one.slope * (one.queries @ one.keys.T)).abs().sum() for one in slopes(case)]
     return sum(products).item() / case.temperature
 
 

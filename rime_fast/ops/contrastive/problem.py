@@ -167,8 +167,7 @@ def make_problem(
     widths, width_weights = _check_widths(dims, dim_weights, [*flat_queries, *flat_keys])
     if widths:  # the widest is normalised here, by autograd; the others relative to it, in the kernels' sweep
         flat_queries, flat_keys = (
-            [torch.nn.functional.normalize(rows[:, : widths[-1]], dim=1) for rows in side]
-            for side in (flat_queries, flat_keys)
+            [unit_rows(rows[:, : widths[-1]]) for rows in side] for side in (flat_queries, flat_keys)
         )
     positions = tuple((query_modes.index(q), key_modes.index(k)) for q, k in pairs)
     scale = _check_temperature(temperature, first)
@@ -275,6 +274,12 @@ def _check_widths(dims: object, dim_weights: object, embeddings: list[Tensor]) -
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not _finite(weight):
             raise ValueError(f"dim_weights holds {weight!r}; expected finite numbers")
     return tuple(dims), [float(weight) for weight in weights]
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows of unit norm, a zero row as it is; the norm in fp32, since fp16 would round the 1e-12 beneath it to 0."""
+    norm = rows.norm(dim=1, keepdim=True, dtype=accumulation_dtype(rows.dtype)).clamp_min(1e-12)
+    return (rows / norm).to(rows.dtype)
 
 
 def inverse_norms(rows: Tensor, width: int) -> Tensor:

@@ -9,7 +9,6 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rime_fast.ops.collectives import gather_rows
@@ -22,6 +21,7 @@ from rime_fast.ops.contrastive.problem import (
     positive_temperature,
     require_finite,
     require_temperature,
+    unit_rows,
 )
 from rime_fast.ops.contrastive.softmax import Positives
 
@@ -93,7 +93,7 @@ def reference_terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         for width in options.widths or (x.queries[q].shape[1],):
             query, key = x.queries[q], x.keys[k]
             if width < query.shape[1]:
-                query, key = F.normalize(query[:, :width], dim=1), F.normalize(key[:, :width], dim=1)
+                query, key = unit_rows(query[:, :width]), unit_rows(key[:, :width])
             loss, hit = _one_term(query, key, x.temperature, positives, own, twins, options)
             losses.append(loss)
             hits.append(hit)
