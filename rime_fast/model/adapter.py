@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from rime_fast.model.processor import RimeProcessor
-from rime_fast.model.tokens import add_embedding_tokens
+from rime_fast.model.tokens import add_embedding_tokens, latent_token_ids
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -18,8 +20,9 @@ def is_adapter(path: str | Path) -> bool:
 def merged_adapter(path: str | Path, load: Callable[[str], Any]) -> Any:
     """The adapter's base model, as ``load`` gives it, with the adapter merged in.
 
-    The embedding tokens' rows are made from the base's tokenizer, as before the training: an adapter holds no rows of
-    the table. Raises ValueError for an adapter that names no base model.
+    The embedding tokens' rows are made from the base's tokenizer, as before the training, and as many latent tokens'
+    as the adapter's own tokenizer has; an adapter holds rows of the table only where it trained them. Raises
+    ValueError for an adapter that names no base model.
     """
     from peft import PeftConfig, PeftModel
 
@@ -27,5 +30,8 @@ def merged_adapter(path: str | Path, load: Callable[[str], Any]) -> Any:
     if not base:
         raise ValueError(f"{Path(path, 'adapter_config.json')} names no base model; load it yourself and merge")
     model = load(base)
-    add_embedding_tokens(model, RimeProcessor.from_pretrained(base).tokenizer)
+    latents = 0
+    if Path(path, "tokenizer_config.json").is_file():
+        latents = len(latent_token_ids(AutoTokenizer.from_pretrained(path)))
+    add_embedding_tokens(model, RimeProcessor.from_pretrained(base).tokenizer, latents)
     return PeftModel.from_pretrained(model, str(path)).merge_and_unload()

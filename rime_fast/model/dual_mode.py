@@ -25,6 +25,7 @@ from rime_fast.model.adapter import is_adapter, merged_adapter
 from rime_fast.model.head import ScoringHead, make_scoring
 from rime_fast.model.outputs import DualModeOutput
 from rime_fast.model.packing import PACKED_SDPA, AttentionLayout, packed_layout
+from rime_fast.model.token_names import MODES
 from rime_fast.model.vision import host_grids, segment_attention, vision_features, visual_input
 from rime_fast.model.vision_cache import VisionCache
 
@@ -287,6 +288,7 @@ class DualModeModel:
         pools: dict[str, Tensor] | None = None,
         disc_index: Tensor | None = None,
         gen_index: Tensor | None = None,
+        latent_index: Tensor | None = None,
         entropy: bool = False,
         temperature: float = 1.0,
         normalize: bool = True,
@@ -296,8 +298,8 @@ class DualModeModel:
         """Scores and embeddings of a packed batch in one causal pass; without ``lengths``, transformers' own forward.
 
         input_ids, lengths, position_ids and what an image or video needs: see ``encode_hidden``. targets [T]: the token
-        to score at each row (-100: none); token_weight [T]: its weight in the loss. pools: name -> row index or pool
-        weights of an embedding (``fused_logprob_pool``), or disc_index and gen_index [N] for the two of the recipe.
+        to score at each row (-100: none); token_weight [T]: its weight in the loss. pools: name -> row [N], or rows
+        [N, K], of an embedding (``score_rows``), or disc_index, gen_index [N] and latent_index [N, K] for the recipe's.
         entropy, temperature, normalize: as in ``fused_logprob_pool``. Returns a DualModeOutput. Raises ValueError for
         arguments of transformers' own forward beside ``lengths``. Names that neither knows are left alone, as there.
         """
@@ -318,7 +320,7 @@ class DualModeModel:
         }
         if lengths is None:
             packed = {"targets": targets, "token_weight": token_weight, "pools": pools}
-            packed |= {"disc_index": disc_index, "gen_index": gen_index}
+            packed |= {"disc_index": disc_index, "gen_index": gen_index, "latent_index": latent_index}
             if alone := [name for name, value in packed.items() if value is not None]:
                 raise ValueError(f"{', '.join(alone)} was given without lengths (a packed batch)")
             given = {name: value for name, value in {**stock, **vision}.items() if value is not None}
@@ -340,7 +342,8 @@ class DualModeModel:
             vision_cache=vision_cache,
         )
         if pools is None:
-            pools = {k: v for k, v in (("disc", disc_index), ("gen", gen_index)) if v is not None}
+            pools = dict(zip(MODES, (disc_index, gen_index, latent_index), strict=True))
+            pools = {mode: index for mode, index in pools.items() if index is not None}
         if not (pools or targets is not None):
             return DualModeOutput(embeddings={}, hidden=hidden)
         head = self._scoring_head()

@@ -48,23 +48,25 @@ def score_rows(
 ) -> dict[str, Tensor]:
     """Log-probabilities, loss and pooled embeddings of packed rows ``hidden`` [T, H] by ``rime_fast.ops``.
 
-    An index of -1 in a pool stands for a sequence without that token: its embedding is a zero row, without gradient.
+    A pool [N] is the row of each embedding, [N, K] the K rows beside each other whose mean it is. An index of -1 stands
+    for a sequence without that token: its embedding is a zero row, without gradient.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    present = {name: index >= 0 for name, index in pools.items()}
-    rows = {name: index.clamp(min=0) for name, index in pools.items()}
+    present = {name: (index if index.dim() == 1 else index[:, 0]) >= 0 for name, index in pools.items()}
+    rows = {name: _rows(index, present[name]) for name, index in pools.items()}
     found: dict[str, Tensor | None] = {}
     if targets is None:
         wide = torch.promote_types(hidden.dtype, torch.float32)  # fp64 stays, as in the operator
-        embeddings = {name: hidden.index_select(0, index).to(wide) for name, index in rows.items()}
+        taken = {name: hidden.index_select(0, index.flatten()).to(wide) for name, index in rows.items()}
+        embeddings = {name: x.unflatten(0, rows[name].shape).sum(1) / rows[name].shape[1] for name, x in taken.items()}
         if normalize:
             embeddings = {name: F.normalize(x, dim=-1) for name, x in embeddings.items()}
     else:
         from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
 
         options: dict[str, Any] = {
-            "pools": rows or None,
+            "pools": {name: (index[:, 0], index[:, -1] + 1) for name, index in rows.items()} or None,
             "bias": bias,
             "temperature": temperature,
             "entropy": entropy,
@@ -83,3 +85,9 @@ def score_rows(
     for name, x in embeddings.items():
         found[f"pool:{name}"] = torch.where(present[name][:, None], x, 0.0)
     return {name: x for name, x in found.items() if x is not None}
+
+
+def _rows(index: Tensor, present: Tensor) -> Tensor:
+    """A pool as [N, K]; where a sequence has no such token, rows that exist."""
+    index = index[:, None] if index.dim() == 1 else index
+    return torch.where(present[:, None], index, torch.arange(index.shape[1], device=index.device))

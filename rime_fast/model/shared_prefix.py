@@ -34,46 +34,54 @@ _VISUAL_KEYS = (
 )
 
 
-class SharedPrefixLayout:
-    """Who sees whom in a shared-prefix batch; an ``AttentionLayout`` for ``DualModeModel.forward(layout=...)``.
+class PrefixLayout:
+    """Prompts, then branches that see a prefix and themselves; an ``AttentionLayout`` for
+    ``DualModeModel.forward(layout=...)``.
 
-    prefixes [B]: rows of each prompt (without its last token). rollouts [N]: rows of each rollout (with that token),
-    N a multiple of B, those of a prompt side by side. All positive host integers.
+    prompts [B]: rows of each prompt, causal by itself. groups: of each prompt the rows of its branches, which lie side
+    by side; then of each of ``borrowed``, runs of the branches' own rows [start, stop) that serve further branches as
+    their prefix in place of a prompt. All positive host integers; the packed order is prompts, then groups.
 
-    ``lengths``: rows of every part in packed order, what the forward takes beside the layout. ``rows`` [T] int64 on
-    ``device``: the rollout each row belongs to, 0 for the prompts' rows.
+    ``lengths``: rows of every part in packed order, what the forward takes beside the layout.
     """
 
-    def __init__(self, prefixes: Sequence[int], rollouts: Sequence[int], device: torch.device) -> None:
-        if not prefixes or min(prefixes) < 1:
-            raise ValueError(f"prefixes is {list(prefixes)[:8]}; expected at least one prompt of two tokens or more")
-        if not rollouts or len(rollouts) % len(prefixes) or min(rollouts) < 1:
-            raise ValueError(f"rollouts has {len(rollouts)} entries; expected G positive ones for each prompt")
-        self.lengths = [*prefixes, *rollouts]
+    def __init__(
+        self,
+        prompts: Sequence[int],
+        groups: Sequence[Sequence[int]],
+        device: torch.device,
+        borrowed: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        fronts = [*prompts, *(stop - start for start, stop in borrowed)]
+        branches = [rows for group in groups for rows in group]
+        self.lengths = [*prompts, *branches]
         self.device = device
-        self.group_size = len(rollouts) // len(prefixes)
-        self.prefix_rows, self.rollout_rows = sum(prefixes), sum(rollouts)
-        groups = [list(rollouts[i : i + self.group_size]) for i in range(0, len(rollouts), self.group_size)]
-        self.longest = max(p + max(g) for p, g in zip(prefixes, groups, strict=True))
-        self.prefixes = packed_layout(prefixes, device)
-        self.bounds = PrefixBounds.make(prefixes, [sum(g) for g in groups], rollouts, device)
-        own = torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(rollouts))
-        self.rows = F.pad(own, (self.prefix_rows, 0)).to(device, non_blocking=True)
+        self.groups, self.fronts = groups, fronts
+        self.prefix_rows, self.branch_rows = sum(prompts), sum(branches)
+        self.longest = max(front + max(group) for front, group in zip(fronts, groups, strict=True))
+        self.prefixes = packed_layout(prompts, device)
+        self.bounds = PrefixBounds.make(fronts, [sum(group) for group in groups], branches, device)
+        self.borrowed: Tensor | None = None
+        if borrowed:
+            self.borrowed = torch.cat([torch.arange(*run) for run in borrowed]).to(device, non_blocking=True)
         self._masks: list[Tensor] | None = None
 
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
     ) -> Tensor:
         """query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D]."""
-        total = self.prefix_rows + self.rollout_rows
+        total = self.prefix_rows + self.branch_rows
         if query.shape[2] != total or query.shape[0] != 1:
             raise ValueError(f"query has shape {list(query.shape)}; expected [1, heads, {total}, D]")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         # Rotary embedding may leave queries and keys wider than the values (autocast).
         rows = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-        parts = [x.split([self.prefix_rows, self.rollout_rows]) for x in rows]
+        parts = [x.split([self.prefix_rows, self.branch_rows]) for x in rows]
         (prompt_query, prompt_key, prompt_value), (query, key, value) = zip(*parts, strict=True)
         front = self.prefixes.attend(prompt_query, prompt_key, prompt_value, scale=scale, dropout=dropout)
+        if self.borrowed is not None:
+            prompt_key = torch.cat([prompt_key, key.index_select(0, self.borrowed)])
+            prompt_value = torch.cat([prompt_value, value.index_select(0, self.borrowed)])
         if dropout == 0.0 and flash_serves(query):
             back = PrefixAttention.apply(query, key, value, prompt_key, prompt_value, self.bounds, scale)
         else:
@@ -90,11 +98,10 @@ class SharedPrefixLayout:
         scale: float,
         dropout: float,
     ) -> Tensor:
-        """The same by one masked SDPA a prompt, where the flash passes have no kernel (fp32 on a GPU, dropout)."""
-        sizes = [b - a for a, b in zip(self.bounds.group, self.bounds.group[1:], strict=False)]
-        fronts = [b - a for a, b in zip(self.bounds.prefix, self.bounds.prefix[1:], strict=False)]
+        """The same by one masked SDPA a group, where the flash passes have no kernel (fp32 on a GPU, dropout)."""
+        sizes = [sum(group) for group in self.groups]
         if self._masks is None:
-            self._masks = [self._mask(b, p) for b, p in enumerate(fronts)]
+            self._masks = [self._mask(*both) for both in zip(self.groups, self.fronts, strict=True)]
         shared = query.shape[1] != key.shape[1]
         outs = []
         parts = (
@@ -102,8 +109,8 @@ class SharedPrefixLayout:
             query.split(sizes),
             key.split(sizes),
             value.split(sizes),
-            prompt_key.split(fronts),
-            prompt_value.split(fronts),
+            prompt_key.split(self.fronts),
+            prompt_value.split(self.fronts),
         )
         for mask, q, k, v, pk, pv in zip(*parts, strict=True):
             q, k, v = (x.transpose(0, 1)[None] for x in (q, torch.cat([pk, k]), torch.cat([pv, v])))
@@ -113,13 +120,32 @@ class SharedPrefixLayout:
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
-    def _mask(self, prompt: int, prefix: int) -> Tensor:
-        """True where a row of the prompt's rollouts sees [prompt | rollouts], [Q, prefix + Q]."""
-        first = len(self.prefixes.lengths) + prompt * self.group_size
-        own = torch.tensor(self.lengths[first : first + self.group_size])
-        which = torch.arange(self.group_size).repeat_interleave(own)
+    def _mask(self, group: Sequence[int], front: int) -> Tensor:
+        """True where a row of a group's branches sees [prefix | branches], [Q, front + Q]."""
+        which = torch.arange(len(group)).repeat_interleave(torch.tensor(group))
         seen = (which[:, None] == which).tril()
-        return F.pad(seen, (prefix, 0), value=True).to(self.device, non_blocking=True)
+        return F.pad(seen, (front, 0), value=True).to(self.device, non_blocking=True)
+
+
+class SharedPrefixLayout(PrefixLayout):
+    """Who sees whom in a shared-prefix batch.
+
+    prefixes [B]: rows of each prompt (without its last token). rollouts [N]: rows of each rollout (with that token),
+    N a multiple of B, those of a prompt side by side. All positive host integers.
+
+    ``rows`` [T] int64 on ``device``: the rollout each row belongs to, 0 for the prompts' rows.
+    """
+
+    def __init__(self, prefixes: Sequence[int], rollouts: Sequence[int], device: torch.device) -> None:
+        if not prefixes or min(prefixes) < 1:
+            raise ValueError(f"prefixes is {list(prefixes)[:8]}; expected at least one prompt of two tokens or more")
+        if not rollouts or len(rollouts) % len(prefixes) or min(rollouts) < 1:
+            raise ValueError(f"rollouts has {len(rollouts)} entries; expected G positive ones for each prompt")
+        self.group_size = len(rollouts) // len(prefixes)
+        groups = [rollouts[i : i + self.group_size] for i in range(0, len(rollouts), self.group_size)]
+        super().__init__(prefixes, groups, device)
+        own = torch.repeat_interleave(torch.arange(len(rollouts)), torch.tensor(rollouts))
+        self.rows = F.pad(own, (self.prefix_rows, 0)).to(device, non_blocking=True)
 
 
 def shared_prefix_batch(prompts: dict[str, Any], responses: Sequence[Sequence[int]]) -> dict[str, Any]:

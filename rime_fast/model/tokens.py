@@ -1,4 +1,4 @@
-"""The two embedding tokens: added to the tokenizer, given weights in the model."""
+"""The two embedding tokens and the latent tokens: added to the tokenizer, given weights in the model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rime_fast.model.token_names import DISC_TOKEN as DISC_TOKEN
 from rime_fast.model.token_names import GEN_TOKEN as GEN_TOKEN
+from rime_fast.model.token_names import LATENT_TOKEN
 from rime_fast.model.token_names import REWRITE_CLOSE as REWRITE_CLOSE
 from rime_fast.model.token_names import REWRITE_OPEN as REWRITE_OPEN
 
@@ -33,8 +34,19 @@ def embedding_token_ids(tokenizer: PreTrainedTokenizerBase) -> EmbeddingTokens:
     return EmbeddingTokens(disc_id=vocab[DISC_TOKEN], gen_id=vocab[GEN_TOKEN])
 
 
+def latent_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of ``<latent_0>``, ``<latent_1>``, ..., as many as the tokenizer has; [] without latent rewrites."""
+    vocab = tokenizer.get_vocab()
+    ids: list[int] = []
+    while (token := LATENT_TOKEN.format(len(ids))) in vocab:
+        ids.append(vocab[token])
+    return ids
+
+
 @torch.no_grad()
-def add_embedding_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> EmbeddingTokens:
+def add_embedding_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, latent_tokens: int = 0
+) -> EmbeddingTokens:
     """Make ``<disc_emb>`` and ``<gen_emb>`` known to tokenizer and model; a second call changes nothing.
 
     A token the tokenizer lacks is added as a special token. Its rows of the input table, and of the output table
@@ -43,22 +55,36 @@ def add_embedding_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     them: Qwen2-VL's are padded past its tokenizer, so there they keep their size. Rows of tokens that the tokenizer
     already had are left alone: they are trained weights.
 
+    latent_tokens: add as many latent tokens (``rime_fast/model/latent.py``) where there are none: ordinary tokens of
+    the vocabulary, so that every loader, adapter and tied table keeps them. Their rows are drawn around the mean row
+    with the table's own spread, from a fixed seed [ours]: K equal rows would differ by their positions alone.
+    Raises ValueError where the tokenizer has another number of them.
+
     Call it before wrapping the model (DDP, FSDP, peft) and before the optimizer is made: a resize makes new tensors.
     """
     vocab = tokenizer.get_vocab()
-    added = [token for token in _SOURCES if token not in vocab]
+    there = len(latent_token_ids(tokenizer))
+    if there and latent_tokens not in (0, there):
+        raise ValueError(f"latent_tokens is {latent_tokens}; this model was made with {there}")
+    latents = [LATENT_TOKEN.format(i) for i in range(0 if there else latent_tokens)]
+    added = [token for token in _SOURCES if token not in vocab] + latents
     if added:
         tokenizer.add_tokens(added, special_tokens=True)
     ids = embedding_token_ids(tokenizer)
     rows = _height(_tables(model)[0])
-    if max(ids) >= rows:
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    last = max(*ids, *latent_token_ids(tokenizer))
+    if last >= rows:
+        model.resize_token_embeddings(last + 1, mean_resizing=False)
     for table in _tables(model) if added else []:
         with _whole(table):
-            mean = table[:rows].float().mean(dim=0).to(table.dtype)
+            mean = table[:rows].float().mean(dim=0)
+            drawn = torch.randn(len(latents), table.shape[1], generator=torch.Generator().manual_seed(0))
+            spread = table[:rows].float().std(dim=0) if latents else mean
+            new = dict(zip(latents, mean + drawn.to(mean.device) * spread, strict=True))
             for token in added:
-                source = vocab.get(_SOURCES[token])
-                table[tokenizer.convert_tokens_to_ids(token)] = mean if source is None else table[source]
+                source = vocab.get(_SOURCES.get(token, ""))
+                row = new.get(token, mean).to(table.dtype) if source is None else table[source]
+                table[tokenizer.convert_tokens_to_ids(token)] = row
     return ids
 
 
