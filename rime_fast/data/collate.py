@@ -9,6 +9,7 @@ A batch is a plain dict. N sequences, T rows in all:
         and the key is absent when none has one (as `targets` is)
     pixel_values, image_grid_thw, image_grids (host); pixel_values_videos, video_grid_thw, video_grids: when there are;
         with them image_counts / video_counts: list[int] of N, how many each sequence has
+    Of latent rewrites: latent_index [N, K]; in training branches and condensed (rime_fast/model/latent.py)
     Of pairs only: side [N] int64 (0 query, 1 target, 2 hard negative); negative_of [h]: each hard negative's pair.
     For the masks of false negatives (recipe/false_negatives.py), int64: query_ids, key_ids [n], negative_ids [h];
         query_contents [n], key_contents [n + h]; other_ids [m, 2], other_of [m]: further right answers and their pairs
@@ -33,7 +34,9 @@ from rime_fast.data.rope import RopeIndexer
 from rime_fast.data.templates import VIDEO, Template, get_template
 from rime_fast.data.video import Frames, FrameSampling, load_frames, plan_frames
 from rime_fast.data.vision_inputs import VisionInputs
-from rime_fast.model.tokens import embedding_token_ids
+from rime_fast.model.latent import add_branches, with_latents
+from rime_fast.model.token_names import MODES
+from rime_fast.model.tokens import embedding_token_ids, latent_token_ids
 
 Batch = dict[str, Any]
 IGNORED = -100
@@ -85,6 +88,7 @@ class Collator:
         self.vision = VisionInputs(processor.image_processor, max_decoded=max_image_pixels)
         self.rope = RopeIndexer(config)
         self.disc_id, self.gen_id = embedding_token_ids(tokenizer)
+        self.latent_ids = latent_token_ids(tokenizer)
         self.image_id: int = config.image_token_id
         self.video_id: int = config.video_token_id
         for name, text, given in (("image", "<|image_pad|>", self.image_id), ("video", "<|video_pad|>", self.video_id)):
@@ -101,11 +105,12 @@ class Collator:
     def __call__(self, pairs: Sequence[Pair]) -> Batch:
         return self.collate_pairs(pairs)
 
-    def collate_pairs(self, pairs: Sequence[Pair], *, answers: bool = True) -> Batch:
+    def collate_pairs(self, pairs: Sequence[Pair], *, answers: bool = True, latents: bool = False) -> Batch:
         """Training batch of n pairs: queries 0..n-1, targets n..2n-1, then all hard negatives.
 
         A hard negative without a rewrite is a prompt only; none is scored (its targets are -100). answers: False makes
-        all of them prompts up to ``<disc_emb>``, for contrast of the discriminative embeddings alone.
+        all of them prompts up to ``<disc_emb>``, for contrast of the discriminative embeddings alone. latents: every
+        sequence with its latent branch.
         """
         pairs = list(pairs)
         dropped: list[str] = []
@@ -117,7 +122,8 @@ class Collator:
         negatives = [side for pair in pairs for side in pair.negatives]
         sides = [pair.query for pair in pairs] + [pair.target for pair in pairs] + negatives
         answered = [answers] * (2 * n) + [answers and side.rewrite is not None for side in negatives]
-        batch = self._pack(sides, *self._encode(sides, answered, disc_only=not answers), scored=2 * n)
+        encoded = self._encode(sides, answered, disc_only=not answers)
+        batch = self._pack(sides, *encoded, scored=2 * n, latents=latents)
         batch["side"] = torch.tensor([0] * n + [1] * n + [2] * len(negatives))
         if negatives:
             owners = [i for i, pair in enumerate(pairs) for _ in pair.negatives]
@@ -158,12 +164,14 @@ class Collator:
         sides = list(sides)
         return self._pack(sides, *self._encode(sides, [True] * len(sides)))
 
-    def collate_prompts(self, sides: Sequence[Side], mode: Literal["gen", "disc"] = "gen") -> Batch:
-        """Prompts alone: "gen" up to where the assistant begins (for rollouts), "disc" only to ``<disc_emb>``."""
-        if mode not in ("gen", "disc"):
-            raise ValueError(f"mode is {mode!r}; expected 'gen' or 'disc'")
+    def collate_prompts(self, sides: Sequence[Side], mode: Literal["gen", "disc", "latent"] = "gen") -> Batch:
+        """Prompts alone: "gen" up to where the assistant begins (for rollouts), "disc" only to ``<disc_emb>``, "latent"
+        as gen with the latent tokens behind them."""
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         sides = list(sides)
-        return self._pack(sides, *self._encode(sides, [False] * len(sides), disc_only=mode == "disc"))
+        prompts = self._encode(sides, [False] * len(sides), disc_only=mode == "disc")
+        return self._pack(sides, *prompts, latents=mode == "latent")
 
     def collate_responses(self, sides: Sequence[Side], responses: Sequence[Sequence[int]]) -> Batch:
         """Prompts with given response tokens (without padding), all scored.
@@ -183,8 +191,9 @@ class Collator:
         repeated = [side for side in sides for _ in range(group)]
         return self._pack(repeated, [ids for ids in prompts for _ in range(group)], visual, given, group=group)
 
-    def measure(self, sides: Sequence[Side], part: Literal["train", "gen", "disc"] = "train") -> list[int]:
-        """Tokens of each side's sequence (prompt and response, prompt, or prompt to ``<disc_emb>``).
+    def measure(self, sides: Sequence[Side], part: Literal["train", "gen", "disc", "latent"] = "train") -> list[int]:
+        """Tokens of each side's sequence (prompt and response, prompt, prompt to ``<disc_emb>``, prompt and latent
+        tokens).
 
         Only the heads of image files are read. Raises ValueError for images that cannot be opened.
         """
@@ -199,7 +208,7 @@ class Collator:
             for steps, each, _ in head.videos:
                 tokens += steps * (each - 1) if self.rope.family == "qwen3_vl" else steps * each - 1
             lengths.append(len(prompt) + tokens + len(response))
-        return lengths
+        return [length + len(self.latent_ids) for length in lengths] if part == "latent" else lengths
 
     def fingerprint(self) -> str:
         """A text equal for collators that measure alike: for what is kept about lengths (row_check.py)."""
@@ -325,13 +334,18 @@ class Collator:
         *,
         scored: int | None = None,
         group: int = 1,
+        latents: bool = False,
     ) -> Batch:
         """``visual`` belongs to every ``group``-th side. The first ``scored`` responses get targets (None: all)."""
+        if latents and not self.latent_ids:
+            raise ValueError("this model has no latent tokens; train it with latent_tokens")
         prompt_lengths = [len(ids) for ids in prompts]
         lengths = [p + len(ids) for p, ids in zip(prompt_lengths, responses, strict=True)]
         if self.max_length is not None and lengths and max(lengths) > self.max_length:
             i = lengths.index(max(lengths))
             raise ValueError(f"{sides[i].name}: {lengths[i]} tokens; max_length is {self.max_length}")
+        given, responses = responses, [with_latents(ids, self.latent_ids) if latents else ids for ids in responses]
+        lengths = [p + len(ids) for p, ids in zip(prompt_lengths, responses, strict=True)]
         ids = np.array(list(chain.from_iterable(chain.from_iterable(zip(prompts, responses, strict=True)))), np.int64)
         kinds = torch.from_numpy((ids == self.image_id) + 2 * (ids == self.video_id).astype(np.int64))
         if group > 1:
@@ -351,9 +365,11 @@ class Collator:
         starts = np.cumsum([0, *lengths])
         disc = [s + _last(p, self.disc_id) for s, p in zip(starts.tolist(), prompts, strict=False)]
         batch["disc_index"] = torch.tensor(disc)
-        if any(responses):
+        if any(given):
             limit = len(sides) if scored is None else scored
-            batch |= self._response_rows(ids, starts, prompt_lengths, responses, limit)
+            batch |= self._response_rows(ids, starts, prompt_lengths, given, limit)
+        if latents:
+            add_branches(batch, [len(ids) for ids in given], len(self.latent_ids))
         return batch
 
     def _response_rows(

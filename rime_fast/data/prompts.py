@@ -23,16 +23,19 @@ class PairBatches:
     """The DataLoader's collate function: at most ``hard_negatives`` of each pair (None: all), then the collator, and
     "rows": what the pairs are called (host).
 
-    answers: False for prompts up to ``<disc_emb>`` alone, where no rewrite is trained or read.
+    answers: False for prompts up to ``<disc_emb>`` alone, where no rewrite is trained or read. latents: with latent
+    branches.
     """
 
-    def __init__(self, collator: Collator, hard_negatives: int | None, answers: bool = True) -> None:
-        self.collator, self.hard_negatives, self.answers = collator, hard_negatives, answers
+    def __init__(
+        self, collator: Collator, hard_negatives: int | None, answers: bool = True, latents: bool = False
+    ) -> None:
+        self.collator, self.hard_negatives, self.answers, self.latents = collator, hard_negatives, answers, latents
 
     def __call__(self, pairs: list[Any]) -> dict[str, Any]:
         if self.hard_negatives is not None:
             pairs = [pair.with_negatives(self.hard_negatives) for pair in pairs]
-        batch = self.collator.collate_pairs(pairs, answers=self.answers)
+        batch = self.collator.collate_pairs(pairs, answers=self.answers, latents=self.latents)
         return batch | {"rows": [pair.id or pair.query.name for pair in pairs]}
 
 

@@ -21,15 +21,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from rime_fast.data.records import Side
-from rime_fast.model.token_names import DISC_TOKEN, GEN_TOKEN, REWRITE_CLOSE, REWRITE_OPEN
+from rime_fast.model.token_names import DISC_TOKEN, GEN_TOKEN, LATENT_TOKEN, REWRITE_CLOSE, REWRITE_OPEN
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 # What splits a rendered text for the tokenizer, and what a user's own text may not hold: anything written like one of
-# Qwen's control tokens, and the two embedding tokens.
-CONTROL = re.compile(rf"<\|[A-Za-z0-9_]+\|>|{re.escape(DISC_TOKEN)}|{re.escape(GEN_TOKEN)}")
+# Qwen's control tokens, the two embedding tokens and the latent tokens.
+CONTROL = re.compile(
+    rf"<\|[A-Za-z0-9_]+\|>|{re.escape(DISC_TOKEN)}|{re.escape(GEN_TOKEN)}|{LATENT_TOKEN.format('[0-9]+')}"
+)
 # What the template puts around a rewrite.
 TAGS = re.compile(rf"{re.escape(REWRITE_OPEN)}|{re.escape(REWRITE_CLOSE)}")
 

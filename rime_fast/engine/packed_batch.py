@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rime_fast.engine.grad_cache import Encoded
+from rime_fast.model.latent import latent_batch
+from rime_fast.model.token_names import MODES
 from rime_fast.model.vision_cache import VisionCache
 
 Batch = dict[str, Any]
 Runs = list[tuple[int, int]]
 
 # Entries with a row per token, per sequence, and those that index rows.
-_PER_TOKEN = ("input_ids", "mm_token_type_ids", "targets", "token_weight")
-_PER_SEQUENCE = ("side", "prompt_lengths")
-_ROW_INDEX = ("disc_index", "gen_index")
+_PER_TOKEN = ("input_ids", "mm_token_type_ids", "targets", "token_weight", "condensed")
+_PER_SEQUENCE = ("side", "prompt_lengths", "branches")
+_ROW_INDEX = ("disc_index", "gen_index", "latent_index")
 _VISUAL = (("image", "pixel_values", 1), ("video", "pixel_values_videos", 2))
 
 
@@ -225,8 +227,8 @@ class PackedEncoder:
         encoder = PackedEncoder(model, batch, max_tokens=16384)
         cache.step(encoder.parts, encode=encoder, loss=lambda rows: my_loss(encoder.in_order(rows)))
 
-    model: a DualModeModel, wrapped or not. batch: with disc_index / gen_index; with targets AND token_weight the
-        cross-entropy sum(w_t * -logp_t) is the micro-batches' own loss, scored in the graph pass only.
+    model: a DualModeModel, wrapped or not. batch: with disc_index / gen_index / latent_index; with targets AND
+        token_weight the cross-entropy sum(w_t * -logp_t) is the micro-batches' own loss, scored in the graph pass only.
     max_tokens: of a micro-batch; None: the whole batch is one. modes: the embeddings to read out. metrics: see
         ``PartMetrics``; where it is scored.
     host_features: keep a frozen vision tower's features in host memory between the passes.
@@ -257,8 +259,9 @@ class PackedEncoder:
 
     def __call__(self, part: Part, scored: bool) -> Encoded:
         """The part's embeddings, and with ``scored`` its cross-entropy."""
-        batch = self.packed.take(part.sequences)
-        pools = {mode: batch.pop(f"{mode}_index") for mode in ("disc", "gen") if f"{mode}_index" in batch}
+        taken = self.packed.take(part.sequences)
+        batch, place = latent_batch(taken) if "branches" in taken else (dict(taken), None)
+        pools = {mode: batch.pop(f"{mode}_index") for mode in MODES if f"{mode}_index" in batch}
         scoring: dict[str, Any] = {key: batch.pop(key) for key in ("targets", "token_weight") if key in batch}
         if scored and self.scored:
             batch |= scoring
@@ -271,7 +274,9 @@ class PackedEncoder:
             normalize=False,
             logprob_backend=self.logprob_backend,
         )
-        found = self.metrics(out, part, batch) if self.metrics is not None and out.loss is not None else {}
+        if place is not None and out.logp is not None:
+            out.logp = out.logp.index_select(0, place)
+        found = self.metrics(out, part, taken) if self.metrics is not None and out.loss is not None else {}
         # Here, not in the model: with scored tokens its operator normalises, without torch does, an ulp apart. So the
         # embeddings of both passes are the same bits.
         embeddings = {mode: F.normalize(rows, dim=-1) for mode, rows in out.embeddings.items()}

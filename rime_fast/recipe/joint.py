@@ -2,11 +2,14 @@
 
     L = CE_q + CE_p + w_d C(d_q, d_p) + w_g C(g_q, g_p) + w_x 1/2 [ C(g_q, d_p) + C(d_q, g_p) ]
           + w_s 1/2 [ C(g_q, d_q) + C(g_p, d_p) ]
+          + w_l C(l_q, l_p) + w_x 1/2 [ C(l_q, d_p) + C(d_q, l_p) + C(l_q, g_p) + C(g_q, l_p) ] + w_c (CE'_q + CE'_p)
     C(a, b) = 1/2 [ CE(s a b_all^T, own) + CE(s b a_all^T, own) ],   s = 1 / temperature
 
 CE is the token mean over the assistant tokens of a side. C, the scale 50 (temperature 0.02) and the unit weights of
 CE, w_d and w_g are UME-R1's [known, arXiv 2511.00405]; Cross-Mode Alignment (the w_x term) is RIME's idea [known], its
-form and weight here are [ours], and so is the same-item term (w_s, off by default).
+form and weight here are [ours], and so is the same-item term (w_s, off by default). The last line is that of latent
+rewrites (rime_fast/model/latent.py): l the latent embedding, CE' the cross-entropy of the copy that reads the latent
+tokens alone [known: BToks' mask and loss; ours: the contrast, its weights, and that CMA takes l in].
 
 Over several ranks everything is GLOBAL: the token means divide by the tokens of all ranks, the contrast runs over the
 pairs of all ranks. DDP, FSDP, DeepSpeed and accelerate AVERAGE the ranks' gradients, while the gradient of a global
@@ -40,6 +43,8 @@ class JointWeights:
     disc, gen: contrast of both sides in one mode, d-d and g-g [known, UME-R1: 1, 1].
     cross: Cross-Mode Alignment, half of it g-d and half d-g [known: idea; ours: form and weight 1].
     same_item: g against d of the SAME side, half of it per side [ours, off].
+    latent: contrast l-l of the latent embedding, which then joins the cross terms, each pair of modes with half and
+        half of ``cross`` [ours, off]. latent_ce: next-token loss of both sides' second copies [known: BToks; off].
     """
 
     ce_query: float = 1.0
@@ -48,6 +53,8 @@ class JointWeights:
     gen: float = 1.0
     cross: float = 1.0
     same_item: float = 0.0
+    latent: float = 0.0
+    latent_ce: float = 0.0
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -56,14 +63,22 @@ class JointWeights:
                 raise ValueError(f"JointWeights.{one.name} is {value!r}; expected a finite number >= 0")
 
     def modes(self) -> tuple[str, ...]:
-        """The embeddings that the contrastive terms read: a subset of ("disc", "gen")."""
+        """The embeddings that the contrastive terms read: a subset of ("disc", "gen", "latent")."""
         mixed = self.cross > 0 or self.same_item > 0
-        return tuple(m for m, on in (("disc", self.disc > 0 or mixed), ("gen", self.gen > 0 or mixed)) if on)
+        on = {"disc": self.disc > 0 or mixed, "gen": self.gen > 0 or mixed, "latent": self.latent > 0}
+        return tuple(mode for mode, wanted in on.items() if wanted)
+
+    def scores_tokens(self) -> bool:
+        """Whether any cross-entropy is on."""
+        return max(self.ce_query, self.ce_target, self.latent_ce) > 0
 
     def pair_terms(self) -> list[Term]:
         """(query mode, key mode, weight) of the terms between queries and targets that are on."""
         half = 0.5 * self.cross
         every = [("disc", "disc", self.disc), ("gen", "gen", self.gen), ("gen", "disc", half), ("disc", "gen", half)]
+        if self.latent > 0:
+            every.append(("latent", "latent", self.latent))
+            every += [pair for m in ("disc", "gen") for pair in (("latent", m, half), (m, "latent", half))]
         return [term for term in every if term[2] > 0]
 
 
@@ -92,17 +107,30 @@ def scored_tokens(targets: Tensor, query_rows: int, group: Any = None) -> Tensor
     return counts
 
 
-def token_weights(targets: Tensor, query_rows: int, counts: Tensor, weights: JointWeights, world: int = 1) -> Tensor:
+def token_weights(
+    targets: Tensor,
+    query_rows: int,
+    counts: Tensor,
+    weights: JointWeights,
+    world: int = 1,
+    condensed: Tensor | None = None,
+) -> Tensor:
     """w_t of every row, so that sum_t w_t (-logp_t) = ce_query CE_q + ce_target CE_p: [T] fp32.
 
     counts: ``scored_tokens``. world: ranks that average gradients; a rank's share is multiplied by it, so the mean of
     the ranks' values, like the mean of their gradients, is that of the global token mean. A side without a scored
-    token weighs 0.
+    token weighs 0. condensed [T] bool: rows of the second copies, with as many scored tokens as are counted; they
+    weigh latent_ce.
     """
     share = world / counts.clamp(min=1)
     weight = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
-    weight[:query_rows] = weights.ce_query * share[0]
-    weight[query_rows:] = weights.ce_target * share[1]
+    for rows, own, ce in (
+        (slice(query_rows), share[0], weights.ce_query),
+        (slice(query_rows, None), share[1], weights.ce_target),
+    ):
+        weight[rows] = ce * own
+        if condensed is not None:
+            weight[rows] = torch.where(condensed[rows], weights.latent_ce * own, weight[rows])
     return weight * (targets != IGNORE)
 
 
@@ -135,8 +163,8 @@ def joint_loss(
     """The whole joint loss of one batch.
 
     ce: 0-d, already weighted (``fused_linear_ce`` with ``token_weights``, or ``side_cross_entropy`` summed by hand).
-    queries: mode ("disc", "gen") -> [n, D] unit rows; keys: mode -> [n + h, D]: the n positives in the queries' order,
-        then h hard negatives, candidates for every query.
+    queries: mode ("disc", "gen", "latent") -> [n, D] unit rows; keys: mode -> [n + h, D]: the n positives in the
+        queries' order, then h hard negatives, candidates for every query.
     temperature: float, or a 0-d tensor that may want a gradient (with ``group``: average it over the ranks).
     symmetric: False trains the query -> key direction only [known, Think-Then-Embed's embedder].
     detach_disc: stop-gradient on d in the cross terms, so that they pull g to d and leave d alone [ours, off].

@@ -1,4 +1,4 @@
-"""Settings with their help texts: how a field is written and checked, and those of the contrast.
+"""Settings with their help texts: how a field is written and checked, those of the contrast, and those of latent rewrites.
 
 In the help texts [known] marks what is published (the source is named) and [ours] what the RIME paper does not publish.
 """
@@ -93,3 +93,26 @@ class ContrastSettings:
                 f"matryoshka_weights has {len(weights)} numbers; expected {len(widths)}, one for each of {widths}"
             )
         return widths, list(weights)
+
+
+@dataclass
+class LatentSettings:
+    """A third embedding, without decoding (``rime_fast/model/latent.py``): a part of ``RimeConfig``."""
+
+    latent_tokens: int = option(
+        0,
+        "K learnable tokens behind the prompt, whose mean state is the embedding of mode 'latent'; 0: none. [known, "
+        "BToks: the tokens and their mask; LaME: 8]",
+    )
+    latent_weight: float = option(
+        1.0, "Contrast l-l of the latent embeddings, which then join Cross-Mode Alignment. [ours]"
+    )
+    latent_ce_weight: float = option(
+        1.0, "Next-token loss of the rewrite that sees the latent tokens in place of the prompt. [known, BToks: idea]"
+    )
+
+    def check_latents(self) -> None:
+        """Raise ValueError for a value out of its range, naming the field."""
+        in_range("latent_tokens", self.latent_tokens, 0)
+        in_range("latent_weight", self.latent_weight, 0)
+        in_range("latent_ce_weight", self.latent_ce_weight, 0)

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe.joint import JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
-from rime_fast.recipe.settings import ContrastSettings, in_range, one_of, option
+from rime_fast.recipe.settings import ContrastSettings, LatentSettings, in_range, one_of, option
 
 ON_BAD_ROW = ON_NONFINITE = ("stop", "skip")
 PROGRESS = ("rich", "plain", "none")
@@ -160,7 +160,7 @@ def _other_accelerator() -> bool:
 
 
 @dataclass
-class RimeConfig(ContrastSettings, CommonConfig):
+class RimeConfig(LatentSettings, ContrastSettings, CommonConfig):
     """Joint training (SFT): cross-entropy on both sides, contrast in both modes, Cross-Mode Alignment.
 
     The batch of a step (all ranks) is the set of in-batch negatives: make it as large as memory allows.
@@ -208,6 +208,7 @@ class RimeConfig(ContrastSettings, CommonConfig):
     per_device_train_batch_size: int = option(8, "Pairs per device and step.")
 
     def __post_init__(self) -> None:
+        self.check_latents()
         self.weights()  # raises, naming the weight
         self.check_contrast()
         in_range("block", self.block, 0)
@@ -247,6 +248,8 @@ class RimeConfig(ContrastSettings, CommonConfig):
             gen=self.gen_weight,
             cross=self.cross_weight,
             same_item=self.same_item_weight,
+            latent=self.latent_weight if self.latent_tokens else 0.0,
+            latent_ce=self.latent_ce_weight if self.latent_tokens else 0.0,
         )
 
 

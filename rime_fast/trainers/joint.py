@@ -18,6 +18,7 @@ from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, GuardedRows
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
+from rime_fast.model.latent import own_targets
 from rime_fast.recipe.blocks import by_block
 from rime_fast.recipe.false_negatives import mask_ids
 from rime_fast.recipe.joint import JointLoss, joint_loss, scored_tokens, side_cross_entropy, token_weights
@@ -25,6 +26,7 @@ from rime_fast.recipe.set_scores import set_scores
 from rime_fast.trainers.base import RATES, DualModeTrainer
 from rime_fast.trainers.callbacks import On
 from rime_fast.trainers.config import RimeConfig
+from rime_fast.trainers.policy import use_packed_attention
 from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
 from rime_fast.trainers.temperature import LearnableTemperature
 
@@ -84,7 +86,7 @@ class RimeTrainer(DualModeTrainer):
         chosen = args.template if template is None else template
         self.collator = make_collator(processor, chosen, model.config, args, ids=args.mask_false_negatives)
         # without a term that trains or reads rewrites, prompts up to <disc_emb> are all that is needed
-        answers = args.ce_query_weight > 0 or args.ce_target_weight > 0 or "gen" in args.weights().modes()
+        answers = args.weights().scores_tokens() or {"gen", "latent"} & set(args.weights().modes())
         rewrites = answers and self.collator.template.filler is None
         train, self.bad_rows = as_pairs(train_dataset, "train_dataset", args, self.collator, rewrites=rewrites)
 
@@ -94,7 +96,10 @@ class RimeTrainer(DualModeTrainer):
         evaluation: Any = opened(None if isinstance(eval_dataset, dict) else eval_dataset, "eval_dataset")
         if isinstance(eval_dataset, dict):
             evaluation = {name: opened(part, name) for name, part in eval_dataset.items()}
-        kwargs.setdefault("data_collator", PairBatches(self.collator, args.hard_negatives, answers))
+        latents = args.latent_tokens > 0
+        if latents:
+            use_packed_attention(model)
+        kwargs.setdefault("data_collator", PairBatches(self.collator, args.hard_negatives, bool(answers), latents))
         super().__init__(
             model=model,
             args=args,
@@ -125,9 +130,9 @@ class RimeTrainer(DualModeTrainer):
         each one's loss is divided by their number: so each counts the step's tokens over that number."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_tokens = None
-        if len(batches) > 1 and (self.weights.ce_query > 0 or self.weights.ce_target > 0):
+        if len(batches) > 1 and self.weights.scores_tokens():
             rows = [sum(batch["lengths"][: _sizes(batch)[0]]) for batch in batches]
-            parts = [scored_tokens(batch["targets"], n) for batch, n in zip(batches, rows, strict=True)]
+            parts = [scored_tokens(own_targets(batch), n) for batch, n in zip(batches, rows, strict=True)]
             total = torch.stack(parts).sum(0).to(self.args.device, non_blocking=True)
             if self.group is not None:
                 dist.all_reduce(total, group=self.group)
@@ -176,10 +181,11 @@ class RimeTrainer(DualModeTrainer):
         query_rows = sum(inputs["lengths"][:n])
         device = inputs["input_ids"].device
         targets, counts = batch.pop("targets", None), None
-        if weights.ce_query > 0 or weights.ce_target > 0:
+        if weights.scores_tokens():
             counts = self._step_tokens if self.model.training else None
-            counts = scored_tokens(targets, query_rows, group) if counts is None else counts
-            batch["token_weight"] = token_weights(targets, query_rows, counts, weights, world)
+            counts = scored_tokens(own_targets(inputs), query_rows, group) if counts is None else counts
+            copies = inputs.get("condensed")
+            batch["token_weight"] = token_weights(targets, query_rows, counts, weights, world, copies)
             batch["targets"] = targets
         tau = args.temperature if self.temperature is None else self.temperature.value()
         metrics: Rows = {"temperature": tau} if isinstance(tau, Tensor) else {}
@@ -187,14 +193,18 @@ class RimeTrainer(DualModeTrainer):
         def cross_entropy(out: Any, part: Part, taken: Batch) -> Rows:
             # a micro-batch's sequences ascend: its queries come first
             rows = sum(length for length, i in zip(taken["lengths"], part.sequences, strict=True) if i < n)
-            found = side_cross_entropy(out.logp.detach(), rows, counts, world)  # type: ignore[arg-type]
-            return {name.replace("_", "/"): value for name, value in found.items()}
+            logp, copies, found = out.logp.detach(), taken.get("condensed"), {}
+            parts = {"ce": logp} if copies is None else {"ce": logp * ~copies, "ce_latent": logp * copies}
+            for name, part_logp in parts.items():
+                sides = side_cross_entropy(part_logp, rows, counts, world)  # type: ignore[arg-type]
+                found |= {side.replace("ce_", f"{name}/"): value for side, value in sides.items()}
+            return found
 
         def contrast(rows: Rows) -> Tensor:
             rows = encoder.in_order(rows)
             queries = {mode: x[:n] for mode, x in rows.items()}
             keys = {mode: x[n:] for mode, x in rows.items()}
-            if hard and len(keys) == 2:
+            if hard and {"disc", "gen"} <= keys.keys():
                 # a hard negative without a rewrite has no g: its d is the candidate of the generative terms [ours]
                 keys["gen"] = torch.where((inputs["gen_index"][n:] >= 0)[:, None], keys["gen"], keys["disc"])
             ids = _mask_ids(inputs, group)
@@ -246,7 +256,8 @@ class RimeTrainer(DualModeTrainer):
         terms = [(q, k) for q, k, _ in self.weights.pair_terms()]
         if not terms:
             return
-        query, key = min(terms, key=[("gen", "gen"), ("disc", "disc"), ("gen", "disc"), ("disc", "gen")].index)
+        order = ("gen", "latent", "disc")
+        query, key = min(terms, key=lambda term: (term[0] != term[1], order.index(term[0]), order.index(term[1])))
         blocks = None
         if self.args.contrast_scope == "block":
             blocks = torch.tensor(inputs["blocks"], device=self.mixture.sums.device)
@@ -302,7 +313,7 @@ class RimeTrainer(DualModeTrainer):
 
     def check_start(self) -> None:
         super().check_start()
-        if self.weights.ce_query > 0 or self.weights.ce_target > 0:
+        if self.weights.scores_tokens():
             rows = GuardedRows(self.train_dataset, self.collator.collate_pairs, self.args.on_bad_row == "skip")
             batch = rows.collate([rows[i] for i in range(0, len(rows), max(1, len(rows) // 4))][:4])
             if BAD in batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rime_fast.data.mixture import MixtureSet, mixture_sets, open_mixture
 from rime_fast.engine.wrappers import vision_tower
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
-from rime_fast.model.tokens import EmbeddingTokens, add_embedding_tokens
+from rime_fast.model.tokens import EmbeddingTokens, add_embedding_tokens, latent_token_ids
 from rime_fast.trainers.config import CommonConfig
 
 logger = logging.get_logger(__name__)
@@ -33,10 +34,11 @@ def prepare_model(
     model: directory or hub name, a stock transformers model of a supported family (its class is changed in place), a
         DualModeModel, or a peft model around one of these.
     processor: anything with ``tokenizer`` and ``image_processor``; None loads it from the model's directory.
-    peft_config: wraps the model in an adapter (LoRA); ValueError if the model has one already.
+    peft_config: wraps the model in an adapter (LoRA); ValueError if the model has one already. Latent tokens' rows are
+        trained beside it.
 
-    Adds the embedding tokens where they are missing, freezes the vision tower (``args.freeze_vision``) and applies
-    ``args.max_pixels``.
+    Adds the embedding tokens (and ``args.latent_tokens``) where they are missing, freezes the vision tower
+    (``args.freeze_vision``) and applies ``args.max_pixels``.
     """
     if not isinstance(model, (str, Path, nn.Module)):
         raise TypeError(f"model is {type(model).__name__}; expected a path, a transformers model or a DualModeModel")
@@ -54,12 +56,17 @@ def prepare_model(
             DualModeModel.from_model(base, attn_implementation=args.attn_implementation)
     processor = load_processor(processor, source, args.max_pixels)
     base = model.get_base_model() if adapted else model
-    tokens = add_embedding_tokens(base, processor.tokenizer)
+    latents = getattr(args, "latent_tokens", 0)
+    tokens = add_embedding_tokens(base, processor.tokenizer, latents)
     if args.freeze_vision:
         freeze_vision(base)
     if peft_config is not None:
         from peft import get_peft_model
 
+        if latents and not getattr(peft_config, "trainable_token_indices", None):
+            # the rest of the table stays frozen; the adapter keeps these rows
+            peft_config = copy.copy(peft_config)
+            peft_config.trainable_token_indices = {"embed_tokens": latent_token_ids(processor.tokenizer)}
         set_seed(args.seed)  # of the adapter's first values; the Trainer's own comes too late for them
         model = get_peft_model(model, peft_config)
     return model, processor, tokens
