@@ -13,11 +13,10 @@ from rime_fast.cli.command import Command, model_exists, required
 from rime_fast.cli.loading import EmbedderOptions, load_embedder
 from rime_fast.cli.options import Group, UsageError
 from rime_fast.cli.values import build
+from rime_fast.model.token_names import MODES
 
 if TYPE_CHECKING:
     from rime_fast.data.records import Side
-
-MODES = ("disc", "gen", "both")
 
 
 @dataclass
@@ -29,7 +28,10 @@ class EmbedOptions:
     output_dir: str = field(
         default="runs/embeddings", metadata={"help": "Folder of embeddings.safetensors and items.jsonl."}
     )
-    mode: str = field(default="disc", metadata={"help": "'disc' (one prefill), 'gen' (decodes a rewrite) or 'both'."})
+    mode: str = field(
+        default="disc",
+        metadata={"help": "'disc' (one prefill), 'gen' (decodes a rewrite), 'both', or 'latent' (one prefill)."},
+    )
     dims: int | None = field(
         default=None, metadata={"help": "Keep the first so many numbers, normalised again (Matryoshka)."}
     )
@@ -46,8 +48,8 @@ def run(values: dict[str, Any]) -> int:
     """Embed and write."""
     required(values, "model", "data")
     options, loading = build(EmbedOptions, values), build(EmbedderOptions, values)
-    if options.mode not in MODES:
-        raise UsageError(f"--mode is {options.mode!r}; expected {', '.join(MODES)}")
+    if options.mode not in (*MODES, "both"):
+        raise UsageError(f"--mode is {options.mode!r}; expected {', '.join(MODES)}, both")
     model_exists(options.model)
     if options.anchors is not None:
         if options.dims is not None:

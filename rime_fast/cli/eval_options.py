@@ -20,7 +20,9 @@ class EvalOptions:
         default_factory=list, metadata={"help": "Tasks of mteb by name instead of --data (extra mteb; --download)."}
     )
     output_dir: str = field(default="runs/eval", metadata={"help": "Folder of report.json and report.html."})
-    modes: list[str] = field(default_factory=list, metadata={"help": "'disc', 'gen'; default: both, the 2 x 2 table."})
+    modes: list[str] = field(
+        default_factory=list, metadata={"help": "'disc', 'gen', 'latent'; default: all of the model's."}
+    )
     dims: list[str] = field(
         default_factory=list,
         metadata={"help": "Also score embeddings cut to so many numbers: 64,256,full (full always is)."},

@@ -98,7 +98,7 @@ def _evaluate(suite: Suite, options: SuiteOptions, values: dict[str, Any], model
         import torch
 
         loading.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
-    modes = split(shared.modes) or ["disc", "gen"]
+    modes = split(shared.modes) or None
     if options.leaderboard and shared.limit is not None:
         raise UsageError("--leaderboard needs all queries; leave --limit out")
     loading.template = suite_template(loading.template)  # type: ignore[assignment]

@@ -40,7 +40,7 @@ def run(values: dict[str, Any]) -> int:
     model_exists(*options.model)
     from rime_fast.cli.bars import bars
     from rime_fast.data.retrieval import RetrievalSet
-    from rime_fast.eval.mutual import MODES, evaluate_mutual
+    from rime_fast.eval.mutual import evaluate_mutual
     from rime_fast.eval.report import write_report
 
     data = RetrievalSet.from_file(
@@ -57,7 +57,7 @@ def run(values: dict[str, Any]) -> int:
             result = evaluate_mutual(
                 embedder,
                 data,
-                modes=split(options.modes) or MODES,
+                modes=split(options.modes) or None,
                 top_k=options.top_k,
                 n_examples=options.examples,
                 dims=options.widths(),
@@ -87,7 +87,7 @@ def run(values: dict[str, Any]) -> int:
 
 
 def table(name: str, result: MutualResult) -> str:
-    """The 2 x 2 table as text."""
+    """The table as text."""
     plain = result.to_dict()["cells"]
     columns = (
         ("hit@1", "hit@1", "8.3f"),
@@ -153,10 +153,11 @@ def _machine() -> str:
 
 COMMAND = Command(
     name="eval",
-    text="Embeds queries and candidates in both modes and ranks all four pairings: hit@1, MRR, nDCG@10, decoded tokens "
-    "and seconds per item, so that accuracy and cost are one look. Writes report.json and a self-contained report.html "
-    "(heat map, accuracy against tokens, the model's training curves, examples with their first candidates). With "
-    "--suite: a published benchmark, resumable and shared between processes; per-group tables and a leaderboard entry.",
+    text="Embeds queries and candidates in every mode of the model and ranks all pairings: hit@1, MRR, nDCG@10, "
+    "decoded tokens and seconds per item, so that accuracy and cost are one look. Writes report.json and a "
+    "self-contained report.html (heat map, accuracy against tokens, the model's training curves, examples with their "
+    "first candidates). With --suite: a published benchmark, resumable and shared between processes; per-group tables "
+    "and a leaderboard entry.",
     examples=(
         ("one model", "rime-fast eval --model runs/sft --data test.json --output_dir runs/eval"),
         ("before and after Refine-RL, in one report", "rime-fast eval --model runs/sft runs/refine --data test.json"),

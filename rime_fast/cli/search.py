@@ -9,6 +9,7 @@ from rime_fast.cli.command import Command, model_exists, required
 from rime_fast.cli.loading import EmbedderOptions, load_embedder
 from rime_fast.cli.options import Group, UsageError
 from rime_fast.cli.values import build
+from rime_fast.model.token_names import MODES
 
 if TYPE_CHECKING:
     from rime_fast.data.records import Side
@@ -25,7 +26,9 @@ class SearchOptions:
     image: list[str] = field(default_factory=list, metadata={"help": "The query's pictures; with --text one query."})
     queries: str | None = field(default=None, metadata={"help": "A file of queries, as for embed; in place of these."})
     k: int = field(default=5, metadata={"help": "How many are found for each."})
-    mode: str = field(default="disc", metadata={"help": "'disc' or 'gen' (decodes a rewrite): the query's mode."})
+    mode: str = field(
+        default="disc", metadata={"help": "The query's mode: 'disc', 'latent', or 'gen' (decodes a rewrite)."}
+    )
     model: str | None = field(default=None, metadata={"help": "Default: the model that made the index."})
     html: str | None = field(default=None, metadata={"help": "Also write a page with thumbnails to this file."})
 
@@ -34,8 +37,8 @@ def run(values: dict[str, Any]) -> int:
     """Embed the queries, search, show."""
     required(values, "index")
     options = build(SearchOptions, values)
-    if options.mode not in ("disc", "gen"):
-        raise UsageError(f"--mode is {options.mode!r}; expected disc or gen")
+    if options.mode not in MODES:
+        raise UsageError(f"--mode is {options.mode!r}; expected {', '.join(MODES)}")
     if options.k < 1:
         raise UsageError(f"--k is {options.k}; expected 1 or more")
     single = options.text is not None or bool(options.image)

@@ -1,7 +1,8 @@
-"""Embeddings of text, images, video and mixtures of them, in either mode.
+"""Embeddings of text, images, video and mixtures of them, in any mode.
 
 disc: one prefill of the prompt up to ``<disc_emb>``. gen: greedy decoding of the rewrite, then the state AT
-``<gen_emb>``. Items are batched by token budget, the longest first, and come back in their own order.
+``<gen_emb>``. latent: one prefill of the prompt and the latent tokens of a model that has some. Items are batched by
+token budget, the longest first, and come back in their own order.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.engine.wrappers import dual_mode_of
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
+from rime_fast.model.token_names import MODES
 
 logger = logging.get_logger(__name__)
 
@@ -38,8 +40,8 @@ Progress = Callable[[int, int], None]  # (items done, items in all)
 class Encoded:
     """What ``encode_items`` made of N items, in their order.
 
-    embeddings: [N, D] fp32, unit norm, on the CPU. rewrites: the parsed rewrite of each (None in mode disc).
-    tokens: decoded tokens of each, tags and ``<gen_emb>`` included (0 in mode disc). reached: whether each got to
+    embeddings: [N, D] fp32, unit norm, on the CPU. rewrites: the parsed rewrite of each (None without decoding).
+    tokens: decoded tokens of each, tags and ``<gen_emb>`` included (0 without). reached: whether each got to
     ``<gen_emb>``; where not, its embedding is the last state before the cap or the end of the turn. well_formed:
     whether the response has the template's form. seconds: wall clock, image processing included.
     disc: [N, D], mode "both" alone: the disc embeddings, from the same prefill. disc_seconds: the part of ``seconds``
@@ -82,8 +84,8 @@ class Encoded:
 class EmbedderStats:
     """Running counts over every call of one embedder, by mode."""
 
-    items: dict[str, int] = field(default_factory=lambda: {"disc": 0, "gen": 0})
-    seconds: dict[str, float] = field(default_factory=lambda: {"disc": 0.0, "gen": 0.0})
+    items: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODES, 0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MODES, 0.0))
     decoded_tokens: int = 0
     missing_gen: int = 0
     format_errors: int = 0
@@ -166,6 +168,11 @@ class RimeEmbedder:
         return dual_mode_of(self.model).device
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """The embeddings this model gives: "latent" where it has latent tokens."""
+        return MODES if self.collator.latent_ids else MODES[:2]
+
+    @property
     def width(self) -> int:
         """Numbers of an embedding."""
         return dual_mode_of(self.model).config.get_text_config().hidden_size
@@ -200,10 +207,10 @@ class RimeEmbedder:
         items in all) after each batch. Raises ValueError for an unknown mode, no items, or an item that cannot be
         read, TypeError for anything else.
         """
-        if mode not in ("disc", "gen"):
-            raise ValueError(f"mode is {mode!r}; expected 'disc' or 'gen'")
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
         if return_rewrites and mode != "gen":
-            raise ValueError(f"return_rewrites needs mode 'gen', got {mode!r}: disc embeddings decode nothing")
+            raise ValueError(f"return_rewrites needs mode 'gen', got {mode!r}, which decodes nothing")
         encoded = self.encode_items(items, mode, progress=progress)
         return (encoded.embeddings, encoded.rewrites or []) if return_rewrites else encoded.embeddings
 
@@ -219,16 +226,16 @@ class RimeEmbedder:
     def encode_items(self, items: Items, mode: str, *, progress: Progress | None = None) -> Encoded:
         """As ``encode``, with everything that was counted on the way.
 
-        mode: "disc", "gen", or "both": as gen, with the disc embeddings of the same prefill in ``disc``.
+        mode: "disc", "gen", "latent", or "both": as gen, with the disc embeddings of the same prefill in ``disc``.
         """
-        if mode not in ("disc", "gen", "both"):
-            raise ValueError(f"mode is {mode!r}; expected 'disc', 'gen' or 'both'")
+        if mode not in (*MODES, "both"):
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, (*MODES, 'both')))}")
         sides = [as_side(item, f"items[{i}]") for i, item in enumerate(as_items(items))]
         if not sides:
             raise ValueError("items is empty; expected at least one")
         begin = time.perf_counter()
-        part: Literal["disc", "gen"]
-        part, extra = ("disc", 0) if mode == "disc" else ("gen", self.max_new_tokens)
+        part: Any = "gen" if mode == "both" else mode
+        extra = self.max_new_tokens if part == "gen" else 0
         lengths = [length + extra for length in self.collator.measure(sides, part)]
         rows: list[_Row | None] = [None] * len(sides)
         done, prefills = 0, time.perf_counter() - begin
@@ -236,7 +243,7 @@ class RimeEmbedder:
             for batch in token_budget_batches(lengths, self.token_budget):
                 started = time.perf_counter()
                 packed = self._to_device(self.collator.collate_prompts([sides[i] for i in batch], part))
-                made, prefilled = self._disc(packed) if part == "disc" else self._gen(packed)
+                made, prefilled = self._gen(packed) if part == "gen" else self._prefill(packed, part)
                 prefills += prefilled - started
                 for i, row in zip(batch, made, strict=True):
                     rows[i] = row
@@ -246,7 +253,7 @@ class RimeEmbedder:
         full = [row for row in rows if row is not None]
         encoded = Encoded(
             embeddings=torch.stack([row.embedding for row in full]),
-            rewrites=None if mode == "disc" else [row.rewrite for row in full],
+            rewrites=[row.rewrite for row in full] if part == "gen" else None,
             tokens=[row.tokens for row in full],
             reached=[row.reached for row in full],
             well_formed=[row.well_formed for row in full],
@@ -257,13 +264,13 @@ class RimeEmbedder:
         self._count(part, encoded)
         return encoded
 
-    def _disc(self, packed: dict[str, Any]) -> tuple[list[_Row], float]:
+    def _prefill(self, packed: dict[str, Any], mode: str) -> tuple[list[_Row], float]:
         """The rows, and when their prefill was done."""
-        rows = [_Row(embedding) for embedding in self.model(**packed).embeddings["disc"].float().cpu()]
+        rows = [_Row(embedding) for embedding in self.model(**packed).embeddings[mode].float().cpu()]
         return rows, time.perf_counter()
 
     def _gen(self, packed: dict[str, Any]) -> tuple[list[_Row], float]:
-        """As ``_disc``: the head's first call is the end of the prefill."""
+        """As ``_prefill``: the head's first call is the end of the prefill."""
         tokenizer = self.processor.tokenizer
         ended: list[float] = []
         hook = dual_mode_of(self.model).lm_head.register_forward_pre_hook(lambda *_: self._clock(ended))

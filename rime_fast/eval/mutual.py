@@ -1,8 +1,8 @@
-"""Mutual retrieval: the 2 x 2 table of query mode x target mode, with what each mode costs.
+"""Mutual retrieval: the table of query mode x target mode, with what each mode costs: 2 x 2, or 3 x 3 with latents.
 
 A discriminative embedding costs one prefill, a generative one the decoding of its rewrite as well. Cross-Mode
 Alignment puts both into one space, so that either side may use either: cell "gen-disc" is generative queries against
-an index of discriminative targets. The table shows accuracy and cost of all four in one look.
+an index of discriminative targets. The table shows accuracy and cost of all of them in one look.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rime_fast.data.retrieval import RetrievalSet
     from rime_fast.eval.embedder import Encoded, RimeEmbedder
 
-MODES = ("disc", "gen")
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
@@ -106,7 +105,7 @@ def evaluate_mutual(
     embedder: RimeEmbedder,
     data: RetrievalSet,
     *,
-    modes: Sequence[str] = MODES,
+    modes: Sequence[str] | None = None,
     top_k: int = 5,
     n_examples: int = 24,
     dims: Sequence[int] = (),
@@ -114,13 +113,14 @@ def evaluate_mutual(
 ) -> MutualResult:
     """Embed both sides of ``data`` in each mode, rank, and time it. Candidates with the same content count as one.
 
-    modes: ("disc", "gen"), or one of them alone. n_examples: queries kept for the report, evenly spaced over the
+    modes: some of the model's; None: all of them. n_examples: queries kept for the report, evenly spaced over the
     set (not chosen by outcome). dims: further widths that the embeddings are scored at.
     progress: called as ``progress("gen query", done, total)``.
     """
-    unknown = [mode for mode in modes if mode not in MODES]
+    modes = embedder.modes if modes is None else modes
+    unknown = [mode for mode in modes if mode not in embedder.modes]
     if unknown or not modes:
-        raise ValueError(f"modes is {tuple(modes)}; expected a choice of {MODES}")
+        raise ValueError(f"modes is {tuple(modes)}; expected a choice of {embedder.modes}, what this model gives")
     if dims:
         embedder.check_widths(dims)
     data = without_twins(data)

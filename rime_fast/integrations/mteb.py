@@ -23,6 +23,7 @@ from mteb.types import PromptType
 
 from rime_fast.data.records import ImageSource, Side
 from rime_fast.data.templates import get_template
+from rime_fast.model.token_names import MODES
 
 CHUNK = 256  # items given to the embedder at a time; it makes its own batches of them
 
@@ -30,9 +31,9 @@ CHUNK = 256  # items given to the embedder at a time; it makes its own batches o
 class RimeMtebEncoder(AbsEncoder):
     """mteb's encoder protocol over a RimeEmbedder.
 
-    mode: "disc" or "gen". name: as "owner/model", for mteb's result files; the mode is added to it. instructions:
-    whether mteb's task prompt goes in front of queries and of items of tasks without documents; documents never get
-    one. frames: of a video (videos need torchcodec; without it only text and image tasks are offered).
+    mode: "disc", "gen" or "latent". name: as "owner/model", for mteb's result files; the mode is added to it.
+    instructions: whether mteb's task prompt goes in front of queries and of items of tasks without documents; documents
+    never get one. frames: of a video (videos need torchcodec; without it only text and image tasks are offered).
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class RimeMtebEncoder(AbsEncoder):
         instructions: bool = True,
         frames: int = 8,
     ) -> None:
-        if mode not in ("disc", "gen"):
-            raise ValueError(f"mode is {mode!r}; expected 'disc' or 'gen'")
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
         if name.count("/") != 1:
             raise ValueError(f"name is {name!r}; expected owner/model")
         self.embedder, self.mode, self.instructions, self.frames = copy.copy(embedder), mode, instructions, frames

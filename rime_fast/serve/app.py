@@ -69,6 +69,7 @@ class EmbeddingService:
         self.embedder, self.name, self.index, self.threshold = embedder, name, index, threshold
         self.limits, self.max_body = limits or Limits(), max_body
         config = dual_mode_of(embedder.model).config
+        self.modes = (*embedder.modes, *(["auto"] if index is not None else []))
         self.width: int = config.text_config.hidden_size
         if index is not None and index.rows.shape[1] > self.width:
             raise ValueError(f"index has {index.rows.shape[1]} dimensions; expected at most the model's {self.width}")
@@ -89,8 +90,9 @@ class EmbeddingService:
             assert made.rewrites is not None
             parts = zip(made.embeddings, made.rewrites, made.tokens, made.reached, strict=True)
             return [Result(row, "gen", rewrite, decoded, reached) for row, rewrite, decoded, reached in parts]
-        rows = self.embedder.encode(sides)
-        results = [Result(row, "disc") for row in rows]
+        plain = "disc" if mode == "auto" else mode
+        rows = self.embedder.encode(sides, plain)
+        results = [Result(row, plain) for row in rows]
         if mode == "auto":
             assert self.index is not None
             unsure = (self.index.margins(rows) < self.threshold).nonzero().flatten().tolist()
@@ -106,11 +108,12 @@ class EmbeddingService:
             width=self.width,
             limits=self.limits,
             template=self.embedder.collator.template,
-            has_index=self.index is not None,
+            modes=self.modes,
         )
-        decodes = request.mode != "disc"
+        decodes = request.mode in ("gen", "auto")
+        part: Any = "gen" if decodes else request.mode
         with self._measuring:
-            lengths = self._measurer.measure(request.sides, "gen" if decodes else "disc")
+            lengths = self._measurer.measure(request.sides, part)
         extra = self.embedder.max_new_tokens if decodes else 0
         jobs = []
         for side, length in zip(request.sides, lengths, strict=True):
@@ -143,7 +146,7 @@ class EmbeddingService:
             if result.rewrite is not None:
                 one |= {"rewrite": result.rewrite, "reached_gen_emb": result.reached}
             data.append(one)
-        extra = 0 if parsed.mode == "disc" else self.embedder.max_new_tokens
+        extra = self.embedder.max_new_tokens if parsed.mode in ("gen", "auto") else 0
         prompt = sum(job.tokens - extra for job in jobs)
         usage = {"prompt_tokens": prompt, "total_tokens": prompt + sum(result.decoded for result in results)}
         return JSONResponse({"object": "list", "data": data, "model": self.name, "usage": usage})
@@ -162,11 +165,10 @@ class EmbeddingService:
 
     def state(self) -> dict[str, Any]:
         """What ``/health`` says."""
-        modes = ["disc", "gen", *(["auto"] if self.index is not None else [])]
         return {
             "status": "ok",
             "model": self.name,
-            "modes": modes,
+            "modes": list(self.modes),
             "dimensions": self.width,
             "max_length": self.max_length,
             "waiting": len(self.batcher),

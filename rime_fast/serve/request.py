@@ -15,6 +15,7 @@ import io
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,9 @@ from PIL import Image
 
 from rime_fast.data.records import Side, kind_of, load_image
 from rime_fast.data.templates import Template
+from rime_fast.model.token_names import MODES
 
 KEYS = ("model", "input", "messages", "mode", "dimensions", "encoding_format", "user")
-MODES = ("disc", "gen", "latent", "auto")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 
@@ -62,9 +63,9 @@ class EmbeddingRequest:
 
 
 def parse_request(
-    body: bytes, *, name: str, width: int, limits: Limits, template: Template, has_index: bool = False
+    body: bytes, *, name: str, width: int, limits: Limits, template: Template, modes: Sequence[str]
 ) -> EmbeddingRequest:
-    """Read a body. name: the served model's. width: its embeddings'. Raises ApiError."""
+    """Read a body. name: the served model's; width: its embeddings'; modes: what it serves. Raises ApiError."""
     raw = _object(body)
     for key in raw:
         if key not in KEYS:
@@ -77,11 +78,11 @@ def parse_request(
     if not isinstance(raw.get("user", ""), str):
         raise _bad("invalid_user", f"user is {kind_of(raw['user'])}; expected text", "user")
     mode = raw.get("mode", "disc")
-    if mode not in MODES:
-        raise _bad("invalid_mode", f"mode is {mode!r}; expected {', '.join(MODES)}", "mode")
-    if mode == "latent":
+    if mode not in (*MODES, "auto"):
+        raise _bad("invalid_mode", f"mode is {mode!r}; expected {', '.join((*MODES, 'auto'))}", "mode")
+    if mode == "latent" and mode not in modes:
         raise _bad("latent_unavailable", "mode 'latent' needs a model with latent tokens; this one has none", "mode")
-    if mode == "auto" and not has_index:
+    if mode == "auto" and mode not in modes:
         raise _bad("index_required", "mode 'auto' needs margins: start the server with --index", "mode")
     encoding = raw.get("encoding_format", "float")
     if encoding not in ("float", "base64"):

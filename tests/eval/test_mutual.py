@@ -26,6 +26,8 @@ class Result:
 class Oracle:
     """gen knows each item's number exactly; disc knows only its parity."""
 
+    modes = ("disc", "gen")
+
     def __init__(self, size: int) -> None:
         self.size = size
         self.calls: list[tuple[str, int]] = []

@@ -51,7 +51,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class SideCache:
-    """The chunks of one side of one task in one mode. mode: "disc" or "gen"; size: items in all."""
+    """The chunks of one side of one task in one mode. mode: "disc", "gen" or "latent"; size: items in all."""
 
     folder: Path
     side: str

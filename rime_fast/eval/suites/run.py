@@ -14,13 +14,13 @@ import torch
 
 from rime_fast import __version__
 from rime_fast.eval.index import truncated
-from rime_fast.eval.mutual import MODES
 from rime_fast.eval.ranking import TIES
 from rime_fast.eval.suites.cache import CHUNK, SideCache, Stored, check_meta, data_hash, fingerprint
 from rime_fast.eval.suites.check import gaps
 from rime_fast.eval.suites.result import SuiteResult, TaskResult, write_scores
 from rime_fast.eval.suites.score import CellScore, mean_cosine, score_cell
 from rime_fast.eval.suites.tasks import Suite, Task, TaskData, mean
+from rime_fast.model.token_names import MODES
 
 SIDES = {"qry": "query", "tgt": "target"}
 TABLES = 1  # raised when a table or a parser changes what is embedded
@@ -31,7 +31,7 @@ def evaluate_suite(
     embedder: Any,
     suite: Suite,
     *,
-    modes: Sequence[str] = MODES,
+    modes: Sequence[str] | None = None,
     output_dir: str | Path | None = None,
     limit: int | None = None,
     shard: tuple[int, int] = (0, 1),
@@ -43,18 +43,19 @@ def evaluate_suite(
 ) -> SuiteResult:
     """Embed and score every task of ``suite``; returns what was measured.
 
-    embedder: a RimeEmbedder; it is not changed (the protocol's limits hold for a copy). modes: "disc", "gen" or both,
-    which come from one prefill. output_dir: where embeddings and results are kept, so that an interrupted run goes on
-    where it was; None keeps nothing. limit: the first so many queries against all candidates; the result is marked
-    partial. shard: (this process, processes): each takes its chunks, then what is left; process 0 waits for the others
-    and all is scored there (and wherever all chunks are found). ties: "pessimistic" or "official" (ranking.py).
-    dims: further widths to which the embeddings are cut, normalised again and scored. overwrite: make embeddings again
-    that were made otherwise. progress: called with what, items done, items in all.
+    embedder: a RimeEmbedder; it is not changed (the protocol's limits hold for a copy). modes: some of the model's,
+    None all of them; disc and gen come from one prefill. output_dir: where embeddings and results are kept, so that an
+    interrupted run goes on where it was; None keeps nothing. limit: the first so many queries against all candidates;
+    the result is marked partial. shard: (this process, processes): each takes its chunks, then what is left; process 0
+    waits for the others and all is scored there (and wherever all chunks are found). ties: "pessimistic" or "official"
+    (ranking.py). dims: further widths to which the embeddings are cut, normalised again and scored. overwrite: make
+    embeddings again that were made otherwise. progress: called with what, items done, items in all.
 
     Raises ValueError for files that are missing (all tasks are looked at before anything is embedded), for embeddings
     in output_dir that were made with another model, template, protocol or data, and for wrong arguments.
     """
-    modes, rank, world = _checked(modes, limit, shard, ties, dims, overwrite)
+    known = getattr(embedder, "modes", MODES[:2])
+    modes, rank, world = _checked(known if modes is None else modes, known, limit, shard, ties, dims, overwrite)
     if output_dir is None:
         with tempfile.TemporaryDirectory() as folder:
             return evaluate_suite(
@@ -88,7 +89,7 @@ def evaluate_suite(
         limit=limit,
         version=__version__,
         device=_device(embedder),
-        fingerprint=runner.prints[0] | (runner.prints[1] if runner.made == "gen" else {}),
+        fingerprint=runner.prints[0] | (runner.prints[1] if "gen" in runner.made else {}),
         known={name: (t.modality, t.exported or name) for name, t in (suite.whole or suite.tasks).items()},
     )
     if all(runner.complete(task) for task in suite.tasks.values()):
@@ -99,10 +100,12 @@ def evaluate_suite(
     return result
 
 
-def _checked(modes: Any, limit: Any, shard: Any, ties: str, dims: Sequence[int], overwrite: bool) -> tuple:
-    unknown = [mode for mode in modes if mode not in MODES]
+def _checked(
+    modes: Any, known: Sequence[str], limit: Any, shard: Any, ties: str, dims: Sequence[int], overwrite: bool
+) -> tuple:
+    unknown = [mode for mode in modes if mode not in known]
     if unknown or not modes or isinstance(modes, str):
-        raise ValueError(f"modes is {modes!r}; expected a choice of {MODES}")
+        raise ValueError(f"modes is {modes!r}; expected a choice of {known}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1")
     if ties not in TIES:
@@ -145,7 +148,8 @@ class _Runner:
     ) -> None:
         self.embedder, self.suite, self.home, self.modes = embedder, suite, home, modes
         self.limit, self.progress = limit, progress
-        self.made = "gen" if "gen" in modes else "disc"  # one prefill makes both
+        # one prefill makes disc and gen
+        self.made = tuple(mode for mode in modes if mode != "disc" or "gen" not in modes)
         self.prints = fingerprint(embedder)
         self._sizes: dict[str, tuple[int, int]] = {}
         self._loaded: tuple[str, TaskData] | None = None
@@ -167,7 +171,7 @@ class _Runner:
         return [SideCache(folder, side, mode, n) for side, n in zip(SIDES, self._sizes[task.name], strict=True)]
 
     def complete(self, task: Task) -> bool:
-        return not any(cache.missing() for cache in self.caches(task, self.made))
+        return not any(cache.missing() for mode in self.made for cache in self.caches(task, mode))
 
     def embed(self, task: Task, rank: int, world: int, overwrite: bool) -> bool:
         """Make the chunks that nobody has made or is making; whether all are there now."""
@@ -189,10 +193,11 @@ class _Runner:
             "data": data_hash([*data.queries, *data.candidates]),
             **common,
         }
-        check_meta(folder, meta, gen if self.made == "gen" else None)
-        for cache, items in zip(self.caches(task, self.made), (data.queries, data.candidates), strict=True):
-            names = [str(i) for i in range(len(items))] if cache.side == "qry" else data.names
-            self._side(cache, items, names, f"{task.name} {SIDES[cache.side]}", rank, world)
+        check_meta(folder, meta, gen if "gen" in self.made else None)
+        for mode in self.made:
+            for cache, items in zip(self.caches(task, mode), (data.queries, data.candidates), strict=True):
+                names = [str(i) for i in range(len(items))] if cache.side == "qry" else data.names
+                self._side(cache, items, names, f"{task.name} {SIDES[cache.side]}", rank, world)
         return self.complete(task)
 
     def _side(self, cache: SideCache, items: list, names: list[str], label: str, rank: int, world: int) -> None:
@@ -213,7 +218,7 @@ class _Runner:
 
                 chosen = [items[i] for i in index]
                 memory = _watch_memory(self.embedder)
-                mode = "both" if cache.mode == "gen" else "disc"
+                mode = "both" if cache.mode == "gen" else cache.mode
                 made = self.embedder.encode_items(chosen, mode, progress=report)
                 cache.write(chunk, index, [names[i] for i in index], made, memory())
             done += len(index)
@@ -263,7 +268,7 @@ class _Runner:
     def _read(self, task: Task, side: str) -> dict[str, Stored]:
         """The chunks of a side by the mode that made them: disc embeddings of their own where all are there."""
         found = {}
-        for mode in dict.fromkeys((self.made, "disc" if "disc" in self.modes else self.made)):
+        for mode in dict.fromkeys((*self.made, *self.modes)):
             cache = self.caches(task, mode)[list(SIDES).index(side)]
             if not cache.missing():
                 found[mode] = cache.read()
