@@ -192,8 +192,7 @@ class Collator:
         return self._pack(repeated, [ids for ids in prompts for _ in range(group)], visual, given, group=group)
 
     def measure(self, sides: Sequence[Side], part: Literal["train", "gen", "disc", "latent"] = "train") -> list[int]:
-        """Tokens of each side's sequence (prompt and response, prompt, prompt to ``<disc_emb>``, prompt and latent
-        tokens).
+        """Tokens of each side's sequence: prompt and response, prompt, prompt to ``<disc_emb>``, or prompt and latents.
 
         Only the heads of image files are read. Raises ValueError for images that cannot be opened.
         """
@@ -381,7 +380,7 @@ class Collator:
             if not response:
                 gen.append(-1)
                 continue
-            first, stop = int(starts[i]) + prompt, int(starts[i + 1])
+            first, stop = int(starts[i]) + prompt, int(starts[i]) + prompt + len(response)
             if i < scored:
                 targets[first - 1 : stop - 1] = ids[first:stop]
             at = _last(response, self.gen_id)

@@ -39,6 +39,7 @@ SEEDS = (0, 1, 2)
 JOINT = ("noisy", "cot", "whole", "clean", "no_cma", "control")
 FROM_NOISY = (*ARMS, "best_of_8")
 CELLS = (*JOINT, *FROM_NOISY)
+LATENT = {f"latent_{k}": k for k in (1, 4, 8, 16)}  # of `python -m rime_fast.demo.latent`
 WORKERS = 2
 
 Cells = dict[tuple[str, int], dict[str, Any]]
@@ -91,8 +92,8 @@ def run_cells(out: Path, names: Sequence[str], *, seeds: Sequence[int], fast: bo
 
 def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
     """One cell, in this process. Returns and writes hit@1, tokens, seconds, the log and, of an arm, its curve."""
-    if name not in CELLS:
-        raise ValueError(f"name is {name!r}; expected one of {', '.join(CELLS)}")
+    if name not in (*CELLS, *LATENT):
+        raise ValueError(f"name is {name!r}; expected one of {', '.join((*CELLS, *LATENT))}")
     styles: dict[str, Style] = {"cot": "cot", "control": "control"}
     style = styles.get(name, "rewrite")
     result: dict[str, Any] = {"cell": name, "seed": seed, "settings": sizes.as_dict(), "seconds": {}}
@@ -102,9 +103,9 @@ def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
         arm = run_arm(name, model, processor, work, seed=seed, sizes=sizes)
         result |= {"points": arm["points"], "log": arm["log"]}
         result["seconds"]["train"] = arm["seconds"]
-    elif name in JOINT:
+    elif name in (*JOINT, *LATENT):
         begin = time.perf_counter()
-        teacher: Teacher = "noisy" if name == "noisy" else "whole" if name == "whole" else "clean"
+        teacher: Teacher = "noisy" if name == "noisy" else "whole" if name == "whole" or name in LATENT else "clean"
         result["log"] = joint_training(
             model,
             processor,
@@ -114,6 +115,7 @@ def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
             style=style,
             teacher=teacher,
             cross_modes=name != "no_cma",
+            latent_tokens=LATENT.get(name, 0),
         )
         result["seconds"]["train"] = round(time.perf_counter() - begin, 2)
     begin = time.perf_counter()
@@ -123,7 +125,7 @@ def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
         result["first_hit@1"] = found["first_hit@1"]
     else:
         table = measure(model, processor, sizes=sizes, style=style)
-        result |= {"hit@1": table.hit_at_1(), "query_tokens": query_tokens(table)}
+        result |= {"hit@1": table.hit_at_1(), "query_tokens": query_tokens(table), "cost": table.cost}
         result["format_errors"] = table.format_errors["query"]
     result["seconds"]["eval"] = round(time.perf_counter() - begin, 2)
     if name == "noisy":
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rime_fast.demo.ablation", description="The demo's claims over 3 seeds.")
     parser.add_argument("--output_dir", default="runs/ablation")
     parser.add_argument("--fast", action="store_true", help="a smoke run: a dozen steps a cell, nothing is learned")
-    parser.add_argument("--cell", choices=CELLS, help="run this one cell only, in this process")
+    parser.add_argument("--cell", choices=[*CELLS, *LATENT], help="run this one cell only, in this process")
     parser.add_argument("--seed", type=int, default=0, help="of --cell")
     options = parser.parse_args(argv)
     out = Path(options.output_dir)

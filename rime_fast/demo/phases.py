@@ -77,10 +77,12 @@ def joint_training(
     teacher: Teacher = "noisy",
     cross_modes: bool = True,
     more: bool = False,
+    latent_tokens: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place on the training scans; returns the log. teacher: who wrote the rewrites (of style
     "rewrite"). cross_modes: with Cross-Mode Alignment. more: go on with a trained model, on rows it has not seen.
+    latent_tokens: K of latent rewrites.
 
     The contrastive terms weigh 0.05 each, not 1: a million fresh weights have to learn to see and to reckon first,
     and the discriminative terms, which they can never satisfy, would drown the cross-entropy's gradient.
@@ -101,6 +103,8 @@ def joint_training(
         disc_weight=0.05,
         gen_weight=0.05,
         cross_weight=0.05 if cross_modes else 0.0,
+        latent_tokens=latent_tokens,
+        latent_weight=0.05,
         **_common(steps),
     )
     shares = TEACHERS[teacher] if style == "rewrite" else {"vague": 0.0, "wordy": 0.0}
@@ -167,7 +171,7 @@ def refine(
 def measure(
     model: Any, processor: Any, *, sizes: Sizes, style: Style = "rewrite", split: Split = "test", n_examples: int = 0
 ) -> MutualResult:
-    """The 2 x 2 table on ``sizes.n_test`` queries of ``split`` against all 100 targets, greedy decoding."""
+    """Mutual retrieval on ``sizes.n_test`` queries of ``split`` against all 100 targets, greedy decoding."""
     model.eval()
     data = retrieval_set(split, sizes.n_test, seed=TEST_SEED, style=style)
     return evaluate_mutual(demo_embedder(model, processor, style), data, n_examples=n_examples)

@@ -1,4 +1,4 @@
-"""Settings with their help texts: how a field is written and checked, those of the contrast, and those of latent rewrites.
+"""Settings with their help texts: how a field is written and checked; those of the contrast and of latent rewrites.
 
 In the help texts [known] marks what is published (the source is named) and [ours] what the RIME paper does not publish.
 """

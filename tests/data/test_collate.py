@@ -248,3 +248,29 @@ def test_token_budget_batches():
     assert token_budget_batches([], 10) == []
     with pytest.raises(ValueError, match="budget is 0"):
         token_budget_batches([1], 0)
+
+
+def test_latent_branches_stand_behind_each_sequence():
+    """The prompt and the response as without them; latent tokens and second copy go on where the prompt ends."""
+    pairs, words = sample_pairs(), processor.__wrapped__()  # one of its own: it gets tokens
+    plain = Collator(words, "rewrite", config("qwen2_vl")).collate_pairs(pairs)
+    words.tokenizer.add_tokens(["<latent_0>", "<latent_1>"], special_tokens=True)
+    ids = words.tokenizer.convert_tokens_to_ids(["<latent_0>", "<latent_1>"])
+    made = Collator(words, "rewrite", config("qwen2_vl"))
+    batch = made.collate_pairs(pairs, latents=True)
+    n, copies = 2 * len(pairs), batch["condensed"].split(batch["lengths"])
+    for i, (prompt, own, k, copy) in enumerate(batch["branches"]):
+        front = prompt + own
+        for key in ("input_ids", "mm_token_type_ids", "targets"):
+            assert torch.equal(rows(batch, key)[i][:front], rows(plain, key)[i]), key
+        places = rows(batch, "position_ids")[i]
+        assert torch.equal(places[:, :front], rows(plain, "position_ids")[i])
+        assert rows(batch)[i][front:].tolist() == [*ids, *rows(plain)[i][prompt : front - 1].tolist()]
+        assert (places[:, front:] - places[:, prompt - 1 : prompt] - 1).tolist() == [[*range(k + copy)]] * 3
+        assert batch["latent_index"][i].tolist() == [sum(batch["lengths"][:i]) + front + j for j in range(k)]
+        scored = rows(batch, "targets")[i][copies[i]].tolist()
+        assert scored == (rows(plain)[i][prompt:].tolist() if i < n else [IGNORED] * len(scored))
+        assert copies[i].sum() == own
+    assert made.measure([pairs[0].query], "latent") == [made.measure([pairs[0].query], "gen")[0] + 2]
+    with pytest.raises(ValueError, match=r"text holds '<latent_1>'"):
+        made.collate_sides([Side(text="a <latent_1>", rewrite="b")])

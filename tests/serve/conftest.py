@@ -15,11 +15,11 @@ from rime_fast.model.tokens import add_embedding_tokens
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
 
 
-def save_model(folder, family="qwen2_vl", **sizes):
+def save_model(folder, family="qwen2_vl", latent_tokens=0, **sizes):
     processor = tiny_processor(tiny_tokenizer(["a red blue shoe which one system user assistant rewrite it"]))
     options = {"hidden": 32, "layers": 2, "vision_hidden": 16, "vision_layers": 1, "init_std": 0.1} | sizes
     model = DualModeModel.from_model(tiny_model(family, tokenizer=processor.tokenizer, **options))
-    add_embedding_tokens(model, processor.tokenizer)
+    add_embedding_tokens(model, processor.tokenizer, latent_tokens)
     processor.tokenizer.chat_template = CHAT
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -36,7 +36,7 @@ def test_the_loss_is_the_sum_of_its_terms(tiny, tmp_path):
 def test_micro_batches_change_no_gradient(tiny, tmp_path):
     """The gradient cache cuts sequences with their branches; images go with them."""
     gradients = []
-    for tokens in (None, 80):
+    for tokens in (None, 400):
         run = trainer(tiny, tmp_path, tiny.pairs(3, negatives=1), latent_tokens=2, micro_batch_tokens=tokens)
         batch = run._prepare_inputs(run.data_collator(tiny.pairs(3, negatives=1)))
         run.step(run.model, batch, 1.0)
