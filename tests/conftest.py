@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +18,16 @@ if not torch.cuda.is_available():
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is kept about files (rime_fast/data/cache.py) is kept for one run of the tests."""
     os.environ["RIME_FAST_CACHE"] = str(tmp_path_factory.mktemp("rime-fast-cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> Iterator[None]:
+    """Each run of a trainer ends with a full garbage collection (accelerate frees its memory so), which would go over
+    the millions of objects that torch and transformers brought: those are set aside once a file."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
