@@ -108,6 +108,20 @@ __device__ __forceinline__ void put_four(__half* at, const float* g) {
   *reinterpret_cast<uint2*>(at) = eight_bytes(__floats2half2_rn(g[0], g[1]), __floats2half2_rn(g[2], g[3]));
 }
 
+// Four numbers in one load, as put_four stores them.
+__device__ __forceinline__ void get_four(const float* at, float* x) {
+  const float4 four = *reinterpret_cast<const float4*>(at);
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+template <class T>
+__device__ __forceinline__ void get_four(const T* at, float* x) {
+  const uint2 both = *reinterpret_cast<const uint2*>(at);
+  T four[4];
+  memcpy(four, &both, sizeof(both));
+RIME_UNROLL
+  for (int i = 0; i < 4; ++i) x[i] = wide(four[i]);
+}
+
 #if defined(__CUDACC__)
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

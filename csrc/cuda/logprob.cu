@@ -7,7 +7,7 @@
 namespace rime::logprob {
 namespace {
 
-// Whether rows, and the bias, are groups of 4 columns at multiples of 16 bytes.
+// Whether rows, and the bias, are groups of 4 columns, the first at a multiple of 16 bytes.
 bool aligned(const Tensor& logits, const Head& head) {
   return logits.stride(0) % 4 == 0 && logits.size(1) % 4 == 0 && at_sixteen(logits.data_ptr()) && at_sixteen(head.bias);
 }
@@ -17,10 +17,10 @@ Head head_of(const Tensor& logits, const MaybeTensor& bias, const Tensor& temper
   return {static_cast<int>(logits.size(1)), at<float>(bias), at<float>(temperature), at<float>(softcap)};
 }
 
-template <bool kEntropy>
+template <class L, bool kEntropy>
 auto forward_of(bool plain, bool aligned) {
-  if (plain) return aligned ? forward_kernel<kEntropy, true, true> : forward_kernel<kEntropy, true, false>;
-  return aligned ? forward_kernel<kEntropy, false, true> : forward_kernel<kEntropy, false, false>;
+  if (plain) return aligned ? forward_kernel<L, kEntropy, true, true> : forward_kernel<L, kEntropy, true, false>;
+  return aligned ? forward_kernel<L, kEntropy, false, true> : forward_kernel<L, kEntropy, false, false>;
 }
 
 void row_softmax_forward(Tensor logits, Tensor targets, MaybeTensor bias, Tensor temperature, MaybeTensor softcap,
@@ -30,18 +30,21 @@ void row_softmax_forward(Tensor logits, Tensor targets, MaybeTensor bias, Tensor
   if (rows == 0) return;
   const Head head = head_of(logits, bias, temperature, softcap);
   const bool plain = !bias.has_value() && !softcap.has_value();
-  const auto kernel =
-      entropy.has_value() ? forward_of<true>(plain, aligned(logits, head)) : forward_of<false>(plain, aligned(logits, head));
-  kernel<<<rows, kThreads, 0, current_stream(logits)>>>(
-      at<float>(logits), logits.stride(0), head, at<int64_t>(targets),
-      Statistics{at<float>(lse), at<float>(target_logit), at<float>(entropy)});
+  const bool whole = aligned(logits, head);
+  with_float_type(logits, "row_softmax_forward: logits", [&](auto type) {
+    using L = decltype(type);
+    const auto kernel = entropy.has_value() ? forward_of<L, true>(plain, whole) : forward_of<L, false>(plain, whole);
+    kernel<<<rows, kThreads, 0, current_stream(logits)>>>(
+        at<L>(logits), logits.stride(0), head, at<int64_t>(targets),
+        Statistics{at<float>(lse), at<float>(target_logit), at<float>(entropy)});
+  });
   check_launch("row_softmax_forward");
 }
 
-template <class T>
+template <class L, class T>
 auto backward_of(bool plain, bool aligned) {
-  if (plain) return aligned ? backward_kernel<T, true, true> : backward_kernel<T, true, false>;
-  return aligned ? backward_kernel<T, false, true> : backward_kernel<T, false, false>;
+  if (plain) return aligned ? backward_kernel<L, T, true, true> : backward_kernel<L, T, true, false>;
+  return aligned ? backward_kernel<L, T, false, true> : backward_kernel<L, T, false, false>;
 }
 
 void row_softmax_backward(Tensor logits, Tensor targets, MaybeTensor bias, Tensor temperature, MaybeTensor softcap,
@@ -58,9 +61,15 @@ void row_softmax_backward(Tensor logits, Tensor targets, MaybeTensor bias, Tenso
                     at<float>(grad_entropy)};
   with_float_type(dlogits, "row_softmax_backward: dlogits", [&](auto type) {
     using T = decltype(type);
-    backward_of<T>(plain, whole)<<<rows, kThreads, 0, current_stream(logits)>>>(
-        at<float>(logits), logits.stride(0), head, at<int64_t>(targets), up, at<T>(dlogits), dlogits.stride(0),
-        at<float>(products));
+    const auto launch = [&](auto narrow) {
+      using L = decltype(narrow);
+      backward_of<L, T>(plain, whole)<<<rows, kThreads, 0, current_stream(logits)>>>(
+          at<L>(logits), logits.stride(0), head, at<int64_t>(targets), up, at<T>(dlogits), dlogits.stride(0),
+          at<float>(products));
+    };
+    if (logits.scalar_type() == dlogits.scalar_type()) return launch(T{});
+    STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "row_softmax_backward: logits must be fp32 or dlogits' type");
+    launch(float{});
   });
   check_launch("row_softmax_backward");
 }

@@ -1,12 +1,13 @@
-// Device code of the log-prob operator: rows of logits [R, V] fp32 -> statistics, and -> their gradient over them.
+// Device code of the log-prob operator: rows of logits [R, V] -> statistics, and -> their gradient over them. Logits are
+// fp32, or bf16 or fp16 (each rounded once, by the product that made it); everything computed from them is fp32.
 // Included by logprob.cu, and by tests/ops/logprob_on_host.cpp, which runs it on the CPU.
 //
 // One block of 512 threads a row; a thread takes 8 columns a trip, in two groups of 4. Forward: every thread keeps an
 // online (top, sum, weighted sum), one exponential a column and one more where its maximum rises, merged through
-// shuffles and shared memory in a fixed order: one read of the row, 4V bytes. Backward: one read, one write. The
-// gradient may be bf16 or fp16, written into the first half of the row's own fp32 memory: each trip of 4,096 columns is
-// read by all threads before any of it is written, and a trip's narrow results end before the columns that are still to
-// be read. Temperature and softcap are read on the device.
+// shuffles and shared memory in a fixed order: one read of the row. Backward: one read, one write. The gradient of fp32
+// logits may be bf16 or fp16, written into the first half of the row's own memory: each trip of 4,096 columns is read by
+// all threads before any of it is written, and a trip's narrow results end before the columns that are still to be read.
+// That of narrow logits has their type and takes their places, each thread its own. Temperature and softcap are read on the device.
 //
 // kPlain: no bias, no softcap, no entropy gradient. kAligned: rows, and bias, are whole groups of 4 at multiples of 16
 // bytes, so that loads take 16 bytes and stores 16 or 8; otherwise column by column.
@@ -39,21 +40,22 @@ __device__ __forceinline__ int group_column(int first, int group) {
   return first + (group * kThreads + static_cast<int>(threadIdx.x)) * 4;
 }
 
-template <bool kAligned>
-__device__ __forceinline__ void load_four(const float* from, int v, int end, float other, float* x) {
+template <bool kAligned, class L>
+__device__ __forceinline__ void load_four(const L* from, int v, int end, float other, float* x) {
+  RIME_UNROLL
+  for (int i = 0; i < 4; ++i) x[i] = other;
   if constexpr (kAligned) {
-    float4 four{other, other, other, other};
-    if (v < end) four = *reinterpret_cast<const float4*>(from + v);
-    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    if (v < end) get_four(from + v, x);
   } else {
     RIME_UNROLL
-    for (int i = 0; i < 4; ++i) x[i] = v + i < end ? from[v + i] : other;
+    for (int i = 0; i < 4; ++i)
+      if (v + i < end) x[i] = wide(from[v + i]);
   }
 }
 
 // A trip's scores; -inf past the row's end.
-template <bool kPlain, bool kAligned>
-__device__ __forceinline__ void load_scores(const float* row, const Head& head, const Scale& scale, int first, float* z) {
+template <bool kPlain, bool kAligned, class L>
+__device__ __forceinline__ void load_scores(const L* row, const Head& head, const Scale& scale, int first, float* z) {
   RIME_UNROLL
   for (int group = 0; group < kGroups; ++group) {
     const int v = group_column(first, group);
@@ -98,11 +100,11 @@ struct Statistics {
   float *lse, *target_logit, *entropy;  // lse [2, R]
 };
 
-template <bool kEntropy, bool kPlain, bool kAligned>
+template <class L, bool kEntropy, bool kPlain, bool kAligned>
 __global__ void __launch_bounds__(kThreads) forward_kernel(
-    const float* logits, int64_t stride, Head head, const int64_t* targets, Statistics out) {
+    const L* logits, int64_t stride, Head head, const int64_t* targets, Statistics out) {
   const int64_t r = blockIdx.x;
-  const float* row = logits + r * stride;
+  const L* row = logits + r * stride;
   const Scale scale = head.scale(kPlain);
   Partial mine{-HUGE_VALF, 0.0f, 0.0f};
   for (int first = 0; first < head.vocabulary; first += kTrip) {
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(
   const int64_t target = targets[r];
   const bool there = target >= 0 && target < head.vocabulary;
   const float bias = !kPlain && head.bias && there ? head.bias[target] : 0.0f;
-  out.target_logit[r] = there ? scale.score(row[target] + bias) : 0.0f;
+  out.target_logit[r] = there ? scale.score(wide(row[target]) + bias) : 0.0f;
   const Pair pair = two_sum(mine.top, logf(mine.sum));
   out.lse[r] = pair.high;
   out.lse[gridDim.x + r] = pair.low;
@@ -127,12 +129,12 @@ struct Upstream {
 };
 
 // out: `logits`' own memory, out_stride in elements of T. products [R]: sum of dz (z - z[target]).
-template <class T, bool kPlain, bool kAligned>
+template <class L, class T, bool kPlain, bool kAligned>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
-    const float* logits, int64_t stride, Head head, const int64_t* targets, Upstream up, T* out, int64_t out_stride,
+    const L* logits, int64_t stride, Head head, const int64_t* targets, Upstream up, T* out, int64_t out_stride,
     float* products) {
   const int64_t r = blockIdx.x;
-  const float* row = logits + r * stride;
+  const L* row = logits + r * stride;
   T* results = out + r * out_stride;
   const Scale scale = head.scale(kPlain);
   const int64_t wanted = targets[r];
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
     float z[kColumns];
     load_scores<kPlain, kAligned>(row, head, scale, first, z);
     // Narrow results overlap columns that other threads read in this trip or in an earlier one.
-    if (sizeof(T) < sizeof(float)) __syncthreads();
+    if (sizeof(T) < sizeof(L)) __syncthreads();
     RIME_UNROLL
     for (int group = 0; group < kGroups; ++group) {
       const int v = group_column(first, group);

@@ -42,6 +42,13 @@ struct Case {
     if (rows > 1) x[stride + vocabulary - 1] = NAN;
     if (rows > 2 && vocabulary > 1 && !capped) x[2 * stride + (targets[2] + 1) % vocabulary] = -INFINITY;
   }
+  // The logits as a product that rounds would have left them: every number of x becomes one of T's, and a copy in T.
+  template <class T>
+  std::vector<T> rounded() {
+    std::vector<T> narrow(x.size());
+    for (size_t i = 0; i < x.size(); ++i) put(&narrow[i], x[i]), x[i] = wide(narrow[i]);
+    return narrow;
+  }
   Head head() const {
     return {vocabulary, bias ? b.data() : nullptr, &temperature, capped ? &softcap : nullptr};
   }
@@ -66,16 +73,16 @@ struct Truth {
   }
 };
 
-template <bool kPlain, bool kAligned>
-void statistics(Case& c, std::vector<float>& lse, std::vector<float>& hit, std::vector<float>& entropy) {
+template <class L, bool kPlain, bool kAligned>
+void statistics(Case& c, const L* logits, std::vector<float>& lse, std::vector<float>& hit, std::vector<float>& entropy) {
   const Statistics out{lse.data(), hit.data(), entropy.data()};
   const auto rows = static_cast<unsigned>(c.rows);
   const auto run = [&](auto kernel) {
-    cuda_on_host::launch(rows, 1, kThreads, 0, [&] { kernel(c.x.data(), c.stride, c.head(), c.targets.data(), out); });
+    cuda_on_host::launch(rows, 1, kThreads, 0, [&] { kernel(logits, c.stride, c.head(), c.targets.data(), out); });
   };
-  run(forward_kernel<false, kPlain, kAligned>);
+  run(forward_kernel<L, false, kPlain, kAligned>);
   const std::vector<float> before = lse;
-  run(forward_kernel<true, kPlain, kAligned>);
+  run(forward_kernel<L, true, kPlain, kAligned>);
   for (int64_t r = 0; r < c.rows; ++r) {
     const Truth truth(c, r);
     expect(double(lse[r]) + lse[c.rows + r], truth.lse, 3e-7, 1.0, "lse", r);
@@ -85,33 +92,33 @@ void statistics(Case& c, std::vector<float>& lse, std::vector<float>& hit, std::
   }
 }
 
-template <class T, bool kPlain, bool kAligned>
-void gradient(Case c, const std::vector<float>& lse, const std::vector<float>& hit, const std::vector<float>& entropy) {
+// logits: c.x, or a copy of the same numbers in T.
+template <class L, class T, bool kPlain, bool kAligned>
+void gradient(const Case& c, L* logits, const std::vector<float>& lse, const std::vector<float>& hit, const std::vector<float>& entropy) {
   std::vector<float> g(c.rows), h(c.rows), products(c.rows, -1.0f);
   for (int64_t r = 0; r < c.rows; ++r) g[r] = 0.3f + 0.1f * static_cast<float>(r), h[r] = kPlain ? 0.0f : 0.2f;
-  const Case before = c;
   const Upstream up{lse.data(), hit.data(), entropy.data(), g.data(), kPlain ? nullptr : h.data()};
-  T* out = reinterpret_cast<T*>(c.x.data());
-  const int64_t stride = c.stride * static_cast<int64_t>(sizeof(float) / sizeof(T));
+  T* out = reinterpret_cast<T*>(logits);
+  const int64_t stride = c.stride * static_cast<int64_t>(sizeof(L) / sizeof(T));
   cuda_on_host::launch(static_cast<unsigned>(c.rows), 1, kThreads, 0, [&] {
-    backward_kernel<T, kPlain, kAligned>(c.x.data(), c.stride, c.head(), c.targets.data(), up, out, stride,
+    backward_kernel<L, T, kPlain, kAligned>(logits, c.stride, c.head(), c.targets.data(), up, out, stride,
                                          products.data());
   });
   const double tolerance = sizeof(T) == 4 ? 3e-5 : 8e-3;
   for (int64_t r = 0; r < c.rows; ++r) {
-    const Truth truth(before, r);
+    const Truth truth(c, r);
     double sum = 0.0, size = 0.0;
     for (int v = 0; v < c.vocabulary; ++v) {
       const double z = truth.z[v], p = std::exp(z - truth.lse);
       const double low = p == 0.0 ? 0.0 : p * (z - truth.lse + truth.entropy);
-      double dz = g[r] * ((v == before.targets[r] ? 1.0 : 0.0) - p) - h[r] * low;
-      const double t = before.capped ? z * before.temperature / before.softcap : 0.0;
-      expect(wide(out[r * stride + v]), dz * (1 - t * t) / before.temperature, tolerance, 1e-2, "gradient", r * c.vocabulary + v);
+      double dz = g[r] * ((v == c.targets[r] ? 1.0 : 0.0) - p) - h[r] * low;
+      const double t = c.capped ? z * c.temperature / c.softcap : 0.0;
+      expect(wide(out[r * stride + v]), dz * (1 - t * t) / c.temperature, tolerance, 1e-2, "gradient", r * c.vocabulary + v);
       if (dz != 0.0) sum += dz * (z - hit[r]), size += std::fabs(dz * (z - hit[r]));
     }
     expect(products[r], sum, 1e-4, std::max(size, 1e-3), "products", r);
-    for (int64_t v = c.vocabulary; v < c.stride && sizeof(T) == 4; ++v)
-      expect(c.x[r * c.stride + v], 777.0, 0, 1.0, "column past the end", v);
+    for (int64_t v = c.vocabulary; v < c.stride && sizeof(T) == sizeof(L) && sizeof(T) == 4; ++v)
+      expect(wide(logits[r * c.stride + v]), 777.0, 0, 1.0, "column past the end", v);
   }
 }
 
@@ -119,10 +126,23 @@ template <bool kPlain, bool kAligned>
 void all(int64_t rows, int vocabulary, int64_t stride) {
   Case c(rows, vocabulary, stride, !kPlain, !kPlain);
   std::vector<float> lse(2 * rows, -1.0f), hit(rows, -1.0f), entropy(rows, -1.0f);
-  statistics<kPlain, kAligned>(c, lse, hit, entropy);
-  gradient<float, kPlain, kAligned>(c, lse, hit, entropy);
-  gradient<__nv_bfloat16, kPlain, kAligned>(c, lse, hit, entropy);
-  if (kPlain) gradient<__half, kPlain, kAligned>(c, lse, hit, entropy);
+  statistics<float, kPlain, kAligned>(c, c.x.data(), lse, hit, entropy);
+  const auto from_fp32 = [&](auto type) {
+    std::vector<float> x = c.x;
+    gradient<float, decltype(type), kPlain, kAligned>(c, x.data(), lse, hit, entropy);
+  };
+  from_fp32(float{});
+  from_fp32(__nv_bfloat16{});
+  if (kPlain) from_fp32(__half{});
+  const auto narrow = [&](auto type) {
+    using T = decltype(type);
+    Case rounded = c;
+    std::vector<T> x = rounded.template rounded<T>();
+    statistics<T, kPlain, kAligned>(rounded, x.data(), lse, hit, entropy);
+    gradient<T, T, kPlain, kAligned>(rounded, x.data(), lse, hit, entropy);
+  };
+  narrow(__nv_bfloat16{});
+  if (kPlain) narrow(__half{});
 }
 
 }  // namespace

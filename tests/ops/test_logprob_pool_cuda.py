@@ -21,7 +21,7 @@ def _on_panels(monkeypatch: pytest.MonkeyPatch) -> None:
 def _small(monkeypatch: pytest.MonkeyPatch, limit: int, rows: int = 32) -> None:
     """Blocks of ``rows`` rows and ``limit`` bytes of workspace."""
     monkeypatch.setattr(cuda, "ROWS", rows)
-    monkeypatch.setattr(cuda, "workspace_limit", lambda: limit)
+    monkeypatch.setattr(cuda, "workspace_limit", lambda *_: limit)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -52,6 +52,42 @@ def test_several_blocks_panels_and_groups(limit: int, dtype: torch.dtype, monkey
     assert cuda.forward_columns(517, limit) < 517 or limit == 300_000
     for schedule in SCHEDULES:
         assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_gradients_from_the_forwards_logits(chunks: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows, in one chunk and in several whose dW adds up; each product of logits is made once."""
+    _small(monkeypatch, 300 * 517 * dtype.itemsize if chunks == 1 else 96 * 517 * dtype.itemsize)
+    monkeypatch.setattr(cuda, "WORTHWHILE", 64)
+    case = Case(201, 96, 517, dtype, scored="all", softcap=5.0 if chunks == 1 else None)
+    made: list[tuple[int, ...]] = []
+    forward, backward = cuda.rows_forward, cuda.backward
+    monkeypatch.setattr(cuda, "rows_forward", lambda z, *rest: made.append(tuple(z.shape)) or forward(z, *rest))
+    monkeypatch.setattr(cuda, "backward", lambda *_: pytest.fail("the logits were made twice"))
+    found = case.run("chunked", schedule="forward")
+    assert made == ([(224, 517)] if chunks == 1 else [(96, 517), (96, 517), (32, 517)])
+    monkeypatch.setattr(cuda, "backward", backward)
+    assert_close_to_truth(case, found, "forward")
+    again = case.run("chunked", schedule="forward")
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    # fp32 logits by the switch; 16-bit ones round once more.
+    monkeypatch.setattr(cuda, "WORTHWHILE", 1)
+    monkeypatch.setenv("RIME_FAST_FP32_LOGITS", "1")
+    exact = case.run("chunked", schedule="forward")
+    assert_close_to_truth(case, exact, "forward")
+    assert torch.equal(exact["logp"], found["logp"]) == (dtype == torch.float32)
+
+
+def test_whole_rows_of_the_published_sizes() -> None:
+    """By the default workspace: R = H rows of bf16 logits; every size of a benchmark in so many chunks."""
+    for width, rows, chunks in ((4096, 8192, 2), (4096, 819, 1), (1536, 819, 1), (3584, 8192, 3), (2048, 8192, 4)):
+        limit = problem.workspace_limit(2 * width * 151_936)
+        size = cuda.whole_rows(rows, 151_936, 2, limit)
+        assert size * 151_936 * 2 <= limit
+        assert -(-rows // size) == chunks
+    assert cuda.whole_rows(8192, 151_936, 2, problem.workspace_limit(2 * 896 * 151_936)) == 0  # 512 rows a chunk
+    assert cuda.whole_rows(0, 151_936, 2, 256 << 20) == 0
 
 
 @pytest.mark.parametrize("trained", ["hidden", "lm_head", "bias", "temperature"])
@@ -169,7 +205,7 @@ def test_one_group_at_the_published_sizes() -> None:
 
 def test_workspace_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RIME_FAST_WORKSPACE_MIB", "1024")
-    assert problem.workspace_limit() == 1 << 30
+    assert problem.workspace_limit() == problem.workspace_limit(1 << 40) == 1 << 30
     for bad in ("", "4", "lots", "-256"):
         monkeypatch.setenv("RIME_FAST_WORKSPACE_MIB", bad)
         with pytest.raises(ValueError, match="RIME_FAST_WORKSPACE_MIB: expected a whole number"):

@@ -1,14 +1,19 @@
-"""The chunked backend on CUDA by library products: bounded memory at any batch, no synchronisation, no fp32 copy of dW.
+"""The chunked backend on CUDA by library products: bounded memory at any batch, no synchronisation.
 
 forward    blocks of ROWS scored rows (padded, so a row's logits are the same bits in any batch) times the head, by wide
            panels of columns; the row kernel's statistics of the panels are merged in a fixed order. 2MHV FLOP.
 backward   panels of columns outside, all scored rows inside: logits of the panel [M, P] fp32, their gradient over them
-           in the operands' dtype, then dW of the P columns (one product over all rows, in fp32, cast once) and the
+           in the operands' dtype, then dW of the P columns (one product over all rows, in fp32, cast once), and the
            panel's share of dX, in fp32. 6MHV FLOP: 8MHV with the forward.
-Why the gradient is not made in the forward here (6MHV): that needs whole rows of logits, so with B bytes of workspace
-R = B / 4V rows at a time, and dW in fp32 is read and written (8VH bytes) for every R rows.
-That traffic takes 4 / R x (FLOP per byte of the card) of the time that 2MHV saves: 295 FLOP per byte (H100) and R = 441
-(256 MiB, V 151,936) give 2.7. Recomputing is the faster of the two until R passes 1,180, V 57,000.
+both       (forward_with_gradient) chunks of R whole rows: logits by blocks of ROWS, statistics, gradient in place, dX,
+           dW. 6MHV FLOP in all. The logits have the operands' dtype (rounded once; everything computed from them
+           is fp32), or with RIME_FAST_FP32_LOGITS=1 fp32. One chunk writes dW as it is wanted; more add theirs to a
+           dW in fp32, which is cast once.
+
+R is what the workspace holds, and that is at least as large as the head: R = H rows of 16-bit logits. A further chunk
+reads and writes dW in fp32, 8VH bytes, and saves the second 2RVH FLOP of logits: it pays from R = 4 x FLOP per byte of
+the card (295 on an H100) on, 1,180 rows. Below that, and where one chunk does not hold all rows, the logits are made
+twice.
 
 The host does not know M: it enqueues work for the capacity (problem.Scored), in which places past M hold zero rows
 with a zero gradient; max_scored makes the capacity M. dX in fp32, the rows and the panel share one budget; where dX
@@ -32,6 +37,7 @@ from rime_fast.ops.logprob_pool.problem import (
     Statistics,
     Upstream,
     gradient_dtype,
+    logits_dtype,
     new_statistics,
     scored_rows,
     share_of_part,
@@ -42,6 +48,7 @@ from rime_fast.ops.logprob_pool.read_outs import ReadOuts
 from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_forward
 
 ROWS = 512  # of a block of the forward
+WORTHWHILE = 1_180  # rows of a chunk from which on several chunks are faster than making the logits twice
 STEP = 64  # columns of a panel are a multiple of this, so that its rows start on 16 bytes
 
 
@@ -68,6 +75,13 @@ def forward_columns(vocabulary: int, limit: int) -> int:
     return max(STEP, min(vocabulary, limit * 3 // 4 // (4 * ROWS) // STEP * STEP))
 
 
+def whole_rows(capacity: int, vocabulary: int, itemsize: int, limit: int) -> int:
+    """Rows of a chunk of whole logits (a multiple of ROWS), 0 where making the logits twice is the better way."""
+    room = limit // (itemsize * vocabulary) // ROWS * ROWS
+    wanted = -(-capacity // ROWS) * ROWS
+    return wanted if wanted <= room else room if room >= WORTHWHILE else 0
+
+
 def why_not(tensor: Tensor) -> str | None:
     """The reason library products cannot serve a call on ``tensor``, or None."""
     if tensor.dtype == torch.float64:
@@ -90,7 +104,7 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
     hidden, vocabulary, options = problem.hidden, problem.lm_head.shape[0], problem.options
     rows = hidden.shape[0]
     stats = new_statistics(hidden, options.entropy, rows + 1)  # the last place takes what the padding gives
-    columns = forward_columns(vocabulary, workspace_limit())
+    columns = forward_columns(vocabulary, workspace_limit(problem.lm_head.nbytes))
     order = scored_rows(problem.ignored, options.max_scored).order
     order = F.pad(order, (0, -order.shape[0] % ROWS), value=rows)
     buffer = hidden.new_empty(ROWS * columns if order.shape[0] else 0, dtype=torch.float32)
@@ -105,8 +119,12 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
             if whole.numel():
                 whole.index_copy_(-1, block, found)
     stats = Statistics(*(s[..., :rows].contiguous() for s in stats))
-    made = triton if hidden.is_cuda else read_outs
-    return stats, made.read_outs_forward(hidden, problem.spans, options.normalize)
+    return stats, _read_outs(problem)
+
+
+def _read_outs(problem: Problem) -> ReadOuts:
+    made = triton if problem.hidden.is_cuda else read_outs
+    return made.read_outs_forward(problem.hidden, problem.spans, problem.options.normalize)
 
 
 def _merge(parts: list[Statistics]) -> Statistics:
@@ -124,7 +142,9 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
     work, needs = _Backward(problem, stats, upstream, rows), problem.options.needs
     order = scored_rows(problem.ignored, problem.options.max_scored).order
     capacity, itemsize = order.shape[0], problem.hidden.element_size()
-    cut = plan(capacity, problem.lm_head.shape[1], problem.lm_head.shape[0], itemsize, workspace_limit())
+    cut = plan(
+        capacity, problem.lm_head.shape[1], problem.lm_head.shape[0], itemsize, workspace_limit(problem.lm_head.nbytes)
+    )
     groups = [order[i : i + cut.rows] for i in range(0, capacity, cut.rows)]
     if len(groups) <= 1 or not needs.hidden:
         work.sweep(groups, cut, needs)
@@ -139,10 +159,51 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 def forward_with_gradient(
     problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics]
 ) -> tuple[Statistics, ReadOuts, Gradients]:
-    """Both in one call, the logits recomputed: cheaper here than whole rows of logits."""
-    stats, found = forward(problem)
-    stats = merge(stats)
-    return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
+    """The forward, and the gradients of sum_t token_weight_t * (-logp_t), from the same logits where they fit (6MHV).
+
+    merge makes a chunk's statistics those of the whole vocabulary where ``lm_head`` is a part of it.
+    """
+    lm_head, dtype = problem.lm_head, logits_dtype(problem.hidden.dtype)
+    vocabulary, width = lm_head.shape
+    rows, needs = problem.hidden.shape[0], problem.options.needs
+    order = scored_rows(problem.ignored, problem.options.max_scored).order
+    size = whole_rows(order.shape[0], vocabulary, dtype.itemsize, workspace_limit(lm_head.nbytes))
+    if not any(needs) or (order.shape[0] and not size):
+        stats, found = forward(problem)
+        stats = merge(stats)
+        return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
+    stats = new_statistics(problem.hidden, problem.options.entropy, rows + 1)
+    sums, weight = _Backward(problem, stats, Upstream(token_weight.neg(), None), None), None
+    chunks = F.pad(order, (0, -order.shape[0] % ROWS), value=rows).split(max(size, ROWS)) if size else ()
+    buffer = lm_head.new_empty(size * vocabulary, dtype=dtype)
+    if needs.lm_head and len(chunks) > 1:
+        weight = lm_head.new_empty(vocabulary, width, dtype=torch.float32)
+    for i, chunk in enumerate(chunks):
+        x, targets = _gather(problem.hidden, problem.targets, chunk)
+        logits = buffer[: chunk.shape[0] * vocabulary].view(-1, vocabulary)
+        for part, out in zip(x.split(ROWS), logits.split(ROWS), strict=True):
+            _product_into(out, part, lm_head.t())
+        own = merge(rows_forward(logits, targets, problem.scoring, problem.options.entropy))
+        for whole, part in zip(stats, own, strict=True):
+            if whole.numel():
+                whole.index_copy_(-1, chunk, part)
+        above = Upstream(sums.upstream[0][chunk], None)  # type: ignore[index]
+        narrow = dtype if dtype != torch.float32 or not x.is_cuda else x.dtype
+        dlogits, products = rows_backward_(logits, targets, problem.scoring, own, above, narrow)
+        if sums.hidden is not None:
+            sums.hidden.index_copy_(0, chunk, _product_into(sums.hidden.new_empty(x.shape), dlogits, lm_head))
+        if weight is not None:
+            _add_product(weight, dlogits.t(), x, fresh=i == 0)
+        elif sums.lm_head is not None:
+            _product_into(sums.lm_head, dlogits.t(), x)
+        if sums.bias is not None:
+            sums.bias += dlogits.sum(dim=0, dtype=torch.float32)
+        if sums.products is not None:
+            sums.products.add_(products.sum(dtype=torch.float64))
+    if weight is not None and sums.lm_head is not None:
+        sums.lm_head.copy_(weight)
+    stats = Statistics(*(s[..., :rows].contiguous() for s in stats))
+    return stats, _read_outs(problem), sums.finish()
 
 
 class _Backward:

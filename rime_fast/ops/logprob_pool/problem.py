@@ -15,6 +15,7 @@ from torch import Tensor
 from rime_fast.ops.dispatch import BACKENDS
 
 WORKSPACE_ENVIRONMENT = "RIME_FAST_WORKSPACE_MIB"
+LOGITS_ENVIRONMENT = "RIME_FAST_FP32_LOGITS"
 
 
 def _digest() -> int:
@@ -184,9 +185,16 @@ def scored_rows(ignored: Tensor, max_scored: int = -1) -> Scored:
     return Scored(order[:capacity], scored.sum().clamp(max=capacity).to(torch.int32))
 
 
-def workspace_limit() -> int:
-    """Bytes one call may use beside its results and gradients: 256 MiB, or RIME_FAST_WORKSPACE_MIB."""
-    value = os.environ.get(WORKSPACE_ENVIRONMENT, "256")
+def workspace_limit(least: int = 0) -> int:
+    """Bytes one call may use beside its results and gradients: RIME_FAST_WORKSPACE_MIB, else 256 MiB or ``least``."""
+    value = os.environ.get(WORKSPACE_ENVIRONMENT)
+    if value is None:
+        return max(256 << 20, least)
     if not value.isdecimal() or int(value) < 16:
         raise ValueError(f"{WORKSPACE_ENVIRONMENT}: expected a whole number of MiB, 16 or more, got {value!r}")
     return int(value) << 20
+
+
+def logits_dtype(operands: torch.dtype) -> torch.dtype:
+    """What whole rows of logits are kept in on a GPU: the operands' dtype, or fp32 with RIME_FAST_FP32_LOGITS=1."""
+    return torch.float32 if os.environ.get(LOGITS_ENVIRONMENT) == "1" else operands

@@ -1,4 +1,6 @@
-"""The row kernels of the chunked backend: one block of logits [R, V] fp32 -> statistics, and -> its gradient in place.
+"""The row kernels of the chunked backend: one block of logits [R, V] -> statistics, and -> its gradient in place.
+
+Logits are fp32, or on a GPU also bf16 or fp16; what is computed from them is fp32.
 
 z = softcap(logits + bias) / temperature (see reference.py). Per row the forward gives
     lse = log sum exp z,   target_logit = z[target],   entropy = -sum_v p_v log p_v   (only when asked for)
@@ -23,7 +25,7 @@ from rime_fast.ops.logprob_pool.problem import Scoring, Statistics, Upstream
 
 def rows_forward(logits: Tensor, targets: Tensor, scoring: Scoring, entropy: bool) -> Statistics:
     """Statistics of the rows [R, V], all fp32."""
-    if not native.available(cuda=logits.is_cuda):
+    if not _compiled(logits):
         return _torch_forward(logits, targets, scoring, entropy)
     rows = logits.shape[0]
     found = Statistics(logits.new_empty(2, rows), logits.new_empty(rows), logits.new_empty(rows if entropy else 0))
@@ -41,17 +43,23 @@ def rows_backward_(
     upstream: Upstream,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """(dlogits [R, V] in ``dtype``, sum_v dz_v (z_v - z[target]) [R]); dlogits takes the logits' memory."""
-    dlogits = logits if dtype == torch.float32 else logits.view(dtype)[:, : logits.shape[1]]
-    if not native.available(cuda=logits.is_cuda):
+    """(dlogits [R, V] in ``dtype``, the logits' own unless they are fp32; sum_v dz_v (z_v - z[target]) [R]). dlogits
+    takes the logits' memory."""
+    dlogits = logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
+    if not _compiled(logits):
         products = _torch_backward_(logits, targets, scoring, found, upstream)
-        return logits if dtype == torch.float32 else logits.to(dtype), products
+        return logits.to(dtype), products
     products = torch.empty_like(found.target_logit)
     entropy = None if upstream.entropy is None else found.entropy
     torch.ops.rime_fast_C.row_softmax_backward(
         logits, targets, *scoring, found.lse, found.target_logit, entropy, *upstream, dlogits, products
     )
     return dlogits, products
+
+
+def _compiled(logits: Tensor) -> bool:
+    """Whether csrc serves them: on the CPU it takes fp32 alone."""
+    return native.available(cuda=logits.is_cuda) and (logits.is_cuda or logits.dtype == torch.float32)
 
 
 def _torch_forward(logits: Tensor, targets: Tensor, scoring: Scoring, entropy: bool) -> Statistics:
@@ -95,7 +103,7 @@ def _log_p(z: Tensor, lse: Tensor) -> Tensor:
 
 
 def _scores(logits: Tensor, scoring: Scoring) -> Tensor:
-    s = logits if scoring.bias is None else logits + scoring.bias
+    s = logits.float() if scoring.bias is None else logits.float() + scoring.bias
     if scoring.softcap is not None:
         s = scoring.softcap * torch.tanh(s / scoring.softcap)
     return s / scoring.temperature
