@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rime_fast.data.cache import replacing
 from rime_fast.ops.checks import describe
 
 FORMAT = "rime-anchor-bank/1"
@@ -106,21 +106,14 @@ class AnchorBank:
             raise ValueError(f"ids: expected an int64 tensor of shape [{len(items)} > 0, K], got {describe(ids)}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         metadata = {"format": FORMAT, "model": model, "data": data, "side": side}
-        try:
-            with partial.open("wb") as file:
-                for start in range(0, len(items), batch_size):
-                    batch = items[start : start + batch_size]
-                    rows = _checked(encode(batch), len(batch), start).to("cpu", dtype).contiguous()
-                    if start == 0:
-                        _write_head(file, (len(items), rows.shape[1]), dtype, ids, metadata)
-                    file.write(_bytes(rows))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path, "wb") as file:
+            for start in range(0, len(items), batch_size):
+                batch = items[start : start + batch_size]
+                rows = _checked(encode(batch), len(batch), start).to("cpu", dtype).contiguous()
+                if start == 0:
+                    _write_head(file, (len(items), rows.shape[1]), dtype, ids, metadata)
+                file.write(_bytes(rows))
         return cls.open(path, model=model, data=data)
 
     def shard(self, rank: int, world: int) -> AnchorBank:

@@ -40,3 +40,10 @@ def test_a_zero_row_in_fp16_has_no_norm_to_divide_by(backend):
     exact = {"d": rows.double()}
     truth = contrastive_loss(exact, exact, terms=[("d", "d", 1.0)], dims=[2, 4], backend="reference")
     assert whole.loss.item() == pytest.approx(truth.loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_an_infinite_row_without_rivals_is_named(backend):
+    queries = {"d": torch.tensor([[torch.inf, 0.0]])}
+    with pytest.raises(ValueError, match=r"queries\['d'\] holds NaN or Inf in row 0"):
+        contrastive_loss(queries, {"d": torch.ones(1, 2)}, terms=[("d", "d", 1.0)], backend=backend)

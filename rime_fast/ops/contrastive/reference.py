@@ -38,11 +38,9 @@ def one_rank(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     readable = x.queries[0].device.type == "cpu" and not torch.compiler.is_compiling()
     if readable:
         require_temperature(x.temperature.detach())
-    loss, hits = reference_terms(x._replace(temperature=positive_temperature(x.temperature)), options)
-    if readable and not bool(loss.detach().isfinite().all()):
-        require_finite("queries", x.queries, math.inf)
+        require_finite("queries", x.queries, math.inf)  # an infinite positive would give the loss 0
         require_finite("keys", x.keys, math.inf)
-    return loss, hits
+    return reference_terms(x._replace(temperature=positive_temperature(x.temperature)), options)
 
 
 def over_group(x: Inputs, options: Options, agreed: Agreement) -> tuple[Tensor, Tensor]:
