@@ -4,6 +4,7 @@
 #   make bench     the CPU benchmarks        make gpu   GPU tests and benchmarks (on a machine with a GPU)
 #   make wheel     sdist, and a manylinux wheel with the kernels: dist/ (CUDA=1: the CUDA kernels too)
 #   make fuzz      the operators on 10^5 random inputs (START=40000 COUNT=1000: a part of them)
+#   make soak      200 runs killed at random moments and resumed (30 minutes a call, goes on where it was)
 #   make ablation  the demo's claims over 3 seeds   make curves  Refine-RL step by step   make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ PYTEST_ARGS ?=
 CUDA ?= 0
 TORCH_LIBS := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so
 
-.PHONY: setup demo test fuzz bench gpu lint wheel ablation curves clean
+.PHONY: setup demo test fuzz soak bench gpu lint wheel ablation curves clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -52,6 +53,11 @@ START ?= 0
 COUNT ?= 100000
 fuzz: setup
 	OMP_NUM_THREADS=1 $(PY) -m tests.ops.fuzz --start $(START) --count $(COUNT)
+
+KILLS ?= 200
+MINUTES ?= 30
+soak: setup
+	$(PY) -m tests.soak --kills $(KILLS) --minutes $(MINUTES)
 
 # At most 3 minutes on 2 cores: a comparison that takes long has fewer rounds, a case that would begin late is left out.
 bench: setup

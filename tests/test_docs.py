@@ -1,4 +1,7 @@
-"""The documents: links lead somewhere, code names what exists, short examples run, every public name is described."""
+"""The documents: links lead somewhere, code names what exists, every public name is described.
+
+That code and commands on the pages work is held by test_docs_run.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import rime_fast
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-BLOCK = re.compile(r"```python\n(.*?)```", re.S)
+BLOCK = re.compile(r"```python[^\n]*\n(.*?)```", re.S)
 
 
 def anchors(page: Path) -> set[str]:
@@ -60,20 +63,6 @@ def test_python_blocks_name_things_that_exist(text):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
             assert hasattr(names[node.value.id], node.attr), ast.unparse(node)
-
-
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_the_operators_examples_run(index):
-    space: dict[str, Any] = {}
-    exec(BLOCK.findall((ROOT / "docs" / "api.md").read_text())[index], space)
-    if index == 0:
-        assert space["hidden"].grad.shape == space["hidden"].shape
-        assert space["out"].embeddings["gen"].shape == (1, 256)
-    elif index == 1:
-        assert set(space["out"].per_term) == {"disc-disc", "gen-gen", "gen-disc", "disc-gen"}
-        assert space["keys"]["gen"].grad is not None
-    else:
-        assert space["advantages"].mean(dim=1).abs().max() < 1e-5
 
 
 def test_every_public_name_is_on_the_page_of_the_interface():

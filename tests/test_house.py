@@ -188,7 +188,7 @@ def called(owner: Any) -> set[str]:
     source = Path(inspect.getsourcefile(inspect.unwrap(owner)) or "").relative_to(PACKAGE).with_suffix("")
     own = ".".join(source.parts[:2])
     trees = [tree for name, tree in modules().items() if name != own and not name.startswith(f"{own}.")]
-    trees += [ast.parse(block) for block in re.findall(r"```python\n(.*?)```", pages(), re.S)]
+    trees += [ast.parse(block) for block in re.findall(r"```python[^\n]*\n(.*?)```", pages(), re.S)]
     return set().union(*map(given, trees))
 
 

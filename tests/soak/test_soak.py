@@ -1,4 +1,4 @@
-"""A small part of `make soak`: a trainer and a bank killed at random moments, resumed, and bitwise what they would be."""
+"""A small part of `make soak`: a trainer and a bank are killed at random moments, resumed, and bitwise the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_kills_lose_nothing(tmp_path):
-    command = [sys.executable, "-m", "tests.soak", "--kills", "4", "--kinds", "joint", "bank", "--folder", str(tmp_path)]
+    words = ["--kills", "4", "--kinds", "joint", "bank", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.soak", *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     chains = json.loads((tmp_path / "state.json").read_text())["chains"]
