@@ -93,7 +93,7 @@ def _run(o: dict[str, Any], case: Case, dtype: torch.dtype, backend: str, layout
     return found
 
 
-def _close_calls(case: Case) -> tuple[set[Any], bool]:
+def _close_calls(case: Case, dtype: torch.dtype) -> tuple[set[Any], bool]:
     """(terms whose hit@1 hangs on a rounding, True if a candidate lies on the margin's edge), from fp64."""
     ties: set[Any] = set()
     edge = False
@@ -106,7 +106,9 @@ def _close_calls(case: Case) -> tuple[set[Any], bool]:
             at = torch.arange(len(q))[:, None] if labels is None else labels.view(len(q), -1)
             s, own = q @ k.T, (at[:, :, None] == torch.arange(len(k))).any(1)
             norms = q.norm(dim=1)[:, None] * k.norm(dim=1)
-            near = 3e-6 * norms.clamp_min(1e-12) + 3e-6 * s.abs().amax()
+            # with dims the call's rows are normalised in its own dtype
+            rounding = 3e-6 if width is None else max(3e-6, 2 * torch.finfo(dtype).eps)
+            near = rounding * (norms.clamp_min(1e-12) + s.abs().amax())
             positive = s.masked_fill(~own, -torch.inf)
             if bool((((s - positive.amax(1, keepdim=True)).abs() < near) & ~own).any()):
                 ties |= {f"{query_mode}-{key_mode}", (f"{query_mode}-{key_mode}", width)}
@@ -128,7 +130,7 @@ def check(o: dict[str, Any]) -> str:
         return _refused(o, case)
     if o["not_finite"]:
         return _named(o, case)
-    ties, edge = _close_calls(case)
+    ties, edge = _close_calls(case, o["dtype"])
     if edge:
         return "on the edge"
     truth = _run(o, case, torch.float64, "reference")

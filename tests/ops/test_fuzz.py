@@ -47,3 +47,7 @@ def test_an_infinite_row_without_rivals_is_named(backend):
     queries = {"d": torch.tensor([[torch.inf, 0.0]])}
     with pytest.raises(ValueError, match=r"queries\['d'\] holds NaN or Inf in row 0"):
         contrastive_loss(queries, {"d": torch.ones(1, 2)}, terms=[("d", "d", 1.0)], backend=backend)
+
+
+def test_the_reference_rounds_16_bits_once_whatever_the_width():
+    assert fuzz.failure(*fuzz.draw(10640)) is None

@@ -91,7 +91,8 @@ def reference_terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         for width in options.widths or (x.queries[q].shape[1],):
             query, key = x.queries[q], x.keys[k]
             if width < query.shape[1]:
-                query, key = unit_rows(query[:, :width]), unit_rows(key[:, :width])
+                dtype = accumulation_dtype(query.dtype)  # 16 bits would round the rows of every width anew
+                query, key = unit_rows(query[:, :width].to(dtype)), unit_rows(key[:, :width].to(dtype))
             loss, hit = _one_term(query, key, x.temperature, positives, own, twins, options)
             losses.append(loss)
             hits.append(hit)
