@@ -5,6 +5,7 @@
 #   make wheel     sdist, and a manylinux wheel with the kernels: dist/ (CUDA=1: the CUDA kernels too)
 #   make fuzz      the operators on 10^5 random inputs (START=40000 COUNT=1000: a part of them)
 #   make soak      200 runs killed at random moments and resumed (30 minutes a call, goes on where it was)
+#   make matrix    the tests at both ends of the declared versions, each in an environment of its own
 #   make ablation  the demo's claims over 3 seeds   make curves  Refine-RL step by step   make lint   ruff and mypy
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ PYTEST_ARGS ?=
 CUDA ?= 0
 TORCH_LIBS := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so
 
-.PHONY: setup demo test fuzz soak bench gpu lint wheel ablation curves clean
+.PHONY: setup demo test fuzz soak matrix bench gpu lint wheel ablation curves clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -53,6 +54,22 @@ START ?= 0
 COUNT ?= 100000
 fuzz: setup
 	OMP_NUM_THREADS=1 $(PY) -m tests.ops.fuzz --start $(START) --count $(COUNT)
+
+# Oldest and newest of Python, torch, triton and transformers; what runs at both ends is taken to run between them.
+OLDEST := torch==2.11.* triton==3.6.* transformers==5.17.*
+NEWEST := torch==2.13.* triton==3.9.* transformers<5.24
+OLDEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= python3.13
+MATRIX_TESTS ?= tests/ops tests/model tests/trainers/test_rime_trainer.py tests/trainers/test_refine_trainer.py tests/test_end_to_end.py
+define at_one_end
+	$(2) -m venv build/$(1)
+	build/$(1)/bin/pip install -q "setuptools>=77" wheel cmake ninja $(foreach pin,$(3),"$(pin)")
+	build/$(1)/bin/pip install -q --no-build-isolation $(foreach pin,$(3),"$(pin)") -e ".[dev,peft,demo]"
+	OMP_NUM_THREADS=1 build/$(1)/bin/python -m pytest -m "not gpu and not slow and not dist" $(MATRIX_TESTS)
+endef
+matrix:
+	$(call at_one_end,oldest,$(OLDEST_PYTHON),$(OLDEST))
+	$(call at_one_end,newest,$(NEWEST_PYTHON),$(NEWEST))
 
 KILLS ?= 200
 MINUTES ?= 30

@@ -19,6 +19,7 @@ _TRAINING = (
     ("Contrastive terms", ("contrast/",), True, False),
     ("In-batch hit@1", ("hit@1/",), False, True),
     ("Gradient norm", ("grad_norm",), True, False),
+    ("Share of the peak, and of the time that waits for data", ("mfu", "hfu", "data_wait"), False, False),
 )
 # A rank runs to the size of the bank, a similarity to one, a reward term to a tenth: each kind has its own scale.
 _REFINE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rime_fast.engine import checkpoint
 from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite
 from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
+from rime_fast.model.flops import recomputed
 from rime_fast.ops.collectives import of_all_ranks
 from rime_fast.trainers.callbacks import (
     InterruptCallback,
@@ -27,6 +29,7 @@ from rime_fast.trainers.callbacks import (
     ProgressCallback,
     StepClock,
     data_of,
+    rates,
     results_of,
     settings_of,
     settings_that_count,
@@ -50,6 +53,7 @@ class DualModeTrainer(Trainer):
     args: CommonConfig
     model: Any
     optimizer: Any
+    peak: float | None = None  # FLOP/s of a device, where the subclass counts its FLOP
 
     def __init__(
         self, model: Any, args: CommonConfig, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
@@ -275,7 +279,7 @@ class DualModeTrainer(Trainer):
             "matryoshka_dimensions": getattr(base.config, "matryoshka_dimensions", None),
             "step": self.state.global_step,
             "epoch": self.state.epoch,
-            "settings": settings_of(self.args),
+            "settings": settings_of(self.args) | {"recomputed towers": recomputed(self.model)},
             "data": data_of(self.train_dataset),
             "results": results_of(self.state.log_history),
         }
@@ -296,7 +300,9 @@ class DualModeTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As transformers'. A row that no batch can be made of ends the run on every rank, with a checkpoint."""
+        begin = time.perf_counter()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.sums.count(data_wait=time.perf_counter() - begin)
         bad = self._look_at_rows(batches, self.sums)
         if bad:
             self._settle()
@@ -381,8 +387,7 @@ class DualModeTrainer(Trainer):
         if "loss" in logs:
             gathered = self.sums.drain(self.args.device, self.group)
             seconds = self.clock.lap()
-            for name in ("samples", "tokens"):
-                logs[f"{name}_per_second"] = gathered.pop(name, 0.0) / seconds
+            logs.update(rates(gathered, seconds, max(self.args.world_size, 1), self.peak))
             if not gathered.get(LEFT_OUT, 1.0):
                 del gathered[LEFT_OUT]
             logs.update(gathered)

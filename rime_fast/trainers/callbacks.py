@@ -38,6 +38,7 @@ SHOWN = (
     "left_out_rows",
 )
 RATES = ("samples_per_second", "tokens_per_second")
+SHARES = ("mfu", "data_wait")
 
 
 def summary(logs: Mapping[str, Any], limit: int = 11) -> str:
@@ -48,6 +49,7 @@ def summary(logs: Mapping[str, Any], limit: int = 11) -> str:
         names += [n for n in logs if (n.startswith(prefix) if pattern.endswith("*") else n == pattern)]
     parts = [f"{name} {logs[name]:.3g}" for name in names[:limit]]
     parts += [f"{logs[name]:,.0f} {name.split('_')[0]}/s" for name in RATES if name in logs]
+    parts += [f"{name} {logs[name]:.1%}" for name in SHARES if logs.get(name, 0.0) >= 0.005]
     return "  ".join(parts)
 
 
@@ -292,6 +294,20 @@ class StepClock:
             self._start += time.perf_counter() - begin
 
 
+def rates(gathered: dict[str, float], seconds: float, world: int, peak: float | None) -> dict[str, float]:
+    """What a log says of speed, from totals over all ranks, which it takes out of ``gathered``.
+
+    data_wait: share of the time that ranks waited for batches. mfu, hfu: of ``peak``, FLOP/s of one device, what the
+    model needed and what was run (recomputation counts); left out where either is not known.
+    """
+    found = {f"{name}_per_second": gathered.pop(name, 0.0) / seconds for name in ("samples", "tokens")}
+    found["data_wait"] = gathered.pop("data_wait", 0.0) / (seconds * world)
+    needed, executed = gathered.pop("flop", 0.0), gathered.pop("executed_flop", 0.0)
+    if peak is not None and needed:
+        found |= {"mfu": needed / (seconds * world * peak), "hfu": executed / (seconds * world * peak)}
+    return found
+
+
 # --- what a model card says of a run, as plain values -----------------------------------------------------------------
 
 # transformers' own settings that decide what was learnt; ours are all told
@@ -314,7 +330,7 @@ def settings_of(args: CommonConfig) -> dict[str, Any]:
 # settings that change how a run is computed or told, not what it learns; and those that may change while resuming
 _FREE = {"micro_batch_tokens", "kept_graphs_gib", "vision_features_on_host", "bank_storage", "anchor_bank"}
 _FREE |= {"rollout_batch", "check_data", "on_bad_row", "attn_implementation", "model_dtype", "on_nonfinite"}
-_FREE |= {"overwrite_output_dir", "accept_changes", "warmup_steps", "lr_scheduler_type", "learning_rate"}
+_FREE |= {"peak_tflops", "overwrite_output_dir", "accept_changes", "warmup_steps", "lr_scheduler_type", "learning_rate"}
 _FREE |= {"temperature_learning_rate", "num_train_epochs", "max_steps", "negatives", "negative", *_LEFT_OUT}
 _COUNTS: tuple[str, ...] = (
     "seed",

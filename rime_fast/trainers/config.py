@@ -199,6 +199,11 @@ class RimeConfig(LatentSettings, ContrastSettings, CommonConfig):
         "Memory (GiB a rank) for graphs that the gradient cache keeps from its first pass, so that these "
         "micro-batches are not encoded twice. 0: only the last one's, which costs nothing. [ours]",
     )
+    peak_tflops: float | None = option(
+        None,
+        "Dense TFLOP/s of one device in the dtype of training, which MFU and HFU are shares of. None: known for "
+        "A100, H100, H200, B200, L40S in bf16; elsewhere neither is logged. [ours]",
+    )
     vision_features_on_host: bool = option(
         False,
         "Keep a frozen vision tower's features in (pinned) host memory between the gradient cache's passes. [ours]",
@@ -218,6 +223,8 @@ class RimeConfig(LatentSettings, ContrastSettings, CommonConfig):
         if self.learnable_temperature and self.fp16:
             raise ValueError("learnable_temperature with fp16=True: the loss scale would distort it; use bf16")
         in_range("kept_graphs_gib", self.kept_graphs_gib, 0)
+        if self.peak_tflops is not None:
+            in_range("peak_tflops", self.peak_tflops, 0, open_low=True)
         if self.micro_batch_tokens is not None:
             in_range("micro_batch_tokens", self.micro_batch_tokens, 1)
         super().__post_init__()

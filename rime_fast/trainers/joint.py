@@ -18,6 +18,7 @@ from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, GuardedRows
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
+from rime_fast.model.flops import StepFlops, peak_flops, recomputed
 from rime_fast.model.latent import own_targets
 from rime_fast.recipe.blocks import by_block
 from rime_fast.recipe.false_negatives import mask_ids
@@ -87,7 +88,7 @@ class RimeTrainer(DualModeTrainer):
         self.collator = make_collator(processor, chosen, model.config, args, ids=args.mask_false_negatives)
         # without a term that trains or reads rewrites, prompts up to <disc_emb> are all that is needed
         answers = args.weights().scores_tokens() or {"gen", "latent"} & set(args.weights().modes())
-        rewrites = answers and self.collator.template.filler is None
+        rewrites = bool(answers) and self.collator.template.filler is None
         train, self.bad_rows = as_pairs(train_dataset, "train_dataset", args, self.collator, rewrites=rewrites)
 
         def opened(source: Any, name: str) -> Any:
@@ -110,6 +111,8 @@ class RimeTrainer(DualModeTrainer):
             **kwargs,
         )
         self.weights = args.weights()
+        self.flops, known = StepFlops(model), peak_flops(args.device)
+        self.peak = known if args.peak_tflops is None else args.peak_tflops * 1e12
         self.temperature: LearnableTemperature | None = None
         if args.learnable_temperature:
             self.temperature = LearnableTemperature(args.temperature, args.temperature_learning_rate, args.device)
@@ -153,6 +156,9 @@ class RimeTrainer(DualModeTrainer):
             encoder.parts, encode=encode, loss=loss, scale=scale, synchronise=self.accelerator.sync_gradients
         )
         self._observe(inputs, metrics | done.metrics)
+        again = max(done.encoded - len(encoder.parts), 0) / max(len(encoder.parts), 1)
+        needed, executed = self.flops.of(inputs, again, recomputed(self.model))
+        self.sums.count(flop=needed, executed_flop=executed)
         return done.loss * scale
 
     def compute_loss(

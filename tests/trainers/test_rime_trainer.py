@@ -329,3 +329,17 @@ def test_a_template_with_filler_needs_no_rewrites(tiny, tmp_path):
         processing_class=processor,
         template=replace(tiny.template, filler="flat flat"),
     ).train()
+
+
+def test_a_file_without_rewrites_trains_the_discriminative_mode(tiny, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"query": {"text": "red 1"}, "target": {"text": "red"}}\n' * 4)
+    off = {"ce_query_weight": 0.0, "ce_target_weight": 0.0, "gen_weight": 0.0, "cross_weight": 0.0}
+    args = RimeConfig(
+        output_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, progress="none", use_cpu=True,
+        save_strategy="no", **off,
+    )  # fmt: skip
+    processor = tiny.processor()
+    run = RimeTrainer(tiny.model(processor), args, str(file), processing_class=processor, template=tiny.template)
+    run.train()
+    assert run.state.global_step == 1
