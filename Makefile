@@ -56,7 +56,7 @@ fuzz: setup
 	OMP_NUM_THREADS=1 $(PY) -m tests.ops.fuzz --start $(START) --count $(COUNT)
 
 # Oldest and newest of Python, torch, triton and transformers; what runs at both ends is taken to run between them.
-OLDEST := torch==2.11.* triton==3.6.* transformers==5.17.*
+OLDEST := torch==2.11.* triton==3.6.* transformers==5.17.* numpy<2.4# whose scalars Triton 3.6's interpreter needs
 NEWEST := torch==2.13.* triton==3.9.* transformers<5.24
 OLDEST_PYTHON ?= python3.10
 NEWEST_PYTHON ?= python3.13
