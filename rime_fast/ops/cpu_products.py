@@ -6,11 +6,16 @@ with AVX-512 ``torch.mm`` is as fast or faster in every layout (up to 2.1 times 
 first). So the processor's maker decides, and not a measurement: a process, and every process on one machine, makes the
 same bits. Both round to fp32 and accumulate in fp32. The layer has no form that writes into given memory: callers take
 the new tensor, or add it.
+
+Logits are made by oneDNN on every x86: it sums a row in one order however many rows there are (16 to 512, at H 64 to
+8192, with 1 to 32 threads and each instruction set), while MKL on Intel's processors takes another order for another
+number of rows, and there oneDNN's time for them is MKL's.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,8 @@ from torch import Tensor
 
 WORTH = 1 << 22  # multiply-adds from which it pays: below, the call's own overhead shows
 PART_BYTES = 4 << 20  # oneDNN copies operands whose rows are not contiguous: so much at a time
+ROWS = 16  # logits are made for whole multiples of so many rows
+COLUMNS = 4096  # and so many columns at a time: what is copied from the library's result is still in the cache
 
 
 @lru_cache(maxsize=1)
@@ -88,6 +95,17 @@ def set_or_add_product(into: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     for target, part in zip(into.split(size), a.split(size), strict=True):
         found = fast_product(part, b)
         target.copy_(found) if first else target.add_(found)
+
+
+def set_logits(into: Tensor, x: Tensor, head: Tensor) -> None:
+    """into [R, N] = x [R, K] head [N, K]^T, fp32, R a multiple of ROWS: a row's bits depend on no other row."""
+    layer = _linear() if platform.machine().lower() in ("x86_64", "amd64") else None
+    for target, weight in zip(into.split(COLUMNS, dim=1), head.split(COLUMNS), strict=True):
+        if layer is not None:
+            target.copy_(layer(x, weight, None, "none", [], ""))
+            continue
+        for rows, out in zip(x.split(ROWS), target.split(ROWS), strict=True):  # one size of product: one order
+            torch.mm(rows, weight.t(), out=out)
 
 
 def _part(*widths: int) -> int:

@@ -1,4 +1,6 @@
-"""fp32 products by oneDNN: exact as torch.mm in every layout and in parts; torch.mm where oneDNN does not serve."""
+"""fp32 products by oneDNN: exact as torch.mm in every layout and in parts; torch.mm where oneDNN does not serve.
+
+Logits: a row's bits depend on nothing beside it."""
 
 from __future__ import annotations
 
@@ -59,6 +61,22 @@ def test_torch_where_it_does_not_serve(why: str, monkeypatch: pytest.MonkeyPatch
     into = torch.ones(a.shape[0], 256, dtype=a.dtype)
     cpu_products.add_product(into, a, b)
     torch.testing.assert_close(into, 1 + a @ b)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_logits_of_a_row_whatever_is_beside_it(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits among 16 and among 80; where there is no oneDNN too."""
+    if not onednn:
+        monkeypatch.setattr(cpu_products, "_linear", lambda: None)
+    x, head = torch.randn(80, 512), torch.randn(cpu_products.COLUMNS + 123, 512)
+    whole = torch.full((80, head.shape[0]), float("nan"))
+    cpu_products.set_logits(whole, x, head)
+    truth = x.double() @ head.double().t()
+    assert relative(whole, truth) < 2 * relative(x @ head.t(), truth) + 1e-6
+    for rows in (slice(16, 32), slice(32, 64)):
+        part = torch.empty_like(whole[rows])
+        cpu_products.set_logits(part, x[rows], head)
+        assert torch.equal(part, whole[rows])
 
 
 def test_same_bits_from_run_to_run() -> None:

@@ -212,7 +212,7 @@ def test_memory_is_bounded_whatever_the_rows() -> None:
         heads = torch.zeros(rows, 4), torch.zeros(151_936, 4)
         blocks = cpu.Blocks(Problem(*heads, index, index.bool(), scoring, spans, Options("chunked")))
         assert blocks.buffer.nbytes <= 48 << 20
-    assert cpu.block_rows(10**9) == cpu.STEP
+    assert cpu.block_rows(10**9) == cpu.ROWS
     assert cpu.block_rows(1) == cpu.BLOCK_ROWS
 
 

@@ -1,10 +1,9 @@
 """The chunked backend on the CPU: library products over blocks of scored rows, one bounded, reused buffer of logits.
 
 The scored rows are taken out of ``hidden`` a block at a time; a block's logits [R, V] (fp32) live in one buffer, the
-row kernel (rows.py) reads them once for the statistics and once more, in place, for their gradient. Logits are made
-by products of one fixed number of rows, the last padded, so a row's logits are the same bits whatever else is in the
-batch: the library's sums depend on a product's size and the threads, not on a row's place in it. dW is accumulated in
-fp32. Memory beside the outputs: the block (at most 48 MiB, or 16 rows) and its rows.
+row kernel (rows.py) reads them once for the statistics and once more, in place, for their gradient. Their product
+(``set_logits``) gives a row the same bits whatever else is in the batch. dW is accumulated in fp32. Memory beside the
+outputs: the block (at most 48 MiB, or 16 rows), its rows, and what the product makes at a time (at most 8 MiB).
 
 Products: 8MHV FLOP when the backward recomputes the logits (`backward`), 6MHV when the gradient is made in the
 forward (`forward_with_gradient`), for M scored rows.
@@ -18,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rime_fast.ops.cpu_products import product, set_or_add_product
+from rime_fast.ops.cpu_products import ROWS, product, set_logits, set_or_add_product
 from rime_fast.ops.logprob_pool.problem import (
     Gradients,
     Problem,
@@ -34,21 +33,13 @@ __all__ = ["backward", "forward", "forward_with_gradient", "scale_", "start_grad
 
 BLOCK_BYTES = 48 << 20  # of fp32 logits
 BLOCK_ROWS = 512  # at most
-PRODUCT_ROWS = 128  # of one product of logits, at most
 PANEL_BYTES = 8 << 20  # of a head widened to fp32 a panel at a time
-STEP = 16  # rows of a block are padded to a multiple of this, and what is above is one
 Rows = TypeVar("Rows", Statistics, Upstream)
 
 
-def product_rows(vocabulary: int) -> int:
-    """Rows of every product of logits: fixed by V, as the bits of a row depend on it."""
-    return max(STEP, min(PRODUCT_ROWS, BLOCK_ROWS, BLOCK_BYTES // (4 * vocabulary) // STEP * STEP))
-
-
 def block_rows(vocabulary: int) -> int:
-    """Rows of one block of logits: whole products, at most BLOCK_ROWS and BLOCK_BYTES but never less than one."""
-    each = product_rows(vocabulary)
-    return max(each, min(BLOCK_ROWS, BLOCK_BYTES // (4 * vocabulary)) // each * each)
+    """Rows of one block of logits: a multiple of ROWS, at most BLOCK_ROWS and BLOCK_BYTES but never less than ROWS."""
+    return max(ROWS, min(BLOCK_ROWS, BLOCK_BYTES // (4 * vocabulary) // ROWS * ROWS))
 
 
 def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
@@ -92,26 +83,26 @@ class Blocks:
         self.problem = problem
         self.vocabulary, self.width = problem.lm_head.shape
         self.scored = (~problem.ignored).nonzero().squeeze(1)  # counting them costs nothing here
-        self.block, self.each = block_rows(self.vocabulary), product_rows(self.vocabulary)
-        rows = min(self.block, _padded(self.scored.shape[0], self.each))
+        self.block = block_rows(self.vocabulary)
+        rows = min(self.block, _padded(self.scored.shape[0]))
         self.buffer = torch.empty(rows, self.vocabulary, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         for rows in self.scored.split(self.block):
             count = rows.shape[0]
-            x = torch.empty(_padded(count, self.each), self.width, dtype=torch.float32)
+            x = torch.empty(_padded(count), self.width, dtype=torch.float32)
             x[:count] = self.problem.hidden.index_select(0, rows)
             x[count:] = 0
             targets = self.problem.targets.new_full((_padded(count),), -1)
             torch.index_select(self.problem.targets, 0, rows, out=targets[:count])
-            yield rows, self.logits(x)[: targets.shape[0]], targets, x[:count]
+            yield rows, self.logits(x), targets, x[:count]
 
     def logits(self, x: Tensor) -> Tensor:
-        """x W^T into the buffer, ``each`` rows a product."""
+        """x W^T into the buffer."""
+        out = self.buffer[: x.shape[0]]
         for part, head in head_panels(self.problem.lm_head):
-            for rows, out in zip(x.split(self.each), self.buffer.split(self.each), strict=False):
-                torch.mm(rows, head.t(), out=out[:, part])
-        return self.buffer[: x.shape[0]]
+            set_logits(out[:, part], x, head)
+        return out
 
     def pick(self, values: Rows, rows: Tensor) -> Rows:
         """Every tensor [..., T] of ``values`` at ``rows``, in fp32, padded with zeros like the block."""
@@ -181,5 +172,5 @@ def head_panels(lm_head: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, lm_head[part].float()
 
 
-def _padded(rows: int, step: int = STEP) -> int:
-    return -(-rows // step) * step
+def _padded(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
