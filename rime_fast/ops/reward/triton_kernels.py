@@ -2,7 +2,7 @@
 
 Sweeps over the n columns in blocks of BLOCK, from L2 after the first: one a threshold for the ranks, one for the mean,
 two for the softmax and the maximum. A block that holds similarities within the product's error of a threshold forms
-those again as fp64 dot products (loads are masked to them). State and rules: csrc/include/rime/rank_reward.h.
+those again as fp64 dot products (loads are masked to them). State and rules: csrc/rime/reward.h.
 Bytes: (P + 1) 4 n a row; everything that is summed is fp64; no atomics.
 """
 
