@@ -30,7 +30,8 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class Part:
-    """One line. state: "ok" (in use), "missing" (its lack costs something here), "off" (no use on this machine)."""
+    """One part of the installation. state: "ok" (in use), "missing" (its lack costs something here), "off" (no use on
+    this machine)."""
 
     name: str
     state: str
@@ -61,7 +62,7 @@ class Findings:
     environment: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The findings as plain data, for ``--json``."""
         return asdict(self)
 
 

@@ -78,7 +78,8 @@ def _step(sides: Sides, backward: Callable[[], None]) -> Callable[[], Tensor]:
 
 
 def require_matrices(sides: Sides, count: int) -> None:
-    """count matrices of similarities, with their gradients, in the dtype and in fp32."""
+    """Raise RuntimeError where ``count`` matrices of similarities do not fit, with their gradients, in the dtype and in
+    fp32."""
     rows = sides[0]["disc"]
     require_memory(count * rows.shape[0] ** 2 * (2 * rows.element_size() + 8), rows.device)
 
@@ -89,7 +90,7 @@ def own_rows(sides: Sides) -> Tensor:
 
 
 def floor(sides: Sides, terms: Terms) -> Callable[[], None]:
-    """The products alone."""
+    """Make the floor of the comparison: the bare matrix products that every form of the loss needs."""
     q, k = sides[0]["disc"].detach(), sides[1]["disc"].detach()
     slopes = torch.randn(q.shape[0], k.shape[0], device=q.device, dtype=q.dtype) / q.shape[0]
     logits, dq, dk = torch.empty_like(slopes), torch.empty_like(q), torch.empty_like(k)
@@ -105,7 +106,7 @@ def floor(sides: Sides, terms: Terms) -> Callable[[], None]:
 
 
 def ours(sides: Sides, terms: Terms, **options: Any) -> Callable[[], Tensor]:
-    """Ours with ``options`` of contrastive_loss."""
+    """Make a step of our loss with ``options`` of contrastive_loss."""
     return _step(sides, lambda: contrastive_loss(*sides, terms=terms, temperature=TAU, **options).loss.backward())
 
 
@@ -122,7 +123,7 @@ def eager(sides: Sides, terms: Terms) -> None:
 
 
 def truth(sides: Sides, terms: Terms) -> Tensor:
-    """dq of the discriminative queries by the reference in fp64."""
+    """The gradient of the discriminative queries by the reference in fp64, against which errors are measured."""
     exact = [{m: v.detach().double().requires_grad_() for m, v in side.items()} for side in sides]
     return ours((exact[0], exact[1]), terms, backend="reference")()
 

@@ -269,7 +269,7 @@ def _proc_bytes(file: str, key: str) -> int:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Where a figure comes from: device, driver, versions, commit, command."""
+    """Record where a figure comes from: device, driver, versions, commit, command."""
     info: dict[str, Any] = {
         "device": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -319,17 +319,18 @@ def fast_fp64(device: str) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" of torch.float32."""
+    """The short name of a dtype as rows and options spell it: "float32" of torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def max_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """max |value - truth| in fp64."""
+    """The largest absolute difference from the truth, in fp64."""
     return float((value.detach().double().cpu() - truth.detach().double().cpu()).abs().max())
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """||value - truth|| / ||truth|| in fp64 (NaN never passes a comparison)."""
+    """The norm of the difference from the truth over the norm of the truth, in fp64; a NaN never
+    passes a comparison."""
     value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
     return float((value - truth).norm() / truth.norm().clamp_min(1e-300))
 
@@ -347,7 +348,8 @@ def require_memory(nbytes: float, device: str | torch.device) -> None:
 def add_parts(
     results: Results, bench: str, case: str, impl: str, parts: Mapping[str, float], shape: Mapping[str, Any]
 ) -> None:
-    """Rows of "BENCH_parts", one a part of a step: impl "ours/head" and its milliseconds (docs/benchmarks.md)."""
+    """Add the time of each part of a step to the results, as a row of "BENCH_parts" with impl "ours/head"
+    (docs/benchmarks.md)."""
     results.rows += [
         Row(f"{bench}{PARTS}", case, f"{impl}/{part}", dict(shape), ms, ms, ms) for part, ms in parts.items()
     ]

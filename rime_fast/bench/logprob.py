@@ -90,7 +90,7 @@ class Inputs:
 
 
 def floor(inputs: Inputs) -> Callable[[], object]:
-    """Logits, dX, dW of the scored rows by the library, and nothing else."""
+    """Make the floor of the comparison: logits, dX and dW of the scored rows by the library, and nothing else."""
     head = inputs.lm_head.detach()
 
     def call() -> object:
@@ -113,7 +113,8 @@ def ours_recompute(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
 
 
 def ours_library(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
-    """CUDA's other backend, where "auto" is Triton: library products, the bound that a collator knows as max_scored."""
+    """The summed loss by CUDA's library backend, where "auto" is Triton, with the bound that a collator knows as
+    max_scored."""
     return fused_linear_ce(hidden, lm_head, targets, backend="chunked", max_scored=_scored(targets))[0]
 
 
@@ -147,7 +148,7 @@ def eager_entropy(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
 
 
 def compiled(plain: Loss) -> Loss:
-    """torch.compile of the eager form, compiled once a shape."""
+    """Compile the eager form by torch.compile, once a shape."""
     program = torch.compile(plain, dynamic=False)
 
     def loss(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def torch_chunked(hidden: Tensor, lm_head: Tensor, targets: Tensor) -> Tensor:
 
 
 def losses(shape: Shape, cuda: bool) -> dict[str, Loss]:
-    """Name of the row -> the loss, ours first. With entropy only those that give its gradient."""
+    """The losses to compare by the name of their row, ours first; with entropy only those that give its gradient."""
     if shape.entropy:
         return {"ours_entropy": ours_entropy, "eager": eager_entropy, "compile": compiled(eager_entropy)}
     return {

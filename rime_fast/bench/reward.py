@@ -51,7 +51,8 @@ Inputs = dict[str, Tensor]
 
 
 def make(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Groups of in-group cosine 0.95 near their positive (peaked data), the other anchors at random."""
+    """Make the inputs: groups of in-group cosine 0.95 near their positive (peaked data), the other
+    anchors at random."""
     random = torch.Generator(device).manual_seed(0)
 
     def unit(*size: int) -> Tensor:
@@ -68,14 +69,14 @@ def make(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Input
 
 
 def floor(inputs: Inputs) -> Callable[[], Tensor]:
-    """The similarities alone, in fp32."""
+    """Make the floor of the comparison: the similarities alone, in fp32."""
     rows, bank = inputs["gen"].flatten(0, 1).float(), inputs["anchors"].float()
     out = torch.empty(rows.shape[0], bank.shape[0], device=rows.device)
     return lambda: torch.mm(rows, bank.T, out=out)
 
 
 def ours(inputs: Inputs, weights: RewardWeights, mask: Tensor | None = None, **options: Any) -> Callable[[], Tensor]:
-    """Ours with ``options`` of score_rewrites_; returns the advantages."""
+    """Make a call of score_rewrites_ with ``options``, which returns the advantages."""
     shape = inputs["format_ok"].shape
     rewards, advantages = (torch.empty(shape, device=inputs["gen"].device) for _ in range(2))
     given: dict[str, Any] = {"weights": weights, "negatives_mask": mask, **inputs, **options}
@@ -138,7 +139,7 @@ def compare_rewards(
     results: Results | None,
     rounds: int,
 ) -> dict[str, Row]:
-    """harness.compare with the facts of a reward's shape."""
+    """Run ``harness.compare`` with the facts of a reward's shape."""
     sizes = {"rows": shape.rows, "group": shape.group, "anchors": shape.anchors, "width": shape.width}
     return compare(
         bench,

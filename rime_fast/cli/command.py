@@ -18,7 +18,8 @@ HELP = ("-h", "--help", "--help_all", "--help-all")
 
 @dataclass(frozen=True)
 class Command:
-    """name: as typed after ``program``. text: one paragraph. examples: (what it does, the line to type).
+    """One command of the command line. name: as typed after ``program``. text: one paragraph. examples: (what it does,
+    the line to type).
 
     groups: the options that the help shows. more: those it shows only with --help_all; both are accepted.
     positional: the option that words without a name go to. run: called with the raw values by name.
@@ -109,7 +110,8 @@ def _bold(text: str) -> str:
 
 
 def model_exists(*names: str) -> None:
-    """Raises UsageError for a name that can only be a directory and is none (hub names have at most one slash)."""
+    """Check a model's name before anything slow is imported: UsageError for one that can only be a directory and is
+    none (hub names have at most one slash)."""
     for name in names:
         local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parts[0] in ("runs", "models")
         if local and not Path(name).expanduser().is_dir():
@@ -117,7 +119,7 @@ def model_exists(*names: str) -> None:
 
 
 def required(values: Mapping[str, Any], *names: str) -> None:
-    """Raises UsageError for the first of ``names`` that has no value: before anything slow is imported."""
+    """Check that options without a default were given: UsageError for the first of ``names`` that has no value."""
     for name in names:
         if not values.get(name):
             raise UsageError(f"--{name} is required")

@@ -19,7 +19,7 @@ class DoctorOptions:
 
 
 def run(values: dict[str, Any]) -> int:
-    """Examine, print; always 0: a missing part is an answer, not a failure."""
+    """Examine the installation and print what it found; always 0: a missing part is an answer, not a failure."""
     options = build(DoctorOptions, values)
     from rime_fast import doctor
 

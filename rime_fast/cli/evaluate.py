@@ -115,7 +115,7 @@ def table(name: str, result: MutualResult) -> str:
 
 
 def widths_table(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """hit@1 of each width of each model, for the report."""
+    """Collect hit@1 of each width of each model, for the report."""
     cells = list(phases[0]["mutual"]["cells"])
     rows: list[list[Any]] = []
     for phase in phases:

@@ -42,7 +42,7 @@ class EmbedderOptions:
 
 
 def load_embedder(path: str, options: EmbedderOptions) -> RimeEmbedder:
-    """The embedder of the model at ``path`` (directory or hub name)."""
+    """Load the embedder of the model at ``path`` (directory or hub name), for every command that embeds."""
     import torch
 
     from rime_fast.cli.bars import quiet

@@ -59,7 +59,7 @@ class Group:
     only: tuple[str, ...] | None = None
 
     def options(self) -> dict[str, Option]:
-        """name -> Option, as the source has them."""
+        """The fields of the dataclass by name, as its source has them."""
         found = read_fields(_source(self.module), self.cls)
         return found if self.only is None else {name: found[name] for name in self.only}
 
@@ -219,7 +219,8 @@ def read_yaml(path: str, known: Mapping[str, Option]) -> dict[str, Any]:
 
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "--") -> str:
-    """'; did you mean ...?' with the closest names, or where to find them all."""
+    """The end of a message about an unknown name: "; did you mean ...?" with the closest names, or where to find them
+    all."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(prefix + one for one in close)}?" if close else "; --help lists them"
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of dataclass ``cls`` from the entries of ``values`` that are its fields.
+    """Make an instance of dataclass ``cls`` from the entries of ``values`` that are its fields.
 
     Raises UsageError naming the option for a value that does not fit and for a missing required one; a ValueError of
     the class itself (its own checks) is passed on as a UsageError.
@@ -33,7 +33,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
-    """``value`` (text of the command line, or what YAML made of it) as type ``hint``. Raises UsageError."""
+    """Turn ``value`` (text of the command line, or what YAML made of it) into type ``hint``. Raises UsageError."""
     options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
     optional = type(None) in options
     options = [one for one in options if one is not type(None)]
@@ -119,7 +119,7 @@ def _mapping(value: Any) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """A type in words."""
+    """Say what a type is in words, for messages and the help."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     if hint in names:
         return names[hint]

@@ -64,7 +64,7 @@ def has_member(archive: str, name: str) -> bool:
 
 
 def archive_kind(path: str) -> str | None:
-    """ "tar" or "zip" by the name's ending, None for another file."""
+    """Tell an archive by its name's ending: "tar" or "zip", None for another file."""
     ending = os.path.splitext(path)[1].lower()
     return {".tar": "tar", ".zip": "zip"}.get(ending)
 

@@ -43,19 +43,20 @@ def cache_folder() -> Path:
 
 
 def file_key(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(size, time of the last change in ns): what an entry about a file depends on."""
+    """What an entry about a file depends on: (size, time of the last change in ns)."""
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns
 
 
 def entry_path(key: Any, ending: str) -> Path:
-    """The file of an entry. key: anything json knows, whole."""
+    """The file in which an entry is kept. key: anything json knows, whole."""
     name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=20).hexdigest()
     return cache_folder() / f"{name}{ending}"
 
 
 def cached_array(key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """``make()``, kept under ``key`` and mapped into memory (shared by all processes that read it)."""
+    """Give the array ``make()`` makes, kept under ``key`` and mapped into memory (shared by all processes that read
+    it)."""
     path = entry_path(key, ".npy")
 
     def found() -> np.ndarray | None:
@@ -80,7 +81,7 @@ def cached_array(key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process of this node at a time; nothing is kept where it dies."""
+    """Let one process of this node into a block at a time; nothing is kept where it dies."""
     with open(f"{path}.lock", "ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
@@ -88,8 +89,8 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """A file that takes its name once it is complete and on the disk. The partial one is always a new file of this
-    process, whatever lies there under a name like it; the one of a process that died is removed."""
+    """Write a file that takes its name once it is complete and on the disk. The partial one is always a new file of
+    this process, whatever lies there under a name like it; the one of a process that died is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_orphans(path)

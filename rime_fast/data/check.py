@@ -42,8 +42,9 @@ _FOLDERS = 4096  # folders of images that a verdict remembers
 
 @dataclass
 class Verdict:
-    """report: for people. bad: places of the bad rows, ascending. tokens: [n] of every row, 0 where unknown. names:
-    what the rows call their data sets ("" first); dataset: [n] int32, each row's place in it."""
+    """What the check of a source found. report: for people. bad: places of the bad rows, ascending. tokens: [n] of
+    every row, 0 where unknown. names: what the rows call their data sets ("" first); dataset: [n] int32, each row's
+    place in it."""
 
     report: CheckReport
     bad: np.ndarray
@@ -186,7 +187,7 @@ def _look(
 
 
 def check_part(job: tuple[Any, ...], start: int, stop: int) -> _Part:
-    """Rows start to stop, in this process."""
+    """Check rows ``start`` to ``stop`` in this process; what a worker does."""
     rows, rules, root, file_format = job
     part = _Part(start)
     for i, row in enumerate(rows.between(start, stop), start):

@@ -138,7 +138,7 @@ def _check_one(path: str, rules: CheckRules, args: Any, progress: Callable[[int,
 def check_retrieval_set(
     path: str | Path, rules: CheckRules, *, image_root: str | Path | None = None, allow_outside: bool = False
 ) -> CheckReport:
-    """The report on an evaluation file; a row is a query. Problems of shared candidates have row 0."""
+    """Make the report on an evaluation file; a row is a query. Problems of shared candidates have row 0."""
     report = CheckReport(str(path))
     try:
         found = RetrievalSet.from_file(path, image_root=image_root, allow_outside=allow_outside, images=rules.images)

@@ -106,7 +106,7 @@ class Collator:
         return self.collate_pairs(pairs)
 
     def collate_pairs(self, pairs: Sequence[Pair], *, answers: bool = True, latents: bool = False) -> Batch:
-        """Training batch of n pairs: queries 0..n-1, targets n..2n-1, then all hard negatives.
+        """Make the training batch of n pairs: queries 0..n-1, targets n..2n-1, then all hard negatives.
 
         A hard negative without a rewrite is a prompt only; none is scored (its targets are -100). answers: False makes
         all of them prompts up to ``<disc_emb>``, for contrast of the discriminative embeddings alone. latents: every
@@ -160,13 +160,13 @@ class Collator:
         return found
 
     def collate_sides(self, sides: Sequence[Side]) -> Batch:
-        """Sides with their own rewrites as responses (or the template's filler), all scored."""
+        """Make a batch of sides with their own rewrites as responses (or the template's filler), all scored."""
         sides = list(sides)
         return self._pack(sides, *self._encode(sides, [True] * len(sides)))
 
     def collate_prompts(self, sides: Sequence[Side], mode: Literal["gen", "disc", "latent"] = "gen") -> Batch:
-        """Prompts alone: "gen" up to where the assistant begins (for rollouts), "disc" only to ``<disc_emb>``, "latent"
-        as gen with the latent tokens behind them."""
+        """Make a batch of prompts alone: "gen" up to where the assistant begins (for rollouts), "disc" only to
+        ``<disc_emb>``, "latent" as gen with the latent tokens behind them."""
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         sides = list(sides)
@@ -174,7 +174,7 @@ class Collator:
         return self._pack(sides, *prompts, latents=mode == "latent")
 
     def collate_responses(self, sides: Sequence[Side], responses: Sequence[Sequence[int]]) -> Batch:
-        """Prompts with given response tokens (without padding), all scored.
+        """Make a batch of prompts with given response tokens (without padding), all scored.
 
         ``responses``: G for each side, side by side (response i belongs to side i // G). gen_index is the last
         ``<gen_emb>`` of the response, or the last row where it has none: the caller's rollout counts those. Each
@@ -192,7 +192,8 @@ class Collator:
         return self._pack(repeated, [ids for ids in prompts for _ in range(group)], visual, given, group=group)
 
     def measure(self, sides: Sequence[Side], part: Literal["train", "gen", "disc", "latent"] = "train") -> list[int]:
-        """Tokens of each side's sequence: prompt and response, prompt, prompt to ``<disc_emb>``, or prompt and latents.
+        """Count the tokens of each side's sequence: prompt and response, prompt, prompt to ``<disc_emb>``, prompt and
+        latents.
 
         Only the heads of image files are read. Raises ValueError for images that cannot be opened.
         """
@@ -394,7 +395,7 @@ class Collator:
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int, max_items: int | None = None) -> list[list[int]]:
-    """Indices grouped so that (items of a batch) x (its longest) <= budget; similar lengths come together.
+    """Group indices so that (items of a batch) x (its longest) <= budget; similar lengths come together.
 
     Longest first, so that running out of memory shows at once. An item longer than the budget gets a batch of its own.
     """

@@ -88,8 +88,8 @@ class PairDataset(Dataset[Pair]):
         self._names = None if self._names is None else (self._names[0], self._names[1][chosen])
 
     def by_name(self) -> dict[str, PairDataset]:
-        """One dataset for each name that the rows give as their data set. Raises ValueError where rows give none, or
-        were not looked at (``open_pairs``)."""
+        """Split the data into one dataset for each name that the rows give as their data set. Raises ValueError where
+        rows give none, or were not looked at (``open_pairs``)."""
         if self._names is None:
             raise ValueError(f"{self.name} was not checked; its rows' data sets are not known")
         names, codes = self._names

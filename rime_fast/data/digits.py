@@ -46,7 +46,8 @@ CONTROL_TEXTS = ("here are five small digits in a row of scans", "two digits")
 
 
 class Chain(NamedTuple):
-    """digits, values: CHAIN of 0..9; operators: CHAIN - 1 of OPERATORS; image: uint8 [SIDE, CHAIN * SIDE, 3]."""
+    """One chain of digits and operators. digits, values: CHAIN of 0..9; operators: CHAIN - 1 of OPERATORS; image: uint8
+    [SIDE, CHAIN * SIDE, 3]."""
 
     digits: tuple[int, ...]
     operators: str
@@ -60,7 +61,8 @@ class Chain(NamedTuple):
 
 
 def running_values(digits: Sequence[int], operators: Sequence[str]) -> tuple[int, ...]:
-    """v1 .. vn of n digits and n - 1 operators. Raises ValueError for another count or an unknown operator."""
+    """The running results v1 .. vn of n digits and n - 1 operators. Raises ValueError for another count or an unknown
+    operator."""
     if len(operators) != len(digits) - 1:
         raise ValueError(f"operators has {len(operators)} entries; expected {len(digits) - 1} for {len(digits)} digits")
     values = [int(digits[0])]

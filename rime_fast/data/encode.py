@@ -19,7 +19,8 @@ _LONGEST = 512  # characters of a part worth remembering
 
 
 class TextEncoder:
-    """``encoder(texts)``: the ids of each text, as ``tokenizer(text, add_special_tokens=False)`` gives them."""
+    """Encodes texts that share parts: ``encoder(texts)`` gives the ids of each, as ``tokenizer(text,
+    add_special_tokens=False)`` does."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer

@@ -30,7 +30,7 @@ class Fields(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """One layout. parse: row, image root, problems -> Pair. query, target, negative: the fields of each side.
+    """One layout of rows. parse: row, image root, problems -> Pair. query, target, negative: the fields of each side.
     rewrites: whether its rows have them."""
 
     parse: Callable[[dict[str, Any], ImageRoot, Problems], Pair]
@@ -164,7 +164,7 @@ def detect_format(raw: Any) -> str | None:
 
 
 def parse_row(raw: Any, *, root: str | Path | ImageRoot = "", file_format: str | None = None) -> tuple[Pair, Problems]:
-    """One decoded row as a Pair, and what is wrong with it: (field, problem) for each find.
+    """Read one decoded row as a Pair, and say what is wrong with it: (field, problem) for each find.
 
     ``root``: what relative image paths start from (a folder confines nothing; see ImageRoot). ``file_format``: one of
     FORMATS, None to detect it.
@@ -181,7 +181,7 @@ def parse_row(raw: Any, *, root: str | Path | ImageRoot = "", file_format: str |
 
 
 def known_format(name: str | None) -> None:
-    """Raises ValueError for a name that is none of FORMATS."""
+    """Refuse a name that is none of FORMATS by a ValueError."""
     if name is not None and name not in FORMATS:
         raise ValueError(f"file_format is {name!r}; expected one of {', '.join(FORMATS)}")
 
@@ -220,7 +220,8 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> None:
 
 
 def pair_to_json(pair: Pair, *, open_images: bool = False) -> dict[str, Any]:
-    """A row of our own. Images must be paths, unless ``open_images`` (they become ``{"bytes", "path"}``)."""
+    """Make a row of our own format of a pair. Images must be paths, unless ``open_images`` (they become ``{"bytes",
+    "path"}``)."""
     sides = [side_to_json(side, open_images=open_images) for side in (pair.query, pair.target, *pair.positives)]
     raw: dict[str, Any] = {"query": sides[0]}
     raw |= {"targets": sides[1:]} if pair.positives else {"target": sides[1]}

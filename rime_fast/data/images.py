@@ -60,7 +60,7 @@ class ImageRoot:
     urls: bool = False
 
     def resolve(self, source: ImageSource) -> ImageSource:
-        """A path seen from the root; anything else as it is. Raises ValueError for what may not be opened."""
+        """Give a path as seen from the root, anything else as it is. Raises ValueError for what may not be opened."""
         if isinstance(source, dict):
             held = source.get("bytes") is not None
             return source if held or not source.get("path") else {**source, "path": self.resolve(source["path"])}
@@ -132,8 +132,8 @@ def hash_image(source: ImageSource, digest: Any) -> None:
 
 
 def content_digest(source: ImageSource, *, max_bytes: int = 1 << 28) -> str:
-    """A hash of the image's encoded bytes (of a file: read whole), else of its pixels: the same picture under another
-    path has the same one. For caches keyed by content. Raises ValueError as ``load_image``."""
+    """A hash of what a picture shows, for caches keyed by content: of its encoded bytes (of a file: read whole), else
+    of its pixels, so that the same picture under another path has the same one. Raises ValueError as ``load_image``."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, (Image.Image, np.ndarray)):
         hash_image(source, digest)
@@ -148,7 +148,7 @@ def content_digest(source: ImageSource, *, max_bytes: int = 1 << 28) -> str:
 
 
 def stored_image(source: ImageSource) -> dict[str, Any]:
-    """``{"bytes", "path"}`` as `datasets` stores an image: pixels as PNG, a path as it is."""
+    """Make of an image what `datasets` stores, ``{"bytes", "path"}``: pixels as PNG, a path as it is."""
     if isinstance(source, dict):
         return {"bytes": source.get("bytes"), "path": source.get("path")}
     if isinstance(source, (str, os.PathLike)):
@@ -214,7 +214,7 @@ def _stream(source: Any) -> tuple[BinaryIO, str]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A regular file for reading; OSError for a pipe or a device, without waiting for it."""
+    """Open a regular file for reading; OSError for a pipe or a device, without waiting for it."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -223,7 +223,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def remote_file(url: str) -> BinaryIO:
-    """A URL's bytes, through fsspec; FileNotFoundError or OSError."""
+    """Read a URL's bytes through fsspec; FileNotFoundError or OSError."""
     import fsspec
 
     try:

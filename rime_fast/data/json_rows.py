@@ -19,8 +19,9 @@ _BLANK = np.frombuffer(b" \t\r\n\v\f", dtype=np.uint8)
 
 
 class JsonRows(RowSource):
-    """spans: [n, 2] int64, first byte of each row and the one after its last. Of a JSONL file only the line ends are
-    looked for, so a line may turn out to be no JSON when it is read; a list has been decoded whole."""
+    """The rows of a JSON list or JSONL file by number. spans: [n, 2] int64, first byte of each row and the one after
+    its last. Of a JSONL file only the line ends are looked for, so a line may turn out to be no JSON when it is read; a
+    list has been decoded whole."""
 
     def __init__(self, path: str) -> None:
         self.name = path

@@ -96,7 +96,7 @@ def mixture_sets(source: Any, name: str = "train_dataset") -> list[MixtureSet] |
 
 
 def open_mixture(sets: Sequence[MixtureSet], opened: Callable[[MixtureSet], PairDataset]) -> MixtureDataset:
-    """The sets as one dataset. opened: one set to its good pairs (``open_pairs`` with the run's settings)."""
+    """Open the sets as one dataset. opened: one set to its good pairs (``open_pairs`` with the run's settings)."""
     parts: list[PairDataset] = []
     labels: list[str] = []
     weights: list[float] = []
@@ -117,8 +117,8 @@ def open_mixture(sets: Sequence[MixtureSet], opened: Callable[[MixtureSet], Pair
 
 
 class Place(NamedTuple):
-    """A row of a mixture: its set, its index there, the how-manieth pass over the set this is, and the block of the
-    global batch that it stands in."""
+    """The place of an item in a mixture: its set, its index there, which pass over the set this is, and the block of
+    the global batch that it stands in."""
 
     set: int
     row: int
@@ -148,7 +148,7 @@ class MixtureDataset(Dataset[Pair]):
         return replace(self.sets[at][row].visit(visit), dataset=self.labels[at], drawn=(at, block))
 
     def place(self, place: Place | int) -> Place:
-        """Of a plain index, its place."""
+        """The place that a plain index stands for."""
         if isinstance(place, tuple):
             return place
         index = range(len(self))[place]
@@ -156,8 +156,8 @@ class MixtureDataset(Dataset[Pair]):
         return Place(at, index - int(self._stops[at] - self.sizes[at]), 0, 0)
 
     def tokens(self, places: np.ndarray) -> np.ndarray:
-        """Of each of places [n, 2] (set, row): its tokens as the check counted or estimated them, else its set's mean
-        or 1."""
+        """The tokens of each of places [n, 2] (set, row) as the check counted or estimated them, else its set's mean or
+        1."""
         out = np.ones(len(places))
         for at in np.unique(places[:, 0]).tolist():
             here = places[:, 0] == at
@@ -168,7 +168,7 @@ class MixtureDataset(Dataset[Pair]):
 
 
 class GlobalBatches:
-    """``batch(step)``: the rows of a global batch, whoever asks.
+    """Says which rows make up a global batch: ``batch(step)`` is the same whoever asks.
 
     sizes: rows of each set. weights: their shares. batch_size: rows of the global batch. block: rows of one set that
     stand together; it divides ``batch_size``; 0 (or 1) draws every row on its own. labels: of the sets; the order of a
@@ -200,11 +200,11 @@ class GlobalBatches:
         self._step, self._drawn = 0, np.zeros(len(shares), dtype=np.int64)
 
     def draws(self, step: int) -> np.ndarray:
-        """The set of each block of a step: [blocks]."""
+        """The set that each block of a step is drawn from: [blocks]."""
         return self._sets(step * self.blocks, self.blocks)
 
     def before(self, step: int) -> np.ndarray:
-        """How many blocks of each set came before a step: [sets]."""
+        """Count the blocks of each set that came before a step: [sets]."""
         if step < self._step:
             self._step, self._drawn = 0, np.zeros_like(self._drawn)
         at, stop = self._step * self.blocks, step * self.blocks
@@ -237,7 +237,7 @@ class GlobalBatches:
 
 
 def deal(tokens: np.ndarray, ranks: int, block: int) -> list[np.ndarray]:
-    """Rows of one contrast dealt out to ranks: of each rank its rows, ascending, all equally many.
+    """Deal the rows of one contrast out to ranks: of each rank its rows, ascending, all equally many.
 
     Every rank takes a share of every block (as equal as whole rows allow; blocks of fewer rows than ranks are dealt out
     all together). The longest rows of a block go first, each to the rank that has the fewest tokens so far among those
@@ -312,12 +312,13 @@ class MixtureSampler(Sampler[list[Place]]):
         return self.steps * self.accumulation
 
     def set_epoch(self, epoch: int) -> None:
-        """Of a loop over epochs of ``steps`` steps: the next iteration begins at step epoch * steps (and ``start``)."""
+        """Tell the sampler which of a loop's epochs of ``steps`` steps begins: the next iteration starts at step epoch
+        * steps (and ``start``)."""
         self._first = epoch * self.steps
 
     def resume(self, step: int) -> None:
-        """Before the iteration of the epoch that ``step`` is in, by a loop that then leaves out what came before it
-        itself, as transformers' Trainer does: those micro-steps are empty lists and cost nothing."""
+        """Prepare the iteration of the epoch that ``step`` is in for a loop that leaves out what came before it itself,
+        as transformers' Trainer does: those micro-steps are empty lists and cost nothing."""
         self.set_epoch(step // self.steps)
         self._skipped = step
 

@@ -50,7 +50,8 @@ class MixtureRun:
         )
 
     def drain(self, step: int, group: dist.ProcessGroup | None) -> dict[str, float]:
-        """For the log: loss and hit@1 of each set since the last call, its rows and passes since step 0."""
+        """Give the log its figures: loss and hit@1 of each set since the last call, its rows and
+        passes since step 0."""
         if group is not None:
             dist.all_reduce(self.sums, group=group)
         batches, logs = self.sampler.batches, {}

@@ -40,7 +40,7 @@ class PairBatches:
 
 
 class IndexedPairs(Dataset):
-    """Items (name, index, pair): a rollout has to find its pair's anchor in the bank.
+    """A dataset of (name, index, pair): a rollout has to find its pair's anchor in the bank.
 
     ``anchorless``: pairs whose anchor could not be made, and why; to ask for one raises DataError.
     """
@@ -87,7 +87,8 @@ class PromptBatches:
 
 
 def side_ids(sides: Sequence[Side]) -> Tensor:
-    """Two hashes of each side, [N, 2] int64: of its id (or content), and of its text (or content with images)."""
+    """Hashes that tell sides apart, two of each, [N, 2] int64: of its id (or content), and of its text (or content with
+    images)."""
     return torch.tensor([[stable_hash(side), stable_hash(replace(side, id=None))] for side in sides])
 
 

@@ -18,7 +18,7 @@ EMPTY = "this side is empty: no text, no image, no video"
 
 
 def parse_sft(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
-    """RIME-SFT and UME-R1 SFT: ``{qry, pos}``, each two turns with images or frames beside them."""
+    """Read a row of RIME-SFT or UME-R1 SFT: ``{qry, pos}``, each two turns with images or frames beside them."""
     unknown_keys(raw, ("qry", "pos", "dataset_name"), "", problems)
     query, target = (_conversation_side(raw.get(key), key, root, problems) for key in ("qry", "pos"))
     return Pair(query, target, dataset=text_of(raw, "dataset_name", problems) or None)
@@ -68,7 +68,7 @@ def _two_turns(turns: Any, at: str, problems: Problems) -> list[str | None] | No
 
 
 def parse_rl(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
-    """RIME-RL: flat rows without rewrites."""
+    """Read a row of RIME-RL: flat, without rewrites."""
     known = ("qry_text", "qry_image", "qry_video", "pos_text", "pos_image", "pos_video", "dataset", "solution")
     unknown_keys(raw, known, "", problems)
     sides = []
@@ -90,7 +90,7 @@ def parse_rl(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
 
 
 def parse_mmeb(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
-    """MMEB-train: texts with ``<|image_1|>`` in them, image paths, sometimes one hard negative."""
+    """Read a row of MMEB-train: texts with ``<|image_1|>`` in them, image paths, sometimes one hard negative."""
     known = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
     unknown_keys(raw, known, "", problems)
     sides = []
@@ -128,12 +128,12 @@ def _zipped(path: str, root: ImageRoot) -> str | None:
 
 
 def parse_colpali(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
-    """vidore/colpali_train_set: a question and the page that answers it."""
+    """Read a row of vidore/colpali_train_set: a question and the page that answers it."""
     return _text_to_image(raw, "colpali_train_set", root, problems)
 
 
 def parse_visrag(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
-    """openbmb/VisRAG-Ret-Train-In-domain-data: as above; ``source`` names one of its sets."""
+    """Read a row of openbmb/VisRAG-Ret-Train-In-domain-data: as above; ``source`` names one of its sets."""
     unknown_keys(raw, ("query", "image", "source"), "", problems)
     return _text_to_image(raw, text_of(raw, "source", problems) or None, root, problems)
 
@@ -148,7 +148,8 @@ def _text_to_image(raw: dict[str, Any], dataset: str | None, root: ImageRoot, pr
 
 
 def parse_llava_hound(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
-    """LLaVA-Hound's instructions: a video (a folder of frames under the image root, or a file) and two turns."""
+    """Read a row of LLaVA-Hound's instructions: a video (a folder of frames under the image root, or a file) and two
+    turns."""
     unknown_keys(raw, ("id", "video", "conversations"), "", problems)
     before = len(problems)
     query = Side(video=video_source(raw.get("video"), "video", root, problems))
@@ -165,6 +166,6 @@ def parse_llava_hound(raw: dict[str, Any], root: ImageRoot, problems: Problems) 
 
 
 def parse_llava_hound_video(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair:
-    """The same rows the other way round: the description finds the video."""
+    """Read the same rows the other way round: the description finds the video."""
     pair = parse_llava_hound(raw, root, problems)
     return Pair(pair.target, Side(video=pair.query.video), id=pair.id)

@@ -94,7 +94,7 @@ class Side:
 
     @property
     def parts(self) -> list[Part]:
-        """Everything in the prompt's order: ``content``, else images, video, text."""
+        """Everything that stands in the prompt, in order: ``content``, else images, video, text."""
         if self.content is not None:
             return self.content
         vision: list[Part] = [("image", source) for source in self.images]
@@ -161,7 +161,7 @@ def stable_hash(side: Side) -> int:
 
 
 def content_hash(side: Side) -> int:
-    """``stable_hash`` of the side without its id: equal for equal text, images and videos."""
+    """The ``stable_hash`` of a side without its id: equal for equal text, images and videos."""
     digest = hashlib.blake2b(digest_size=8)
     text = side.text.encode("utf-8", "surrogatepass")
     digest.update(f"text {len(text)}\0".encode() + text)
@@ -256,7 +256,7 @@ def _rate(raw: dict[str, Any], where: str, problems: list[tuple[str, str]]) -> f
 def image_list(
     raw: Any, where: str, root: str | Path | ImageRoot, problems: list[tuple[str, str]]
 ) -> list[ImageSource]:
-    """A source or a list of them; "" and null mean none."""
+    """Read a source or a list of them as a list; "" and null mean none."""
     sources = raw if isinstance(raw, (list, tuple)) else [raw]
     found: list[ImageSource] = []
     for i, source in enumerate(sources):
@@ -276,7 +276,8 @@ def image_list(
 def video_source(
     raw: Any, where: str, root: str | Path | ImageRoot, problems: list[tuple[str, str]]
 ) -> VideoSource | None:
-    """A list of frames, or a path: of a video file (by its ending), of a folder of frames, or of a single frame."""
+    """Read what a row gives as its video: a list of frames, or a path: of a video file (by its ending), of a folder of
+    frames, or of a single frame."""
     if isinstance(raw, (list, tuple)) and len(raw) == 1 and isinstance(raw[0], str) and is_video_file(raw[0]):
         raw = raw[0]
     found = image_list(raw, where, root, problems)

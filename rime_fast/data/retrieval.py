@@ -19,8 +19,9 @@ from rime_fast.data.texts import Problems, is_number, reject_unusable, unknown_k
 
 @dataclass
 class RetrievalSet:
-    """correct[i]: indices into ``candidates`` that are right for query i. pools[i]: the candidates query i is ranked
-    against (None: all of them). gains[i]: relevance of each of correct[i] for nDCG (None: 1 each)."""
+    """Queries, candidates, and which of them are right. correct[i]: indices into ``candidates`` that are right for
+    query i. pools[i]: the candidates query i is ranked against (None: all of them). gains[i]: relevance of each of
+    correct[i] for nDCG (None: 1 each)."""
 
     queries: list[Side]
     candidates: list[Side]

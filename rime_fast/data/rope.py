@@ -71,7 +71,7 @@ class RopeIndexer:
         video_grid_thw: torch.Tensor | None,
         second_per_grid: Sequence[float] | None,
     ) -> torch.Tensor:
-        """Our own computation."""
+        """Compute the positions by our own code, for all sequences at once."""
         kinds = mm_token_type_ids.numpy()
         total = len(kinds)
         if total != sum(lengths):
@@ -118,7 +118,7 @@ class RopeIndexer:
         video_grid_thw: torch.Tensor | None,
         second_per_grid: Sequence[float] | None,
     ) -> torch.Tensor:
-        """The same from transformers' own ``get_rope_index``, called without a model, one sequence at a time."""
+        """Compute the same by transformers' own ``get_rope_index``, called without a model, one sequence at a time."""
         module, name = _CLASSES[self.family]
         model_class = getattr(import_module(module), name)
         model = types.SimpleNamespace(config=self.config)

@@ -100,12 +100,13 @@ class CheckReport:
 
 
 def check_pair(pair: Pair, rules: CheckRules, file_format: str = "rime-jsonl") -> Problems:
-    """What is wrong with a pair that parsed: (field, problem), fields named as ``file_format`` names them."""
+    """Say what is wrong with a pair that parsed: (field, problem), fields named as ``file_format`` names them."""
     return weigh_pair(pair, rules, file_format)[0]
 
 
 def weigh_pair(pair: Pair, rules: CheckRules, file_format: str) -> tuple[Problems, int]:
-    """(``check_pair``'s problems, tokens of the pair: measured where the rules can, else estimated)."""
+    """Check a pair and weigh it: (``check_pair``'s problems, its tokens: measured where the rules
+    can, else estimated)."""
     layout = FORMATS[file_format]
     needed = rules.rewrites if rules.rewrites is not None else layout.rewrites
     sides = [(layout.query, pair.query, needed)]
@@ -209,7 +210,7 @@ def _measure(side: Side, rules: CheckRules, fields: Any, found: Problems, otherw
 def check_row(
     row: Row, rules: CheckRules, root: ImageRoot, file_format: str | None
 ) -> tuple[str | None, Problems, int, Pair | None]:
-    """(its format, what is wrong, tokens, the pair) of one row of a source."""
+    """Check one row of a source: (its format, what is wrong, tokens, the pair)."""
     if row.error:
         return None, [("", row.error)], 0, None
     problems: Problems = []

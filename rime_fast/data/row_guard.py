@@ -21,7 +21,7 @@ TRIES = 100  # rows tried in the place of one; more that are bad in a row are no
 
 
 class GuardedRows(Dataset):
-    """A dataset for a DataLoader whose collate function is ``collate``: (place, item or DataError).
+    """Wraps a dataset for a DataLoader whose collate function is ``collate``: its items are (place, item or DataError).
 
     dataset: map-style, of whatever ``collate_fn`` takes. skip: take other rows in the place of bad ones, and name those
     under ``batch[LEFT_OUT]``; else, or where no good row is found, the batch is ``{BAD: [what is wrong]}``, so that a
@@ -41,8 +41,8 @@ class GuardedRows(Dataset):
             return place, error
 
     def collate(self, rows: Sequence[tuple[Any, Any]]) -> Any:
-        """``collate_fn`` of the items, or of those that are good. Raises what ``collate_fn`` does where no single row
-        is at fault."""
+        """Make a batch by ``collate_fn`` of the items, or of those that are good. Raises what ``collate_fn`` does where
+        no single row is at fault."""
         items = [item for _, item in rows]
         failed: ValueError | None = next((item for item in items if isinstance(item, DataError)), None)
         if failed is None:
@@ -91,7 +91,8 @@ class GuardedRows(Dataset):
 
 
 def row_of(dataset: Any, place: Any) -> tuple[str, int]:
-    """(file or other source, number of the row in it) of an item of any of this package's datasets."""
+    """Say where an item of any of this package's datasets came from: (file or other source, number
+    of the row in it)."""
     if hasattr(dataset, "pairs"):  # a view of pairs
         return row_of(dataset.pairs, place)
     if isinstance(dataset, MixtureDataset):

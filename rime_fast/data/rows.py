@@ -19,7 +19,8 @@ _BLANK = " \t\r\n\ufeff"
 
 
 class Row(NamedTuple):
-    """number: from 1 (JSONL: the line). start, stop: its bytes in the file. value: the decoded row, None with error."""
+    """One row of a JSON file. number: from 1 (JSONL: the line). start, stop: its bytes in the file. value: the decoded
+    row, None with error."""
 
     number: int
     start: int
@@ -51,7 +52,7 @@ class RowSource:
         return index + 1
 
     def between(self, start: int, stop: int) -> Iterator[Row]:
-        """Rows in order; one that cannot be read has an ``error``."""
+        """Give rows in order; one that cannot be read has an ``error``."""
         for index in range(start, min(stop, len(self))):
             try:
                 yield Row(self.number(index), 0, 0, self.read(index))
@@ -63,7 +64,7 @@ class RowSource:
         return None
 
     def locality(self, indices: np.ndarray) -> np.ndarray | None:
-        """A number per row, equal where rows are read together; None where that gains nothing."""
+        """Say which rows are read together, by a number per row that they share; None where that gains nothing."""
         return None
 
     def key(self) -> Any:
@@ -72,7 +73,7 @@ class RowSource:
 
 
 def decode_line(text: bytes) -> tuple[Any, str | None]:
-    """(value, None) or (None, what is wrong with the line)."""
+    """Decode one line: (value, None) or (None, what is wrong with the line)."""
     try:
         return json.loads(text), None
     except json.JSONDecodeError as broken:
@@ -100,14 +101,14 @@ def starts_list(path: str | Path) -> bool:
 
 
 def iter_rows(path: str | Path) -> Iterator[Row]:
-    """All rows in order. A JSONL line that is no JSON comes as a Row with ``error``; a list that breaks off or holds
-    no JSON raises DataError with the line, since nothing after that point can be trusted."""
+    """Read all rows in order. A JSONL line that is no JSON comes as a Row with ``error``; a list that breaks off or
+    holds no JSON raises DataError with the line, since nothing after that point can be trusted."""
     path = Path(path)
     return _iter_list(path) if starts_list(path) else _iter_lines(path)
 
 
 def read_row(path: str | Path, start: int, stop: int) -> Any:
-    """The row at these bytes, as ``iter_rows`` reported them."""
+    """Read the row at these bytes, as ``iter_rows`` reported them."""
     with open(path, "rb") as stream:
         stream.seek(start)
         return json.loads(stream.read(stop - start))

@@ -20,15 +20,15 @@ def stream_key(*parts: Any) -> int:
 
 
 def uniforms(key: int, start: int, count: int) -> np.ndarray:
-    """Numbers ``start`` to ``start + count`` of a stream, in [0, 1): [count] float64. Philox 4x64-10 (Salmon et al., SC
-    2011), whose output is a function of key and counter; NumPy's is used."""
+    """Draw numbers ``start`` to ``start + count`` of a stream, in [0, 1): [count] float64. Philox 4x64-10 (Salmon et
+    al., SC 2011), whose output is a function of key and counter; NumPy's is used."""
     block, offset = divmod(start, 4)  # one counter gives four numbers
     raw = np.random.Philox(key=key, counter=[block, 0, 0, 0]).random_raw(offset + count)[offset:]
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permuted(key: int, n: int, places: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of range(n) puts ``places`` (int64, each in range): no table, any place alone.
+    """Say where a keyed permutation of range(n) puts ``places`` (int64, each in range): no table, any place alone.
 
     A Feistel network (Luby and Rackoff, 1988) on the smallest even number of bits that holds n, walked on until it
     falls below n, which keeps it a bijection (Black and Rogaway, 2002).
@@ -60,5 +60,5 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def spread(n: int, count: int, key: int = 0) -> np.ndarray:
-    """``count`` different numbers of range(n), ascending, the same ones for the same key."""
+    """Draw ``count`` different numbers of range(n), ascending, the same ones for the same key."""
     return np.sort(permuted(stream_key("spread", key), n, np.arange(min(count, n))))

@@ -254,7 +254,7 @@ def _undecoded(source: Any) -> Any:
 
 
 def write_rows(path: str | Path, rows: Iterable[Any]) -> int:
-    """Write decoded rows to a file that takes its name once it is complete; how many there were.
+    """Write decoded rows to a file that takes its name once it is complete; returns how many there were.
 
     The ending names the form: ``.json`` one list, ``.parquet`` Parquet (which takes bytes; a column holds one type),
     anything else JSONL.
@@ -272,7 +272,7 @@ def write_rows(path: str | Path, rows: Iterable[Any]) -> int:
 
 
 def dump_row(value: Any) -> str:
-    """One line of JSON; half a surrogate pair, which is no UTF-8, is escaped."""
+    """Make one line of JSON of a row; half a surrogate pair, which is no UTF-8, is escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return text if text.isascii() or text.encode("utf-8", "ignore").decode() == text else json.dumps(value)
 

@@ -52,7 +52,8 @@ COT_INSTRUCTION = (
 
 
 class ParsedResponse(NamedTuple):
-    """rewrite: the text between the tags (best effort where the form is broken). format_ok: the form is exact."""
+    """What a generated response says. rewrite: the text between the tags (best effort where the form is broken).
+    format_ok: the form is exact."""
 
     rewrite: str
     format_ok: bool
@@ -79,26 +80,27 @@ class Template:
     special_text: Literal["error", "escape"] = "error"
 
     def render_vision(self, side: Side) -> str:
-        """One placeholder per image, then one per video."""
+        """Write the placeholders of a side's pictures: one per image, then one per video."""
         return IMAGE * len(side.images) + VIDEO * len(side.videos)
 
     def render_user(self, side: Side) -> str:
-        """The side's parts in order, with one placeholder an image or video; the collator expands them to their token
-        counts."""
+        """Write the side's parts in order, with one placeholder an image or video; the collator expands them to their
+        token counts."""
         marks = {"image": IMAGE, "video": VIDEO}
         return "".join(marks.get(kind) or self._user_text(value, "text", side, CONTROL) for kind, value in side.parts)
 
     def render_disc(self, side: Side) -> str:
-        """The shortest text that holds the discriminative embedding: it ends with ``<disc_emb>`` and a newline."""
+        """Write the shortest text that holds the discriminative embedding: it ends with
+        ``<disc_emb>`` and a newline."""
         system = "" if self.system is None else f"{IM_START}system\n{self.system}{IM_END}\n"
         return f"{system}{IM_START}user\n{self.render_user(side)}\n{DISC_TOKEN}\n"
 
     def render_prompt(self, side: Side) -> str:
-        """Everything before the assistant's first token."""
+        """Write everything before the assistant's first token."""
         return f"{self.render_disc(side)}{self.instruction}{IM_END}\n{IM_START}assistant\n"
 
     def render_response(self, side: Side) -> str:
-        """The assistant turn. Raises ValueError where the side has no rewrite (and the template no filler)."""
+        """Write the assistant turn. Raises ValueError where the side has no rewrite (and the template no filler)."""
         if self.filler is not None:
             rewrite = self.filler if isinstance(self.filler, str) else self.filler(side)
         elif side.rewrite is None or not side.rewrite.strip():
@@ -134,7 +136,8 @@ class Template:
 
 
 def escape_control(text: str) -> str:
-    """``text`` with a blank after the ``<`` of everything that looks like a control token: ``< gen_emb>``."""
+    """Make ``text`` safe for a tokenizer: a blank after the ``<`` of everything that looks like a control token, ``<
+    gen_emb>``."""
     return CONTROL.sub(_spaced, text)
 
 

@@ -20,7 +20,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def strip_placeholders(text: str, images: int, videos: int, where: str, problems: Problems) -> str:
-    """The task text without placeholders; their number must be that of the side's images and videos, or zero."""
+    """Take the placeholders out of a task text; their number must be that of the side's images and videos, or zero."""
     found = [match.group(1) or match.group(2) for match in _PLACEHOLDER.finditer(text)]
     if found:
         for kind, given in (("image", images), ("video", videos)):
@@ -31,7 +31,7 @@ def strip_placeholders(text: str, images: int, videos: int, where: str, problems
 
 
 def parse_assistant(value: str, where: str, problems: Problems) -> str | None:
-    """A gpt turn's plain rewrite: without ``<gen_emb>``, which must stand once, at its end, and without the
+    """Read a gpt turn's plain rewrite: without ``<gen_emb>``, which must stand once, at its end, and without the
     ``<rewrite>`` tags, which may be missing. A chain of thought stays as it is."""
     value = plain_lines(value)
     count = value.count(GEN_TOKEN)
@@ -49,7 +49,7 @@ def parse_assistant(value: str, where: str, problems: Problems) -> str | None:
 
 
 def parse_human(value: str, images: int, videos: int, where: str, problems: Problems) -> str:
-    """A human turn's task text: without placeholders, and cut at ``<disc_emb>`` (what follows is the set's own
+    """Read a human turn's task text: without placeholders, and cut at ``<disc_emb>`` (what follows is the set's own
     instruction; the template brings its own)."""
     value = plain_lines(value)
     if value.count(DISC_TOKEN) > 1:
@@ -70,7 +70,7 @@ def reject_unusable(text: str, where: str, problems: Problems) -> None:
 
 
 def reject_unusable_rewrite(rewrite: str, where: str, problems: Problems) -> None:
-    """A rewrite must be there, and hold neither a control token nor the tags that the template puts around it."""
+    """Refuse a rewrite that is missing, or that holds a control token or the tags that the template puts around it."""
     reject_unusable(rewrite, where, problems)
     if match := TAGS.search(rewrite):
         problems.append((where, f"holds {match.group()!r}, which would end the rewrite early"))
@@ -97,10 +97,10 @@ def text_of(raw: dict[str, Any], key: str, problems: Problems) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Finite, and not true or false."""
+    """Whether a decoded value is a finite number, and not true or false."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def unknown_keys(raw: dict[str, Any], known: tuple[str, ...], prefix: str, problems: Problems) -> None:
-    """A mistyped key would be left out in silence."""
+    """Note keys that a format does not have: a mistyped one would be left out in silence."""
     problems.extend((f"{prefix}{key}", f"unknown key; known: {', '.join(known)}") for key in raw if key not in known)

@@ -39,21 +39,22 @@ class FrameSampling:
     most: int = 64
 
     def count(self, seconds: float) -> int:
-        """Frames taken of a video of that length."""
+        """How many frames are taken of a video of that length."""
         return self.frames if self.frames is not None else min(self.most, max(1, round(seconds * self.fps)))
 
 
 @dataclass
 class Video:
-    """source: a list of frames, or the path of a video file or of a folder of frames. fps: frames per second of a list
-    or folder; for a file, the rate to sample it at. None: the sampling's own."""
+    """A video as a row gives it. source: a list of frames, or the path of a video file or of a folder of frames. fps:
+    frames per second of a list or folder; for a file, the rate to sample it at. None: the sampling's own."""
 
     source: VideoSource
     fps: float | None = None
 
 
 class Frames(NamedTuple):
-    """length frames of size (height, width), fps of them a second. images: the frames, None where only planned."""
+    """The frames that stand for a video: length frames of size (height, width), fps of them a second. images: the
+    frames, None where only planned."""
 
     length: int
     size: tuple[int, int]
@@ -62,7 +63,7 @@ class Frames(NamedTuple):
 
 
 def is_video_file(path: str) -> bool:
-    """By the name's ending."""
+    """Whether a path names a video file, by its ending."""
     return os.path.splitext(path)[1].lower() in ENDINGS
 
 

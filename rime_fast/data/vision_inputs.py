@@ -70,11 +70,13 @@ class VisionInputs:
         return math.prod(self.video_size(size)) // (self.patch_size * self.merge_size) ** 2
 
     def images(self, sources: Sequence[ImageSource]) -> tuple[torch.Tensor, torch.Tensor]:
-        """pixel_values [patches, channels * temporal * patch * patch] fp32 and image_grid_thw [n, 3] int64."""
+        """Make the tower's input of images: pixel_values [patches, channels * temporal * patch * patch] fp32 and
+        image_grid_thw [n, 3] int64."""
         return self._patches([[self._pixels(source)] for source in sources], [1] * len(sources))
 
     def videos(self, videos: Sequence[Sequence[ImageSource]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """pixel_values_videos and video_grid_thw of lists of frames; all frames take the first one's target size."""
+        """Make the tower's input of lists of frames: pixel_values_videos and video_grid_thw; all frames take the first
+        one's target size."""
         stacks = []
         for frames in videos:
             size = self.video_size(image_size(frames[0]))

@@ -91,7 +91,7 @@ def run_cells(out: Path, names: Sequence[str], *, seeds: Sequence[int], fast: bo
 
 
 def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
-    """One cell, in this process. Returns and writes hit@1, tokens, seconds, the log and, of an arm, its curve."""
+    """Run one cell in this process. Returns and writes hit@1, tokens, seconds, the log and, of an arm, its curve."""
     if name not in (*CELLS, *LATENT):
         raise ValueError(f"name is {name!r}; expected one of {', '.join((*CELLS, *LATENT))}")
     styles: dict[str, Style] = {"cot": "cot", "control": "control"}
@@ -173,7 +173,7 @@ def _spawn(out: Path, name: str, seed: int, fast: bool) -> int:
 
 
 def environment(command: str, workers: int) -> dict[str, Any]:
-    """Where a report comes from: its command, versions, and the machine with its number of worker processes."""
+    """Record where a report comes from: its command, versions, and the machine with its number of worker processes."""
     import torch
     import transformers
 

@@ -29,12 +29,13 @@ CONTROLS = ("random", "format_only", "length_only", "more_sft")
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, deviation of a sample (0 for one value) and the values themselves."""
+    """Sum values over seeds up: their mean, deviation of a sample (0 for one value) and the values themselves."""
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else 0.0, "values": list(values)}
 
 
 def summarise(cells: Cells, seeds: Sequence[int], n_test: int) -> dict[str, Any]:
-    """The report of ``run_ablation`` without its settings and environment. cells: (name, seed) -> a cell's JSON."""
+    """Make the report of ``run_ablation`` without its settings and environment. cells: (name, seed)
+    -> a cell's JSON."""
     report: dict[str, Any] = {}
     for key, name in ROWS.items():
         found = [cells[name, seed] for seed in seeds]

@@ -57,7 +57,7 @@ class Meter(TrainerCallback):
         self.begin, self.measuring = time.process_time(), 0.0
 
     def measure(self, model: Any, step: int) -> None:
-        """One point. Greedy decoding: the training's random numbers stay as they are."""
+        """Measure one point. Greedy decoding: the training's random numbers stay as they are."""
         begin, training = time.process_time(), model.training
         seconds = begin - self.begin - self.measuring
         model.eval()
@@ -96,7 +96,7 @@ class RandomRewards(Rewarder):
 
 
 def run_arm(arm: str, model: Any, processor: Any, out: Path, *, seed: int, sizes: Sizes) -> dict[str, Any]:
-    """Train ``model`` in place; {"points": of the test queries along the way, "log", "seconds" of training}.
+    """Train ``model`` in place by one arm; {"points": of the test queries along the way, "log", "seconds" of training}.
 
     Raises ValueError for an unknown arm.
     """
@@ -119,7 +119,7 @@ def run_arm(arm: str, model: Any, processor: Any, out: Path, *, seed: int, sizes
 
 @torch.no_grad()
 def best_of(model: Any, processor: Any, *, sizes: Sizes, seed: int, samples: int = SAMPLES) -> dict[str, Any]:
-    """hit@1 of gen-gen where each test query's best of ``samples`` rewrites is taken; nothing is trained.
+    """Measure hit@1 of gen-gen where each test query's best of ``samples`` rewrites is taken; nothing is trained.
 
     Best by our reward with the demo's weights, which knows the query's target: an upper reference, not a system.
     {"hit@1", "query_tokens": of those taken, "first_hit@1": of each query's first sample}.

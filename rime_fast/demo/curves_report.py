@@ -22,7 +22,7 @@ MEASURES = ("hit@1", "query_tokens", "seconds")
 
 
 def summarise(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """{"curves": {arm: curve}, "n_seeds"} from each arm's cells, one a seed.
+    """Make the report {"curves": {arm: curve}, "n_seeds"} from each arm's cells, one a seed.
 
     A curve has ``steps``; for each of hit@1, query_tokens and seconds (processor time of the training)
     ``mean`` and ``std``

@@ -39,7 +39,7 @@ def run_latent(
 
 
 def summarise(cells: Cells, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
-    """Of each K: hit@1 by cell, and seconds of a query by mode, as mean, spread and values over the seeds."""
+    """Sum up over the seeds, for each K: hit@1 by cell, and seconds of a query by mode, as mean, spread and values."""
     found = {}
     for name in names:
         runs = [cells[name, seed] for seed in seeds]

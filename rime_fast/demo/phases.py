@@ -43,7 +43,7 @@ TEACHERS: dict[Teacher, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything.
+    """How large a demo is: rows, steps and lengths of every phase.
 
     more_steps: joint training's steps in the control that goes on with it in place of Refine-RL: at least as many
     seconds on two cores (docs/demo.md). measurements: how often an arm of the ablation is measured on its way.
@@ -135,7 +135,7 @@ def refine(
     rewarder: Rewarder | None = None,
     **changes: Any,
 ) -> list[dict[str, Any]]:
-    """Refine-RL on ``model`` in place: the queries' rewrites against the frozen disc embeddings of the targets.
+    """Run Refine-RL on ``model`` in place: the queries' rewrites against the frozen disc embeddings of the targets.
 
     rewarder: in place of the trainer's own. changes: fields of ``RefineConfig`` that are not to be the demo's.
     """
@@ -171,7 +171,7 @@ def refine(
 def measure(
     model: Any, processor: Any, *, sizes: Sizes, style: Style = "rewrite", split: Split = "test", n_examples: int = 0
 ) -> MutualResult:
-    """Mutual retrieval on ``sizes.n_test`` queries of ``split`` against all 100 targets, greedy decoding."""
+    """Measure mutual retrieval on ``sizes.n_test`` queries of ``split`` against all 100 targets, greedy decoding."""
     model.eval()
     data = retrieval_set(split, sizes.n_test, seed=TEST_SEED, style=style)
     return evaluate_mutual(demo_embedder(model, processor, style), data, n_examples=n_examples)

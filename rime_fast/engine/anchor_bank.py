@@ -117,7 +117,7 @@ class AnchorBank:
         return cls.open(path, model=model, data=data)
 
     def shard(self, rank: int, world: int) -> AnchorBank:
-        """The ``rank``-th of ``world`` equal parts of a whole bank (sizes differ by at most one row); a view.
+        """Give the ``rank``-th of ``world`` equal parts of a whole bank (sizes differ by at most one row); a view.
 
         Raises ValueError for more ranks than anchors, and for a bank that is a part already.
         """
@@ -129,16 +129,18 @@ class AnchorBank:
         return replace(self, anchors=self.anchors[first:last], ids=self.ids[first:last], offset=first)
 
     def to(self, device: torch.device | str) -> AnchorBank:
-        """The bank on ``device``, read into its memory."""
+        """Read the bank into the memory of ``device``."""
         return replace(self, anchors=self.anchors.to(device), ids=self.ids.to(device))
 
     def pinned(self) -> AnchorBank:
-        """The anchors in page-locked host memory, from which score_rewrites_ streams to a GPU; ids follow by ``to``."""
+        """Copy the anchors into page-locked host memory, from which score_rewrites_ streams to a GPU; ids follow by
+        ``to``."""
         return replace(self, anchors=self.anchors.pin_memory())
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """Equal for models that compute the same: 32 hex digits over every parameter's value and name.
+    """A fingerprint that is equal for models that compute the same: 32 hex digits over every parameter's value and
+    name.
 
     Floating values count as fp32, so a checkpoint has one fingerprint in whatever dtype it is loaded. An adapter
     (peft) that changes nothing yet, its second factor being zero, does not count, and the names are those of the model
@@ -174,7 +176,8 @@ def _lora_layer(name: str) -> str:
 
 
 def data_fingerprint(items: Tensor | Iterable[str]) -> str:
-    """Equal for equal items in equal order: a tensor of ids, or any strings that say what an item is."""
+    """A fingerprint that is equal for equal items in equal order: a tensor of ids, or any strings that say what an item
+    is."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(items, Tensor):
         digest.update(f"{items.dtype} {list(items.shape)};".encode())

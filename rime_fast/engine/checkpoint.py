@@ -53,7 +53,7 @@ def commit(partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted; None: every file is there, with the bytes that were written."""
+    """Say why a checkpoint cannot be trusted; None: every file is there, with the bytes that were written."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST} (half-written, or of an older version)"
@@ -101,7 +101,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def choose(wanted: str | bool | None, output_dir: Path, overwrite: bool) -> tuple[str | None, list[str]]:
-    """(the checkpoint to resume from, or None for a fresh start; lines for people).
+    """Choose where a run begins: (the checkpoint to resume from, or None for a fresh start; lines for people).
 
     wanted: a checkpoint's folder; True or "last": the newest of ``output_dir`` that is whole; None or False: a fresh
     start, into an unused folder, or with ``overwrite`` in place of what is there. Raises ValueError.
@@ -137,7 +137,7 @@ def choose(wanted: str | bool | None, output_dir: Path, overwrite: bool) -> tupl
 def choose_together(
     wanted: str | bool | None, output_dir: str, overwrite: bool, group: dist.ProcessGroup | None
 ) -> tuple[str | None, list[str]]:
-    """``choose``, by the first rank of ``group`` for all of them; the lines are for that rank to tell. Raises on every
+    """Let the first rank of ``group`` ``choose`` for all of them; the lines are for that rank to tell. Raises on every
     rank what ``choose`` raises."""
     found: list[Any] = [None, [], None]
     if group is None or dist.get_rank(group) == 0:
@@ -200,7 +200,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def data_facts(dataset: Any, rows: bool = True) -> dict[str, Any]:
-    """Length of a training set, and with ``rows`` a digest of its rows in order: of all, or of evenly spaced ones."""
+    """Facts that tell a training set from another: its length, and with ``rows`` a digest of its rows in order: of all,
+    or of evenly spaced ones."""
     pairs = getattr(dataset, "pairs", dataset)
     if pairs is None or not hasattr(pairs, "__len__"):
         return {}
@@ -219,14 +220,15 @@ def data_facts(dataset: Any, rows: bool = True) -> dict[str, Any]:
 
 
 def facts_of(folder: str | Path | None) -> dict[str, Any] | None:
-    """What the run was that made a checkpoint; None where that is not known."""
+    """Read what the run was that made a checkpoint; None where that is not known."""
     if folder is None or not (Path(folder) / MANIFEST).is_file():
         return None
     return read_manifest(Path(folder))["facts"]
 
 
 def compare(folder: str, now: Mapping[str, Any], accept: bool) -> str:
-    """What to tell of a checkpoint whose run was another one ("" for nothing). Raises ValueError unless ``accept``."""
+    """Compare this run with the one that made a checkpoint: what to tell of the differences ("" for none). Raises
+    ValueError unless ``accept``."""
     before = facts_of(folder)
     changed = {} if before is None else differences(before, now)
     changed.pop("rates", None)
@@ -242,7 +244,7 @@ def compare(folder: str, now: Mapping[str, Any], accept: bool) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """name -> "old -> new" of every fact that is not the same (compared as JSON writes them)."""
+    """List every fact that is not the same as name -> "old -> new" (compared as JSON writes them)."""
     old, new = (json.loads(json.dumps(dict(facts), default=str)) for facts in (before, now))
     names = sorted(old.keys() | new.keys())
     return {name: f"{old.get(name)!r} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)}

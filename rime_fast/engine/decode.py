@@ -145,7 +145,8 @@ class DecodeCache:
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
     ) -> Tensor:
-        """One new token a row: query [N, heads, 1, D], key and value [N, kv heads, 1, D] -> [N, 1, heads, D]."""
+        """Attend with one new token a row: query [N, heads, 1, D], key and value [N, kv heads, 1, D] -> [N, 1, heads,
+        D]."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         n, heads, _, width = query.shape
         kv = key.shape[1]
@@ -193,7 +194,8 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def choose_decoder(name: str, device: torch.device) -> str:
-    """ "auto": graph on CUDA, eager elsewhere. Raises ValueError for an unknown name, and for graph without CUDA."""
+    """Resolve the setting ``decoder``: "auto" is graph on CUDA, eager elsewhere. Raises ValueError for an unknown name,
+    and for graph without CUDA."""
     if name not in DECODERS:
         raise ValueError(f"decode is {name!r}; expected one of {', '.join(DECODERS)}")
     if name == "graph" and device.type != "cuda":
@@ -221,13 +223,13 @@ class DecodeStep:
         self.recorded: tuple[tuple[Tensor, Tensor], Outputs, Callable[[], None]] | None = None
 
     def logits(self) -> Tensor:
-        """Of each row's next token, [N, V] fp32."""
+        """Make the logits of each row's next token, [N, V] fp32."""
         if self._logits is None:
             self._logits = self.policy.lm_head(self.hidden).float()
         return self._logits
 
     def feed(self, token: Tensor, position: Tensor) -> Tensor:
-        """The next token of every row and its position, [N] int64 each; returns ``hidden``."""
+        """Take the next token of every row and its position, [N] int64 each; returns ``hidden``."""
         self.cache.next_step()
         if self.recording:
             self.hidden, self._logits = self._replayed(token, position)
@@ -273,7 +275,8 @@ class DecodeStep:
 
 
 def next_hidden(policy: Any, cache: DecodeCache, token: Tensor, position: Tensor) -> Tensor:
-    """The last hidden state at ``token`` [N, H]. Writes the cache at its present place: twice changes nothing."""
+    """Compute the last hidden state at ``token`` [N, H]. Writes the cache at its present place:
+    twice changes nothing."""
     embeds = policy.model.get_input_embeddings()(token[:, None])
     positions = position[None, :, None].expand(3, -1, 1)
     out = policy.model.language_model(
@@ -283,23 +286,23 @@ def next_hidden(policy: Any, cache: DecodeCache, token: Tensor, position: Tensor
 
 
 def forward(policy: Any, cache: DecodeCache, token: Tensor, position: Tensor) -> Outputs:
-    """``next_hidden`` and the logits of the token after it."""
+    """Compute ``next_hidden`` and the logits of the token after it."""
     hidden = next_hidden(policy, cache, token, position)
     return hidden, policy.lm_head(hidden).float()
 
 
 def compiled_forward() -> Callable[..., Outputs]:
-    """``forward`` by torch.compile, of the same code object every time: later phases find what is compiled."""
+    """Run ``forward`` by torch.compile, of the same code object every time: later phases find what is compiled."""
     return torch.compile(forward)
 
 
 def graph_pool() -> Any:
-    """Memory for the graphs of one phase."""
+    """The memory that the graphs of one phase share."""
     return torch.cuda.graph_pool_handle()
 
 
 def record_graph(step: Callable[[], Outputs], pool: Any) -> tuple[Outputs, Callable[[], None]]:
-    """``step`` as a CUDA graph: the fixed memory of its outputs, and a call that fills them anew.
+    """Record ``step`` as a CUDA graph: the fixed memory of its outputs, and a call that fills them anew.
 
     It runs once beforehand on a side stream, where libraries set themselves up and autocast fills its cache of
     weights: the graph reads that, and is replayed inside the same autocast block. Other threads (a DataLoader that pins

@@ -28,12 +28,13 @@ class FiniteGuard:
         self.late: tuple[Tensor, Any, Any] | None = None  # the last step's flag on its way to the host
 
     def see(self, loss: Tensor) -> None:
-        """Of every batch of a step."""
+        """Look at the loss of one batch; called for every batch of a step."""
         self.bad = torch.maximum(self.bad, (~loss.detach().isfinite()).to(self.bad.dtype))
 
     def step(self, norm: Tensor | float | None, optimizer: Any, what: Any) -> Any:
-        """Before the optimizer's step. what: describes the step. Returns the description of a step that was bad: this
-        one, whose gradients the caller must clear, or the one before, which the optimizer has left out; else None."""
+        """Decide about a step before the optimizer takes it. what: describes the step. Returns the description of a
+        step that was bad: this one, whose gradients the caller must clear, or the one before, which the optimizer has
+        left out; else None."""
         bad, self.bad = self.bad, torch.zeros_like(self.bad)
         norm = torch.as_tensor(0.0 if norm is None else norm, device=self.device)  # DeepSpeed may know none
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -50,7 +50,8 @@ EVERY = 2**31  # more micro-batches than any step has
 
 @dataclass
 class CachedStep:
-    """What one step did. loss: 0-d, of the batch and of the micro-batches, before ``scale``. metrics: summed.
+    """What one step did, for the trainer's log. loss: 0-d, of the batch and of the micro-batches, before ``scale``.
+    metrics: summed.
 
     kept: micro-batches encoded once; encoded: forwards run, the re-encoded and the idle ones included.
     """
@@ -74,7 +75,7 @@ class _Slot:
 
 @dataclass
 class FirstPass:
-    """State between the passes: micro-batches, cached gradients by name, the batch's loss (0-d, detached)."""
+    """What is kept between the passes: micro-batches, cached gradients by name, the batch's loss (0-d, detached)."""
 
     encode: Encoder
     slots: list[_Slot]
@@ -84,7 +85,7 @@ class FirstPass:
 
 
 class GradCache:
-    """The two passes, for any encoder function.
+    """Runs the two passes of the gradient cache, for any encoder function.
 
         cache = GradCache(encode, lambda rows: my_contrastive_loss(rows["query"], rows["target"]))
         for batch in batches:
@@ -128,7 +129,7 @@ class GradCache:
         scale: float = 1.0,
         synchronise: bool = True,
     ) -> CachedStep:
-        """Both passes: adds the gradients of ``scale`` x (loss + sum of the encoder's losses) into ``.grad``.
+        """Run both passes: adds the gradients of ``scale`` x (loss + sum of the encoder's losses) into ``.grad``.
 
         encode, loss: of this batch, in place of those given at construction. scale: 1 / accumulation steps.
         synchronise: False for all but the last batch of an accumulated step. Raises ValueError for no micro-batch, or
@@ -145,7 +146,8 @@ class GradCache:
         loss: BatchLoss | None = None,
         scale: float = 1.0,
     ) -> FirstPass:
-        """Embeddings of every micro-batch, the loss over all of them, and its gradients."""
+        """Encode every micro-batch, compute the loss over all of them, and its gradients with respect to the
+        embeddings."""
         encode, loss = encode or self.encode, loss or self.loss
         if encode is None:
             raise ValueError("encode is None; expected an encoder, here or at construction")
@@ -170,7 +172,7 @@ class GradCache:
         return FirstPass(encode, slots, {name: list(g.split(counts)) for name, g in gradients.items()}, value, scale)
 
     def second_pass(self, first: FirstPass, *, upstream: Tensor | None = None, synchronise: bool = True) -> CachedStep:
-        """One backward per micro-batch, gradients exchanged in the last.
+        """Run one backward per micro-batch, gradients exchanged in the last.
 
         From the last micro-batch to the first: the kept graphs go first, which frees them, and gradients add up in the
         same order however many were kept, so that the budget changes no bit of them. upstream: 0-d, multiplies every
@@ -310,7 +312,7 @@ def _restore(states: tuple[torch.Tensor, Any]) -> None:
 
 
 class GraphBytes:
-    """Filled when the block of ``measured_graph`` ends."""
+    """The measurement of ``measured_graph``, filled when its block ends."""
 
     value: int = 0
 

@@ -28,7 +28,7 @@ _VISUAL = (("image", "pixel_values", 1), ("video", "pixel_values_videos", 2))
 
 
 def plan_micro_batches(lengths: Sequence[int], max_tokens: int | None, *, neighbours: bool = False) -> list[list[int]]:
-    """Sequences grouped so that a group's tokens add up to at most ``max_tokens`` (None: one group).
+    """Group sequences so that a group's tokens add up to at most ``max_tokens`` (None: one group).
 
     Longest first, so that similar lengths come together and running out of memory shows at once; with ``neighbours``
     in the batch's own order, so that a group is a run of it. The groups are as few as the order allows, their indices
@@ -69,7 +69,7 @@ class PackedBatch:
                 self.visual[kind] = _Visual.of(batch, kind, pixels, code, self.starts, merge_size)
 
     def take(self, sequences: Sequence[int]) -> Batch:
-        """The packed batch of these sequences, in this order: views of this one where they lie side by side.
+        """Take these sequences, in this order, as a packed batch: views of this one where they lie side by side.
 
         Entries it does not know about are left out; those that index rows are shifted, -1 stays -1.
         """
@@ -198,7 +198,7 @@ def _cut(tensor: Tensor, runs: Runs, dim: int = 0) -> Tensor:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors of a packed batch to the device; host lists stay."""
+    """Move the tensors of a packed batch to the device; host lists stay."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -222,7 +222,7 @@ class Part:
 
 
 class PackedEncoder:
-    """``encode`` and micro-batches for ``GradCache``, of one packed batch.
+    """Encodes the micro-batches of one packed batch for ``GradCache``.
 
         encoder = PackedEncoder(model, batch, max_tokens=16384)
         cache.step(encoder.parts, encode=encoder, loss=lambda rows: my_loss(encoder.in_order(rows)))
@@ -283,10 +283,10 @@ class PackedEncoder:
         return Encoded(embeddings, out.loss, found)
 
     def in_order(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Embeddings as ``GradCache`` concatenates them, back in the order of the batch's sequences."""
+        """Put embeddings, as ``GradCache`` concatenates them, back in the order of the batch's sequences."""
         return {name: x.index_select(0, self._places) for name, x in rows.items()}
 
 
 def part_tokens(part: Part) -> float:
-    """``GradCache``'s cost of a part."""
+    """The cost of a part to ``GradCache``: its tokens."""
     return float(part.tokens)

@@ -40,7 +40,7 @@ _PROMPT_KEYS = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn; the fields are the arguments of ``generate_rollouts``."""
+    """How rollouts are drawn; the fields are the arguments of ``generate_rollouts``."""
 
     gen_id: int
     max_new_tokens: int
@@ -127,7 +127,7 @@ def generate_rollouts(
 
 
 def buffer_for(policy: nn.Module, prompts: dict[str, Any], group_size: int, cap: int, pad_id: int) -> RolloutBuffer:
-    """A new buffer for G rollouts of each prompt, of at most ``cap`` tokens."""
+    """Make a new buffer for G rollouts of each prompt, of at most ``cap`` tokens."""
     return RolloutBuffer.make(
         prompts=len(prompts["lengths"]),
         group_size=group_size,
@@ -284,7 +284,8 @@ class RolloutBackend(Protocol):
     """Generates responses with the policy's current weights."""
 
     def refresh(self, policy: nn.Module) -> None:
-        """The policy's weights are whole on this rank and may have changed since the last call."""
+        """Tell the backend that the policy's weights are whole on this rank and may have changed
+        since the last call."""
 
     def generate(
         self,
@@ -294,7 +295,8 @@ class RolloutBackend(Protocol):
         sampling: Sampling,
         out: RolloutBuffer | None = None,
     ) -> RolloutBuffer:
-        """G responses to each of the B prompts: ``sides`` and the packed batch ``prompts`` of the same prompts.
+        """Generate G responses to each of the B prompts: ``sides`` and the packed batch ``prompts`` of the same
+        prompts.
 
         Tokens, lengths, logp and finished will do, in tensors of its own or written into ``out``, a buffer for them.
         """
@@ -314,7 +316,7 @@ class LocalBackend:
         self.at_once, self.options = at_once, {"decode": decode, "check_every": check_every}
 
     def refresh(self, policy: nn.Module) -> None:
-        """Nothing to do: the policy is the sampler."""
+        """Do nothing: the policy is the sampler."""
 
     def generate(
         self,
@@ -324,8 +326,8 @@ class LocalBackend:
         sampling: Sampling,
         out: RolloutBuffer | None = None,
     ) -> RolloutBuffer:
-        """See ``RolloutBackend``; a prompt's G rollouts are never decoded apart. ``out`` gets ``gen_states``, too,
-        and ``disc_states`` where the prompts have a ``disc_index``."""
+        """Generate as ``RolloutBackend`` says; a prompt's G rollouts are never decoded apart. ``out`` gets
+        ``gen_states``, too, and ``disc_states`` where the prompts have a ``disc_index``."""
         options = vars(sampling) | self.options
         count, group = len(prompts["lengths"]), sampling.group_size
         step = count if self.at_once is None else max(1, self.at_once // group)

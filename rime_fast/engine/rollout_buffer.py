@@ -26,8 +26,8 @@ _LATER: Any = None  # filled by a later station
 
 @dataclass
 class RolloutBuffer:
-    """B prompts with G rollouts each, N = B * G rows; row b * G + g is the g-th of prompt b. R: the longest there can
-    be. ``make`` allocates every field, ``clear`` gives the values in brackets; a rollout backend that makes its own
+    """The rollouts of B prompts, G each, N = B * G rows; row b * G + g is the g-th of prompt b. R: the longest there
+    can be. ``make`` allocates every field, ``clear`` gives the values in brackets; a rollout backend that makes its own
     tensors gives the first four.
 
     From decoding:
@@ -65,7 +65,7 @@ class RolloutBuffer:
     def make(
         cls, *, prompts: int, group_size: int, max_tokens: int, hidden: int, device: torch.device | str, pad_id: int = 0
     ) -> RolloutBuffer:
-        """A cleared buffer. Raises ValueError for a count below 1."""
+        """Make a cleared buffer. Raises ValueError for a count below 1."""
         for name, count in (("prompts", prompts), ("group_size", group_size), ("max_tokens", max_tokens)):
             if count < 1:
                 raise ValueError(f"{name} is {count}; expected at least 1")
@@ -108,7 +108,7 @@ class RolloutBuffer:
         return self
 
     def part(self, first: int, count: int) -> RolloutBuffer:
-        """Prompts ``first`` to ``first + count`` as a buffer over the same memory."""
+        """Give prompts ``first`` to ``first + count`` as a buffer over the same memory."""
         if first < 0 or count < 1 or first + count > self.prompts:
             raise ValueError(f"prompts {first} to {first + count} of a buffer of {self.prompts}; expected some of them")
         rows = slice(first * self.group_size, (first + count) * self.group_size)
@@ -119,7 +119,7 @@ class RolloutBuffer:
         return RolloutBuffer(group_size=self.group_size, pad_id=self.pad_id, **cut)
 
     def trimmed(self, longest: int, *, disc: bool) -> RolloutBuffer:
-        """The same memory up to ``longest`` tokens a rollout; without ``disc`` it has no disc_states."""
+        """Give the same memory up to ``longest`` tokens a rollout; without ``disc`` it has no disc_states."""
         kept: dict[str, Any] = {
             name: x[:, :longest] if name in _PER_TOKEN else x for name, x in self._tensors().items()
         }
@@ -140,7 +140,7 @@ class RolloutBuffer:
         return self
 
     def keep_logp(self, rows: slice, logp: Tensor, reference: Tensor | None) -> None:
-        """What the first update found for these rollouts, for later ones; logp, reference [n, longest]."""
+        """Keep for later updates what the first found for these rollouts; logp, reference [n, longest]."""
         self.old_logp[rows, : logp.shape[1]] = logp
         if reference is not None:
             self.ref_logp[rows, : logp.shape[1]] = reference
@@ -160,18 +160,19 @@ class RolloutBuffer:
         return [tokens[:length] for length, *tokens in table]
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
-        """(g [N, D], d [B, D]): fp32 unit rows of the states that decoding left at ``<gen_emb>`` and ``<disc_emb>``."""
+        """Make the embeddings of the rollouts, (g [N, D], d [B, D]): fp32 unit rows of the states that decoding left at
+        ``<gen_emb>`` and ``<disc_emb>``."""
         return F.normalize(self.gen_states, dim=1), F.normalize(self.disc_states, dim=1)
 
     def save(self, path: str | Path) -> None:
-        """All tensors but ``format_ok`` as safetensors; the folder is made."""
+        """Write all tensors but ``format_ok`` as safetensors; the folder is made."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
         save_file(tensors, path, {"group_size": str(self.group_size), "pad_id": str(self.pad_id)})
 
     def load(self, path: str | Path) -> RolloutBuffer:
-        """Read a saved buffer of the same shape into this one, in place; returns it. Raises ValueError naming what
-        does not fit."""
+        """Read a saved buffer of the same shape into this one, in place; returns it. Raises ValueError naming what does
+        not fit."""
         with safe_open(path, "pt") as file:
             known = file.metadata() or {}
             for name in ("group_size", "pad_id"):
@@ -187,7 +188,7 @@ class RolloutBuffer:
 
     @classmethod
     def from_file(cls, path: str | Path, device: torch.device | str) -> RolloutBuffer:
-        """A saved buffer, of whatever shape it has."""
+        """Read a saved buffer, of whatever shape it has."""
         with safe_open(path, "pt") as file:
             known = file.metadata() or {}
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -17,7 +17,8 @@ def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
 
 
 def filter_logits(logits: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """-inf outside the ``top_k`` largest, then outside the smallest set of probability ``top_p``; logits [N, V].
+    """Narrow logits [N, V] to what may be drawn: -inf outside the ``top_k`` largest, then outside the smallest set of
+    probability ``top_p``.
 
     The order and the rules of transformers' warpers: ties at the k-th value stay in, and the token that carries the
     sum across ``top_p`` stays in.
@@ -37,7 +38,7 @@ def filter_logits(logits: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
 def draw_tokens(
     logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator | None
 ) -> Tensor:
-    """One token for each row of ``logits`` [N, V] -> [N] int64; temperature 0 takes the largest logit.
+    """Draw one token for each row of ``logits`` [N, V] -> [N] int64; temperature 0 takes the largest logit.
 
     Neither way waits for the device, as ``torch.multinomial`` may: on the CPU one uniform number a row meets the
     cumulative sum (fp64), elsewhere the tokens race.
@@ -84,7 +85,7 @@ class LoopGuard:
         self.enough = torch.arange(1, self.PERIODS + 1).mul(limit - 1).to(device, non_blocking=True)
 
     def looping(self, token: Tensor) -> Tensor:
-        """Take in one more token a row, [N] int64; which rows are in a loop now, [N] bool."""
+        """Take in one more token a row, [N] int64, and say which rows are in a loop now, [N] bool."""
         self.agree = torch.where(self.recent == token[:, None], self.agree + 1, 0)
         self.recent = torch.cat([token[:, None], self.recent[:, :-1]], dim=1)
         return (self.agree >= self.enough).any(dim=1)
@@ -95,7 +96,7 @@ class LoopGuard:
 
 
 def cut_loops(tokens: Tensor, lengths: Tensor, limit: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Whole responses [N, R] cut where ``LoopGuard`` would have ended them; (tokens, lengths [N]), padded anew."""
+    """Cut whole responses [N, R] where ``LoopGuard`` would have ended them; (tokens, lengths [N]), padded anew."""
     if limit == 0:
         return tokens, lengths
     guard, ends = LoopGuard(len(tokens), limit, tokens.device), lengths

@@ -56,7 +56,8 @@ class VllmBackend:
         sampling: Sampling,
         out: RolloutBuffer | None = None,
     ) -> RolloutBuffer:
-        """See ``RolloutBackend``. Raises ValueError for a side with a video, which is not passed on to vLLM."""
+        """Generate as ``RolloutBackend`` says. Raises ValueError for a side with a video, which is not passed on to
+        vLLM."""
         stops = sampling.stop_ids
         if stops is None:
             ends = dual_mode_of(policy).generation_config.eos_token_id
@@ -96,7 +97,7 @@ class VllmBackend:
 
 
 def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter as the stock checkpoint names it; an adapter's weights come merged in.
+    """Give (name, tensor) of every parameter as the stock checkpoint names it; an adapter's weights come merged in.
 
     The policy's parameters must be whole (gathered).
     """

@@ -61,7 +61,7 @@ def vision_tower(model: nn.Module) -> nn.Module:
 
 
 class GradSync:
-    """One process: nothing travels. Base of the others.
+    """How gradients travel on one process: not at all. Base of the others.
 
     model: the wrapped model (DDP, FSDP2, DeepSpeed engine). backward: runs one backward of a scalar, in place of
     ``loss.backward()`` (a gradient scaler). group: the ranks that share the batch; None: the default group.
@@ -77,18 +77,18 @@ class GradSync:
         return () if self.model is None else self.model.parameters()
 
     def begin(self) -> None:
-        """Before the first forward of a step."""
+        """Called before the first forward of a step."""
 
     def local(self) -> AbstractContextManager[Any]:
-        """Around every forward of the step."""
+        """Stand around every forward of the step."""
         return nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """The backward of one micro-batch; with ``last`` the gradients of the whole step are exchanged."""
+        """Run the backward of one micro-batch; with ``last`` the gradients of the whole step are exchanged."""
         self.run_backward(loss)
 
     def agree(self, count: int, kept: int) -> tuple[int, int]:
-        """The largest count and the smallest kept of all ranks: one small all-reduce, read on the host.
+        """Agree on the largest count and the smallest kept of all ranks: one small all-reduce, read on the host.
 
         Ranks that gather parameters in every forward have to run the same sequence of forwards and backwards.
         """
@@ -102,7 +102,7 @@ class GradSync:
 
 
 class DDPSync(GradSync):
-    """DistributedDataParallel: every forward runs unsynchronised, then the last backward is armed.
+    """Under DistributedDataParallel every forward runs unsynchronised, then the last backward is armed.
 
     Not by running the last forward outside of ``no_sync``: other backwards lie between that forward and its own
     backward when its graph was kept, and each would fire the reducer. Arming the reducer for a graph made earlier is
@@ -118,8 +118,9 @@ class DDPSync(GradSync):
         super().__init__(model, **options)
 
     def begin(self) -> None:
-        """What DDP's forwards exchange, here: they do so in an order that depends on whether the first has a graph,
-        and a rank may keep all its graphs, or have one micro-batch, while another's first forward has none."""
+        """Exchange here what DDP's forwards would exchange: they do so in an order that depends on whether the first
+        has a graph, and a rank may keep all its graphs, or have one micro-batch, while another's first forward has
+        none."""
         model: Any = self.model
         model.reducer._rebuild_buckets()
         if model.will_sync_module_buffers():
@@ -142,7 +143,7 @@ class DDPSync(GradSync):
 
 
 class FSDPSync(GradSync):
-    """FSDP2 (``fully_shard``): gradients add up unsharded until the last backward reduces them.
+    """Under FSDP2 (``fully_shard``) gradients add up unsharded until the last backward reduces them.
 
     That takes the memory of one full gradient; ``every=True`` reduces with every micro-batch instead.
     """
@@ -162,7 +163,7 @@ class FSDPSync(GradSync):
 
 
 class DeepSpeedSync(GradSync):
-    """A DeepSpeed engine: the accumulation boundary is the last backward. The caller runs ``engine.step()`` after it.
+    """In a DeepSpeed engine the accumulation boundary is the last backward. The caller runs ``engine.step()`` after it.
 
     last: runs the last backward in place of ``engine.backward`` (accelerate's also takes the optimizer step).
     """
@@ -217,7 +218,8 @@ def is_gathered(model: nn.Module) -> bool:
 
 @contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """All parameters of ``model`` on every rank inside this block, without a collective call in its forwards.
+    """Make all parameters of ``model`` whole on every rank inside this block, without a collective call in its
+    forwards.
 
     model: as it is, in DDP or in ZeRO-1 and 2 (nothing to do), in DeepSpeed ZeRO-3, or sharded by FSDP2's
     ``fully_shard``; wrapped or unwrapped. Every rank must enter and leave, in step; inside they may differ: call the

@@ -174,7 +174,7 @@ class RimeEmbedder:
 
     @property
     def width(self) -> int:
-        """Numbers of an embedding."""
+        """How many numbers an embedding has."""
         return dual_mode_of(self.model).config.get_text_config().hidden_size
 
     def check_widths(self, widths: Iterable[int]) -> None:
@@ -200,7 +200,8 @@ class RimeEmbedder:
         return_rewrites: bool = False,
         progress: Progress | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[str]]:
-        """[N, D] fp32 unit rows on the CPU; with ``return_rewrites`` (mode "gen" only) the N rewrites too.
+        """Embed items as [N, D] fp32 unit rows on the CPU; with ``return_rewrites`` (mode "gen" only) the N rewrites
+        come too.
 
         items: one item, which makes one row, or a sequence of them. An item is str (text), PIL image or [H, W, 3]
         uint8 array, dict (text, image | images, video: list of frames) or ``Side``. progress: called with (items done,
@@ -217,14 +218,15 @@ class RimeEmbedder:
     def encode_both(
         self, items: Items, *, progress: Progress | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """(disc [N, D], gen [N, D], rewrites) from one prefill: ``<disc_emb>`` stands in the prompt of the rewrite."""
+        """Embed items in both modes from one prefill, (disc [N, D], gen [N, D], rewrites): ``<disc_emb>`` stands in the
+        prompt of the rewrite."""
         encoded = self.encode_items(items, "both", progress=progress)
         assert encoded.disc is not None
         return encoded.disc, encoded.embeddings, encoded.rewrites or []
 
     @torch.no_grad()
     def encode_items(self, items: Items, mode: str, *, progress: Progress | None = None) -> Encoded:
-        """As ``encode``, with everything that was counted on the way.
+        """Embed as ``encode`` does, and return everything that was counted on the way.
 
         mode: "disc", "gen", "latent", or "both": as gen, with the disc embeddings of the same prefill in ``disc``.
         """
@@ -330,7 +332,7 @@ class _Row:
 
 
 def as_items(items: Items) -> Iterable[Item]:
-    """The items of an argument that is one item or several. Raises TypeError for what is neither."""
+    """Read an argument that is one item or several as a list of items. Raises TypeError for what is neither."""
     if isinstance(items, (str, Image.Image, dict, Side)) or (isinstance(items, np.ndarray) and items.ndim in (2, 3)):
         return [items]
     # sets have no order, and what has columns (a data frame) would give their names
@@ -342,7 +344,7 @@ def as_items(items: Items) -> Iterable[Item]:
 
 
 def as_side(item: Item, where: str = "item") -> Side:
-    """Any accepted item as a Side. Raises ValueError or TypeError naming ``where``."""
+    """Read any accepted item as a Side. Raises ValueError or TypeError naming ``where``."""
     if isinstance(item, Side):
         return item
     if isinstance(item, str):

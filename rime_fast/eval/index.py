@@ -53,7 +53,8 @@ class EmbeddingIndex:
         return len(self.rows)
 
     def search(self, queries: torch.Tensor, k: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scores [n, k] fp32, rows [n, k] int64), best first, k at most N; equal scores: the lower row first.
+        """Find the nearest items of queries: (scores [n, k] fp32, rows [n, k] int64), best first, k at most N; equal
+        scores: the lower row first.
 
         queries: [n, D'], unit rows; wider ones are cut to the index's D and normalised again (Matryoshka). Raises
         ValueError for narrower ones.
@@ -78,7 +79,8 @@ class EmbeddingIndex:
         return best, places
 
     def margins(self, queries: torch.Tensor) -> torch.Tensor:
-        """[n] fp32: the first place's score less the second's; infinite where the index has one row only."""
+        """Say how sure the first place is, [n] fp32: its score less the second's; infinite where the index has one row
+        only."""
         scores, _ = self.search(queries, 2)
         return scores[:, 0] - scores[:, 1] if scores.shape[1] > 1 else scores.new_full((len(scores),), torch.inf)
 
@@ -114,7 +116,8 @@ class EmbeddingIndex:
 
 
 def truncated(rows: torch.Tensor, dims: int | None) -> torch.Tensor:
-    """The first ``dims`` columns, normalised again (Matryoshka); None: as they are. ValueError for too many."""
+    """Cut embeddings to their first ``dims`` columns, normalised again (Matryoshka); None: as they are. ValueError for
+    too many."""
     if dims is None or dims == rows.shape[1]:
         return rows
     if not 1 <= dims < rows.shape[1]:

@@ -76,7 +76,8 @@ def ndcg_at_k(ranking: Ranking, k: int = 10, *, exponential: bool = False) -> fl
 
 
 def summary(ranking: Ranking, hits: Sequence[int] = (1, 5, 10), ndcg: Sequence[int] = (5, 10)) -> dict[str, float]:
-    """The usual set by name: ``hit@k``, ``mrr``, ``ndcg@k``, and ``recall@k`` when some query has several relevant."""
+    """The usual set of metrics by name: ``hit@k``, ``mrr``, ``ndcg@k``, and ``recall@k`` when some query has several
+    relevant."""
     values = {f"hit@{k}": hit_at_k(ranking, k) for k in hits}
     values["mrr"] = mean_reciprocal_rank(ranking)
     values |= {f"ndcg@{k}": ndcg_at_k(ranking, k) for k in ndcg}
@@ -86,7 +87,7 @@ def summary(ranking: Ranking, hits: Sequence[int] = (1, 5, 10), ndcg: Sequence[i
 
 
 def per_query(ranking: Ranking, name: str) -> torch.Tensor:
-    """[N] float64: the metric ``name`` of each query.
+    """The metric ``name`` of each query by itself, [N] float64.
 
     Names: "mrr", or one of hit, recall, precision, f1, map, mrr, ndcg, ndcg_linear (the same), ndcg_exponential with
     "@k". Raises ValueError for another.

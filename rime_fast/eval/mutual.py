@@ -28,7 +28,8 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: ``metrics`` (hit@1, hit@5, hit@10, mrr, ndcg@5, ndcg@10; see metrics.py) and the ranking behind it."""
+    """One cell of the table: ``metrics`` (hit@1, hit@5, hit@10, mrr, ndcg@5, ndcg@10; see metrics.py) and the ranking
+    behind it."""
 
     metrics: dict[str, float]
     ranking: Ranking
@@ -43,7 +44,7 @@ def mutual_table(
     lists: Sequence[Sequence[int]] | None = None,
     top_k: int = 0,
 ) -> dict[str, Cell]:
-    """Every pairing of the given modes, by name "<query mode>-<target mode>".
+    """Score every pairing of the given modes, by name "<query mode>-<target mode>".
 
     queries: mode -> [N, D], candidates: mode -> [M, D], unit norm; the rest as for ``rank_candidates``.
     """
@@ -77,11 +78,11 @@ class MutualResult:
     dims: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def hit_at_1(self) -> dict[str, float]:
-        """{"disc-disc": hit@1, ...}."""
+        """The table's hit@1 by pairing: {"disc-disc": ..., ...}."""
         return {name: cell.metrics["hit@1"] for name, cell in self.cells.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings: the ``mutual`` entry of a report (see report.py)."""
+        """The result as plain numbers and strings: the ``mutual`` entry of a report (see report.py)."""
         cells = {}
         for name, cell in self.cells.items():
             query, target = name.split("-")

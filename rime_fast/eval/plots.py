@@ -35,7 +35,7 @@ class Panel:
 
 
 def line_panels(panels: Sequence[Panel], narrow: bool = False) -> str:
-    """All panels, two a row; with ``narrow`` one, for a telephone's width."""
+    """Draw all panels, two a row; with ``narrow`` one, for a telephone's width."""
     columns = 1 if narrow else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = _figure(5.2 * columns, 3.3 * rows)
@@ -64,7 +64,8 @@ def line_panels(panels: Sequence[Panel], narrow: bool = False) -> str:
 def mutual_heat_maps(
     phases: Mapping[str, Mapping[str, Mapping[str, float]]], narrow: bool = False, metric: str = "hit@1"
 ) -> str:
-    """One map a phase (label -> cells), all on one colour scale from 0 to 1; with ``narrow`` one below the other."""
+    """Draw one map a phase (label -> cells), all on one colour scale from 0 to 1; with ``narrow``
+    one below the other."""
     rows, columns = (len(phases), 1) if narrow else (1, len(phases))
     figure = _figure(2.9 * columns + 0.5, 2.9 * rows)
     for place, (label, cells) in enumerate(phases.items(), 1):
@@ -89,7 +90,7 @@ def mutual_heat_maps(
 
 
 def accuracy_against_tokens(points: Sequence[Mapping[str, Any]], narrow: bool = False, metric: str = "hit@1") -> str:
-    """points: {"label", "group", "tokens", "accuracy", "cell"?}; one colour a group, one marker a cell."""
+    """Draw points {"label", "group", "tokens", "accuracy", "cell"?}: one colour a group, one marker a cell."""
     figure = _figure(*((4.6, 4.9) if narrow else (7.6, 3.9)))
     axes = figure.add_subplot()
     _style(axes, "", "decoded tokens, query and target together (mean)", metric)
@@ -114,7 +115,7 @@ def accuracy_against_tokens(points: Sequence[Mapping[str, Any]], narrow: bool = 
 
 
 def group_bars(groups: Mapping[str, Mapping[str, float]]) -> str:
-    """Horizontal bars: group -> series -> score from 0 to 1; one colour a series, the first group on top."""
+    """Draw horizontal bars, group -> series -> score from 0 to 1: one colour a series, the first group on top."""
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     height = 0.8 / max(1, len(series))
     figure = _figure(6.0, 1.2 + len(groups) * max(0.3, 0.17 * len(series)))

@@ -51,7 +51,7 @@ class Ranking:
 
     @property
     def best(self) -> torch.Tensor:
-        """[N] int64: the rank of each query's best-placed relevant candidate."""
+        """The rank of each query's best-placed relevant candidate, [N] int64."""
         return torch.where(self.ranks > 0, self.ranks, NEVER).amin(dim=1)
 
 

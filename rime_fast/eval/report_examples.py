@@ -11,7 +11,7 @@ BEFORE_AFTER = 4  # queries whose rewrites before and after stand on the first s
 
 
 def examples_html(phases: list[Mapping[str, Any]]) -> str:
-    """Cards of the last phase that kept examples."""
+    """Write the cards of the last phase that kept examples."""
     for phase in reversed(phases):
         examples = (phase.get("mutual") or {}).get("examples") or []
         if examples:
@@ -26,7 +26,8 @@ def examples_html(phases: list[Mapping[str, Any]]) -> str:
 
 
 def before_and_after_html(phases: list[Mapping[str, Any]]) -> str:
-    """What the first and the last measured phase rewrote the same queries to; empty where only one was measured."""
+    """Show what the first and the last measured phase rewrote the same queries to; empty where only
+    one was measured."""
     kept = [phase for phase in phases if (phase.get("mutual") or {}).get("examples")]
     if len(kept) < 2:
         return ""

@@ -29,7 +29,7 @@ CHUNK = 256  # items given to the embedder at a time; it makes its own batches o
 
 
 class RimeMtebEncoder(AbsEncoder):
-    """mteb's encoder protocol over a RimeEmbedder.
+    """A RimeEmbedder behind mteb's encoder protocol.
 
     mode: "disc", "gen" or "latent". name: as "owner/model", for mteb's result files; the mode is added to it.
     instructions: whether mteb's task prompt goes in front of queries and of items of tasks without documents; documents
@@ -75,7 +75,7 @@ class RimeMtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """[N, D] fp32 unit rows of mteb's loader ``inputs``, whose batch size does not matter."""
+        """Embed mteb's loader ``inputs`` as [N, D] fp32 unit rows; its batch size does not matter."""
         if "video" in getattr(inputs.dataset, "features", {}):
             from mteb.models.modality_collators import FramesCollator
 

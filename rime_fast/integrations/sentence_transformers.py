@@ -27,7 +27,7 @@ Range = tuple[int, int, int]  # column, begin, end
 
 
 class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
-    """In place of ``CachedMultipleNegativesRankingLoss``: the same arguments, loss and gradients.
+    """A loss to use in place of ``CachedMultipleNegativesRankingLoss``: the same arguments, loss and gradients.
 
     The mini-batches run through ``GradCache``: the last one is encoded once, and so are as many others as
     ``keep_bytes`` of graphs allow; under DDP gradients are exchanged once a step. The similarities run through
@@ -53,7 +53,8 @@ class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
         self._cache = GradCache(keep_bytes=keep_bytes, cost=lambda part: float(part[2] - part[1]))
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss, 0-d; its ``backward`` runs the second pass. labels: unused, the positive is the diagonal."""
+        """Compute the loss, 0-d; its ``backward`` runs the second pass. labels: unused, the
+        positive is the diagonal."""
         features = list(sentence_features)
         if len(features) < 2:
             raise ValueError(f"sentence_features has {len(features)} columns; expected anchors and candidates")
@@ -90,7 +91,7 @@ class FusedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of anchors, positives and each column of negatives, given in parts; as in their class.
+        """Compute the loss of anchors, positives and each column of negatives, given in parts; as in their class.
 
         with_backward: run its backward, and return the loss detached. What decorates this method (MatryoshkaLoss) or
         overrides it takes effect.

@@ -47,7 +47,8 @@ def resolve_attention(requested: str | None) -> str:
 
 
 class DualModeModel:
-    """Mixin and factory; see ``from_pretrained``, ``from_model``, ``from_config`` and ``forward``."""
+    """A Qwen-VL model whose one causal pass gives both embeddings and token scores: mixin and factory; see
+    ``from_pretrained``, ``from_model``, ``from_config`` and ``forward``."""
 
     config: Any
     model: Any
@@ -121,19 +122,19 @@ class DualModeModel:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: the weights are the stock class's. transformers applies its renamings of old checkpoints (Qwen2-VL's
+        """Say that the weights are the stock class's. transformers applies its renamings of old checkpoints (Qwen2-VL's
         and Qwen2.5-VL's `model.layers...`) to its own classes only, and would leave these at random values."""
         return False
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers': under the published names, which every loader reads (stock ``AutoModel`` among them),
-        whatever names the weights came from and whatever wraps the model (FSDP2 changes its class's name)."""
+        """Save as transformers' does: under the published names, which every loader reads (stock ``AutoModel`` among
+        them), whatever names the weights came from and whatever wraps the model (FSDP2 changes its class's name)."""
         stock = dual_mode_class(self.config).__name__
         self._weight_conversions = get_checkpoint_conversion_mapping(stock) or []
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As torch's, and the published names are taken too: transformers' Trainer resumes by it."""
+        """Load as torch's does, and take the published names too: transformers' Trainer resumes by it."""
         named = {_module_name(name): value for name, value in state_dict.items()}
         table, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
         if table in named and self.lm_head.weight is self.model.get_input_embeddings().weight:
@@ -143,7 +144,8 @@ class DualModeModel:
         return super().load_state_dict(named, *args, **kwargs)  # type: ignore[misc]
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
-        """As transformers', which puts a plain linear layer in place when it resizes an untied table."""
+        """Set the head as transformers' does, which puts a plain linear layer in place when it
+        resizes an untied table."""
         super().set_output_embeddings(new_embeddings)  # type: ignore[misc]
         make_scoring(self.lm_head)
 
@@ -170,7 +172,7 @@ class DualModeModel:
         layout: AttentionLayout | None = None,
         vision_cache: VisionCache | None = None,
     ) -> Tensor:
-        """Last hidden states (after the final norm) of a packed batch, [T, H].
+        """Compute the last hidden states (after the final norm) of a packed batch, [T, H].
 
         Sequence i of ``lengths`` (host integers) sees itself only, unless a ``layout`` says otherwise (that needs
         packed SDPA). ``mm_token_type_ids`` [T] tells image (1) and video (2) placeholders from text (0); without it
@@ -295,7 +297,8 @@ class DualModeModel:
         logprob_backend: str = "auto",
         **kwargs: Any,
     ) -> Any:
-        """Scores and embeddings of a packed batch in one causal pass; without ``lengths``, transformers' own forward.
+        """Compute scores and embeddings of a packed batch in one causal pass; without ``lengths``, transformers' own
+        forward.
 
         input_ids, lengths, position_ids and what an image or video needs: see ``encode_hidden``. targets [T]: the token
         to score at each row (-100: none); token_weight [T]: its weight in the loss. pools: name -> row [N], or rows

@@ -45,7 +45,7 @@ class Tower:
     causal: bool = False
 
     def forward(self, sizes: list[int]) -> float:
-        """FLOP of a forward over sequences of these many rows."""
+        """Count the FLOP of a forward over sequences of these many rows."""
         pairs = [n * (n + 1) / 2 if self.causal else float(n * n) for n in sizes]
         near = pairs if self.window is None else [float(n * min(n, self.window)) for n in sizes]
         full = self.layers if self.window is None else self.full
@@ -53,7 +53,7 @@ class Tower:
         return 2.0 * self.matrices * sum(sizes) + 4.0 * self.width * attention
 
     def backward(self, sizes: list[int], inputs: bool) -> float:
-        """FLOP of its backward. inputs: whether a gradient has to pass through it."""
+        """Count the FLOP of the backward. inputs: whether a gradient has to pass through it."""
         if not inputs and not self.trained:
             return 0.0
         through = 2 * self.forward(sizes) - 2.0 * self.matrices * sum(sizes)  # attention has two inputs to its products
@@ -85,7 +85,7 @@ class StepFlops:
         self.head, self.head_trained = _count(head), head.requires_grad
 
     def of(self, batch: Mapping[str, Any], again: float = 0.0, towers: str = "none") -> tuple[float, float]:
-        """(FLOP that a step needs, FLOP that it runs); from host numbers only.
+        """Count the FLOP of a step, (what it needs, what it runs); from host numbers only.
 
         again: share of the batch that is encoded twice (gradient cache). towers: see ``recomputed``. Every row of a
         response counts as scored by the head; a video's frames attend one by one.
@@ -107,7 +107,7 @@ class StepFlops:
 
 
 def recomputed(model: nn.Module) -> str:
-    """The towers whose activations are computed again in the backward (gradient checkpointing): "text", "vision",
+    """Say which towers' activations are computed again in the backward (gradient checkpointing): "text", "vision",
     "text, vision" or "none"."""
     base = _base(model)
     towers = {} if base is None else {"text": base.language_model, "vision": base.visual}

@@ -46,7 +46,7 @@ def score_rows(
     normalize: bool,
     backend: str,
 ) -> dict[str, Tensor]:
-    """Log-probabilities, loss and pooled embeddings of packed rows ``hidden`` [T, H] by ``rime_fast.ops``.
+    """Compute log-probabilities, loss and pooled embeddings of packed rows ``hidden`` [T, H] by ``rime_fast.ops``.
 
     A pool [N] is the row of each embedding, [N, K] the K rows beside each other whose mean it is. An index of -1 stands
     for a sequence without that token: its embedding is a zero row, without gradient.

@@ -34,7 +34,8 @@ _ROW_INDEX = ("disc_index", "gen_index", "latent_index")
 
 
 def with_latents(response: list[int], latent_ids: list[int]) -> list[int]:
-    """What follows a prompt: its rewrite, the latent tokens, the second copy (its last token is only predicted)."""
+    """Make what follows a prompt: its rewrite, the latent tokens, the second copy (its last token
+    is only predicted)."""
     return [*response, *latent_ids, *response[:-1]]
 
 
@@ -69,7 +70,7 @@ def own_targets(batch: dict[str, Any]) -> Tensor:
 
 
 def latent_batch(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """A packed batch with ``branches`` as ``DualModeModel.forward`` takes it, and where its rows went [T].
+    """Make a packed batch with ``branches`` as ``DualModeModel.forward`` takes it; and where its rows went [T].
 
     batch: as the collator makes it, sequences end to end, each prompt, rewrite, latent tokens, second copy; branches:
         N of ``Branches`` (host), rewrite and second copy may have no rows. Given back: the rows in the order of the

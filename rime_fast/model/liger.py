@@ -40,7 +40,7 @@ def apply_liger(model: Any) -> None:
 
 
 def install_liger(model: Any) -> None:
-    """``apply_liger`` without its checks."""
+    """Do what ``apply_liger`` does, without its checks."""
     from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
 
     text = model.model.language_model

@@ -40,7 +40,7 @@ class AttentionLayout(Protocol):
     def attention(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
     ) -> Tensor:
-        """query [N, heads, Q, D], key and value [N, kv heads, Q, D] of one layer -> [N, Q, heads, D]."""
+        """Attend in one layer: query [N, heads, Q, D], key and value [N, kv heads, Q, D] -> [N, Q, heads, D]."""
 
 
 class PackedLayout:
@@ -88,7 +88,7 @@ class PackedLayout:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, dropout: float = 0.0
     ) -> Tensor:
-        """Attention inside each sequence. query [T, heads, D], key and value [T, kv heads, D] -> [T, heads, D]."""
+        """Attend inside each sequence. query [T, heads, D], key and value [T, kv heads, D] -> [T, heads, D]."""
         if query.shape[0] != self.total:
             raise ValueError(f"query has {query.shape[0]} rows; expected {self.total}, the sum of lengths")
         if self.take is not None:
@@ -108,12 +108,13 @@ class PackedLayout:
     def attention(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
     ) -> Tensor:
-        """``attend`` on transformers' shapes with one packed row: [1, heads, T, D] -> [1, T, heads, D]."""
+        """Do what ``attend`` does, on transformers' shapes with one packed row: [1, heads, T, D] ->
+        [1, T, heads, D]."""
         rows = (x[0].transpose(0, 1) for x in (query, key, value))
         return self.attend(*rows, scale=scale, dropout=dropout)[None]
 
     def flash_kwargs(self) -> dict[str, Any]:
-        """The boundaries as transformers' flash-attention functions take them: no host synchronisation follows."""
+        """Give the boundaries as transformers' flash-attention functions take them: no host synchronisation follows."""
         bounds = torch.tensor((0, *self.lengths)).cumsum(0).to(self.device, torch.int32, non_blocking=True)
         return {
             "cu_seq_lens_q": bounds,
@@ -210,7 +211,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: the layout's own when one is passed down, plain SDPA otherwise.
+    """Serve transformers as its attention function: the layout's own when one is passed down, plain SDPA otherwise.
 
     query [N, heads, Q, D], key and value [N, kv heads, Q, D] -> [N, Q, heads, D]; packed rows have N = 1, Q = T.
     """

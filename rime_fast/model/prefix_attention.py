@@ -47,7 +47,8 @@ class PrefixBounds:
     def make(
         cls, prefix: Sequence[int], group: Sequence[int], own: Sequence[int], device: torch.device
     ) -> PrefixBounds:
-        """From the numbers of rows of each prompt, of each prompt's rollouts together, and of each rollout."""
+        """Make the bounds from the numbers of rows of each prompt, of each prompt's rollouts together, and of each
+        rollout."""
         host = [torch.tensor([0, *rows]).cumsum(0) for rows in (prefix, group, own)]
         on_device: list[Tensor | None] = [None, None, None]
         if device.type == "cuda":
@@ -56,7 +57,8 @@ class PrefixBounds:
 
 
 class PrefixAttention(torch.autograd.Function):
-    """query, key, value [rows, heads, D] of the rollouts and the prompts' keys and values -> [rows, heads, D].
+    """Attends from rollouts to their prompt and to themselves: query, key, value [rows, heads, D] of the rollouts and
+    the prompts' keys and values -> [rows, heads, D].
 
     Arguments: query, key, value, prompt_key, prompt_value (one dtype), bounds, scale.
     """

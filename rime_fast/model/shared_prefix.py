@@ -35,7 +35,7 @@ _VISUAL_KEYS = (
 
 
 class PrefixLayout:
-    """Prompts, then branches that see a prefix and themselves; an ``AttentionLayout`` for
+    """The layout of prompts, then branches that see a prefix and themselves; an ``AttentionLayout`` for
     ``DualModeModel.forward(layout=...)``.
 
     prompts [B]: rows of each prompt, causal by itself. groups: of each prompt the rows of its branches, which lie side
@@ -69,7 +69,7 @@ class PrefixLayout:
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
     ) -> Tensor:
-        """query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D]."""
+        """Attend in one layer: query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D]."""
         total = self.prefix_rows + self.branch_rows
         if query.shape[2] != total or query.shape[0] != 1:
             raise ValueError(f"query has shape {list(query.shape)}; expected [1, heads, {total}, D]")
@@ -149,7 +149,7 @@ class SharedPrefixLayout(PrefixLayout):
 
 
 def shared_prefix_batch(prompts: dict[str, Any], responses: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The batch of B packed prompts with G responses each, ready for ``DualModeModel.forward(**batch)``.
+    """Make the batch of B packed prompts with G responses each, ready for ``DualModeModel.forward(**batch)``.
 
     prompts: what the collator's ``collate_prompts`` gives (on any device; pixel values are passed on, not repeated).
     responses: B * G token lists, those of a prompt side by side, none empty.

@@ -87,7 +87,7 @@ def tiny_processor(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> RimeProcessor:
-    """``tokenizer`` and Qwen's image processor (PIL, no torchvision) with a small patch.
+    """Put ``tokenizer`` beside Qwen's image processor (PIL, no torchvision) with a small patch.
 
     Image sides are rounded to multiples of ``patch_size * merge_size``; areas are kept between ``min_pixels``
     (default: one merged patch) and ``max_pixels`` (default: 64 merged patches).

@@ -102,7 +102,7 @@ def _vision_tokens(config: Any, kind: str, grid: list[int]) -> Tensor:
 
 
 def rope_index(config: Any, tokens: Tensor, kinds: Tensor, grids: dict[str, list[list[int]]]) -> Tensor:
-    """M-RoPE positions [3, L] of one sequence by the family's own ``get_rope_index``."""
+    """Compute M-RoPE positions [3, L] of one sequence by the family's own ``get_rope_index``."""
     stock: Any = dual_mode_class(config).__mro__[2]
     model_class = stock.__init__.__globals__[stock.__name__.replace("ForConditionalGeneration", "Model")]
     shell = SimpleNamespace(config=config)

@@ -26,7 +26,7 @@ class EmbeddingTokens(NamedTuple):
 
 
 def embedding_token_ids(tokenizer: PreTrainedTokenizerBase) -> EmbeddingTokens:
-    """The ids of both tokens. Raises ValueError if the tokenizer lacks one."""
+    """Look up the ids of both tokens. Raises ValueError if the tokenizer lacks one."""
     vocab = tokenizer.get_vocab()
     missing = [token for token in _SOURCES if token not in vocab]
     if missing:
@@ -35,7 +35,8 @@ def embedding_token_ids(tokenizer: PreTrainedTokenizerBase) -> EmbeddingTokens:
 
 
 def latent_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of ``<latent_0>``, ``<latent_1>``, ..., as many as the tokenizer has; [] without latent rewrites."""
+    """Look up the ids of ``<latent_0>``, ``<latent_1>``, ..., as many as the tokenizer has; []
+    without latent rewrites."""
     vocab = tokenizer.get_vocab()
     ids: list[int] = []
     while (token := LATENT_TOKEN.format(len(ids))) in vocab:

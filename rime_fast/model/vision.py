@@ -97,7 +97,7 @@ def _geometry(
 def vision_features(
     tower: Any, pixels: Tensor, grids: Sequence[Sequence[int]], cache: VisionCache | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Features of all images and videos of a batch, and Qwen3-VL's deepstack features (else an empty list).
+    """Compute the features of all images and videos of a batch, and Qwen3-VL's deepstack features (else an empty list).
 
     pixels [patches, channels * patch volume]; grids: (t, h, w) in patches, on the host, in the order of ``pixels``.
     cache: of a frozen tower's features between two passes over these pixels (a trained tower ignores it).
@@ -125,7 +125,7 @@ def vision_features(
 
 
 def host_grids(host: Any, grids: Any) -> list[tuple[int, int, int]]:
-    """The grids (t, h, w) as host integers: those given as such, else read back from a tensor."""
+    """Give the grids (t, h, w) as host integers: those given as such, else read back from a tensor."""
     known = host if host is not None else grids
     if known is None:
         return []
@@ -135,7 +135,7 @@ def host_grids(host: Any, grids: Any) -> list[tuple[int, int, int]]:
 def visual_input(
     images: Tensor | None, image_grids: list[Any], videos: Tensor | None, video_grids: list[Any]
 ) -> tuple[Tensor | None, list[Any], int]:
-    """Images and videos as one input of the tower (one call on every rank, whatever its batch holds).
+    """Join images and videos as one input of the tower (one call on every rank, whatever its batch holds).
 
     Returns pixels, grids, and the number of image patches.
     """

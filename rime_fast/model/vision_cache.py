@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 
 class VisionCache:
-    """The place for one batch's trunk features: filled by the first forward that is given it, emptied by the second.
+    """Holds one batch's trunk features: filled by the first forward that is given it, emptied by the second.
 
     host: keep them in (pinned) host memory, off the accelerator. keep: do not empty it; every further forward over
     these pixels uses the features (Refine-RL: prefill, reference and policy), until the cache is dropped. The features
@@ -46,7 +46,7 @@ class VisionCache:
         self._held = features
 
     def take(self) -> list[Tensor]:
-        """The features, on the device they came from; the cache is empty afterwards unless it keeps them."""
+        """Give the features, on the device they came from; the cache is empty afterwards unless it keeps them."""
         if self._held is None:
             raise RuntimeError("the vision cache is empty; expected a forward that filled it")
         held = self._held
@@ -54,7 +54,7 @@ class VisionCache:
         return [x.to(self._device, non_blocking=True) for x in held]
 
     def part(self, patches: Sequence[tuple[int, int]]) -> VisionCache:
-        """A filled cache of some whole images and videos: of the given ranges of the rows of the pixels."""
+        """Make a filled cache of some whole images and videos: of the given ranges of the rows of the pixels."""
         if self._held is None:
             raise RuntimeError("the vision cache is empty; expected a forward that filled it")
         part = VisionCache(host=self.host, keep=self.keep)

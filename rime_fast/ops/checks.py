@@ -33,7 +33,7 @@ def check_tensor(
     dtypes: Iterable[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """``value`` is a tensor of this shape, one of these dtypes, on this device.
+    """Check that ``value`` is a tensor of this shape, one of these dtypes, on this device.
 
     shape: a number must match, a string stands for any size and only names it in the message, e.g. ("T", 64).
     Raises TypeError for something else than a tensor or a wrong dtype, ValueError for a wrong shape or device.
@@ -56,7 +56,8 @@ def check_tensor(
 
 
 def check_positive(name: str, value: object) -> None:
-    """``value`` is a finite number above zero, or a 0-d floating tensor (whose value ``require`` has to check)."""
+    """Check that ``value`` is a finite number above zero, or a 0-d floating tensor (whose value ``require`` has to
+    check)."""
     if isinstance(value, Tensor):
         check_tensor(name, value, shape=(), dtypes=FLOATS)
         return
@@ -67,7 +68,7 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """``value`` is a finite int or float."""
+    """Check that ``value`` is a finite int or float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not -math.inf < value < math.inf:
@@ -75,19 +76,19 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_int(name: str, value: object) -> None:
-    """``value`` is an int (and no bool)."""
+    """Check that ``value`` is an int (and no bool)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
-    """``value`` is a bool."""
+    """Check that ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {describe(value)}")
 
 
 def refuse_forward_ad(name: str, tensors: Iterable[object]) -> None:
-    """None of the tensors carries a tangent, which a fused kernel would silently drop (its derivative would be 0)."""
+    """Refuse tensors that carry a tangent, which a fused kernel would silently drop (its derivative would be 0)."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
@@ -96,7 +97,8 @@ def refuse_forward_ad(name: str, tensors: Iterable[object]) -> None:
 
 
 def require(good: Tensor, message: str) -> None:
-    """All of ``good`` (bool) is true: ValueError with ``message`` on the CPU, an asynchronous assertion elsewhere."""
+    """Require all of ``good`` (bool) to be true: ValueError with ``message`` on the CPU, an asynchronous assertion
+    elsewhere."""
     if good.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(good.all()):
             raise ValueError(message)
@@ -105,7 +107,7 @@ def require(good: Tensor, message: str) -> None:
 
 
 def require_range(name: str, index: Tensor, low: int, high: int) -> None:
-    """Every element of ``index`` lies in [low, high); see ``require`` for where and how it fails."""
+    """Require every element of ``index`` to lie in [low, high); see ``require`` for where and how it fails."""
     good = (index >= low) & (index < high)
     message = f"{name}: expected values in [{low}, {high})"
     if index.device.type == "cpu" and not torch.compiler.is_compiling():

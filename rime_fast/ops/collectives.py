@@ -14,7 +14,7 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 
 def all_gather(values: Tensor, group: Any) -> Tensor:
-    """All ranks' values [n, ...] one after the other: [W n, ...]; n is the same on every rank. No gradient."""
+    """Gather all ranks' values [n, ...] one after the other, [W n, ...]; n is the same on every rank. No gradient."""
     values = values.detach().contiguous()
     out = values.new_empty(dist.get_world_size(group) * values.shape[0], *values.shape[1:])
     all_gather_single(out, values, group=group)
@@ -22,7 +22,7 @@ def all_gather(values: Tensor, group: Any) -> Tensor:
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
-    """All ranks' rows in rank order: [counts[rank], ...] -> [sum(counts), ...]. No gradient.
+    """Gather all ranks' rows in rank order: [counts[rank], ...] -> [sum(counts), ...]. No gradient.
 
     Unequal counts travel padded to the largest, because gloo gathers equal blocks only.
     """
@@ -37,7 +37,7 @@ def gather_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
 
 
 def scatter_sum_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
-    """Sum over ranks, each rank keeps its own rows: [sum(counts), ...] -> [counts[rank], ...]."""
+    """Sum rows over ranks, of which each rank keeps its own: [sum(counts), ...] -> [counts[rank], ...]."""
     longest = max(counts)
     blocks = rows.contiguous()
     if min(counts) < longest:
@@ -50,7 +50,7 @@ def scatter_sum_rows(rows: Tensor, counts: list[int], group: Any) -> Tensor:
 
 
 def of_all_ranks(mine: list[str], group: Any) -> list[str]:
-    """What any rank has to say, in rank order and the same on every one; [] costs one number on the wire."""
+    """Gather what any rank has to say, in rank order and the same on every one; [] costs one number on the wire."""
     if group is None:
         return mine
     flag = torch.tensor(float(bool(mine)), device="cuda" if dist.get_backend(group) == "nccl" else "cpu")

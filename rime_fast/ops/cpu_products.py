@@ -64,12 +64,12 @@ def fast_products(a: Tensor, b: Tensor) -> bool:
 
 
 def fast_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b as a new tensor, where ``fast_products`` holds."""
+    """Multiply a b into a new tensor, where ``fast_products`` holds."""
     return _linear()(a, b.t(), None, "none", [], "")
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] b [K, N] as a new tensor, by oneDNN in parts of K where it serves, else by ``torch.mm``."""
+    """Multiply a [M, K] b [K, N] into a new tensor, by oneDNN in parts of K where it serves, else by ``torch.mm``."""
     if not fast_products(a, b):
         return torch.mm(a, b)
     total: Tensor | None = None
@@ -82,12 +82,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """into += a b, by oneDNN where it serves, else by ``addmm_``."""
+    """Add a product, into += a b, by oneDNN where it serves, else by ``addmm_``."""
     set_or_add_product(into, a, b, False)
 
 
 def set_or_add_product(into: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """into = a b (first) or into += a b, by oneDNN in parts of M where it serves, else by ``mm`` and ``addmm_``."""
+    """Set into = a b (first) or adds into += a b, by oneDNN in parts of M where it serves, else by ``mm`` and
+    ``addmm_``."""
     if not fast_products(a, b):
         torch.mm(a, b, out=into) if first else into.addmm_(a, b)
         return
@@ -98,7 +99,8 @@ def set_or_add_product(into: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def set_logits(into: Tensor, x: Tensor, head: Tensor) -> None:
-    """into [R, N] = x [R, K] head [N, K]^T, fp32, R a multiple of ROWS: a row's bits depend on no other row."""
+    """Make logits, into [R, N] = x [R, K] head [N, K]^T, fp32, R a multiple of ROWS: a row's bits depend on no other
+    row."""
     layer = _linear() if platform.machine().lower() in ("x86_64", "amd64") else None
     for target, weight in zip(into.split(COLUMNS, dim=1), head.split(COLUMNS), strict=True):
         if layer is not None:

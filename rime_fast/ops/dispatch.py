@@ -30,7 +30,8 @@ Probe = Callable[[torch.Tensor], "str | None"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """backend: what "auto" takes. why: the rule that took it. others: backend -> why it was not taken."""
+    """Why a backend runs. backend: what "auto" takes. why: the rule that took it. others: backend -> why it was not
+    taken."""
 
     backend: str
     why: str
@@ -51,7 +52,7 @@ class BackendTable:
     order: Mapping[str, tuple[str, ...]]
 
     def choose(self, backend: str, tensor: torch.Tensor) -> str:
-        """The backend that will run for ``tensor``.
+        """Choose the backend that will run for ``tensor``.
 
         Raises ValueError if ``backend`` (or the environment's choice) is unknown or cannot serve the call.
         """
@@ -81,7 +82,7 @@ class BackendTable:
         return f"{self.op} has no {backend} backend" if probe is None else probe(tensor)
 
     def explain(self, tensor: torch.Tensor) -> Explanation:
-        """What "auto" takes for ``tensor``, and why. Raises ValueError where ``choose`` does."""
+        """Say what "auto" takes for ``tensor``, and why. Raises ValueError where ``choose`` does."""
         backend = self.choose("auto", tensor)
         kind = tensor.device.type
         order = self.order.get(kind, ("reference",))
@@ -95,13 +96,13 @@ class BackendTable:
 
 
 def explain(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Explanation:
-    """What "auto" takes for operator ``op`` (logprob, contrastive, reward) on such tensors, and why."""
+    """Say what "auto" takes for operator ``op`` (logprob, contrastive, reward) on such tensors, and why."""
     table: BackendTable = import_module(TABLES[op]).TABLE
     return table.explain(torch.empty(1, device=device, dtype=dtype))
 
 
 def interpreted() -> bool:
-    """True when Triton's CPU interpreter runs the kernels (the variable is read when triton is imported)."""
+    """Whether Triton's CPU interpreter runs the kernels (the variable is read when triton is imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

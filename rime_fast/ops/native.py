@@ -28,7 +28,7 @@ def _load() -> str | None:
 
 
 def available(cuda: bool = False) -> bool:
-    """True when the compiled kernels for the CPU (or, with ``cuda``, for CUDA) can be called."""
+    """Whether the compiled kernels for the CPU (or, with ``cuda``, for CUDA) can be called."""
     return _load() is None and (not cuda or bool(torch.ops.rime_fast_C.build_info() & 2))
 
 

@@ -14,7 +14,7 @@ from rime_fast.recipe.joint import JointLoss
 def by_block(
     blocks: list[int], owners: list[int], loss: Callable[[Tensor, Tensor], JointLoss], device: torch.device
 ) -> JointLoss:
-    """The mean over blocks of ``loss(queries, keys)`` of their places alone (``contrast_scope: block``).
+    """Average ``loss(queries, keys)`` over blocks, each of its places alone (``contrast_scope: block``).
 
     blocks: of each of n pairs, equally many on every rank. owners: the pair of each hard negative, whose key stands at
     n + its number.

@@ -24,7 +24,7 @@ def mask_ids(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(query_ids [n], key_ids [n + h]) for ``contrastive_loss``: equal where a key is no negative.
+    """Make (query_ids [n], key_ids [n + h]) for ``contrastive_loss``: equal where a key is no negative.
 
     keys: [n + h, 2] int64, of each key the hashes of its id and of its content; the n positives in their queries'
         order, then the hard negatives. queries: [n, 2], likewise. others: [m, 2] further right answers,
@@ -91,7 +91,8 @@ def _smallest(values: Tensor, index: Tensor) -> Tensor:
 
 
 def gathered(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-    """All ranks' rows in rank order (ranks may hold different numbers), and where this rank's begin. No gradient."""
+    """Gather all ranks' rows in rank order (ranks may hold different numbers), and where this rank's begin. No
+    gradient."""
     if group is None:
         return rows.detach(), 0
     counts = all_gather(torch.tensor([rows.shape[0]], device=rows.device), group).tolist()

@@ -23,12 +23,13 @@ _OF_VALID = ("rank", "hit", "positive", "negative")
 
 
 def negatives_mask(own: Tensor, others: Tensor) -> Tensor:
-    """True where anchor j may be a negative of item i: no hash of it is equal. own [B, 2], others [A, 2] -> [B, A]."""
+    """Say which anchors may be negatives of which items: where no hash is equal. own [B, 2], others [A, 2] -> [B, A]
+    bool."""
     return (own[:, None] != others[None]).all(dim=-1)
 
 
 def cut(rows: Tensor, width: int | None) -> Tensor:
-    """The first ``width`` columns as fp32 unit rows (Matryoshka); None: the rows as they are."""
+    """Cut embeddings to their first ``width`` columns as fp32 unit rows (Matryoshka); None: the rows as they are."""
     return rows if width is None else torch.nn.functional.normalize(rows[:, :width].float(), dim=1)
 
 
@@ -51,7 +52,7 @@ class SideAnchors:
 
 @dataclass(frozen=True)
 class RewardBuffers:
-    """Rewards and advantages [N, G] fp32 of a step, and each term of ``TERM_NAMES``, written in place."""
+    """The rewards and advantages [N, G] fp32 of a step, and each term of ``TERM_NAMES``, written in place."""
 
     rewards: Tensor
     advantages: Tensor
@@ -59,25 +60,25 @@ class RewardBuffers:
 
     @classmethod
     def make(cls, prompts: int, group_size: int, device: torch.device) -> RewardBuffers:
-        """Room for ``prompts`` groups."""
+        """Make room for ``prompts`` groups."""
         rewards, advantages = torch.zeros(2, prompts * group_size, device=device).unbind()
         return cls.over(rewards, advantages, group_size)
 
     @classmethod
     def over(cls, rewards: Tensor, advantages: Tensor, group_size: int) -> RewardBuffers:
-        """On a rollout buffer's own [N G] fp32; only the terms are new."""
+        """Make views on a rollout buffer's own [N G] fp32; only the terms are new."""
         terms = rewards.new_zeros(len(TERM_NAMES), *rewards.unflatten(0, (-1, group_size)).shape)
         rewards, advantages = (x.unflatten(0, (-1, group_size)) for x in (rewards, advantages))
         return cls(rewards, advantages, dict(zip(TERM_NAMES, terms.unbind(), strict=True)))
 
     def degenerate(self) -> Tensor:
-        """[N] bool: the groups whose rollouts all have the same reward."""
+        """Say which groups' rollouts all have the same reward, [N] bool."""
         return self.terms["group_std"][:, 0] < DEGENERATE
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d means for the log: the reward and its terms over all rollouts; rank, hit and the similarities over those
-        whose embedding is there ("reward/nan": the share of the others); "group_std" and "degenerate_groups" (a share)
-        over the groups."""
+        """Average for the log, 0-d: the reward and its terms over all rollouts; rank, hit and the similarities over
+        those whose embedding is there ("reward/nan": the share of the others); "group_std" and "degenerate_groups" (a
+        share) over the groups."""
         found = {"reward/total": self.rewards.mean()}
         valid = 1.0 - self.terms["nan"]
         count = valid.sum().clamp(min=1.0)

@@ -63,7 +63,7 @@ class JointWeights:
                 raise ValueError(f"JointWeights.{one.name} is {value!r}; expected a finite number >= 0")
 
     def modes(self) -> tuple[str, ...]:
-        """The embeddings that the contrastive terms read: a subset of ("disc", "gen", "latent")."""
+        """The embeddings that the contrastive terms read, a subset of ("disc", "gen", "latent")."""
         mixed = self.cross > 0 or self.same_item > 0
         on = {"disc": self.disc > 0 or mixed, "gen": self.gen > 0 or mixed, "latent": self.latent > 0}
         return tuple(mode for mode, wanted in on.items() if wanted)
@@ -73,7 +73,7 @@ class JointWeights:
         return max(self.ce_query, self.ce_target, self.latent_ce) > 0
 
     def pair_terms(self) -> list[Term]:
-        """(query mode, key mode, weight) of the terms between queries and targets that are on."""
+        """The terms between queries and targets that are on, as (query mode, key mode, weight)."""
         half = 0.5 * self.cross
         every = [("disc", "disc", self.disc), ("gen", "gen", self.gen), ("gen", "disc", half), ("disc", "gen", half)]
         if self.latent > 0:
@@ -84,7 +84,8 @@ class JointWeights:
 
 @dataclass
 class JointLoss:
-    """total: 0-d fp32 with gradient. terms: name -> 0-d, unweighted, no gradient. accuracy: mode pair -> hit@1, 0-d.
+    """The loss of a batch and what the log says of it. total: 0-d fp32 with gradient. terms: name -> 0-d, unweighted,
+    no gradient. accuracy: mode pair -> hit@1, 0-d.
 
     With Matryoshka widths: accuracy also "mode pair@width"; per_dim: width -> the weighted terms' sum there, 0-d.
     """
@@ -96,7 +97,7 @@ class JointLoss:
 
 
 def scored_tokens(targets: Tensor, query_rows: int, group: Any = None) -> Tensor:
-    """Scored tokens of the queries and of the targets, over all ranks: [2] fp32, stays on the device.
+    """Count the scored tokens of the queries and of the targets, over all ranks: [2] fp32, stays on the device.
 
     targets: [T] int64, ``IGNORE`` where not scored; the first ``query_rows`` rows belong to queries.
     """
@@ -115,7 +116,7 @@ def token_weights(
     world: int = 1,
     condensed: Tensor | None = None,
 ) -> Tensor:
-    """w_t of every row, so that sum_t w_t (-logp_t) = ce_query CE_q + ce_target CE_p: [T] fp32.
+    """Compute w_t of every row, so that sum_t w_t (-logp_t) = ce_query CE_q + ce_target CE_p: [T] fp32.
 
     counts: ``scored_tokens``. world: ranks that average gradients; a rank's share is multiplied by it, so the mean of
     the ranks' values, like the mean of their gradients, is that of the global token mean. A side without a scored
@@ -135,7 +136,8 @@ def token_weights(
 
 
 def side_cross_entropy(logp: Tensor, query_rows: int, counts: Tensor, world: int = 1) -> dict[str, Tensor]:
-    """CE_q and CE_p, unweighted: {"ce_query", "ce_target"} -> 0-d; over ranks their mean is the global token mean.
+    """Compute the cross-entropy of each side, unweighted, {"ce_query", "ce_target"} -> 0-d; over ranks their mean is
+    the global token mean.
 
     logp: [T] fp32, 0 where ignored (the log-probs operator's promise).
     """
@@ -160,7 +162,7 @@ def joint_loss(
     group: Any = None,
     backend: str = "auto",
 ) -> JointLoss:
-    """The whole joint loss of one batch.
+    """Compute the whole joint loss of one batch.
 
     ce: 0-d, already weighted (``fused_linear_ce`` with ``token_weights``, or ``side_cross_entropy`` summed by hand).
     queries: mode ("disc", "gen", "latent") -> [n, D] unit rows; keys: mode -> [n + h, D]: the n positives in the

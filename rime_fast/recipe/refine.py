@@ -33,7 +33,7 @@ def policy_loss(
     loss_type: str = "ume_r1",
     max_completion_length: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The scalar policy loss and its metrics.
+    """Compute the scalar policy loss and its metrics.
 
     logp: [rows, R], log-probability of each sampled token under the policy, with gradient.
     old_logp: the same under the policy that sampled; None means on-policy: the ratio is exactly 1, its gradient is

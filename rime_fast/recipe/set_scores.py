@@ -24,7 +24,7 @@ def set_scores(
     blocks: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Sums over this rank's queries of each set: [count, 3] fp32: -log p(positive), hits, queries.
+    """Sum over this rank's queries of each set, [count, 3] fp32: -log p(positive), hits, queries.
 
     queries: [n, D] unit rows; keys: [n + h, D], the n positives in the queries' order, then hard negatives; candidates
         are all ranks' keys. sets: [n] int64, the set of each query. query_ids [n], key_ids [n + h]: equal ids are no

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text."""
+    """Declare a dataclass field with its help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -80,8 +80,8 @@ class ContrastSettings:
             )
 
     def contrast_widths(self, whole: int) -> tuple[list[int], list[float]] | None:
-        """(widths, their weights) for embeddings of ``whole`` numbers, which are always the last; None where only
-        these are compared. Raises ValueError for a width beyond them."""
+        """The widths to compare and their weights, for embeddings of ``whole`` numbers, which are always the last; None
+        where only these are compared. Raises ValueError for a width beyond them."""
         if not self.matryoshka_dims:
             return None
         if self.matryoshka_dims[-1] > whole:

@@ -38,7 +38,7 @@ from rime_fast.serve.request import ApiError, EmbeddingRequest, Limits, parse_re
 
 @dataclass(frozen=True)
 class Result:
-    """One item's answer: embedding [D], the mode it was made in, its rewrite (mode gen), decoded tokens."""
+    """One item's answer. embedding [D], the mode it was made in, its rewrite (mode gen), decoded tokens."""
 
     embedding: torch.Tensor
     mode: str
@@ -84,7 +84,7 @@ class EmbeddingService:
         self.metrics.queue.set_function(lambda: len(self.batcher))
 
     def encode(self, mode: str, sides: list[Side]) -> list[Result]:
-        """A batch, on the batcher's thread."""
+        """Encode a batch, on the batcher's thread."""
         if mode == "gen":
             made = self.embedder.encode_items(sides, "gen")
             assert made.rewrites is not None
@@ -125,7 +125,7 @@ class EmbeddingService:
         return request, jobs
 
     async def answer(self, request: Request) -> JSONResponse:
-        """``POST /v1/embeddings``."""
+        """Answer ``POST /v1/embeddings``."""
         body = await self._body(request)
         parsed, jobs = await run_in_threadpool(self.prepare, body)
         try:
@@ -207,7 +207,7 @@ class Metrics:
 
 
 def make_app(service: EmbeddingService) -> Starlette:
-    """The ASGI application; at its shutdown it finishes what waits."""
+    """Make the ASGI application; at its shutdown it finishes what waits."""
 
     async def embeddings(request: Request) -> Response:
         begin = time.perf_counter()

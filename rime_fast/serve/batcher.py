@@ -14,16 +14,16 @@ from rime_fast.data.records import Side
 
 
 class QueueFull(Exception):
-    """More items wait than the queue may hold."""
+    """The error of more items than the queue may hold."""
 
 
 class Stopped(Exception):
-    """The batcher takes nothing more."""
+    """The error of items that come after the batcher's end."""
 
 
 @dataclass
 class Job:
-    """One item: its mode, its tokens (what it will decode included), and where its result goes."""
+    """One item in the queue: its mode, its tokens (what it will decode included), and where its result goes."""
 
     side: Side
     mode: str

@@ -89,7 +89,7 @@ def export_model(
 
 
 def chat_template(template: Template) -> str:
-    """The prompt of ``template`` up to ``<disc_emb>`` as a Jinja chat template.
+    """Write the prompt of ``template`` up to ``<disc_emb>`` as a Jinja chat template.
 
     System text (a system message's, else the template's), then one user turn: a placeholder for each image, then for
     each video, then the text. Every piece is an expression: a literal line end after a block tag would be trimmed.

@@ -22,7 +22,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 
 def folder_embeddings(folder: str, sides: Sequence[Side], batch_size: int = 8) -> torch.Tensor:
-    """[N, D] fp32 by sentence-transformers from an exported folder, on the CPU.
+    """Embed by sentence-transformers from an exported folder, on the CPU: [N, D] fp32.
 
     Raises ValueError for a batch whose inputs do not all end with ``<disc_emb>`` (a template that was replaced, a
     prompt cut short): its embeddings would be read elsewhere.
@@ -47,7 +47,7 @@ def folder_embeddings(folder: str, sides: Sequence[Side], batch_size: int = 8) -
 
 
 def stock_embeddings(folder: str, sides: Sequence[Side]) -> torch.Tensor:
-    """[N, D] fp32 by stock transformers from an exported folder: its template for the prompt, AutoTokenizer,
+    """Embed by stock transformers from an exported folder, [N, D] fp32: its template for the prompt, AutoTokenizer,
     AutoImageProcessor and AutoModel, the last state normalised. What sentence-transformers' modules do, without the
     processor class, which needs torchvision."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -76,7 +76,7 @@ def stock_embeddings(folder: str, sides: Sequence[Side]) -> torch.Tensor:
 
 
 def server_embeddings(url: str, sides: Sequence[Side], model: str = "") -> torch.Tensor:
-    """[N, D] fp32 from an OpenAI-style server (ours, vLLM): one request an item, in its ``messages`` form.
+    """Embed by an OpenAI-style server (ours, vLLM), [N, D] fp32: one request an item, in its ``messages`` form.
 
     url: up to ``/v1``. model: the name the server gives its model ("": the first that it lists).
     """

@@ -45,7 +45,8 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """items: of a request. images: of an item. pixels: of an image, read from its head before it is decoded."""
+    """How much a client may ask for. items: of a request. images: of an item. pixels: of an image, read from its head
+    before it is decoded."""
 
     items: int = 256
     images: int = 8

@@ -46,7 +46,8 @@ class AnchorSource:
     # --- banks -------------------------------------------------------------------------------------------------------
 
     def make(self, model: Any, policy: Any, pairs: IndexedPairs, *, resuming: bool, sharded_model: bool) -> None:
-        """The banks of ``pairs`` that are not there yet. model: gives the embeddings; policy: the same, unwrapped."""
+        """Make the banks of ``pairs`` that are not there yet. model: gives the embeddings; policy:
+        the same, unwrapped."""
         if not self.from_bank:
             return
         for side in sorted({OPPOSITE[name] for name in self.trained}):
@@ -123,7 +124,7 @@ class AnchorSource:
         disc: Tensor | None = None,
         opposite: Tensor | None = None,
     ) -> dict[str, SideAnchors]:
-        """Of every trained side of this batch; every rank calls it, in step, once for a batch.
+        """Give the anchors of every trained side of this batch; every rank calls it, in step, once for a batch.
 
         gen [N G, D], disc [N, D]: the batch's own embeddings, needed where ``together`` (and not sharded); opposite
         [B, D]: discriminative embeddings of the other side, where that side is not trained and anchors are the
@@ -197,24 +198,25 @@ class AnchorSource:
 
 
 def item_ids(pairs: Any, side: str) -> Tensor:
-    """``side_ids`` of one side of every pair, [A, 2] int64."""
+    """Compute ``side_ids`` of one side of every pair, [A, 2] int64."""
     return side_ids([getattr(pairs[i], side) for i in range(len(pairs))])
 
 
 def set_fingerprint(ids: Tensor, side: str, collator: Collator) -> str:
-    """Of the items, and of how they become prompts: another template or image size gives other embeddings."""
+    """A fingerprint of the items, and of how they become prompts: another template or image size gives other
+    embeddings."""
     vision = collator.vision
     sizes = f"{vision.min_pixels} {vision.max_pixels} {vision.patch_size} {vision.merge_size} {vision.do_resize}"
     return data_fingerprint([side, collator.template.render_disc(Side(text="text")), sizes, data_fingerprint(ids)])
 
 
 def bank_file(folder: str | Path, side: str) -> Path:
-    """Where ``rime-fast embed --anchors`` puts the bank of one side."""
+    """The file where ``rime-fast embed --anchors`` puts the bank of one side."""
     return Path(folder) / f"anchors-{side}.safetensors"
 
 
 def given_bank(source: str, model: Any, ids: Tensor, side: str, collator: Collator, *, resuming: bool) -> AnchorBank:
-    """The bank a user made by ``rime-fast embed``. source: its folder, or the file itself.
+    """Open the bank a user made by ``rime-fast embed``. source: its folder, or the file itself.
 
     resuming: the weights at hand may be a checkpoint's, so only the data is compared. Raises FileNotFoundError, and
     ValueError for a bank of another model, other data or other prompts.
@@ -249,8 +251,8 @@ def discriminative_rows(
     group: dist.ProcessGroup | None = None,
     keep: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """d of every row of ``sides``, [A, D] fp32 on ``keep`` (default: ``device``); and the row each is of, [A] int64 on
-    the host: another one's where a row could not be opened and may be skipped.
+    """Compute d of every row of ``sides``, [A, D] fp32 on ``keep`` (default: ``device``); and the row each is of, [A]
+    int64 on the host: another one's where a row could not be opened and may be skipped.
 
     The ranks of ``group`` share the work, each with the same number of forwards (ZeRO-3 and FSDP gather parameters in
     step). Raises DataError on every rank for a row that cannot be opened.
@@ -279,7 +281,7 @@ def discriminative_rows(
 
 
 def all_gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows of all ranks of ``group``, rank after rank (all hold as many); without a group the same rows."""
+    """Gather the rows of all ranks of ``group``, rank after rank (all hold as many); without a group the same rows."""
     if group is None:
         return rows
     out = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])

@@ -42,7 +42,8 @@ RATES = ("learning_rate", "temperature_learning_rate")
 
 
 class DualModeTrainer(Trainer):
-    """transformers' Trainer over a DualModeModel and packed batches; subclasses give ``step`` and ``compute_loss``.
+    """The base of both trainers: transformers' Trainer over a DualModeModel and packed batches; subclasses give
+    ``step`` and ``compute_loss``.
 
     A subclass adds 0-d tensors to ``self.sums`` in its step (see ``MetricSums``); they appear in the next log beside
     ``samples_per_second`` and ``tokens_per_second``. Whoever overrides ``compute_loss`` is trained by that, in the way
@@ -100,8 +101,8 @@ class DualModeTrainer(Trainer):
     # --- running -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As transformers' ``train``; ``resume_from_checkpoint`` is a checkpoint's folder, or True or "last" for the
-        newest of output_dir that is whole (none: a fresh start). Ctrl-C ends the run after the current step: a
+        """Train as transformers' ``train`` does; ``resume_from_checkpoint`` is a checkpoint's folder, or True or "last"
+        for the newest of output_dir that is whole (none: a fresh start). Ctrl-C ends the run after the current step: a
         checkpoint is saved, a message says how to go on, and SystemExit(130) is raised.
 
         Before step 1, ValueError: nothing to train on, an output_dir that cannot be written or holds another run (see
@@ -133,14 +134,14 @@ class DualModeTrainer(Trainer):
         return result
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As transformers' ``evaluate``; its time does not count in the training rates."""
+        """Evaluate as transformers' ``evaluate`` does; its time does not count in the training rates."""
         with self.clock.paused():
             return super().evaluate(*args, **kwargs)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def before_training(self, resume: str | None) -> None:
-        """Between the choice of a checkpoint and its comparison with this run. Subclasses extend."""
+        """Called between the choice of a checkpoint and its comparison with this run. Subclasses extend."""
         if resume is not None:
             self._tell(checkpoint.compare(resume, self.run_facts(), self.args.accept_changes))
 
@@ -149,7 +150,8 @@ class DualModeTrainer(Trainer):
             tell("\n".join(line for line in lines if line))
 
     def run_facts(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that made its checkpoint; "rates" may change, and take effect."""
+        """The facts a resumed run must share with the one that made its checkpoint; "rates" may change, and take
+        effect."""
         rates = {name: getattr(self.args, name) for name in RATES if hasattr(self.args, name)}
         if self._data is None:  # rows that are made on the fly need not be the same twice
             self._data = checkpoint.data_facts(self.train_dataset, rows=self.args.check_data)
@@ -168,7 +170,7 @@ class DualModeTrainer(Trainer):
             scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def rate_change(self, folder: str | None, name: str) -> float:
-        """By what a learning rate differs from the checkpoint's (1 where that is not known, or was 0)."""
+        """The factor by which a learning rate differs from the checkpoint's (1 where that is not known, or was 0)."""
         before = (checkpoint.facts_of(folder) or {}).get("rates", {}).get(name)
         return getattr(self.args, name) / before if before else 1.0
 
@@ -213,7 +215,7 @@ class DualModeTrainer(Trainer):
             self.state.save_to_json(str(partial / Path(best).name / "trainer_state.json"))
 
     def check_start(self) -> None:
-        """Raise ValueError for what would end the run later, or train nothing."""
+        """Refuse by a ValueError what would end the run later, or train nothing."""
         dataset: Any = self.train_dataset
         if dataset is None or len(dataset) == 0:
             raise ValueError("train_dataset is empty; expected at least one row")
@@ -265,7 +267,7 @@ class DualModeTrainer(Trainer):
             write_card(output_dir or str(self.args.output_dir), self.facts())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Our card in place of transformers' (its ``push_to_hub`` asks for one)."""
+        """Write our card in place of transformers' (its ``push_to_hub`` asks for one)."""
         if self.is_world_process_zero():
             write_card(str(self.args.output_dir), self.facts())
 
@@ -287,7 +289,7 @@ class DualModeTrainer(Trainer):
     # --- rows that turn out bad ------------------------------------------------------------------------------------
 
     def guarded(self, dataset: Any) -> GuardedRows:
-        """Rows for a DataLoader that says which of them a batch fails at (see rime_fast/data/row_guard.py)."""
+        """Wrap rows for a DataLoader that says which of them a batch fails at (see rime_fast/data/row_guard.py)."""
         return GuardedRows(dataset, self.data_collator, self.args.on_bad_row == "skip")
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -299,7 +301,8 @@ class DualModeTrainer(Trainer):
             self.data_collator = collate
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """As transformers'. A row that no batch can be made of ends the run on every rank, with a checkpoint."""
+        """Draw the batches of a step as transformers' does. A row that no batch can be made of ends the run on every
+        rank, with a checkpoint."""
         begin = time.perf_counter()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.sums.count(data_wait=time.perf_counter() - begin)
@@ -335,11 +338,12 @@ class DualModeTrainer(Trainer):
     # --- the step ----------------------------------------------------------------------------------------------------
 
     def step(self, model: Any, inputs: dict[str, Any], scale: float) -> torch.Tensor:
-        """Forward and backward of one batch, gradients times ``scale`` (1 / accumulation steps); the loss times it."""
+        """Run forward and backward of one batch, gradients times ``scale`` (1 / accumulation steps); returns the loss
+        times it."""
         raise NotImplementedError
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As transformers', by ``step``."""
+        """Train on a batch as transformers' does, by ``step``."""
         self._rows += [str(row) for row in inputs.get("rows", ())]
         if self._loss_is_overridden():
             return self._seen(super().training_step(model, inputs, num_items_in_batch))
@@ -365,7 +369,7 @@ class DualModeTrainer(Trainer):
         return "compute_loss" in vars(self) or owners[0] is not owners[1]
 
     def grad_sync(self, model: nn.Module, *, alike: bool) -> GradSync:
-        """How this model's gradients travel. alike: every rank runs equally many micro-batches by itself."""
+        """Say how this model's gradients travel. alike: every rank runs equally many micro-batches by itself."""
         if self._synced is None or self._synced[0] is not model:
             # transformers turns this division off for DeepSpeed; the scale of the step is the only one
             options = {"scale_wrt_gas": False} if hasattr(model, "zero_optimization_stage") else {}
@@ -400,13 +404,13 @@ class DualModeTrainer(Trainer):
         super().log(logs, start_time)
 
     def warning_of(self, logs: dict[str, float]) -> str:
-        """What the progress line warns of beside these numbers; "" for nothing. Subclasses give it."""
+        """The warning that stands beside these numbers on the progress line; "" for none. Subclasses give it."""
         return ""
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
-        """The loss of one evaluation batch."""
+        """Compute the loss of one evaluation batch."""
         if bad := self._look_at_rows([inputs], self.eval_sums):
             raise DataError(bad)
         inputs = self._prepare_inputs(inputs)
@@ -422,7 +426,7 @@ class DualModeTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As transformers' loop, plus every metric of the step under ``metric_key_prefix``."""
+        """Evaluate as transformers' loop does, and add every metric of the step under ``metric_key_prefix``."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         gathered = self.eval_sums.drain(self.args.device, self.group)
         for name in ("samples", "tokens", *(() if gathered.get(LEFT_OUT) else (LEFT_OUT,))):
@@ -431,7 +435,7 @@ class DualModeTrainer(Trainer):
         return output._replace(metrics=metrics)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 x parameters x tokens of the packed batch (transformers counts the parameters anew each step)."""
+        """Count 6 x parameters x tokens of the packed batch (transformers counts the parameters anew each step)."""
         if self._parameter_count is None:
             embedding = self.model.get_input_embeddings().weight
             self._parameter_count = sum(p.numel() for p in self.model.parameters()) - embedding.numel()
@@ -439,6 +443,6 @@ class DualModeTrainer(Trainer):
 
 
 def tokens_of(inputs: dict[str, Any]) -> int:
-    """Tokens of a packed batch, known on the host."""
+    """Count the tokens of a packed batch, known on the host."""
     ids = inputs.get("input_ids")
     return 0 if ids is None else ids.shape[0]

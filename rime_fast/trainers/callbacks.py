@@ -42,7 +42,7 @@ SHARES = ("mfu", "data_wait")
 
 
 def summary(logs: Mapping[str, Any], limit: int = 11) -> str:
-    """The log as one short line: loss terms, then rates."""
+    """Write the log as one short line: loss terms, then rates."""
     names = []
     for pattern in SHOWN:
         prefix = pattern.removesuffix("*")
@@ -54,13 +54,13 @@ def summary(logs: Mapping[str, Any], limit: int = 11) -> str:
 
 
 def tell(text: str) -> None:
-    """A line for people, whatever the level of transformers' logger."""
+    """Print a line for people, whatever the level of transformers' logger."""
     if text:
         print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
-    """12:34, or 1:23:45."""
+    """Write seconds as 12:34, or 1:23:45."""
     whole = int(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
@@ -244,7 +244,8 @@ class MetricSums:
             self._totals[name] = self._totals.get(name, 0.0) + amount
 
     def drain(self, device: torch.device, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Mean of every name and total of every count since the last call, over the ranks of ``group``; then empty."""
+        """Give the mean of every name and total of every count since the last call, over the ranks of ``group``;
+        empties them."""
         layout = sorted(self._sums)
         parts = []
         for names in layout:
@@ -280,7 +281,7 @@ class StepClock:
         self._start = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap, pauses not counted; at least 1e-9."""
+        """Give the seconds since the last lap, pauses not counted; at least 1e-9."""
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
         return max(seconds, 1e-9)
@@ -295,7 +296,7 @@ class StepClock:
 
 
 def rates(gathered: dict[str, float], seconds: float, world: int, peak: float | None) -> dict[str, float]:
-    """What a log says of speed, from totals over all ranks, which it takes out of ``gathered``.
+    """Compute what a log says of speed, from totals over all ranks, which it takes out of ``gathered``.
 
     data_wait: share of the time that ranks waited for batches. mfu, hfu: of ``peak``, FLOP/s of one device, what the
     model needed and what was run (recomputation counts); left out where either is not known.
@@ -350,7 +351,7 @@ def settings_that_count(args: CommonConfig) -> dict[str, Any]:
 
 
 def data_of(dataset: Any) -> dict[str, int]:
-    """Rows of each file (or other source) of a training set."""
+    """Count the rows of each file (or other source) of a training set."""
     parts: Sequence[Any] = getattr(dataset, "datasets", None) or [dataset]
     named = {}
     for part in parts:

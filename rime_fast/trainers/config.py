@@ -35,7 +35,7 @@ AT_LEAST |= {"num_iterations": 1, "refill_degenerate": 0, "micro_batch_tokens": 
 
 @dataclass
 class CommonConfig(TrainingArguments):
-    """What both trainers share: model, data, logging. Works as it is on a CPU and on a GPU."""
+    """The settings that both trainers share: model, data, logging. Works as it is on a CPU and on a GPU."""
 
     template: str = option(
         "rewrite",
@@ -161,7 +161,7 @@ def _other_accelerator() -> bool:
 
 @dataclass
 class RimeConfig(LatentSettings, ContrastSettings, CommonConfig):
-    """Joint training (SFT): cross-entropy on both sides, contrast in both modes, Cross-Mode Alignment.
+    """The settings of joint training (SFT): cross-entropy on both sides, contrast in both modes, Cross-Mode Alignment.
 
     The batch of a step (all ranks) is the set of in-batch negatives: make it as large as memory allows.
     """
@@ -262,7 +262,8 @@ class RimeConfig(LatentSettings, ContrastSettings, CommonConfig):
 
 @dataclass
 class RefineConfig(CommonConfig):
-    """Refine-RL: rewrites are sampled, scored against stable discriminative anchors, and reinforced (recipe, 4)."""
+    """The settings of Refine-RL: rewrites are sampled, scored against stable discriminative anchors, and reinforced
+    (recipe, 4)."""
 
     trained_sides: str = option(
         "both", "Sides whose rewrites are trained: 'both' [known, UME-R1], 'query' or 'target'."

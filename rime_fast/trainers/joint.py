@@ -41,7 +41,8 @@ Rows = dict[str, Tensor]
 
 
 class RimeTrainer(DualModeTrainer):
-    """Joint training: cross-entropy on both rewrites, contrast in both modes, Cross-Mode Alignment (recipe, 3).
+    """Trains a dual-mode model on pairs: cross-entropy on both rewrites, contrast in both modes, Cross-Mode Alignment
+    (recipe, 3).
 
         RimeTrainer("Qwen/Qwen2-VL-2B-Instruct", RimeConfig(output_dir="out"), train_dataset="pairs.json").train()
 
@@ -129,8 +130,9 @@ class RimeTrainer(DualModeTrainer):
         self.micro_batch_tokens = args.micro_batch_tokens if self.weights.modes() else None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """As transformers'. The cross-entropy is the mean over the tokens of all accumulated batches together, while
-        each one's loss is divided by their number: so each counts the step's tokens over that number."""
+        """Draw the batches of a step as transformers' does. The cross-entropy is the mean over the tokens of all
+        accumulated batches together, while each one's loss is divided by their number: so each counts the step's tokens
+        over that number."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_tokens = None
         if len(batches) > 1 and self.weights.scores_tokens():
@@ -143,8 +145,8 @@ class RimeTrainer(DualModeTrainer):
         return batches, items
 
     def step(self, model: Any, inputs: dict[str, Any], scale: float) -> Tensor:
-        """The gradient cache's two passes over the batch's micro-batches; a single one keeps its graph and is encoded
-        once."""
+        """Run the gradient cache's two passes over the batch's micro-batches; a single one keeps its graph and is
+        encoded once."""
         encoder, loss, metrics = self._batch(model, inputs, self.micro_batch_tokens)
 
         def encode(part: Part, scored: bool) -> Encoded:
@@ -164,7 +166,8 @@ class RimeTrainer(DualModeTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The joint loss of one packed batch in one forward, with its graph: of evaluation, and for who overrides it.
+        """Compute the joint loss of one packed batch in one forward, with its graph: of evaluation, and for who
+        overrides it.
 
         With return_outputs also what was encoded (``Encoded``).
         """
@@ -282,7 +285,7 @@ class RimeTrainer(DualModeTrainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """As transformers', or the mixture's own, whose batches depend on seed and step alone."""
+        """Make the loader as transformers' does, or the mixture's own, whose batches depend on seed and step alone."""
         if self.mixture is None:
             return super().get_train_dataloader()
         rows = self.guarded(self.train_dataset)

@@ -22,7 +22,7 @@ from rime_fast.model.shared_prefix import shared_prefix_batch
 
 @dataclass
 class PolicyBatch:
-    """n prompts with G rollouts each, T rows, R: the longest of these rollouts.
+    """The batch of a policy forward: n prompts with G rollouts each, T rows, R: the longest of these rollouts.
 
     inputs: what the model's forward takes, targets included. pools: where d and g are read, by name.
     scored [n G, R] int64: the row at which each token of a rollout is scored; mask [n G, R] bool: where there is one.
@@ -36,27 +36,29 @@ class PolicyBatch:
     repeats: int
 
     def by_rollout(self, logp: Tensor) -> Tensor:
-        """Packed scores [T] as [n G, R]; any value outside the mask."""
+        """Arrange packed scores [T] as [n G, R]; any value outside the mask."""
         return logp.index_select(0, self.scored.flatten()).view_as(self.scored)
 
     def token_mean(self, values: Tensor) -> Tensor:
-        """Mean of packed values [T] over the rollouts' tokens, 0-d."""
+        """Average packed values [T] over the rollouts' tokens, 0-d."""
         return torch.where(self.mask, self.by_rollout(values), 0.0).sum() / self.mask.sum()
 
     def prompts(self, disc: Tensor) -> Tensor:
-        """The "disc" pool's rows as one row a prompt, [n, D]."""
+        """Arrange the "disc" pool's rows as one row a prompt, [n, D]."""
         return disc[:: self.repeats]
 
 
 def policy_rows(lengths: Sequence[int], responses: Sequence[Sequence[int]], shared: bool) -> list[int]:
-    """Rows of each prompt's policy forward: P - 1 + G (R + 1) where it stands once, G (P + R) where it does not."""
+    """Count the rows of each prompt's policy forward: P - 1 + G (R + 1) where it stands once, G (P + R) where it does
+    not."""
     group = len(responses) // len(lengths)
     tokens = [sum(map(len, responses[i * group : (i + 1) * group])) for i in range(len(lengths))]
     return [p - 1 + group + r if shared else group * p + r for p, r in zip(lengths, tokens, strict=True)]
 
 
 def shared_policy_batch(prompts: dict[str, Any], responses: Sequence[Sequence[int]]) -> PolicyBatch:
-    """P + G R rows a prompt. prompts: the packed prompt batch, on the device already."""
+    """Make the batch in which each prompt stands once, P + G R rows. prompts: the packed prompt batch, on the device
+    already."""
     batch = shared_prefix_batch(prompts, responses)
     pools = {name: batch.pop(f"{name}_index") for name in ("disc", "gen") if f"{name}_index" in batch}
     layout = batch["layout"]
@@ -69,7 +71,8 @@ def shared_policy_batch(prompts: dict[str, Any], responses: Sequence[Sequence[in
 def separate_policy_batch(
     collator: Collator, sides: Sequence[Any], responses: Sequence[Sequence[int]], device: torch.device
 ) -> PolicyBatch:
-    """G (P + R) rows a prompt: every rollout a sequence of its own (for comparison, and for flash-attention)."""
+    """Make the batch in which every rollout is a sequence of its own, G (P + R) rows (for comparison, and for
+    flash-attention)."""
     batch = to_device(collator.collate_responses(sides, responses), device)
     pools = {name: batch.pop(f"{name}_index") for name in ("disc", "gen")}
     starts = accumulate(batch["lengths"][:-1], initial=0)
@@ -101,7 +104,7 @@ def no_dropout(model: nn.Module) -> None:
 
 
 class Reference:
-    """Log-probabilities of the model as it was before Refine-RL.
+    """Gives the log-probabilities of the model as it was before Refine-RL.
 
     kind: "auto", "adapter", "copy" or "none" (see RefineConfig.reference). Raises ValueError for "adapter" without
     one, and for a copy of a model whose parameters are sharded at load (ZeRO-3): use an adapter or beta=0 there. Under
@@ -123,7 +126,7 @@ class Reference:
 
     @contextmanager
     def model(self, policy: Any) -> Iterator[Any]:
-        """The reference to call in this block; ``policy`` is the unwrapped policy."""
+        """Give the reference to call in this block; ``policy`` is the unwrapped policy."""
         if self.kind == "adapter":
             training = policy.training
             policy.eval()
@@ -136,7 +139,7 @@ class Reference:
 
     @torch.no_grad()
     def logp(self, policy: Any, batch: dict[str, Any], temperature: float) -> Tensor | None:
-        """[T] fp32 of ``batch["targets"]``; None without a reference."""
+        """Compute [T] fp32 of ``batch["targets"]``; None without a reference."""
         if self.kind == "none":
             return None
         with self.model(policy) as model:

@@ -41,7 +41,8 @@ MALFORMED = 0.9  # share of rollouts from which on it is said
 
 
 class RefineRLTrainer(DualModeTrainer):
-    """Refine-RL (recipe, 4): G rewrites per prompt, rewards to discriminative anchors, clipped policy loss, KL.
+    """Trains by Refine-RL (recipe, 4): G rewrites per prompt, rewards to discriminative anchors, clipped policy loss,
+    KL.
 
         RefineRLTrainer("runs/sft", RefineConfig(output_dir="runs/rl"), train_dataset="rl.json").train()
 
@@ -149,11 +150,11 @@ class RefineRLTrainer(DualModeTrainer):
 
     @property
     def banks(self) -> dict[tuple[str, str], AnchorBank]:
-        """(name of the set: "train", "eval", ..; side) -> its bank, as it is stored."""
+        """The banks as they are stored, by (name of the set: "train", "eval", ..; side)."""
         return self.anchors.banks
 
     def before_training(self, resume: str | None) -> None:
-        """The anchors are computed, or read back when the run is resumed."""
+        """Compute the anchors, or reads them back when the run is resumed."""
         self.resuming = resume is not None  # from here on the weights may be a checkpoint's
         self.store.clear()
         if not self.sharded:
@@ -161,7 +162,7 @@ class RefineRLTrainer(DualModeTrainer):
         super().before_training(resume)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As transformers' ``evaluate``: rewards and lengths of sampled rewrites on the evaluation pairs.
+        """Evaluate as transformers' ``evaluate`` does: rewards and lengths of sampled rewrites on the evaluation pairs.
 
         The anchors of a dataset that the trainer was not made with are the current model's.
         """
@@ -181,21 +182,22 @@ class RefineRLTrainer(DualModeTrainer):
     # --- the step ----------------------------------------------------------------------------------------------------
 
     def step(self, model: Any, inputs: dict[str, Any], scale: float) -> Tensor:
-        """A training step on one batch, a part of it at a time (``micro_batch_tokens``)."""
+        """Run a training step on one batch, a part of it at a time (``micro_batch_tokens``)."""
         sync = self.grad_sync(model, alike=self.args.micro_batch_tokens is None)
         return self.generate_score_reinforce(model, inputs, sync, scale) * scale
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one batch with its graph: of evaluation, and for who overrides it. No outputs beside it."""
+        """Compute the loss of one batch with its graph: of evaluation, and for who overrides it. No
+        outputs beside it."""
         loss = self.generate_score_reinforce(model, inputs)
         return (loss, {}) if return_outputs else loss
 
     def generate_score_reinforce(
         self, model: Any, inputs: dict[str, Any], sync: GradSync | None = None, scale: float = 1.0
     ) -> Tensor:
-        """Refine-RL on one batch of N prompts, each with G rollouts (recipe, 4); its loss, 0-d.
+        """Run Refine-RL on one batch of N prompts, each with G rollouts (recipe, 4); returns its loss, 0-d.
 
         sync: runs each part's backward, of its loss times ``scale``; without it the loss keeps its graph.
         """
@@ -409,7 +411,7 @@ class RefineRLTrainer(DualModeTrainer):
         return total / self.args.world_size
 
     def warning_of(self, logs: dict[str, float]) -> str:
-        """Said where (nearly) all rollouts are malformed, with the likeliest cause."""
+        """Warn where (nearly) all rollouts are malformed, with the likeliest cause."""
         drawn = logs.get("rollouts", 0.0)
         if drawn == 0 or logs["format_failed"] < MALFORMED * drawn:
             return ""

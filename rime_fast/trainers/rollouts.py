@@ -39,8 +39,8 @@ class RolloutGenerator:
         out: RolloutBuffer | None = None,
         degenerate: Degenerate | None = None,
     ) -> RolloutBuffer:
-        """G rollouts of every prompt, in ``out`` (default: a new buffer); with ``degenerate``, those of the groups it
-        names are drawn again.
+        """Generate G rollouts of every prompt, in ``out`` (default: a new buffer); with ``degenerate``, those of the
+        groups it names are drawn again.
 
         The policy's parameters must be whole. Ranks may call it with different results: nothing in here is collective,
         except what ``degenerate`` does in its first call.
@@ -92,8 +92,8 @@ class RolloutGenerator:
 
 
 class RolloutStore:
-    """Rollouts between the updates on them: one buffer for each batch of an optimizer step, written in place by every
-    generation, part of a checkpoint that is made between two updates.
+    """Keeps rollouts between the updates on them: one buffer for each batch of an optimizer step, written in place by
+    every generation, part of a checkpoint that is made between two updates.
 
     updates: on one set of rollouts. batches: of an optimizer step (accumulation). rank: of this process.
     """
@@ -105,13 +105,13 @@ class RolloutStore:
         self.clear()
 
     def clear(self) -> None:
-        """Before a run."""
+        """Forget all rollouts before a run."""
         self.buffers: dict[int, RolloutBuffer] = {}
         self.turn = self.place = 0
 
     def next(self, prompts: int) -> tuple[RolloutBuffer | None, bool]:
-        """The buffer of the training batch that comes now, and whether its update is the first on its rollouts: then
-        the buffer is there to be written (None: make one, and ``keep`` it)."""
+        """Give the buffer of the training batch that comes now, and whether its update is the first on its rollouts:
+        then the buffer is there to be written (None: make one, and ``keep`` it)."""
         self.place = self.turn % self.batches
         first = self.turn % (self.batches * self.updates) < self.batches
         self.turn += 1
@@ -119,20 +119,20 @@ class RolloutStore:
         return (None if first and buffer is not None and buffer.prompts != prompts else buffer), first
 
     def keep(self, rollouts: RolloutBuffer) -> None:
-        """For the batch that ``next`` spoke of."""
+        """Keep a buffer for the batch that ``next`` spoke of."""
         self.buffers[self.place] = rollouts
 
     def _file(self, folder: Path, place: int) -> Path:
         return folder / f"rollouts-{self.rank}-{place}.safetensors"
 
     def save(self, folder: Path, step: int) -> None:
-        """Into the checkpoint of this optimizer step, where updates on these rollouts are still to come."""
+        """Save into the checkpoint of this optimizer step, where updates on these rollouts are still to come."""
         if step % self.updates:
             for place, buffer in self.buffers.items():
                 buffer.save(self._file(folder, place))
 
     def load(self, folder: Path, step: int) -> list[RolloutBuffer]:
-        """Go on where the checkpoint was made; the rollouts read. Raises ValueError where they are missing."""
+        """Go on where the checkpoint was made, with the rollouts read. Raises ValueError where they are missing."""
         self.clear()
         self.turn = step * self.accumulation
         if step % self.updates == 0:

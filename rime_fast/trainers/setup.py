@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 def prepare_model(
     model: Any, processor: Any, args: CommonConfig, peft_config: Any = None
 ) -> tuple[Any, Any, EmbeddingTokens]:
-    """(model, processor, ids of the embedding tokens), ready for Trainer.
+    """Make (model, processor, ids of the embedding tokens), ready for Trainer.
 
     model: directory or hub name, a stock transformers model of a supported family (its class is changed in place), a
         DualModeModel, or a peft model around one of these.
@@ -73,12 +73,12 @@ def prepare_model(
 
 
 def loading_dtype(args: CommonConfig) -> torch.dtype:
-    """Of a model given as a path (``model_dtype``)."""
+    """The dtype that a model given as a path is loaded in (``model_dtype``)."""
     return torch.float32 if args.model_dtype == "auto" else getattr(torch, args.model_dtype)
 
 
 def load_processor(processor: Any, source: str, max_pixels: int | None) -> Any:
-    """The processor given, or the one saved beside the model. Raises ValueError when there is none."""
+    """Give the processor passed, or loads the one saved beside the model. Raises ValueError when there is none."""
     if processor is None:
         if not source:
             raise ValueError("processing_class is None and the model names no directory to load a processor from")
@@ -102,14 +102,14 @@ def load_processor(processor: Any, source: str, max_pixels: int | None) -> Any:
 
 
 def freeze_vision(model: Any) -> None:
-    """No gradients for the vision tower, except its mergers (Qwen3-VL has one per deepstack level)."""
+    """Switch the gradients of the vision tower off, except its mergers' (Qwen3-VL has one per deepstack level)."""
     for name, parameter in vision_tower(model).named_parameters():
         if "merger" not in name:
             parameter.requires_grad_(False)
 
 
 def make_collator(processor: Any, template: Any, config: Any, args: CommonConfig, *, ids: bool) -> Collator:
-    """The Collator with a run's limits."""
+    """Make the Collator with a run's limits."""
     return Collator(
         processor,
         template,
@@ -124,7 +124,7 @@ def make_collator(processor: Any, template: Any, config: Any, args: CommonConfig
 
 
 def as_pairs(source: Any, name: str, args: CommonConfig, collator: Collator, *, rewrites: bool) -> tuple[Any, int]:
-    """(a dataset of Pair or None, bad rows left out): what a user passes as a dataset, checked before step 1.
+    """Open what a user passes as a dataset, checked before step 1: (a dataset of Pair or None, bad rows left out).
 
     source: None, a path or a list of paths (joined), a list of sets (MixtureSet, or dicts with its fields), a list of
     Pair or of rows, a datasets.Dataset, any map-style or iterable dataset. name: for messages.
@@ -178,5 +178,5 @@ def _opened(
 
 
 def is_main_process() -> bool:
-    """Before the accelerator exists: by the launcher's environment."""
+    """Whether this is the first process, before the accelerator exists: by the launcher's environment."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -19,7 +19,8 @@ LOWEST, HIGHEST = 0.005, 1.0
 
 
 class LearnableTemperature:
-    """tau = exp(log_tau), trained by AdamW without decay, kept within [0.005, 1] (CLIP clamps likewise).
+    """The learnable temperature tau = exp(log_tau), trained by AdamW without decay, kept within [0.005, 1] (CLIP clamps
+    likewise).
 
     Call ``value()`` for the loss, ``step(factor)`` once per optimizer step, ``save`` / ``load`` with a checkpoint.
     """
@@ -30,12 +31,12 @@ class LearnableTemperature:
         self.optimizer = torch.optim.AdamW([self.log_tau], lr=learning_rate, weight_decay=0.0)
 
     def value(self) -> Tensor:
-        """tau, 0-d fp32, with gradient."""
+        """The temperature tau, 0-d fp32, with gradient."""
         return self.log_tau.exp()
 
     def step(self, factor: float, group: dist.ProcessGroup | None = None) -> None:
-        """One update at ``factor`` times the peak learning rate; the gradient is averaged over ``group`` first. Where
-        that is not finite the value stays."""
+        """Make one update at ``factor`` times the peak learning rate; the gradient is averaged over ``group`` first.
+        Where that is not finite the value stays."""
         gradient = self.log_tau.grad
         if gradient is not None and group is not None:
             dist.all_reduce(gradient, group=group)

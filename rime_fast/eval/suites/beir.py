@@ -19,7 +19,7 @@ SPLITS = ("test", "train", "dev", "validation", "val")
 
 
 def load_beir(root: Path, protocol: Protocol, download: bool = False) -> Suite:
-    """One task a folder with corpus, queries and qrels: the root itself, or the folders in it.
+    """Read each folder with corpus, queries and qrels as a task: the root itself, or the folders in it.
 
     Raises ValueError where there is none.
     """
@@ -135,7 +135,8 @@ def load_uvrb(root: Path, protocol: Protocol, download: bool = False) -> Suite:
 
 
 def uvrb_aggregate(tasks: Mapping[str, Task], scores: Mapping[str, TaskScore]) -> dict[str, float]:
-    """Leaves, the abilities made of them, and both averages: AVG-D over sets, AVG-A over abilities."""
+    """Average UVRB's scores: leaves, the abilities made of them, and both averages: AVG-D over sets, AVG-A over
+    abilities."""
     found: dict[str, float] = {}
     for leaf in dict.fromkeys(task.group for task in tasks.values()):
         members = [name for name, task in tasks.items() if task.group == leaf]

@@ -37,7 +37,8 @@ STALE = 900.0  # seconds without a sign of life after which a lock of another ma
 
 @dataclass
 class Stored:
-    """A side's embeddings and counts, in the items' order. disc: of mode gen, from the same prefill."""
+    """A side's embeddings and counts as they were stored, in the items' order. disc: of mode gen, from the same
+    prefill."""
 
     embedding: torch.Tensor
     disc: torch.Tensor | None
@@ -66,7 +67,7 @@ class SideCache:
         return self.folder / f"{self.side}-{self.mode}.{chunk:05d}.{end}"
 
     def missing(self) -> list[int]:
-        """Chunks that are not there yet."""
+        """The chunks that are not there yet."""
         return [chunk for chunk in self.chunks if not self.file(chunk).exists()]
 
     def write(self, chunk: int, index: Sequence[int], names: Sequence[str], made: Encoded, memory: int) -> None:
@@ -85,7 +86,7 @@ class SideCache:
         os.replace(temporary, self.file(chunk))
 
     def read(self) -> Stored:
-        """All chunks, put back into the items' order."""
+        """Read all chunks, put back into the items' order."""
         parts = [load_file(str(self.file(chunk))) for chunk in self.chunks]
         order = torch.cat([part["index"] for part in parts]).argsort()
         rows = [
@@ -109,7 +110,7 @@ class SideCache:
 
     @contextmanager
     def taken(self, chunk: int) -> Iterator[Lock | None]:
-        """The chunk's lock, or None where another process has it or has done the chunk."""
+        """Take the chunk's lock; None where another process has it or has done the chunk."""
         lock = Lock(self.file(chunk, "lock"))
         if not lock.take():
             yield None
@@ -158,7 +159,7 @@ class Lock:
         return age > STALE
 
     def alive(self) -> None:
-        """Show life."""
+        """Show other processes that this one is at work."""
         os.utime(self.file)
 
 

@@ -39,7 +39,7 @@ def check_suite(suite: Suite) -> Iterator[TaskCheck]:
 
 
 def gaps(task: Task) -> list[str]:
-    """What is missing for embedding a task; a smaller set than the published one is no gap here."""
+    """Say what is missing for embedding a task; a smaller set than the published one is no gap here."""
     try:
         return _missing(task.load())
     except (ValueError, KeyError, TypeError, OSError) as error:

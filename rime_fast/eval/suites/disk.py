@@ -93,13 +93,14 @@ class Source:
 
     @classmethod
     def of(cls, root: str | Path, local: Sequence[str], repo: str, **options: Any) -> Source:
-        """The usual places of a hub data set: ``local``, its full and its short name, MMEB's folder of documents."""
+        """Look in the usual places of a hub data set: ``local``, its full and its short name, MMEB's folder of
+        documents."""
         short = repo.rpartition("/")[2]
         folders = dict.fromkeys([*local, repo, short, f"visdoc-tasks/data/{short}"])
         return cls(Path(root), tuple(folders), repo, **options)
 
     def rows(self, config: str | None, split: str, *, any_config: bool = False) -> list[Row]:
-        """All rows of a configuration and split; pictures as StoredImage.
+        """Read all rows of a configuration and split; pictures as StoredImage.
 
         any_config: a folder that has the split without naming configurations serves too. Raises DataError listing
         every place where the table was looked for.
@@ -184,7 +185,7 @@ def _readme_patterns(folder: Path, config: str | None, split: str) -> list[str]:
 
 
 def read_table(path: Path) -> list[Row]:
-    """Rows of a parquet, JSON, JSONL or tab-separated file. Raises DataError naming file and row."""
+    """Read the rows of a parquet, JSON, JSONL or tab-separated file. Raises DataError naming file and row."""
     if path.suffix == ".parquet":
         return _read_parquet(path)
     if path.suffix == ".tsv":
@@ -265,8 +266,8 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def frames(folder: Path, count: int | None) -> list[str]:
-    """Paths of ``count`` evenly spaced pictures of a folder in natural order, all where there are fewer (or for None);
-    [] where there is no such folder."""
+    """Pick ``count`` evenly spaced pictures of a folder in natural order, all where there are fewer (or for None); []
+    where there is no such folder."""
     try:
         names = [entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(PICTURES)]
     except (FileNotFoundError, NotADirectoryError):

@@ -60,7 +60,8 @@ def load_v1(root: Path, protocol: Protocol, download: bool = False) -> Suite:
 
 
 def aggregate(tasks: Mapping[str, Task], scores: Mapping[str, TaskScore]) -> dict[str, float]:
-    """Means over tasks: each group ("image.CLS"), in- and out-of-domain images, each modality, and "all", flat.
+    """Average scores over tasks: each group ("image.CLS"), in- and out-of-domain images, each modality, and "all",
+    flat.
 
     A mean is there when all its tasks have a score.
     """

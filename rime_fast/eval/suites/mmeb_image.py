@@ -47,12 +47,12 @@ class Pictures:
 
 
 def image_to_text(row: Row, task: Collector, pictures: Pictures) -> None:
-    """image_cls, image_i2t: a picture, and texts to choose from."""
+    """Read a task of image_cls or image_i2t: a picture, and texts to choose from."""
     _answer_texts(row, task, pictures, row["qry_inst"].replace(PLACEHOLDER, ""))
 
 
 def image_qa(row: Row, task: Collector, pictures: Pictures) -> None:
-    """image_qa: a picture and a question, and answers to choose from."""
+    """Read a task of image_qa: a picture and a question, and answers to choose from."""
     _answer_texts(row, task, pictures, "\n" + row["qry_inst"].replace(PLACEHOLDER, "").strip())
 
 
@@ -64,7 +64,7 @@ def _answer_texts(row: Row, task: Collector, pictures: Pictures, instruction: st
 
 
 def text_to_image(row: Row, task: Collector, pictures: Pictures, *, end: str = "\n") -> None:
-    """image_t2i: a text, and pictures (some with captions) to choose from."""
+    """Read a task of image_t2i: a text, and pictures (some with captions) to choose from."""
     paths, captions = list(row["tgt_img_path"]), list(row["tgt_text"])
     texts = _picture_texts(row["tgt_inst"], captions, end="\n")
     pool = [task.candidate(path, text, images=[pictures(path)]) for path, text in zip(paths, texts, strict=True)]
@@ -73,7 +73,7 @@ def text_to_image(row: Row, task: Collector, pictures: Pictures, *, end: str = "
 
 
 def image_to_image(row: Row, task: Collector, pictures: Pictures) -> None:
-    """image_i2i_vg: a picture and a text, and pictures (some with captions) to choose from."""
+    """Read a task of image_i2i_vg: a picture and a text, and pictures (some with captions) to choose from."""
     paths, captions = list(row["tgt_img_path"]), list(row["tgt_text"])
     texts = _picture_texts(row["tgt_inst"], captions, end="")
     names = [f"{path}:" + caption.strip('"') for path, caption in zip(paths, captions, strict=True)]
@@ -93,7 +93,8 @@ def _picture_texts(instruction: str, captions: list[str], end: str) -> list[str]
 
 
 def version_1(row: Row, task: Collector, pictures: Pictures) -> None:
-    """MMEB-V1: instructions stand in the texts, either side may have a picture, the first target is right."""
+    """Read a task of MMEB-V1: instructions stand in the texts, either side may have a picture, the first target is
+    right."""
     names, pool = [], []
     for text, path in zip(row["tgt_text"], row["tgt_img_path"], strict=True):
         names.append(f"{path}:{text}" if path else text)

@@ -51,7 +51,7 @@ class Clips:
         return first_existing(folder / name for folder in self.folders)
 
     def sampled(self, folder: Path, count: int | None) -> list[str]:
-        """Paths of the frames; a folder without any is noted."""
+        """Pick the frames of a video as paths; a folder without any is noted."""
         found = frames(folder, count)
         if not found:
             self.task.missing("missing_frames", self.name(folder))
@@ -61,18 +61,19 @@ class Clips:
         return self.sampled(self.folder(name), self.count)
 
     def name(self, folder: Path) -> str:
-        """A folder as the benchmark's key: relative to the suite's root."""
+        """Name a folder by the benchmark's key: relative to the suite's root."""
         return Path(os.path.relpath(folder, self.root)).as_posix()
 
 
 def classification(row: Row, task: Collector, clips: Clips, dataset: str) -> None:
-    """video_classification: all labels of the rows, then the class list, are the candidates (see ``class_list``)."""
+    """Read a task of video_classification: all labels of the rows, then the class list, are the candidates (see
+    ``class_list``)."""
     task.candidate(row["pos_text"], row["pos_text"])
     _classify(row, task, clips, dataset, None)
 
 
 def choice_of_labels(row: Row, task: Collector, clips: Clips, dataset: str) -> None:
-    """ssv2: the row's own list of labels, the right one among them."""
+    """Read ssv2: the row's own list of labels, the right one among them."""
     _classify(row, task, clips, dataset, [task.candidate(text, text) for text in row["neg_text"]])
 
 
@@ -82,7 +83,7 @@ def _classify(row: Row, task: Collector, clips: Clips, dataset: str, pool: list[
 
 
 def class_list(task: Collector, dataset: str) -> None:
-    """The published classes as candidates, behind those of the rows."""
+    """Add the published classes as candidates, behind those of the rows."""
     for label in _labels()["labels"][dataset]:
         task.candidate(label, label)
 
@@ -92,7 +93,7 @@ def _labels() -> dict[str, dict]:
 
 
 def retrieval(row: Row, task: Collector, clips: Clips, parser: str) -> None:
-    """A caption, and every video of the set."""
+    """Read a task of retrieval: a caption, and every video of the set."""
     key, column, instruction = RETRIEVAL[parser]
     name = str(row[key])
     if parser == "didemo":
@@ -105,7 +106,8 @@ def retrieval(row: Row, task: Collector, clips: Clips, parser: str) -> None:
 
 
 def moments(row: Row, task: Collector, clips: Clips, _: str) -> None:
-    """moment_retrieval: a video with a sentence, and clips of it; the folders named positive* are right."""
+    """Read a task of moment_retrieval: a video with a sentence, and clips of it; the folders named
+    positive* are right."""
     folder = clips.folder(PurePosixPath(row["video_path"]).stem)
     listed = [one.name for one in os.scandir(folder) if one.is_dir()] if folder.is_dir() else []
     pool, right = [], []
@@ -120,7 +122,7 @@ def moments(row: Row, task: Collector, clips: Clips, _: str) -> None:
 
 
 def moment_seeker(row: Row, task: Collector, clips: Clips, _: str) -> None:
-    """momentseeker: a text, with a video or a picture or neither, and clips; all saved frames are used."""
+    """Read momentseeker: a text, with a video or a picture or neither, and clips; all saved frames are used."""
     pool = []
     names: dict[str, list[str]] = {"positive_frames": [], "negative_frames": []}
     for column, found in names.items():

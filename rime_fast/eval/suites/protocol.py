@@ -36,7 +36,7 @@ _SMALL = (56, 56)
 
 @dataclass(frozen=True)
 class Protocol:
-    """One protocol. Pixels are areas; None leaves the processor's own limit.
+    """How a benchmark's rows are written for a model. Pixels are areas; None leaves the processor's own limit.
 
     keep_token: the text keeps its vision token. blank_image: inputs without vision get a white picture.
     page_instructions: whether the ``vidore`` parser writes instructions. small_side: a picture with a side below this
@@ -72,7 +72,7 @@ class Protocol:
         return instruction if self.page_instructions else ""
 
     def collator(self, collator: Collator) -> Collator:
-        """``collator`` with this protocol's limits; text that looks like a control token is escaped, not refused."""
+        """Give ``collator`` this protocol's limits; text that looks like a control token is escaped, not refused."""
         adapted = copy.copy(collator)
         cls = InlineTemplate if self.keep_token else type(collator.template)
         adapted.template = cls(**vars(collator.template) | {"special_text": "escape"})

@@ -17,10 +17,10 @@ ABSENT = "FILE_N/A"  # as in the leaderboard's own files
 
 @dataclass
 class TaskResult:
-    """One task. cells: pairing ("disc-gen": query and target mode) -> scores. oracle: mean over queries of the better
-    one of disc-disc and gen-gen. dims: width -> pairing -> main score. cost: mode -> seconds and decoded tokens per
-    query and target, counts. cosine: mode -> mean cosine of two different queries, targets. labels: per query its
-    right names and their relevance."""
+    """What was measured on one task. cells: pairing ("disc-gen": query and target mode) -> scores. oracle: mean over
+    queries of the better one of disc-disc and gen-gen. dims: width -> pairing -> main score. cost: mode -> seconds and
+    decoded tokens per query and target, counts. cosine: mode -> mean cosine of two different queries, targets. labels:
+    per query its right names and their relevance."""
 
     name: str
     modality: str
@@ -42,7 +42,7 @@ class TaskResult:
         return self.cells[cell].metrics[self.metric]
 
     def metrics(self, cell: str) -> dict[str, float]:
-        """As MMEB's score files have them."""
+        """The metrics as MMEB's score files have them."""
         return self.cells[cell].metrics | {"num_pred": self.n_queries, "num_data": self.n_queries}
 
 
@@ -123,7 +123,7 @@ class SuiteResult:
         return plain | {"overall": self.overall, "overall_dims": self.overall_dims, "cost": self.cost(), "tasks": tasks}
 
     def cost(self) -> dict[str, dict[str, float]]:
-        """mode -> means per item over all tasks' items, and counts over all."""
+        """What each mode cost: mode -> means per item over all tasks' items, and counts over all."""
         found: dict[str, dict[str, float]] = {}
         for mode in self.modes:
             tasks = list(self.tasks.values())
@@ -183,7 +183,7 @@ _PLAIN = (
 
 
 def write_scores(result: SuiteResult, home: Path) -> None:
-    """summary.json, and each task's files as UME-R1's evaluation names and fills them, by modality."""
+    """Write summary.json, and each task's files as UME-R1's evaluation names and fills them, by modality."""
     for task in result.tasks.values():
         folder = home / task.modality
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,8 @@ TOP = 100  # names kept of each query's ranking
 
 @dataclass
 class CellScore:
-    """One pairing of modes on one task. main: [N], the main metric of each query. tied: share of queries whose first
-    place several candidates have. predictions: the first names of each query."""
+    """The score of one pairing of modes on one task. main: [N], the main metric of each query. tied: share of queries
+    whose first place several candidates have. predictions: the first names of each query."""
 
     metrics: dict[str, float]
     main: torch.Tensor
@@ -32,7 +32,7 @@ class CellScore:
 def score_cell(
     data: TaskData, metric: str, queries: torch.Tensor, candidates: torch.Tensor, ties: str = "pessimistic"
 ) -> CellScore:
-    """Rank and measure. queries [N, D], candidates [M, D], unit norm.
+    """Rank the candidates of every query and measure. queries [N, D], candidates [M, D], unit norm.
 
     A query without a right candidate gets 0, and recall 1, as in MMEB's code; so does the mean over queries.
     """

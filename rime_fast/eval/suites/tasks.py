@@ -35,7 +35,7 @@ class TaskData:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def first(self, count: int) -> TaskData:
-        """The first ``count`` queries with all candidates: fewer candidates would make the task easier."""
+        """Take the first ``count`` queries with all candidates: fewer candidates would make the task easier."""
         return replace(
             self,
             queries=self.queries[:count],
@@ -136,7 +136,7 @@ class Collector:
             names.append(name)
 
     def candidate(self, name: str, text: str, **media: Any) -> int:
-        """The row of the candidate called ``name``, made if it is new; ``media`` as for ``Protocol.side``."""
+        """Find the row of the candidate called ``name``, made if it is new; ``media`` as for ``Protocol.side``."""
         row = self.rows.get(name)
         if row is None:
             row = self.rows[name] = len(self.candidates)
@@ -168,7 +168,7 @@ class Collector:
             self.pools.append(unique)
 
     def data(self) -> TaskData:
-        """Everything gathered. Raises ValueError where there is no query or no candidate."""
+        """Give everything gathered. Raises ValueError where there is no query or no candidate."""
         if not self.queries or not self.candidates:
             raise ValueError(
                 f"{len(self.queries)} queries and {len(self.candidates)} candidates; expected some of both"
@@ -211,7 +211,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def group_means(groups: Mapping[str, Sequence[str]], scores: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """(group, mean of its members' scores) for each group all of whose members have one."""
+    """Average scores by group, as (group, mean of its members' scores) for each group all of whose members have one."""
     for group, members in groups.items():
         if members and all(member in scores for member in members):
             yield group, mean(scores[member] for member in members)

@@ -19,7 +19,8 @@ CORPUS_ID = ("corpus-id", "corpus_id", "docid", "did")
 
 
 def judgements(rows: Sequence[Row], task: Collector) -> dict[str, dict[str, float]]:
-    """query -> candidate -> relevance: positive scores alone, the larger one of a pair that comes twice."""
+    """Read who is relevant to whom, query -> candidate -> relevance: positive scores alone, the larger one of a pair
+    that comes twice."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         score = float(row.get("score", 1))
@@ -34,8 +35,8 @@ def judgements(rows: Sequence[Row], task: Collector) -> dict[str, dict[str, floa
 
 
 def pages(source: Source, split: str, parser: str, folders: Sequence[Path], task: Collector) -> TaskData:
-    """A task of pages: every query against the whole corpus. Pictures come from files where there are some, else from
-    the corpus itself.
+    """Read a task of pages: every query against the whole corpus. Pictures come from files where there are some, else
+    from the corpus itself.
 
     Candidates stand in the order of first appearance over the queries' judgements, then the corpus's own.
     """

@@ -89,7 +89,7 @@ class Agreement:
 
 
 def agree(arguments: tuple[Any, ...], group: Any, choose: Callable[[Tensor], str]) -> Agreement:
-    """Settle a grouped call, or raise the same ValueError on every rank."""
+    """Settle a grouped call, or raises the same ValueError on every rank."""
     problem, settings = None, {}
     try:
         problem = make_problem(*arguments, choose=choose)

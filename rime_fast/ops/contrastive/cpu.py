@@ -16,7 +16,7 @@ SHIFTLESS = True  # statistics are kept without shifts when no logit leaves the 
 
 
 def operands(tensors: list[Tensor]) -> list[Tensor]:
-    """The rows as they are multiplied."""
+    """Give the rows in the dtype in which they are multiplied."""
     return [tensor.detach().to(accumulation_dtype(tensor.dtype)).contiguous() for tensor in tensors]
 
 
@@ -29,7 +29,8 @@ def sweep(
     flag: Tensor,
     widths: tuple[int, ...] = (),
 ) -> tiles.TileSweep:
-    """queries, keys: from ``operands``. flag: 0-d int32, 1 when every |logit| <= BOUNDED."""
+    """Make the pass over the tiles of a call. queries, keys: from ``operands``. flag: 0-d int32, 1 when every |logit|
+    <= BOUNDED."""
     compiled = tiles.has_compiled_rows(queries[0])
     rows = tiles.CompiledRows(scale, flag) if compiled else tiles.TorchRows(scale)
     if len(widths) > 1:

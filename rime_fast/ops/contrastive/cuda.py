@@ -15,7 +15,7 @@ SHIFTLESS = False
 
 
 def operands(tensors: list[Tensor]) -> list[Tensor]:
-    """The rows as they are multiplied."""
+    """Give the rows in the dtype in which they are multiplied."""
     return [tensor.detach().contiguous() for tensor in tensors]
 
 
@@ -28,7 +28,7 @@ def sweep(
     flag: Tensor,
     widths: tuple[int, ...] = (),
 ) -> tiles.TileSweep:
-    """As cpu.sweep; rows of the kernels' tiles start at 16 bytes."""
+    """Make the pass over the tiles, as cpu.sweep does; rows of the kernels' tiles start at 16 bytes."""
     rows = CudaRows(scale, flag) if tiles.has_compiled_rows(queries[0]) else tiles.TorchRows(scale)
     if len(widths) > 1:
         return tiles.NestedSweep(queries, keys, terms, masks, rows, TILE, 4, widths)
@@ -36,7 +36,8 @@ def sweep(
 
 
 class CudaRows(tiles.CompiledRows):
-    """With room for the parts of a tile's statistics, and narrow gradients in the tile's own memory."""
+    """The row kernels on CUDA, with room for the parts of a tile's statistics, and narrow gradients in the tile's own
+    memory."""
 
     def __init__(self, scale: Tensor, flag: Tensor) -> None:
         super().__init__(scale, flag)
@@ -53,7 +54,8 @@ class CudaRows(tiles.CompiledRows):
 
 
 def narrow_view(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of an fp32 tile as ``dtype``: rows keep their place, a narrow type fills the first half of each."""
+    """View the memory of an fp32 tile as ``dtype``: rows keep their place, a narrow type fills the
+    first half of each."""
     if tile.dtype == dtype:
         return tile
     whole = torch.as_strided(tile, (tile.shape[0], tile.stride(0)), tile.stride())

@@ -23,7 +23,7 @@ Add = Callable[[int, int, list[Tensor], list[Tensor | None]], None]
 
 
 class OwnKeys:
-    """This rank's keys, which are all there are.
+    """The source of keys where this rank's are all there are.
 
     n_queries, n_keys: over all ranks. first_key: the first of this rank's keys among all. alone: there is no other.
     """
@@ -34,26 +34,27 @@ class OwnKeys:
         self.keys, self.n_queries, self.n_keys, self.first_key = list(keys), n_queries, keys[0].shape[0], 0
 
     def blocks(self) -> Iterator[tuple[int, int, list[Tensor]]]:
-        """(first key, one past the last, keys of each mode) of every block; each rank sees all keys once."""
+        """Give every block as (first key, one past the last, keys of each mode); each rank sees all keys once."""
         yield 0, self.n_keys, self.keys
 
     def gradients(self, add: Add, wanted: list[bool]) -> list[Tensor | None]:
-        """Run ``add`` on every block; the complete gradient of this rank's keys, None for modes not ``wanted``."""
+        """Run ``add`` on every block; returns the complete gradient of this rank's keys, None for
+        modes not ``wanted``."""
         dtype = accumulation_dtype(self.keys[0].dtype)
         dk = [torch.zeros_like(k, dtype=dtype) if want else None for k, want in zip(self.keys, wanted, strict=True)]
         add(0, self.n_keys, self.keys, dk)
         return dk
 
     def gather(self, values: Tensor) -> Tensor:
-        """One value for each of this rank's keys -> one for each of all keys."""
+        """Gather one value for each of this rank's keys -> one for each of all keys."""
         return values
 
     def sum_(self, values: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
+        """Sum over ranks, in place."""
         return values
 
     def max_(self, values: Tensor) -> Tensor:
-        """The maximum over ranks, in place."""
+        """Take the maximum over ranks, in place."""
         return values
 
 
@@ -85,7 +86,8 @@ class GroupKeys(OwnKeys):
             yield start, start + self.counts[rank], self._modes(held[: self.counts[rank]])
 
     def gradients(self, add: Add, wanted: list[bool]) -> list[Tensor | None]:
-        """As the base class; ``wanted`` is all True or all False, the same on every rank."""
+        """Run ``add`` on every block as the base class does; ``wanted`` is all True or all False, the same on every
+        rank."""
         none: list[Tensor | None] = [None] * len(self.dims)
         if not any(wanted):
             for start, stop, keys in self.blocks():

@@ -74,7 +74,8 @@ def contrastive_loss(
     group: Any = None,
     backend: str = "auto",
 ) -> ContrastiveOutput:
-    """InfoNCE over every pair of modes in ``terms``, without an N x N matrix (recipe.md, section 3).
+    """Contrast queries and keys by InfoNCE over every pair of modes in ``terms``, without an N x N matrix
+    (docs/recipe.md).
 
     C(a, b) = 1/2 [ mean_i CE(a_i . b_all / tau, label_i) + mean_i CE(b_label_i . a_all / tau, i) ]; with
     ``symmetric=False`` the first half alone, with factor 1.
@@ -233,7 +234,8 @@ def contrastive(
     key_ids: Tensor | None,
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [terms], hit@1 [terms], and softmax.Solved for the backward: [terms, 2 + P, N] and [terms, 3, K] fp64)."""
+    """The loss as a custom operator: (loss [terms], hit@1 [terms], and softmax.Solved for the backward: [terms, 2 + P,
+    N] and [terms, 3, K] fp64)."""
     x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
     return of_one_rank(x, Options.decode(options)).forward()
 
@@ -271,7 +273,8 @@ def contrastive_backward(
     need_queries: Sequence[bool],
     need_keys: Sequence[bool],
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """(dq of each query mode, dk of each key mode, d temperature); [0] where not needed (a result cannot be None)."""
+    """The gradients as a custom operator: (dq of each query mode, dk of each key mode, d temperature); [0] where not
+    needed (a result cannot be None)."""
     x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
     dq, dk, dt = of_one_rank(x, Options.decode(options)).backward(grad, rows, cols, list(need_queries), list(need_keys))
 

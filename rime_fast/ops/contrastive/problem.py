@@ -45,7 +45,8 @@ class Options:
         return len(self.terms) * max(1, len(self.widths))
 
     def encode(self) -> list[float]:
-        """[backend, symmetric, margin given, margin, the number of widths, the widths, two positions a term]."""
+        """Write the options as integers: [backend, symmetric, margin given, margin, the number of widths, the widths,
+        two positions a term]."""
         margin = 0.0 if self.margin is None else self.margin
         flat = [len(self.widths), *self.widths, *(position for term in self.terms for position in term)]
         flags = BACKENDS.index(self.backend), self.symmetric, self.margin is not None
@@ -53,7 +54,7 @@ class Options:
 
     @classmethod
     def decode(cls, numbers: Sequence[float]) -> Options:
-        """The inverse of ``encode``."""
+        """Read what ``encode`` wrote."""
         backend, symmetric, masked, margin = numbers[:4]
         count, *flat = [int(number) for number in numbers[4:]]
         terms = tuple(zip(flat[count::2], flat[count + 1 :: 2], strict=True))
@@ -61,7 +62,8 @@ class Options:
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call: lists of [N, D] and [K, D], 0-d, then [N] or [N, P], [N], [K] int64 or None."""
+    """The tensors of a call: lists of [N, D] and [K, D], a temperature 0-d, then labels [N] or [N, P], ids [N] and [K]
+    int64 or None."""
 
     queries: list[Tensor]
     keys: list[Tensor]
@@ -101,7 +103,8 @@ class Problem:
 
 
 class NonFiniteRow(ValueError):
-    """side: "queries" or "keys"; mode: position in the list of that side's modes; row: the first bad one."""
+    """The error of a row that holds a NaN or an infinity. side: "queries" or "keys"; mode: position in the list of that
+    side's modes; row: the first bad one."""
 
     def __init__(self, side: str, mode: int, row: int) -> None:
         super().__init__(f"{side} (mode {mode} in the order of terms) {_not_finite(row)}")
@@ -113,7 +116,7 @@ def _not_finite(row: int) -> str:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 inputs, fp32 for everything else."""
+    """The dtype in which sums are kept: fp64 for fp64 inputs, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -283,7 +286,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def inverse_norms(rows: Tensor, width: int) -> Tensor:
-    """[N] what brings the first ``width`` columns of each row to unit norm."""
+    """Compute what brings the first ``width`` columns of each row to unit norm, [N]."""
     part = rows[:, :width]
     return part.norm(dim=1, dtype=accumulation_dtype(rows.dtype)).clamp_min(1e-12).reciprocal()
 
@@ -321,7 +324,7 @@ def _finite(number: float) -> bool:
 
 
 def largest_norm(tensors: list[Tensor]) -> Tensor:
-    """0-d: the largest row norm; NaN when a row holds one."""
+    """Compute the largest row norm, 0-d; NaN when a row holds one."""
     norms = [torch.linalg.vector_norm(t.detach(), dim=1, dtype=accumulation_dtype(t.dtype)).amax() for t in tensors]
     return torch.stack(norms).amax()
 
@@ -341,19 +344,20 @@ def require_finite(side: str, tensors: list[Tensor], largest_norm: float) -> Non
 
 
 def require_temperature(temperature: Tensor) -> None:
-    """A finite temperature above 0 (one made by arithmetic may be anything); reads it on the host."""
+    """Require a finite temperature above 0 (one made by arithmetic may be anything); reads it on the host."""
     value = float(temperature)
     if not 0 < value < math.inf:
         raise ValueError(f"temperature is {value}; expected a finite number > 0")
 
 
 def positive_temperature(temperature: Tensor) -> Tensor:
-    """The temperature, NaN in place of one that is not above 0."""
+    """Give the temperature, NaN in place of one that is not above 0."""
     return torch.where(temperature > 0, temperature, torch.nan)
 
 
 def check_labels(labels: Tensor, n_keys: int) -> None:
-    """[N]: every label names a key. [N, P]: a key or -1, one at least in a row, none twice (``checks.require``)."""
+    """Check that every label [N] names a key; of [N, P] each a key or -1, one at least in a row, none twice
+    (``checks.require``)."""
     if labels.dim() == 1:
         require_range("labels", labels, 0, n_keys)
         return
@@ -367,18 +371,18 @@ def check_labels(labels: Tensor, n_keys: int) -> None:
 
 
 def no_positive(labels: Tensor) -> Tensor:
-    """[N] bool: the row of labels [N, P] names no key."""
+    """Say which rows of labels [N, P] name no key, [N] bool."""
     return (labels < 0).all(1)
 
 
 def repeated(labels: Tensor) -> Tensor:
-    """[N] bool: the row of labels [N, P] names a key twice."""
+    """Say which rows of labels [N, P] name a key twice, [N] bool."""
     ordered = labels.sort(1).values
     return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
 
 def labels_problem(labels: Tensor) -> str | None:
-    """What ``check_labels`` would refuse whatever the number of keys, in words; reads the labels on the host."""
+    """Say in words what ``check_labels`` would refuse whatever the number of keys; reads the labels on the host."""
     if labels.dim() == 1:
         return None
     if bool((empty := no_positive(labels)).any()):

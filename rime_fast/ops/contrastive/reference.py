@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 
 def one_rank(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """(loss of each term, hit@1 of each term) of one process alone, its values checked as far as they can be read."""
+    """Compute the loss of one process alone, (loss of each term, hit@1 of each term), its values checked as far as they
+    can be read."""
     if x.labels is None:
         x = x._replace(labels=torch.arange(x.n_queries, device=x.queries[0].device))
     else:
@@ -44,7 +45,7 @@ def one_rank(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def over_group(x: Inputs, options: Options, agreed: Agreement) -> tuple[Tensor, Tensor]:
-    """Every rank computes the whole loss from gathered rows, its own rows live and the others constant.
+    """Compute the whole loss on every rank from gathered rows, its own rows live and the others constant.
 
     The gradient of its rows is then complete without a collective in the backward; W times the arithmetic, no matter:
     this is the truth that the tiled path is tested against.
@@ -74,7 +75,7 @@ def over_group(x: Inputs, options: Options, agreed: Agreement) -> tuple[Tensor, 
 
 
 def reference_terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """(loss of each term [n_terms], hit@1 of each term [n_terms]) in the accumulation dtype.
+    """Compute (loss of each term [n_terms], hit@1 of each term [n_terms]) in the accumulation dtype.
 
     The temperature is 0-d, or [N] with one value a query (``over_group`` splits the gradient over ranks by it); labels
     are given.

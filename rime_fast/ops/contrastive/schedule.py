@@ -68,7 +68,8 @@ class Schedule:
         self.key_weights: Tensor | None = None  # Positives.key_weights over all ranks
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(losses, hit@1 of each; Solved.rows and Solved.cols of each for the backward), ``n_losses`` of each."""
+        """Compute (losses, hit@1 of each; Solved.rows and Solved.cols of each for the backward),
+        ``n_losses`` of each."""
         labels = self.positives.labels
         states = [
             Statistics.empty(labels, self.source.n_keys, self.shiftless, self.dtype)
@@ -89,7 +90,8 @@ class Schedule:
     def backward(
         self, grad: Tensor, rows: Tensor, cols: Tensor, need_queries: list[bool], need_keys: list[bool]
     ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor]:
-        """(dq and dk of each mode in the accumulation dtype, None where not needed; d temperature).
+        """Compute the gradients (dq and dk of each mode in the accumulation dtype, None where not needed; d
+        temperature).
 
         The temperature's gradient comes from dq alone: with no query needed it is 0.
         """
@@ -199,5 +201,5 @@ def of_one_rank(x: Inputs, options: Options) -> Schedule:
 
 
 def is_bounded(query_norm: float, key_norm: float, temperature: float) -> bool:
-    """True when no logit can leave [-BOUNDED, BOUNDED]."""
+    """Whether no logit can leave [-BOUNDED, BOUNDED]."""
     return query_norm * key_norm < BOUNDED * temperature

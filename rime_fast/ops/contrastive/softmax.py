@@ -27,7 +27,7 @@ FRACTION = float(1 << 42)
 
 @dataclass
 class Positives:
-    """labels [N, P] int64: the positives of each query among the keys at hand, anything outside their range for none.
+    """The positives of each query among the keys at hand: labels [N, P] int64, anything outside their range for none.
 
     at [N, P]: labels with a key in place of a missing one, to index with. weight [N, P] fp64: 1 / (positives of the
     query), 0 for a missing one.
@@ -39,7 +39,7 @@ class Positives:
 
     @classmethod
     def of(cls, labels: Tensor) -> Positives:
-        """From [N] or [N, P]; values are checked elsewhere (``problem.check_labels``)."""
+        """Make them from labels [N] or [N, P]; values are checked elsewhere (``problem.check_labels``)."""
         if labels.dim() == 1 or labels.shape[1] == 1:
             labels = labels.contiguous().view(-1, 1)
             return cls(labels, labels, torch.ones_like(labels, dtype=torch.float64))
@@ -48,7 +48,8 @@ class Positives:
         return cls(labels, labels.clamp_min(0), there.double() / there.sum(1, keepdim=True))
 
     def lse_by_key(self, logits: Tensor, n_keys: int) -> Tensor:
-        """[K] fp64 log-sum-exp of the positive logits [N, P] (-inf for a missing one) of each key; -inf without one."""
+        """Sum up by key: the log-sum-exp [K] fp64 of the positive logits [N, P] (-inf for a missing one) of each key;
+        -inf without one."""
         logits = logits.double().flatten()
         at = self.at.flatten()
         best = logits.new_full((n_keys,), -torch.inf).scatter_reduce(0, at, logits, "amax")
@@ -58,24 +59,25 @@ class Positives:
         return best + sum_by_key(part, at, n_keys).log()
 
     def key_weights(self, n_keys: int) -> Tensor:
-        """[K] fp64: the weights of the pairs that end at each key (bincount would read its maximum back)."""
+        """Add up the weights of the pairs that end at each key, [K] fp64 (bincount would read its maximum back)."""
         return sum_by_key(self.weight.flatten(), self.at.flatten(), n_keys)
 
     def best_by_key(self, similarity: Tensor, n_keys: int) -> Tensor:
-        """[K] the largest similarity [N, P] (-inf for a missing one) that is a positive of each key; -inf without."""
+        """Find the largest similarity [N, P] (-inf for a missing one) that is a positive of each key, [K]; -inf
+        without."""
         best = similarity.new_full((n_keys,), -torch.inf)
         return best.scatter_reduce(0, self.at.flatten(), similarity.flatten(), "amax")
 
 
 def sum_by_key(values: Tensor, at: Tensor, n_keys: int) -> Tensor:
-    """[n_keys] fp64: the values in [0, 1] that belong to each key, the same bits at every call."""
+    """Add up the values in [0, 1] that belong to each key, [n_keys] fp64, the same bits at every call."""
     if values.device.type == "cpu":
         return values.new_zeros(n_keys).scatter_add(0, at, values)
     return fixed_sum_by_key(values, at, n_keys)
 
 
 def fixed_sum_by_key(values: Tensor, at: Tensor, n_keys: int) -> Tensor:
-    """As ``sum_by_key``, in 42 bits of fraction: integers, so no order of additions changes the sum."""
+    """Add up as ``sum_by_key`` does, in 42 bits of fraction: integers, so no order of additions changes the sum."""
     fixed = (values * FRACTION).round().to(torch.int64)
     lost = values.new_zeros(n_keys).scatter_reduce(0, at, values, "amax")  # NaN has no fixed point: it goes by maximum
     total = torch.zeros(n_keys, dtype=torch.int64, device=values.device).scatter_add(0, at, fixed).double() / FRACTION
@@ -99,7 +101,7 @@ class Statistics:
 
     @classmethod
     def empty(cls, labels: Tensor, n_keys: int, shiftless: bool, dtype: torch.dtype) -> Statistics:
-        """Before the first tile. labels [N, P]."""
+        """Make the statistics from before the first tile. labels [N, P]."""
 
         def full(size: int, value: float, of: torch.dtype = dtype) -> Tensor:
             return torch.full((size,), value, dtype=of, device=labels.device)
@@ -120,7 +122,8 @@ class Statistics:
         return replace(self, col_max=self.col_max[start:stop], col_sum=self.col_sum[start:stop])
 
     def hits(self) -> Tensor:
-        """[N] fp64, 1 where the best positive beats every rival; a row with NaN in any candidate is no hit."""
+        """Say which queries hit, [N] fp64: 1 where the best positive beats every rival; a row with NaN in any candidate
+        is no hit."""
         return ((self.positive.amax(1) > self.rival) & ~self.row_sum.isnan()).double()
 
 
@@ -139,18 +142,18 @@ class Solved:
 
     @classmethod
     def of(cls, state: Statistics, positives: Positives) -> Solved:
-        """Put the positives back."""
+        """Put the positives back into the statistics."""
         row_max, col_max = state.row_max.double(), state.col_max.double()
         rows = torch.cat([torch.stack([row_max, row_max + state.row_sum.log()]), state.positive.T.double()])
         by_key = positives.lse_by_key(state.positive, col_max.shape[0])
         return cls(rows, torch.stack([col_max, col_max + state.col_sum.log(), by_key]))
 
     def row_positives(self) -> Tensor:
-        """[N] log-sum-exp of each row's positives."""
+        """The log-sum-exp of each row's positives, [N]."""
         return self.rows[2] if self.rows.shape[0] == 3 else self.rows[2:].logsumexp(0)
 
     def row_loss(self, positives: Positives) -> Tensor:
-        """[N, P] cross-entropy of each pair in its row; 0 for a missing one."""
+        """The cross-entropy of each pair in its row, [N, P]; 0 for a missing one."""
         together = self.row_positives()
         loss = softplus(self.rows[1] - together)
         if self.rows.shape[0] == 3:
@@ -158,19 +161,19 @@ class Solved:
         return _kept(loss[:, None] + (together[:, None] - self.rows[2:].T), positives)
 
     def col_loss(self, positives: Positives) -> Tensor:
-        """[N, P] cross-entropy of each pair in its column; 0 for a missing one."""
+        """The cross-entropy of each pair in its column, [N, P]; 0 for a missing one."""
         _, rivals, together = self.cols[:, positives.at]
         # The second part is 0 unless keys are shared.
         return _kept(softplus(rivals - together) + (together - self.rows[2:].T), positives)
 
     def total(self, positives: Positives, symmetric: bool) -> Tensor:
-        """0-d: the term's loss summed over queries, each the mean over its positives."""
+        """The term's loss summed over queries, each the mean over its positives, 0-d."""
         loss = (positives.weight * self.row_loss(positives)).sum()
         return 0.5 * (loss + (positives.weight * self.col_loss(positives)).sum()) if symmetric else loss
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) in fp64, to full relative precision for very negative x."""
+    """Compute log(1 + e^x) in fp64, to full relative precision for very negative x."""
     return torch.nn.functional.softplus(x, threshold=40.0)  # beyond it e^-x no longer counts in fp64
 
 
@@ -201,7 +204,7 @@ class Slopes:
         shiftless: bool,
         dtype: torch.dtype,
     ) -> Slopes:
-        """Coefficients of one term's gradient.
+        """Compute the coefficients of one term's gradient.
 
         key_weights [K]: how much each key's column softmax counts, over all ranks (Positives.key_weights).
         factor: 0-d, the gradient to one direction's summed loss / temperature.

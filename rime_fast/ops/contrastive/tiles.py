@@ -24,7 +24,7 @@ from rime_fast.ops.contrastive.softmax import Slopes, Statistics
 
 @dataclass
 class Masks:
-    """Which candidates do not count: ids as int32 classes, limits as similarities; None where there is no such mask.
+    """The candidates that do not count: ids as int32 classes, limits as similarities; None where there is no such mask.
 
     labels [N, P] int64: the positives of each row; one outside the keys at hand (or -1) is not met here. row_ids [N],
     col_ids [K] int32. row_limit [N], col_limit [K]: a candidate more similar than this is
@@ -48,7 +48,7 @@ class Masks:
 
 
 def id_classes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """64-bit ids as int32 class numbers, equal exactly where the ids are: half the bytes to compare in a tile.
+    """Number 64-bit ids as int32 classes, equal exactly where the ids are: half the bytes to compare in a tile.
 
     By a sort, as counting classes (torch.unique) would make the host wait for an accelerator.
     """
@@ -63,7 +63,7 @@ def id_classes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor
 
 
 def pair_similarity(queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:
-    """[N, P] similarity of each query with the keys ``at`` [N, P], and what counts as equal to it, added.
+    """Compute the similarity of each query with the keys ``at`` [N, P], [N, P], and what counts as equal to it, added.
 
     By blocks (no copy of the keys).
     """
@@ -84,7 +84,7 @@ def pair_similarity(queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:
 
 
 def similarities(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a b^T."""
+    """Compute a tile of similarities, out = a b^T, by the library that is faster here."""
     if a.dtype == out.dtype:
         return torch.mm(a, b.T, out=out)
     if not a.is_cuda:
@@ -93,7 +93,7 @@ def similarities(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def add_product(into: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:
-    """into[rows] += a b; nothing where ``into`` is not wanted."""
+    """Add a product to some rows of a gradient, into[rows] += a b; does nothing where ``into`` is not wanted."""
     if into is None:
         return
     target = into[rows]
@@ -106,7 +106,7 @@ def add_product(into: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:
 
 
 def unit_of(factors: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """0-d: the largest factor in magnitude, for operands of a 16-bit dtype; None (no unit is needed) for others."""
+    """The unit of 16-bit gradients, 0-d: the largest factor in magnitude; None (no unit is needed) for other dtypes."""
     if dtype in (torch.float32, torch.float64):
         return None
     largest = factors.abs().amax()
@@ -138,7 +138,8 @@ class TileSweep:
     align: int
 
     def tiles(self, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-        """(similarities of a tile, first row, first column), each tile valid until the next."""
+        """Make the tiles one after the other: (similarities of a tile, first row, first column), each valid until the
+        next."""
         height, width = min(self.tile[0], q.shape[0]), min(self.tile[1], k.shape[0])
         buffer: Tensor | None = None
         for row in range(0, q.shape[0], height):
@@ -175,7 +176,7 @@ class TileSweep:
 
 @dataclass
 class NestedSweep(TileSweep):
-    """The same over nested widths (Matryoshka): every width at the products of the widest alone.
+    """One pass over nested widths (Matryoshka): every width at the products of the widest alone.
 
     Rows have unit norm at the widest, whose similarities P are a sum of partial products over the columns between one
     width and the next. On the way width m has S_m = P_m a_m b_m^T, with a_m and b_m the inverse norms of its part of
@@ -193,7 +194,8 @@ class NestedSweep(TileSweep):
         self.tile = self.tile[0], max(1, self.tile[1] // len(self.widths))  # all widths' together are as large as one
 
     def nested(self, qm: int, km: int) -> Iterator[tuple[list[Tensor], int, int]]:
-        """(similarities of a tile at each width and one more buffer of its size, first row, first column)."""
+        """Make the tiles at every width: (similarities at each width and one more buffer of their size, first row,
+        first column)."""
         q, k, a, b = self.queries[qm], self.keys[km], self.query_norms[qm], self.key_norms[km]
         height, width = min(self.tile[0], q.shape[0]), min(self.tile[1], k.shape[0])
         size = height * (width + self.align - 1)
@@ -264,12 +266,12 @@ def _subtract_own(into: Tensor | None, products: Tensor, inverse_norm: Tensor, r
 
 
 def has_compiled_rows(tensor: Tensor) -> bool:
-    """True where the compiled kernels handle the tiles of these operands."""
+    """Whether the compiled kernels handle the tiles of these operands."""
     return tensor.dtype != torch.float64 and native.available(cuda=tensor.is_cuda)
 
 
 class CompiledRows:
-    """csrc's kernels on one tile: that of keys ``col`` onwards and queries ``row`` onwards, in fp32.
+    """Runs csrc's kernels on one tile: that of keys ``col`` onwards and queries ``row`` onwards, in fp32.
 
     flag: 0-d int32, 1 when every |logit| <= BOUNDED.
     """
@@ -299,7 +301,7 @@ class CompiledRows:
         )
 
     def gradient(self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype) -> Tensor:
-        """The gradient to the tile's similarities, in ``dtype``, in the tile's memory."""
+        """Turn the tile's similarities into their gradient, in ``dtype``, in the tile's memory."""
         out = self.narrow(tile, dtype)
         torch.ops.rime_fast_C.contrast_gradient(
             tile,
@@ -323,16 +325,16 @@ class CompiledRows:
         return out
 
     def workspace(self, tile: Tensor) -> Tensor | None:
-        """What the statistics kernel needs besides."""
+        """The memory that the statistics kernel needs besides."""
         return None
 
     def narrow(self, tile: Tensor, dtype: torch.dtype) -> Tensor:
-        """Where the gradient goes."""
+        """The memory that the gradient goes to."""
         return tile
 
 
 class TorchRows:
-    """The same in torch operations, for any dtype and device (nothing is read back)."""
+    """Does what ``CompiledRows`` does in torch operations, for any dtype and device (nothing is read back)."""
 
     def __init__(self, scale: Tensor) -> None:
         self.scale = scale
@@ -351,7 +353,7 @@ class TorchRows:
         _merge(logits.masked_fill_(col_masked, -torch.inf), 0, into.col_max[cols], into.col_sum[cols], into.shiftless)
 
     def gradient(self, tile: Tensor, row: int, col: int, masks: Masks, slopes: Slopes, dtype: torch.dtype) -> Tensor:
-        """See ``CompiledRows.gradient``; a narrow dtype takes memory of its own."""
+        """Do what ``CompiledRows.gradient`` does; a narrow dtype takes memory of its own."""
         rows, cols = slice(row, row + tile.shape[0]), slice(col, col + tile.shape[1])
         row_masked, col_masked = _masked(tile, rows, cols, masks)
         logits = tile * self.scale

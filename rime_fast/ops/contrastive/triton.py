@@ -27,7 +27,7 @@ LOG2E = math.log2(math.e)
 
 
 class Tiles(NamedTuple):
-    """BM queries x BN keys with depth BK, and how a program runs."""
+    """The size of a tile, BM queries x BN keys with depth BK, and how a program runs."""
 
     BM: int
     BN: int
@@ -44,7 +44,7 @@ def why_not(tensor: Tensor) -> str | None:
 
 
 def operands(tensors: list[Tensor]) -> list[Tensor]:
-    """The rows as they are multiplied: in their own dtype, of any stride."""
+    """Give the rows as they are multiplied: in their own dtype, of any stride."""
     return [tensor.detach() for tensor in tensors]
 
 
@@ -57,13 +57,13 @@ def sweep(
     flag: Tensor,
     widths: tuple[int, ...] = (),
 ) -> TritonSweep:
-    """As cpu.sweep; one width, that of the rows."""
+    """Make the pass over the tiles, as cpu.sweep does; one width, that of the rows."""
     assert len(widths) <= 1
     return TritonSweep(queries, keys, terms, scale, masks, flag)
 
 
 def tiles_for(kernel: str, dtype: torch.dtype, capability: tuple[int, int], tma: bool, heavy: bool) -> Tiles:
-    """Fixed per kernel, dtype and generation: the largest that compile without spills.
+    """Choose the tiles, fixed per kernel, dtype and generation: the largest that compile without spills.
 
     heavy: the variants that hold more in registers, with a margin or with a maximum in every softmax.
     """
@@ -77,7 +77,8 @@ def tiles_for(kernel: str, dtype: torch.dtype, capability: tuple[int, int], tma:
 
 
 def superblock(n: int, n_keys: int, terms: int, tile: int) -> int:
-    """Side of the square of similarities that one program walks: the largest that still gives 1,024 programs."""
+    """Choose the side of the square of similarities that one program walks: the largest that still gives 1,024
+    programs."""
     side = 64 * tile
     while side > 2 * tile and terms * -(-n // side) * -(-n_keys // side) < 1024:
         side //= 2
@@ -86,7 +87,8 @@ def superblock(n: int, n_keys: int, terms: int, tile: int) -> int:
 
 @dataclass
 class TritonSweep:
-    """As tiles.TileSweep, on operands in their own dtype. ``flag``: 0-d int32, 1 when every |logit| <= BOUNDED."""
+    """The pass over the tiles by Triton, as tiles.TileSweep, on operands in their own dtype. ``flag``: 0-d int32, 1
+    when every |logit| <= BOUNDED."""
 
     queries: list[Tensor]
     keys: list[Tensor]

@@ -114,11 +114,11 @@ def statistics_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """row_part [terms, 3, key superblocks, n]: maximum, sum, largest rival. col_part [terms, 2, row superblocks,
-    n_keys]. q [modes x plane_q, width], of which rows first_row .. first_row + n - 1 of each mode; k [modes x n_keys,
-    width]; either a pointer or (TMA) a descriptor of blocks [BM or BN, BK]. labels [n, positives], label_range [tiles
-    of rows, 2]: their smallest and largest; positive [terms, n, positives], written where a label is met.
-    query_modes, key_modes: 4 bits a term."""
+    """Add a superblock of similarities to the running statistics. row_part [terms, 3, key superblocks, n]: maximum,
+    sum, largest rival. col_part [terms, 2, row superblocks, n_keys]. q [modes x plane_q, width], of which rows
+    first_row .. first_row + n - 1 of each mode; k [modes x n_keys, width]; either a pointer or (TMA) a descriptor of
+    blocks [BM or BN, BK]. labels [n, positives], label_range [tiles of rows, 2]: their smallest and largest; positive
+    [terms, n, positives], written where a label is met. query_modes, key_modes: 4 bits a term."""
     term = tl.program_id(0) % n_terms
     a_blocks, b_blocks = tl.cdiv(n, SM), tl.cdiv(n_keys, SN)
     a = (tl.program_id(0) // n_terms) % a_blocks
@@ -249,8 +249,9 @@ def gradient_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """panel [rows, columns] <- ratio x (row_coef 2^(s - row_shift) + col_coef 2^(s - col_shift)), and
-    ratio x positive_slope at the positives, for rows row_first .. n - 1 and columns col_first .. n_keys - 1."""
+    """Write the similarities' gradient for the library's products: panel [rows, columns] <- ratio x (row_coef 2^(s -
+    row_shift) + col_coef 2^(s - col_shift)), and ratio x positive_slope at the positives, for rows row_first .. n - 1
+    and columns col_first .. n_keys - 1."""
     row0, col0 = row_first + tl.program_id(0) * BM, col_first + tl.program_id(1) * BN
     rows, cols = row0 + tl.arange(0, BM), col0 + tl.arange(0, BN)
     live, inside = rows < n, cols < n_keys

@@ -103,7 +103,7 @@ def prepare(
 
 
 def check_weight(token_weight: Tensor | None, hidden: Tensor) -> Tensor:
-    """token_weight as fp32 [T] (fp64 beside fp64 hidden states); None means 1 everywhere."""
+    """Check token_weight and give it as fp32 [T] (fp64 beside fp64 hidden states); None means 1 everywhere."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if token_weight is None:
         return torch.ones(hidden.shape[0], dtype=dtype, device=hidden.device)

@@ -43,7 +43,7 @@ def block_rows(vocabulary: int) -> int:
 
 
 def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
-    """The rows' statistics (2MHV FLOP) and the read-outs."""
+    """Compute the rows' statistics (2MHV FLOP) and the read-outs."""
     blocks = Blocks(problem)
     stats = new_statistics(problem.hidden, problem.options.entropy)
     for rows, logits, targets, _ in blocks:
@@ -52,7 +52,7 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
 
 
 def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> Gradients:
-    """Gradients, that of hidden on top of the read-outs' ``rows``; makes the logits again: 6MHV FLOP."""
+    """Compute the gradients, that of hidden on top of the read-outs' ``rows``; makes the logits again: 6MHV FLOP."""
     blocks, sums = Blocks(problem), Sums(problem, rows)
     for at, logits, targets, x in blocks:
         found, above = blocks.pick(stats, at), blocks.pick(upstream, at)
@@ -63,7 +63,8 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 def forward_with_gradient(
     problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics]
 ) -> tuple[Statistics, ReadOuts, Gradients]:
-    """The forward, and the gradients of sum_t token_weight_t * (-logp_t) from the same logits: 6MHV FLOP in all.
+    """Compute the forward, and the gradients of sum_t token_weight_t * (-logp_t) from the same logits: 6MHV FLOP in
+    all.
 
     merge makes a block's statistics those of the whole vocabulary where ``lm_head`` is a part of it.
     """
@@ -98,14 +99,14 @@ class Blocks:
             yield rows, self.logits(x), targets, x[:count]
 
     def logits(self, x: Tensor) -> Tensor:
-        """x W^T into the buffer."""
+        """Make the logits x W^T in the buffer."""
         out = self.buffer[: x.shape[0]]
         for part, head in head_panels(self.problem.lm_head):
             set_logits(out[:, part], x, head)
         return out
 
     def pick(self, values: Rows, rows: Tensor) -> Rows:
-        """Every tensor [..., T] of ``values`` at ``rows``, in fp32, padded with zeros like the block."""
+        """Pick every tensor [..., T] of ``values`` at ``rows``, in fp32, padded with zeros like the block."""
 
         def picked(value: Tensor | None) -> Tensor | None:
             if value is None or not value.numel():
@@ -117,7 +118,7 @@ class Blocks:
         return type(values)(*map(picked, values))  # type: ignore[arg-type]
 
     def store(self, stats: Statistics, rows: Tensor, found: Statistics) -> None:
-        """What was found for ``rows``, at their places."""
+        """Store what was found for ``rows``, at their places."""
         for whole, part in zip(stats, found, strict=True):
             if whole.numel():
                 whole.index_copy_(-1, rows, part[..., : rows.shape[0]])
@@ -138,7 +139,7 @@ class Sums:
         self.first = True
 
     def add(self, rows: Tensor, x: Tensor, dlogits: Tensor, products: Tensor) -> None:
-        """One block: its logits' gradient [R, V] and sum_v dz (z - z[target]) [R]. Padding rows are left out."""
+        """Add one block: its logits' gradient [R, V] and sum_v dz (z - z[target]) [R]. Padding rows are left out."""
         dlogits, products = dlogits[: rows.shape[0]], products[: rows.shape[0]]
         if self.hidden is not None:
             dx = self.hidden[rows].float()
@@ -154,7 +155,7 @@ class Sums:
         self.first = False
 
     def finish(self) -> Gradients:
-        """The sums, dW in the dtype it waits in."""
+        """Give the sums, dW in the dtype it waits in."""
         lm_head, d_temperature = self.lm_head, self.products
         if lm_head is not None:
             lm_head = (lm_head.zero_() if self.first else lm_head).to(gradient_dtype(self.problem.lm_head.dtype))
@@ -164,7 +165,7 @@ class Sums:
 
 
 def head_panels(lm_head: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(slice of the vocabulary, that part of the head in fp32): all of it, or a 16-bit head widened in panels."""
+    """Cut the head into (slice of the vocabulary, that part in fp32): all of it, or a 16-bit head widened in panels."""
     vocabulary, width = lm_head.shape
     columns = vocabulary if lm_head.dtype == torch.float32 else max(1, PANEL_BYTES // (4 * width))
     for first in range(0, vocabulary, columns):

@@ -61,7 +61,8 @@ class Plan(NamedTuple):
 
 
 def plan(capacity: int, width: int, vocabulary: int, itemsize: int, limit: int) -> Plan:
-    """The largest group of rows whose dX (fp32) and rows take 3/4 of ``limit``, the widest panel in what is left."""
+    """Plan the backward: the largest group of rows whose dX (fp32) and rows take 3/4 of ``limit``, the widest panel in
+    what is left."""
     a_row = (4 + itemsize) * width
     rows = max(1, min(capacity, limit * 3 // 4 // a_row))
     a_column = 4 * (rows + width)  # logits, and dW in fp32
@@ -71,12 +72,13 @@ def plan(capacity: int, width: int, vocabulary: int, itemsize: int, limit: int) 
 
 
 def forward_columns(vocabulary: int, limit: int) -> int:
-    """Columns of a panel of the forward's block: fixed by V and the limit, as the bits of a row depend on it."""
+    """Plan the forward: the columns of its panel are fixed by V and the limit, as the bits of a row depend on them."""
     return max(STEP, min(vocabulary, limit * 3 // 4 // (4 * ROWS) // STEP * STEP))
 
 
 def whole_rows(capacity: int, vocabulary: int, itemsize: int, limit: int) -> int:
-    """Rows of a chunk of whole logits (a multiple of ROWS), 0 where making the logits twice is the better way."""
+    """Plan how many rows a chunk of whole logits has (a multiple of ROWS), 0 where making the logits twice is the
+    better way."""
     room = limit // (itemsize * vocabulary) // ROWS * ROWS
     wanted = -(-capacity // ROWS) * ROWS
     return wanted if wanted <= room else room if room >= WORTHWHILE else 0
@@ -90,17 +92,17 @@ def why_not(tensor: Tensor) -> str | None:
 
 
 def start_gradient_(out: Tensor, factor: Tensor | None, rows: Tensor | None, spans: Any) -> None:
-    """See read_outs.start_gradient_."""
+    """Do on CUDA what read_outs.start_gradient_ does."""
     (triton if out.is_cuda else read_outs).start_gradient_(out, factor, rows, spans)
 
 
 def scale_(out: Tensor, factor: Tensor | None) -> None:
-    """See read_outs.scale_."""
+    """Do on CUDA what read_outs.scale_ does."""
     (triton if out.is_cuda else read_outs).scale_(out, factor)
 
 
 def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
-    """The rows' statistics (2MHV FLOP) and the read-outs."""
+    """Compute the rows' statistics (2MHV FLOP) and the read-outs."""
     hidden, vocabulary, options = problem.hidden, problem.lm_head.shape[0], problem.options
     rows = hidden.shape[0]
     stats = new_statistics(hidden, options.entropy, rows + 1)  # the last place takes what the padding gives
@@ -138,7 +140,8 @@ def _merge(parts: list[Statistics]) -> Statistics:
 
 
 def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> Gradients:
-    """Gradients, that of hidden on top of the read-outs' ``rows``; makes the logits again, panel by panel."""
+    """Compute the gradients, that of hidden on top of the read-outs' ``rows``; makes the logits
+    again, panel by panel."""
     work, needs = _Backward(problem, stats, upstream, rows), problem.options.needs
     order = scored_rows(problem.ignored, problem.options.max_scored).order
     capacity, itemsize = order.shape[0], problem.hidden.element_size()
@@ -159,7 +162,8 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 def forward_with_gradient(
     problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics]
 ) -> tuple[Statistics, ReadOuts, Gradients]:
-    """The forward, and the gradients of sum_t token_weight_t * (-logp_t), from the same logits where they fit (6MHV).
+    """Compute the forward, and the gradients of sum_t token_weight_t * (-logp_t), from the same logits where they fit
+    (6MHV).
 
     merge makes a chunk's statistics those of the whole vocabulary where ``lm_head`` is a part of it.
     """

@@ -236,7 +236,8 @@ def logprob_pool(
     options: Sequence[int],
     group: str,
 ) -> Outputs:
-    """(logp [T], lse [2, T], entropy [T] or [0], embeddings [K, H], inv_norm [K]), fp32."""
+    """The forward as a custom operator: (logp [T], lse [2, T], entropy [T] or [0], embeddings [K, H], inv_norm [K]),
+    fp32."""
     known = Options.decode(options)
     problem = _problem(hidden, lm_head, targets, starts, ends, bias, temperature, softcap, known)
     with _own_precision(hidden):
@@ -298,7 +299,8 @@ def logprob_pool_backward(
     options: Sequence[int],
     group: str,
 ) -> Grads:
-    """Gradients of hidden, lm_head, bias and temperature, in their dtypes; empty where not needed."""
+    """The backward as a custom operator: gradients of hidden, lm_head, bias and temperature, in their dtypes; empty
+    where not needed."""
     known = Options.decode(options)
     problem = _problem(hidden, lm_head, targets, starts, ends, bias, temperature, softcap, known)
     if grad_logp is None and grad_entropy is None:  # only read-outs were used: the head has no part in it
@@ -346,7 +348,8 @@ def linear_ce(
     options: Sequence[int],
     group: str,
 ) -> Results:
-    """(loss, the results of rime_fast::logprob_pool, d hidden, d lm_head, d bias, d temperature), upstream 1."""
+    """The summed loss and its gradients as a custom operator: (loss, the results of rime_fast::logprob_pool, d hidden,
+    d lm_head, d bias, d temperature), upstream 1."""
     known = Options.decode(options)
     problem = _problem(hidden, lm_head, targets, starts, ends, bias, temperature, softcap, known)
     merge = partial(vocab_parallel.merge, name=group)
@@ -417,8 +420,8 @@ def scale_gradients_(
     read_outs: Sequence[Tensor],
     options: Sequence[int],
 ) -> None:
-    """The made gradients times the upstream gradient of the loss (None: 0), in place; that of hidden also takes up the
-    read-outs' gradient, which no forward can know."""
+    """Multiply the made gradients by the upstream gradient of the loss (None: 0), in place; that of hidden also takes
+    up the read-outs' gradient, which no forward can know."""
     known, at = Options.decode(options), Spans(*spans)
     schedule = schedule_for(known.backend, made[0])
     if known.needs.hidden:

@@ -41,7 +41,7 @@ class Needs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How to compute: all of a call that is neither tensor nor process group. One list of integers in the operators.
+    """The settings of a call, all that is neither tensor nor process group: one list of integers in the operators.
 
     (temperature and softcap are numbers that training may change: they travel as 0-d tensors beside hidden.)
     """
@@ -55,14 +55,14 @@ class Options(NamedTuple):
     needs: Needs = Needs()
 
     def encode(self) -> list[int]:
-        """Whole numbers, since a custom operator takes no object; ``decode`` reverses it."""
+        """Write the options as whole numbers, since a custom operator takes no object; ``decode`` reverses it."""
         backend, flags = BACKENDS.index(self.backend), [int(need) for need in self.needs]
         numbers = [self.ignore_index, int(self.entropy), int(self.normalize), self.max_scored, self.vocab_start]
         return [REVISION, backend, *numbers, *flags]
 
     @classmethod
     def decode(cls, numbers: Sequence[int]) -> Options:
-        """The options that ``encode`` wrote."""
+        """Read the options that ``encode`` wrote."""
         _, backend, ignore_index, entropy, normalize, max_scored, vocab_start, *needs = numbers
         wanted = Needs(*map(bool, needs))
         return cls(BACKENDS[backend], ignore_index, bool(entropy), bool(normalize), max_scored, vocab_start, wanted)
@@ -83,7 +83,7 @@ class Scoring(NamedTuple):
     softcap: Tensor | None  # 0-d fp32
 
     def part(self, columns: slice) -> Scoring:
-        """For these columns alone."""
+        """Give the scoring of these columns alone."""
         return self if self.bias is None else self._replace(bias=self.bias[columns])
 
 
@@ -100,7 +100,8 @@ class Problem(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Per row, 0 where ignored: log-sum-exp [2, T] (rows.py), the target's score [T], the entropy [T] or [0]."""
+    """The softmax of each row, 0 where ignored: log-sum-exp [2, T] (rows.py), the target's score [T], the entropy [T]
+    or [0]."""
 
     lse: Tensor
     target_logit: Tensor
@@ -129,14 +130,14 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def new_statistics(hidden: Tensor, entropy: bool, rows: int | None = None) -> Statistics:
-    """All zero, for ``rows`` rows beside ``hidden`` (as many as it has)."""
+    """Make statistics of all zero for ``rows`` rows beside ``hidden`` (as many as it has)."""
     rows = hidden.shape[0] if rows is None else rows
     zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
     return Statistics(zeros(2, rows), zeros(rows), zeros(rows if entropy else 0))
 
 
 def share_of_part(part: Statistics, top: Tensor) -> Tensor:
-    """[2 or 3, R]: what adds up over the parts of a vocabulary. top [R]: the largest lse of a row's parts.
+    """Compute what adds up over the parts of a vocabulary, [2 or 3, R]. top [R]: the largest lse of a row's parts.
 
     With w_i = exp(lse_i - top): w_i, the target's score, and w_i (entropy_i - (lse_i - top)) if there is an entropy. A
     part whose every column is banned (-inf) has a share of 0.
@@ -151,7 +152,7 @@ def share_of_part(part: Statistics, top: Tensor) -> Tensor:
 
 
 def whole_of_parts(total: Tensor, top: Tensor) -> Statistics:
-    """The whole vocabulary's statistics from the sum of ``share_of_part`` over its parts."""
+    """Make the whole vocabulary's statistics from the sum of ``share_of_part`` over its parts."""
     log_sum = total[0].log()
     entropy = total[2] / total[0] + log_sum if total.shape[0] == 3 else total.new_empty(0)
     high = top + log_sum
@@ -159,7 +160,8 @@ def whole_of_parts(total: Tensor, top: Tensor) -> Statistics:
 
 
 class Scored(NamedTuple):
-    """order [C] int64: the scored rows' numbers, ascending, then T in every further place. number: how many, 0-d int32.
+    """The numbers of the scored rows. order [C] int64: ascending, then T in every further place. number: how many, 0-d
+    int32.
 
     C, the capacity, is what the host knows to be enough: the caller's max_scored, or T.
     """
@@ -168,12 +170,13 @@ class Scored(NamedTuple):
     number: Tensor
 
     def part(self, first: int, rows: int) -> Scored:
-        """The scored rows in places [first, first + rows)."""
+        """Give the scored rows in places [first, first + rows)."""
         return Scored(self.order[first : first + rows], (self.number - first).clamp(0, rows))
 
 
 def scored_rows(ignored: Tensor, max_scored: int = -1) -> Scored:
-    """Compaction by a prefix sum, which the host does not wait for: every scored row is written to its rank's place."""
+    """Find the scored rows by a prefix sum, which the host does not wait for: every one is written
+    to its rank's place."""
     rows = ignored.shape[0]
     capacity = rows if max_scored < 0 else min(max_scored, rows)
     scored = ~ignored
@@ -186,7 +189,8 @@ def scored_rows(ignored: Tensor, max_scored: int = -1) -> Scored:
 
 
 def workspace_limit(least: int = 0) -> int:
-    """Bytes one call may use beside its results and gradients: RIME_FAST_WORKSPACE_MIB, else 256 MiB or ``least``."""
+    """The bytes one call may use beside its results and gradients: RIME_FAST_WORKSPACE_MIB, else
+    256 MiB or ``least``."""
     value = os.environ.get(WORKSPACE_ENVIRONMENT)
     if value is None:
         return max(256 << 20, least)
@@ -196,5 +200,5 @@ def workspace_limit(least: int = 0) -> int:
 
 
 def logits_dtype(operands: torch.dtype) -> torch.dtype:
-    """What whole rows of logits are kept in on a GPU: the operands' dtype, or fp32 with RIME_FAST_FP32_LOGITS=1."""
+    """The dtype that whole rows of logits are kept in on a GPU: the operands', or fp32 with RIME_FAST_FP32_LOGITS=1."""
     return torch.float32 if os.environ.get(LOGITS_ENVIRONMENT) == "1" else operands

@@ -26,7 +26,8 @@ class ReadOuts(NamedTuple):
 
 
 def read_outs_forward(hidden: Tensor, spans: Spans, normalize: bool) -> ReadOuts:
-    """On the CPU, which may look at the spans: rows are gathered, longer spans summed one by one."""
+    """Compute the read-outs on the CPU, which may look at the spans: rows are gathered, longer
+    spans summed one by one."""
     if bool((spans.ends - spans.starts == 1).all()):
         mean = hidden.index_select(0, spans.starts).float()
     else:
@@ -39,7 +40,7 @@ def read_outs_forward(hidden: Tensor, spans: Spans, normalize: bool) -> ReadOuts
 
 
 def row_gradients(grad: Tensor, found: ReadOuts, spans: Spans, normalize: bool) -> Tensor:
-    """[K, H] fp32: what each row of a span gets from the gradient [K, H] of its embedding. On any device."""
+    """Compute what each row of a span gets from the gradient [K, H] of its embedding, [K, H] fp32. On any device."""
     grad = grad.float()
     if normalize:
         # At |m| < 1e-12 the norm is a constant, so e's own direction is not taken out.
@@ -49,7 +50,8 @@ def row_gradients(grad: Tensor, found: ReadOuts, spans: Spans, normalize: bool) 
 
 
 def start_gradient_(out: Tensor, factor: Tensor | None, rows: Tensor | None, spans: Spans) -> None:
-    """out [T, H] <- factor out (None: 0, whatever it held) + every span's ``rows`` [K, H] on its rows; on the CPU."""
+    """Start the gradient of hidden on the CPU: out [T, H] <- factor out (None: 0, whatever it held) + every span's
+    ``rows`` [K, H] on its rows."""
     scale_(out, factor)
     if rows is None:
         return
@@ -61,7 +63,7 @@ def start_gradient_(out: Tensor, factor: Tensor | None, rows: Tensor | None, spa
 
 
 def scale_(out: Tensor, factor: Tensor | None) -> None:
-    """out <- factor out (None: 0, whatever it held); on the CPU, where reading the factor is free."""
+    """Scale a gradient on the CPU, where reading the factor is free: out <- factor out (None: 0, whatever it held)."""
     if factor is None:
         out.zero_()
     elif float(factor) != 1.0:

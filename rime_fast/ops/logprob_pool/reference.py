@@ -22,7 +22,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def scores(x: Tensor, lm_head: Tensor, bias: Tensor | None, temperature: Tensor, softcap: Tensor | None) -> Tensor:
-    """z [M, V] of the rows x [M, H]."""
+    """Compute the scores z [M, V] of the rows x [M, H]."""
     dtype = wide(x.dtype)
     s = x.to(dtype) @ lm_head.to(dtype).t()
     if bias is not None:
@@ -42,7 +42,7 @@ def reference_rows(
     softcap: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor | None]:
-    """logp [T] and entropy [T] (or None), 0 where ignored. Only the scored rows meet the head."""
+    """Compute logp [T] and entropy [T] (or None), 0 where ignored. Only the scored rows meet the head."""
     scored = (targets != options.ignore_index).nonzero().squeeze(1)
     z = scores(hidden[scored], lm_head, bias, temperature, softcap)
     lse = z.logsumexp(dim=1)
@@ -58,7 +58,8 @@ def reference_rows(
 
 
 def reference_pools(hidden: Tensor, starts: Tensor, ends: Tensor, normalize: bool) -> Tensor:
-    """[K, H]: mean of hidden[starts[k] : ends[k]], unit norm if asked. One gather of the rows read, one segment sum."""
+    """Compute the read-outs [K, H]: mean of hidden[starts[k] : ends[k]], unit norm if asked. One gather of the rows
+    read, one segment sum."""
     x = hidden.to(wide(hidden.dtype))
     counts = ends - starts
     owner = torch.repeat_interleave(torch.arange(starts.shape[0], device=x.device), counts)
@@ -81,7 +82,7 @@ def reference(
     softcap: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(logp [T], entropy [T] | None, embeddings [K, H]) in fp32 (fp64 for fp64 inputs)."""
+    """Compute all of the operator: (logp [T], entropy [T] | None, embeddings [K, H]) in fp32 (fp64 for fp64 inputs)."""
     with torch.autocast(hidden.device.type, enabled=False):  # it would make the logits in 16 bits
         logp, row_entropy = reference_rows(hidden, lm_head, targets, bias, temperature, softcap, options)
     return logp, row_entropy, reference_pools(hidden, starts, ends, options.normalize)

@@ -24,7 +24,7 @@ from rime_fast.ops.logprob_pool.problem import Scoring, Statistics, Upstream
 
 
 def rows_forward(logits: Tensor, targets: Tensor, scoring: Scoring, entropy: bool) -> Statistics:
-    """Statistics of the rows [R, V], all fp32."""
+    """Compute the statistics of the rows [R, V], all fp32."""
     if not _compiled(logits):
         return _torch_forward(logits, targets, scoring, entropy)
     rows = logits.shape[0]
@@ -43,8 +43,8 @@ def rows_backward_(
     upstream: Upstream,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """(dlogits [R, V] in ``dtype``, the logits' own unless they are fp32; sum_v dz_v (z_v - z[target]) [R]). dlogits
-    takes the logits' memory."""
+    """Compute the gradient of a block of logits in their memory: (dlogits [R, V] in ``dtype``, the logits' own unless
+    they are fp32; sum_v dz_v (z_v - z[target]) [R])."""
     dlogits = logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
     if not _compiled(logits):
         products = _torch_backward_(logits, targets, scoring, found, upstream)

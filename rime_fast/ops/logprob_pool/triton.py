@@ -60,7 +60,7 @@ def why_not(tensor: Tensor) -> str | None:
 
 
 def uses_tma(tensor: Tensor) -> bool:
-    """Whether tensor descriptors load it: the generation has them, and every row starts on 16 bytes."""
+    """Whether tensor descriptors load a tensor: the generation has them, and every row starts on 16 bytes."""
     aligned = tensor.stride(1) == 1 and tensor.stride(0) * tensor.element_size() % 16 == 0
     if not aligned or tensor.data_ptr() % 16:
         return False
@@ -78,7 +78,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
-    """The rows' statistics (2MHV FLOP) and the read-outs, which come from the first launch."""
+    """Compute the rows' statistics (2MHV FLOP) and the read-outs, which come from the first launch."""
     from rime_fast.ops.logprob_pool import triton_kernels as kernels
     from rime_fast.ops.logprob_pool import triton_rows
 
@@ -126,7 +126,8 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
 
 
 def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> Gradients:
-    """Gradients, that of hidden on top of the read-outs' ``rows``; makes the logits again, panel by panel."""
+    """Compute the gradients, that of hidden on top of the read-outs' ``rows``; makes the logits
+    again, panel by panel."""
     needs, scored = problem.options.needs, scored_rows(problem.ignored, problem.options.max_scored)
     upstream = Upstream(*(None if t is None else t.contiguous() for t in upstream))  # type: ignore[arg-type]
     work = _Backward(problem, stats, upstream, rows, scored)
@@ -151,14 +152,14 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 def forward_with_gradient(
     problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics]
 ) -> tuple[Statistics, ReadOuts, Gradients]:
-    """Both in one call, the logits recomputed."""
+    """Compute the forward and the gradients in one call, the logits recomputed."""
     stats, found = forward(problem)
     stats = merge(stats)
     return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
 
 
 def read_outs_forward(hidden: Tensor, spans: Spans, normalize: bool) -> ReadOuts:
-    """The read-outs in a launch of their own, for library products."""
+    """Compute the read-outs in a launch of their own, for library products."""
     from rime_fast.ops.logprob_pool import triton_rows as kernels
 
     hidden, count = _dense(hidden), spans.starts.shape[0]
@@ -170,7 +171,8 @@ def read_outs_forward(hidden: Tensor, spans: Spans, normalize: bool) -> ReadOuts
 
 
 def start_gradient_(out: Tensor, factor: Tensor | None, rows: Tensor | None, spans: Spans) -> None:
-    """out [T, H] <- factor out (None: 0, whatever it held) + every span's ``rows`` [K, H] on its rows, one launch."""
+    """Start the gradient of hidden in one launch: out [T, H] <- factor out (None: 0, whatever it held) + every span's
+    ``rows`` [K, H] on its rows."""
     from rime_fast.ops.logprob_pool import triton_rows as kernels
 
     if rows is None and factor is None:
@@ -183,7 +185,8 @@ def start_gradient_(out: Tensor, factor: Tensor | None, rows: Tensor | None, spa
 
 
 def scale_(out: Tensor, factor: Tensor | None) -> None:
-    """out <- factor out (None: 0, whatever it held); reads and writes nothing where the factor is 1."""
+    """Scale a gradient: out <- factor out (None: 0, whatever it held); reads and write nothing
+    where the factor is 1."""
     none = torch.empty(0, dtype=torch.int64, device=out.device)
     start_gradient_(out.view(-1, out.shape[-1] if out.dim() else 1), factor, None, Spans(none, none))
 

@@ -137,7 +137,8 @@ def forward_kernel(
     WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """partial [4, splits, capacity]: top, sum, weighted sum (with ENTROPY), the target's logit (0 if elsewhere).
+    """Reduce a band of logits to partial statistics [4, splits, capacity]: top, sum, weighted sum (with ENTROPY), the
+    target's logit (0 if elsewhere).
 
     embeddings [read_outs, H], inv_norm [read_outs]: see read_out.
     """
@@ -238,7 +239,8 @@ def dlogits_kernel(
     WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """panel[r, v - first] = dlogits of scored row r and column v; products [tile, capacity] = sum_v dz (z - z[target]).
+    """Make the logits of a panel again and their gradient: panel[r, v - first] = dlogits of scored row r and column v;
+    products [tile, capacity] = sum_v dz (z - z[target]).
 
     Whole tiles are written: 0 for rows past M and columns past the vocabulary, which the products then may read.
     """
@@ -324,7 +326,8 @@ def dhead_kernel(
     WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """dW[first + v, h] = sum_r panel[r, v] x[order[r], h]; dbias[first + v] = sum_r panel[r, v]."""
+    """Multiply a panel into the head's gradient: dW[first + v, h] = sum_r panel[r, v] x[order[r], h]; dbias[first + v]
+    = sum_r panel[r, v]."""
     rows_live = tl.load(count)
     v_blocks = tl.cdiv(columns_in_panel, BM)
     h_blocks = tl.cdiv(width, BN)
@@ -380,7 +383,8 @@ def dhidden_kernel(
     WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """dhidden[order[r], h] (+)= sum_v panel[r, v] W[first + v, h]; added to what is there with ADD.
+    """Multiply a panel into the rows' gradient: dhidden[order[r], h] (+)= sum_v panel[r, v] W[first + v, h]; added to
+    what is there with ADD.
 
     With LOW, for bf16: what rounding a sum cut off waits in low [C, H], so that a sum keeps 16 bits between panels.
     """

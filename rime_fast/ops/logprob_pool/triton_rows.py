@@ -93,7 +93,8 @@ def read_outs_kernel(hidden, starts, ends, embeddings, inv_norm, width, stride, 
 def start_gradient_kernel(
     out, factor, rows, starts, ends, read_outs, length, width, stride, BT: tl.constexpr, BC: tl.constexpr
 ):
-    """out [T, H] <- factor out (0 without one) + the rows [K, H] of the spans; nothing is touched where that is out."""
+    """Start the gradient of hidden: out [T, H] <- factor out (0 without one) + the rows [K, H] of the spans; nothing is
+    touched where that is out."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     at = out + t.to(tl.int64)[:, None] * stride + columns[None, :]

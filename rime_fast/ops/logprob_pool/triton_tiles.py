@@ -15,7 +15,8 @@ INTERPRETER_PROGRAMS = 3
 
 
 class Tiles(NamedTuple):
-    """A tile of BM x BN results, BK deep, by ``warps`` warps with ``stages`` tiles of the operands in flight."""
+    """The tile of a launch: BM x BN results, BK deep, by ``warps`` warps with ``stages`` tiles of the operands in
+    flight."""
 
     BM: int
     BN: int
@@ -33,7 +34,7 @@ class Plan(NamedTuple):
 
 
 def interpreted() -> bool:
-    """True when Triton's CPU interpreter runs the kernels (the variable is read when triton is imported)."""
+    """Whether Triton's CPU interpreter runs the kernels (the variable is read when triton is imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -43,8 +44,8 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def score_tiles(dtype: torch.dtype, capability: tuple[int, int], heavy: bool, tma: bool) -> Tiles:
-    """Where logits are made. heavy: the kernel makes more of a tile than its softmax (soft cap, the gradient
-    of the entropy or temperature); half the columns then keep it in registers.
+    """Choose the tiles where logits are made. heavy: the kernel makes more of a tile than its softmax (soft cap, the
+    gradient of the entropy or temperature); half the columns then keep it in registers.
 
     Chosen as the largest that tests/ops/test_logprob_pool_triton.py compiles without a spill; 8.6, 8.9 and 12.0, whose
     shared memory is 100 KB, take the sizes of 8.0. The forward is heavy by its soft cap only, not by its entropy:
@@ -61,21 +62,21 @@ def score_tiles(dtype: torch.dtype, capability: tuple[int, int], heavy: bool, tm
 
 
 def head_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """The product of dW: columns of the panel x columns of H, deep in rows."""
+    """Choose the tiles of dW: columns of the panel x columns of H, deep in rows."""
     if capability == (0, 0) or dtype == torch.float32:
         return score_tiles(dtype, capability, heavy=False, tma=False)
     return Tiles(128, 256, 64, 8, 3) if capability[0] in (9, 10) else Tiles(128, 128, 64, 8, 3)
 
 
 def hidden_tiles(dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
-    """The product of dX: rows x columns of H, deep in columns of the panel."""
+    """Choose the tiles of dX: rows x columns of H, deep in columns of the panel."""
     if capability == (0, 0) or dtype == torch.float32:
         return score_tiles(dtype, capability, heavy=False, tma=False)
     return Tiles(128, 128, 64, 8, 4) if capability[0] in (9, 10) else Tiles(128, 128, 64, 8, 3)
 
 
 def plan(capacity: int, width: int, vocabulary: int, itemsize: int, low: bool, needs_rest: bool, limit: int) -> Plan:
-    """Rows and columns of the backward's panel in ``limit`` bytes.
+    """Plan the backward's panel: its rows and columns in ``limit`` bytes.
 
     low: dX is summed in bf16 pairs, whose second half [rows, H] is workspace; it takes at most half. If the rows do not
     fit they go in groups, and what is not dX (``needs_rest``) is made in a second sweep over all rows.

@@ -20,7 +20,8 @@ from rime_fast.ops.logprob_pool.problem import Gradients, Statistics, share_of_p
 
 
 def shard(lm_head: Tensor, group: dist.ProcessGroup) -> tuple[int, int, str]:
-    """(whole V, this rank's first column, the group's name). Every rank must hold the same number of columns."""
+    """Say which part of the head this rank has: (whole V, this rank's first column, the group's name). Every rank must
+    hold the same number of columns."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"vocab_group: expected a torch.distributed ProcessGroup, got {type(group).__name__}")
     columns = lm_head.shape[0]
@@ -39,7 +40,7 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 def merge(stats: Statistics, name: str) -> Statistics:
-    """The whole vocabulary's statistics from every rank's own; as they are where the head is whole (no name)."""
+    """Merge every rank's own statistics into the whole vocabulary's; as they are where the head is whole (no name)."""
     if not name:
         return stats
     group = _group(name)

@@ -24,15 +24,16 @@ def compiled_why_not(gen: Tensor) -> str | None:
 
 
 def score_code(weights: RewardWeights) -> int:
-    """The score's shape, as the kernels take it."""
+    """Number the score's shape as the kernels take it."""
     return len(RANK_REWARDS) if weights.mode == "ume_r1" else RANK_REWARDS.index(weights.rank_reward)
 
 
 class Compiled:
-    """csrc's kernels on the device of their tensors."""
+    """Runs csrc's kernels on the device of their tensors."""
 
     def own_similarities(self, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """fp64 similarities [R, P] of rows [R, D] to their items' anchors own [B, P, D], and the rows' norms [R]."""
+        """Compute fp64 similarities [R, P] of rows [R, D] to their items' anchors own [B, P, D], and the rows' norms
+        [R]."""
         found = rows.new_empty(rows.shape[0], own.shape[1], dtype=torch.float64)
         norms = rows.new_empty(rows.shape[0])
         torch.ops.rime_fast_C.rank_own(rows, own.contiguous(), found, norms)
@@ -95,7 +96,8 @@ class Compiled:
         disc_similarity: Tensor | None,
         weights: RewardWeights,
     ) -> Tensor:
-        """Rewards, advantages and terms [12, B, G] fp32 from the states and the own similarities of all rollouts."""
+        """Compute rewards, advantages and terms [12, B, G] fp32 from the states and the own similarities of all
+        rollouts."""
         out = own.new_empty(len(PLANES), *format_ok.shape, dtype=torch.float32)
         torch.ops.rime_fast_C.rank_finish(
             state,

@@ -20,7 +20,7 @@ def why_not(gen: Tensor) -> str | None:
 
 
 class CudaKernels(Compiled):
-    """As its base, with ``score_small``."""
+    """Runs the kernels as its base does, and a small bank's whole call by ``score_small``."""
 
     def small(self, gen: Tensor, anchors: Tensor, weights: RewardWeights) -> bool:
         """Whether ``score_small`` serves this call."""
@@ -43,7 +43,7 @@ class CudaKernels(Compiled):
         negatives_mask: Tensor | None,
         weights: RewardWeights,
     ) -> None:
-        """All of score_rewrites_ in one CUDA launch; terms: None or [12, B, G], every plane of ``PLANES``."""
+        """Compute all of score_rewrites_ in one CUDA launch; terms: None or [12, B, G], every plane of ``PLANES``."""
         readable = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
 
         def values(x: Tensor | None) -> Tensor | None:

@@ -31,7 +31,7 @@ class Statistics:
 def statistics(
     gen: Tensor, anchors: Tensor, positive: Tensor, negatives_mask: Tensor | None, weights: RewardWeights
 ) -> Statistics:
-    """Similarities of gen [B, G, D] to anchors [A, D] as ``Statistics``.
+    """Compute the similarities of gen [B, G, D] to anchors [A, D] as ``Statistics``.
 
     positive: [B] first own anchor of the item; out of the bank counts as missing. negatives_mask: [B, A] bool, True
     where an anchor may be a negative. Own anchors are never negatives, nor are anchors whose similarity is not finite.
@@ -78,7 +78,7 @@ def rewards(
     disc_similarity: Tensor | None,
     weights: RewardWeights,
 ) -> dict[str, Tensor]:
-    """ "reward", "advantage" and every term of ``TERM_NAMES`` as [B, G] fp64.
+    """Compute "reward", "advantage" and every term of ``TERM_NAMES`` as [B, G] fp64.
 
     A rollout with a missing own similarity gets the format-failed reward: no format, score or refine term (its
     length term stays), counts 1 in "nan", and 0 in every other diagnostic, so that sums over a log window stay finite.
@@ -130,7 +130,8 @@ def _rank_in_group(own: Tensor, rank: Tensor) -> Tensor:
 
 
 def advantages(reward: Tensor, weights: RewardWeights) -> tuple[Tensor, Tensor]:
-    """(R - mean) / (std + eps) over the last dimension, and the unbiased std [.., 1] (0 for a group of one)."""
+    """Compute the advantages (R - mean) / (std + eps) over the last dimension, and the unbiased std [.., 1] (0 for a
+    group of one)."""
     centred = reward - reward.mean(-1, keepdim=True)
     group_size = reward.shape[-1]
     group_std = (centred.square().sum(-1, keepdim=True) / max(group_size - 1, 1)).sqrt()

@@ -48,7 +48,7 @@ Engine = cpu.Compiled | triton.Engine
 
 @dataclass
 class Bank:
-    """How the bank lies over a group: rows per rank, where this rank's part starts, and the bank's size."""
+    """The bank as it lies over a group: rows per rank, where this rank's part starts, and the bank's size."""
 
     sizes: list[int]
     offset: int
@@ -67,7 +67,8 @@ def score(
     weights: RewardWeights,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """[12, B, G] fp32: reward, advantage and the terms in the order of ``PLANES``; arguments as in score_rewrites_."""
+    """Compute reward, advantage and the terms, [12, B, G] fp32 in the order of ``PLANES``; arguments as in
+    score_rewrites_."""
     rows = gen.flatten(0, 1).float().contiguous()
     n_local, total = rows.shape[0], anchors.shape[0]
     if group is not None:
@@ -96,7 +97,8 @@ def score(
 def own_similarities(
     engine: Engine, rows: Tensor, anchors: Tensor, positive: Tensor, weights: RewardWeights
 ) -> tuple[Tensor, Tensor]:
-    """[R, P] fp64 similarities to each item's own anchors, NaN where one lies outside the bank; norms [R] of rows."""
+    """Compute fp64 similarities [R, P] to each item's own anchors, NaN where one lies outside the bank; norms [R] of
+    rows."""
     columns = positive[:, None] + torch.arange(weights.positives, device=positive.device)
     inside = (columns >= 0) & (columns < anchors.shape[0])
     index = columns.clamp(0, anchors.shape[0] - 1).to(anchors.device)
@@ -119,7 +121,8 @@ def scan(
     exact: bool,
     parts: tuple[int, int] = (3, 3),
 ) -> Tensor:
-    """State [R, 4 + P] fp64 of rows [R, D] over anchors [A, D], tile by tile; ``positive`` counts from their first.
+    """Compute the state [R, 4 + P] fp64 of rows [R, D] over anchors [A, D], tile by tile; ``positive`` counts from
+    their first.
 
     exact: multiply in fp64. parts: how many bf16 numbers make one of the rows, one of the anchors.
     """
@@ -157,7 +160,8 @@ def parts_of(dtype: torch.dtype) -> int:
 
 
 def split(values: Tensor, parts: int) -> list[Tensor]:
-    """fp32 values as ``parts`` bf16 tensors, from the leading bits on, whose sum they are (to 24 bits with three)."""
+    """Split fp32 values into ``parts`` bf16 tensors, from the leading bits on, whose sum they are (to 24 bits with
+    three)."""
     found = []
     for _ in range(parts):
         found.append(values.bfloat16())
@@ -166,7 +170,8 @@ def split(values: Tensor, parts: int) -> list[Tensor]:
 
 
 def add_products(into: Tensor, rows: list[Tensor], anchors: list[Tensor]) -> None:
-    """into [R, n] fp32 += (sum of rows) (sum of anchors)^T to fp32 precision, by products of their bf16 parts.
+    """Add similarities, into [R, n] fp32 += (sum of rows) (sum of anchors)^T to fp32 precision, by products of their
+    bf16 parts.
 
     These are exact in TF32 and in bf16, so that torch's process-wide precision changes nothing and is left alone; on a
     GPU they run on the tensor cores, six of them in less time than one fp32 product. Parts whose product lies below
@@ -189,7 +194,7 @@ def initial_state(rows: Tensor, weights: RewardWeights) -> Tensor:
 
 
 def tiles(anchors: Tensor, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(first row, fp32 tile on ``device``) over the bank.
+    """Cut the bank into (first row, fp32 tile on ``device``).
 
     A bank in host memory is copied one tile ahead of its use: with pinned memory the copies run beside the products.
     """

@@ -24,10 +24,10 @@ def why_not(gen: Tensor) -> str | None:
 
 
 class Engine:
-    """Triton's pass over each tile, the rest in torch."""
+    """Runs Triton's pass over each tile, and the rest in torch."""
 
     def own_similarities(self, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Like cpu.Compiled.own_similarities."""
+        """Do what cpu.Compiled.own_similarities does."""
         n_items, positives, width = own.shape
         grouped = rows.view(n_items, -1, width).double()
         found = grouped @ own.double().transpose(1, 2)
@@ -47,7 +47,7 @@ class Engine:
         weights: RewardWeights,
         state: Tensor,
     ) -> None:
-        """Like cpu.Compiled.add_tile."""
+        """Do what cpu.Compiled.add_tile does."""
         from rime_fast.ops.reward.triton_kernels import rank_tile_kernel
 
         n_rows, width = rows.shape
@@ -82,7 +82,7 @@ class Engine:
             )
 
     def merge(self, parts: Tensor, state: Tensor, weights: RewardWeights) -> None:
-        """Like cpu.Compiled.merge; one step a rank."""
+        """Do what cpu.Compiled.merge does; one step a rank."""
         kind = NEGATIVES[weights.negative_code]
         for part in parts:
             state[:, 0] += part[:, 0]
@@ -108,7 +108,7 @@ class Engine:
         disc_similarity: Tensor | None,
         weights: RewardWeights,
     ) -> Tensor:
-        """Like cpu.Compiled.finish."""
+        """Do what cpu.Compiled.finish does."""
         shape = format_ok.shape
         seen = state[:, 0] > 0
         kind = NEGATIVES[weights.negative_code]

@@ -83,17 +83,17 @@ class RewardWeights:
 
     @classmethod
     def ume_r1(cls, group_size: int, w_fmt: float = 1.0) -> RewardWeights:
-        """UME-R1's reward (arXiv 2511.00405): anchors are the ``group_size`` generated embeddings per item of the
+        """Make UME-R1's reward (arXiv 2511.00405): anchors are the ``group_size`` generated embeddings per item of the
         other side, laid out group by group, and ``positive`` points at the first of the item's own group."""
         return cls(w_fmt=w_fmt, w_refine=0.0, w_len=0.0, mode="ume_r1", positives=group_size)
 
     @property
     def negative_code(self) -> int:
-        """Index into ``NEGATIVES`` of the kind that is computed, as the kernels take it."""
+        """The index into ``NEGATIVES`` of the kind that is computed, as the kernels take it."""
         return 0 if self.mode == "ume_r1" else NEGATIVES.index(self.negative)
 
     def encode(self) -> list[float]:
-        """All fields as numbers (choices as their index), the form that passes through an operator's schema."""
+        """Write all fields as numbers (choices as their index), the form that passes through an operator's schema."""
         return [
             self.w_fmt,
             self.w_rank,
@@ -112,7 +112,7 @@ class RewardWeights:
 
     @classmethod
     def decode(cls, numbers: Sequence[float]) -> RewardWeights:
-        """The inverse of ``encode``."""
+        """Read what ``encode`` wrote."""
         w_fmt, w_rank, w_refine, w_len, mode, positives, rank, hit_k, negative, tau, limit, std, eps = numbers
         return cls(
             w_fmt,
