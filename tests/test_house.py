@@ -158,6 +158,18 @@ def test_every_public_name_resolves_and_is_documented(name):
     assert name == "__version__" or (value.__doc__ and len(value.__doc__) > 40)
 
 
+def test_public_docstrings_begin_with_a_sentence():
+    """What it is for comes first; shapes, formulas and what is returned come after."""
+    wrong = []
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                words = ast.get_docstring(node)
+                if words is not None and not re.match("[A-Z][^:]", words):
+                    wrong.append(f"{name}.{node.name}: {words[:40]}")
+    assert not wrong, wrong
+
+
 def test_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = rime_fast.nothing

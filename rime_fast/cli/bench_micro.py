@@ -80,7 +80,8 @@ def micro(op: str, values: dict[str, Any]) -> int:
 
 
 def third_party(op: str, shape: Any) -> dict[str, Any]:
-    """``peers=`` of the measurement: other packages' forms, which come with a source checkout (benchmarks/lib)."""
+    """Find other packages' forms for ``peers=`` of the measurement; they come with a source
+    checkout (benchmarks/lib)."""
     found = run_path(str(PEERS)).get(op) if PEERS.is_file() else None
     return {"peers": found(shape)} if found else {}
 

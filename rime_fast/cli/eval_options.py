@@ -33,7 +33,7 @@ class EvalOptions:
     title: str | None = field(default=None, metadata={"help": "Title of the report."})
 
     def widths(self) -> list[int]:
-        """``dims`` as ascending widths, without the whole, which is always scored."""
+        """The widths of ``dims``, ascending, without the whole, which is always scored."""
         words = [one for one in split(self.dims) if one != "full"]
         if not all(word.isdigit() and int(word) > 0 for word in words):
             raise UsageError(f"--dims is {','.join(self.dims)!r}; expected widths from 1, or 'full'")

@@ -192,8 +192,7 @@ class Collator:
         return self._pack(repeated, [ids for ids in prompts for _ in range(group)], visual, given, group=group)
 
     def measure(self, sides: Sequence[Side], part: Literal["train", "gen", "disc", "latent"] = "train") -> list[int]:
-        """Count the tokens of each side's sequence: prompt and response, prompt, prompt to ``<disc_emb>``, prompt and
-        latents.
+        """Count each side's tokens: prompt and response, prompt, prompt to ``<disc_emb>``, or prompt and latents.
 
         Only the heads of image files are read. Raises ValueError for images that cannot be opened.
         """

@@ -147,7 +147,7 @@ def target_side(answer: str, style: Style = "rewrite") -> Side:
 
 
 class DigitChains(Sequence[Pair]):
-    """``size`` training pairs, each made when it is asked for; the same ones for the same arguments.
+    """A data set of ``size`` training pairs, each made when it is asked for; the same ones for the same arguments.
 
     style: what the responses are. wordy, vague: shares of the queries' rewrites of these kinds; the rest are whole.
     augment: see ``make_chain`` (default: only in training).
@@ -187,7 +187,7 @@ class DigitChains(Sequence[Pair]):
 
 
 def retrieval_set(split: Split, size: int, *, seed: int = 0, style: Style = "rewrite") -> RetrievalSet:
-    """``size`` queries against all 100 targets. The sides carry the right rewrites, which no evaluation may show
+    """Make ``size`` queries against all 100 targets. The sides carry the right rewrites, which no evaluation may show
     to the model: it writes its own."""
     pairs = DigitChains(split, size, seed=seed, style=style, augment=False)
     candidates = [target_side(f"{i:02d}", style) for i in range(100)]

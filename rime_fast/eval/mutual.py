@@ -159,7 +159,7 @@ def evaluate_mutual(
 
 
 def without_twins(data: RetrievalSet) -> RetrievalSet:
-    """``data`` with one candidate where several have the same text and images: none of them is more right than its
+    """Keep one candidate of ``data`` where several have the same text and images: none of them is more right than its
     twin, and a tie between the two is no miss. Of gains the larger one stays."""
     first: dict[int, int] = {}
     row_of: list[int] = []

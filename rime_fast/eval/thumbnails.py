@@ -30,7 +30,7 @@ def thumbnails(side: Side) -> list[str]:
 
 
 def data_uri(image: Image.Image) -> str:
-    """``image``, shrunk to at most 256 pixels a side: PNG where small or flat, else JPEG."""
+    """Encode ``image``, shrunk to at most 256 pixels a side, as a data URI: PNG where small or flat, else JPEG."""
     image = image.convert("RGB")
     image.thumbnail((MAX_PIXELS_SIDE, MAX_PIXELS_SIDE))
     png = io.BytesIO()
@@ -43,5 +43,5 @@ def data_uri(image: Image.Image) -> str:
 
 
 def uri(kind: str, data: bytes) -> str:
-    """``data`` as a data URI of MIME type ``kind``."""
+    """Encode ``data`` as a data URI of MIME type ``kind``."""
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ScoringHead(nn.Linear):
-    """``lm_head`` with a second way to be called.
+    """A language-model head, ``lm_head``, with a second way to be called.
 
     ``head(hidden)`` gives logits as before. ``head(hidden, scoring={...})`` runs the fused operator with the head's
     own weight, or with ``weight()``, a table made from it. The operator runs inside this module's forward, so that

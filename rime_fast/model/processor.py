@@ -18,7 +18,7 @@ PROCESSOR, VIDEO, CHAT = "processor_config.json", "video_preprocessor_config.jso
 
 
 class RimeProcessor:
-    """``tokenizer`` and ``image_processor`` of one checkpoint, loaded and saved together.
+    """The ``tokenizer`` and ``image_processor`` of one checkpoint, loaded and saved together.
 
     The image processor is transformers' ``Qwen2VLImageProcessorPil``, the one all three families use: its
     ``patch_size``, ``merge_size``, ``temporal_patch_size`` and ``size`` (pixel limits) come from the checkpoint.

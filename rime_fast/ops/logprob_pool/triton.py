@@ -209,7 +209,7 @@ class _Launch:
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
 
     def operand(self, tensor: Tensor, rows: int, columns: int) -> Any:
-        """``tensor`` as a kernel takes it: a descriptor of blocks [rows, columns], or the pointer."""
+        """Give ``tensor`` as a kernel takes it: a descriptor of blocks [rows, columns], or the pointer."""
         if not self.tma:
             return tensor
         from triton.tools.tensor_descriptor import TensorDescriptor
