@@ -147,7 +147,7 @@ class _Visual:
         return cls(pixels, batch[pixels], grids, counts)
 
     def take(self, sequences: Sequence[int], kind: str) -> Batch:
-        """Take the pixels, grids (host lists and tensor) and counts of these sequences; nothing where they have none."""
+        """Take pixels, grids (host lists and tensor) and counts of these sequences; nothing where they have none."""
         grids = [grid for i in sequences for grid in self.grids[self.first[i] : self.first[i + 1]]]
         if not grids:
             return {}
