@@ -26,6 +26,8 @@ from typing import Any
 
 import yaml
 
+FLAGS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+
 
 class UsageError(Exception):
     """What the user typed or wrote cannot be used; the message says what and why."""
@@ -168,7 +170,7 @@ def _take(words: list[str], *, several: bool, flag: bool = False) -> list[str]:
     """Removes from ``words`` what belongs to the option just read."""
     taken: list[str] = []
     while words and not words[0].startswith("--"):
-        if flag and words[0].lower() not in _TRUE | _FALSE:
+        if flag and words[0].lower() not in FLAGS:
             break
         taken.append(words.pop(0))
         if not several:
@@ -223,6 +225,3 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "--") -> str:
     all."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(prefix + one for one in close)}?" if close else "; --help lists them"
-
-
-_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}

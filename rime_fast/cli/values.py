@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from rime_fast.cli.options import _FALSE, _TRUE, UsageError
+from rime_fast.cli.options import FLAGS, UsageError
 
 T = TypeVar("T")
 
@@ -34,88 +34,61 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
     """Turn ``value`` (text of the command line, or what YAML made of it) into type ``hint``. Raises UsageError."""
-    options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
-    optional = type(None) in options
-    options = [one for one in options if one is not type(None)]
-    text = str in options
-    if value is None or (isinstance(value, str) and value.lower() == "null") or _is_none(value, text):
-        if optional:
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    word = value.lower() if isinstance(value, str) else None
+    if value is None or word == "null" or (word == "none" and str not in kinds):
+        if type(None) in kinds:
             return None
         raise UsageError(f"{name} is none; expected {describe(hint)}")
-    for one in sorted(options, key=_rank):
-        if one is bool and text and str(value).lower() not in ("true", "false"):
+    for kind in sorted(kinds, key=_rank):
+        if kind is bool and str in kinds and word not in (None, "true", "false"):
             continue  # beside text, "no" and "on" are words
-        found = _as(value, one, name)
-        if found is not _NO:
-            return found
+        try:
+            return _as(value, kind, name)
+        except (LookupError, OverflowError, TypeError, ValueError):
+            continue
     raise UsageError(f"{name} is {value!r}; expected {describe(hint)}")
 
 
-_NO = object()
-
-
-def _is_none(value: Any, text: bool) -> bool:
-    return not text and isinstance(value, str) and value.lower() == "none"
-
-
-def _rank(hint: Any) -> int:
+def _rank(kind: Any) -> int:
     """Narrow types are tried before wide ones; text takes anything, so it comes last."""
     order = [bool, int, float]
-    return order.index(hint) if hint in order else (9 if hint is str else 5)
+    return order.index(kind) if kind in order else (9 if kind is str else 5)
 
 
-def _as(value: Any, hint: Any, name: str) -> Any:
-    origin = get_origin(hint)
-    if hint is Any:
+def _as(value: Any, kind: Any, name: str) -> Any:
+    """``value`` as this one type; raises what ``coerce`` catches where it is none of it."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if kind is Any or (kind is bool and isinstance(value, bool)):
         return value
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        word = str(value).lower()
-        return word in _TRUE if isinstance(value, str) and word in _TRUE | _FALSE else _NO
-    if hint in (int, float):
-        return _number(value, hint)
-    if hint is str:
-        return _text(value)
-    if hint is list or origin is list:
-        inner = (get_args(hint) or (Any,))[0]
-        return [coerce(one, inner, name) for one in value] if isinstance(value, (list, tuple)) else _NO
-    if hint is dict or origin is dict:
-        return _mapping(value)
+    if kind is bool and isinstance(value, str):
+        return FLAGS[value.lower()]
     if origin is Literal:
-        return next((one for one in get_args(hint) if one == value), _NO)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return next((one for one in hint if value in (one.value, one.name)), _NO)
-    return _NO
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return inner[inner.index(value)]
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return {key: one for one in kind for key in (one.value, one.name)}[value]
+    if origin is list and isinstance(value, (list, tuple)):
+        return [coerce(one, inner[0] if inner else Any, name) for one in value]
+    if origin is dict:
+        return _mapping(value)
+    if kind is str and isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else _NO
+    if kind not in (int, float, str) or isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    return kind(value)
 
 
-def _number(value: Any, kind: type) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return _NO
-    try:
-        if kind is float:
-            return float(value)
-        number = float(value) if isinstance(value, float) else int(value)
-        return int(number) if number == int(number) else _NO
-    except (ValueError, OverflowError):
-        return _NO
-
-
-def _mapping(value: Any) -> Any:
+def _mapping(value: Any) -> dict:
     if isinstance(value, dict):
         return value
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{value!r} is not JSON: {error}") from None
-    return _NO
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        raise TypeError
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{value!r} is not JSON: {error}") from None
 
 
 def describe(hint: Any) -> str:
