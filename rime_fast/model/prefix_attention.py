@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,25 @@ class PrefixBounds:
         return cls(host[0].tolist(), host[1].tolist(), PackedLayout(own, device, causal=True), *on_device)
 
 
+class Pass(NamedTuple):
+    """What the backward of one pass reads: its rows, and the output and log-sum-exp of both passes together."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+class Cuts(NamedTuple):
+    """Where torch's varlen kernel cuts the rows and the keys of one pass: cumulative int32, and the longest of each."""
+
+    rows: Tensor | None
+    keys: Tensor | None
+    longest_rows: int
+    longest_keys: int
+
+
 class PrefixAttention(torch.autograd.Function):
     """Attends from rollouts to their prompt and to themselves: query, key, value [rows, heads, D] of the rollouts and
     the prompts' keys and values -> [rows, heads, D].
@@ -89,17 +108,15 @@ class PrefixAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        query, key, value, prompt_key, prompt_value, out, lse = ctx.saved_tensors
+        query, key, value, prompt_key, prompt_value, *merged = ctx.saved_tensors
         prefix, own = (
             (_varlen_prefix_backward, _varlen_own_backward)
             if query.is_cuda
             else (_cpu_prefix_backward, _cpu_own_backward)
         )
-        grad = grads[0].contiguous()
-        d_query, d_prompt_key, d_prompt_value = prefix(
-            grad, query, prompt_key, prompt_value, out, lse, ctx.bounds, ctx.scale
-        )
-        d_own, d_key, d_value = own(grad, query, key, value, out, lse, ctx.bounds, ctx.scale)
+        grad, rest = grads[0].contiguous(), (ctx.bounds, ctx.scale)
+        d_query, d_prompt_key, d_prompt_value = prefix(grad, Pass(query, prompt_key, prompt_value, *merged), *rest)
+        d_own, d_key, d_value = own(grad, Pass(query, key, value, *merged), *rest)
         return d_query + d_own, d_key, d_value, d_prompt_key, d_prompt_value, None, None
 
 
@@ -118,12 +135,8 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: flo
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
 
-def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> Grads:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, causal, scale=scale
-    )
+def _backward(grad: Tensor, done: Pass, causal: bool, scale: float) -> Grads:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, *done, 0.0, causal, scale=scale)
 
 
 def _fold(rows: Tensor, kv: int) -> Tensor:
@@ -152,22 +165,14 @@ def _cpu_prefix(query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds,
     return torch.cat(outs), torch.cat(sums)
 
 
-def _cpu_prefix_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: PrefixBounds,
-    scale: float,
-) -> Grads:
+def _cpu_prefix_backward(grad: Tensor, done: Pass, bounds: PrefixBounds, scale: float) -> Grads:
+    query, key, value, out, lse = done
     kv = key.shape[1]
     shared = query.shape[1] // kv
     d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     for (a, b), (s, e) in zip(pairwise(bounds.group), pairwise(bounds.prefix), strict=True):
         g, q, o, sums = (_fold(x[a:b], kv) for x in (grad, query, out, lse))
-        dq, dk, dv = _backward(g, q, _keys(key[s:e]), _keys(value[s:e]), o, sums, False, scale)
+        dq, dk, dv = _backward(g, Pass(q, _keys(key[s:e]), _keys(value[s:e]), o, sums), False, scale)
         d_query[a:b] = _unfold(dq, shared)
         d_key[s:e], d_value[s:e] = dk[0].transpose(0, 1), dv[0].transpose(0, 1)
     return d_query, d_key, d_value
@@ -198,26 +203,18 @@ def _cpu_own(query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, sc
     return _rows([out for out, _ in done], own), _rows([lse for _, lse in done], own)
 
 
-def _cpu_own_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: PrefixBounds,
-    scale: float,
-) -> Grads:
-    own, heads = bounds.own, query.shape[1]
-    inputs = [_blocks(x, own) for x in (query, _widened(key, heads), _widened(value, heads), out, lse)]
+def _cpu_own_backward(grad: Tensor, done: Pass, bounds: PrefixBounds, scale: float) -> Grads:
+    own, heads, kv = bounds.own, done.query.shape[1], done.key.shape[1]
+    wide = done._replace(key=_widened(done.key, heads), value=_widened(done.value, heads))
+    inputs = map(Pass, *(_blocks(x, own) for x in wide))
     if own.slot is not None:  # no gradient comes from the padding, unlike in _blocks, which repeats the last row
         grad = grad.new_zeros(own.padded, *grad.shape[1:]).index_copy_(0, own.slot, grad)
     sizes = [n * s for n, s in own.blocks]
     grads = [g.unflatten(0, shape).transpose(1, 2) for g, shape in zip(grad.split(sizes), own.blocks, strict=True)]
-    done = [_backward(g, q, k, v, o, sums, True, scale) for g, q, k, v, o, sums in zip(grads, *inputs, strict=True)]
-    d_query, d_key, d_value = (_rows([parts[i] for parts in done], own) for i in range(3))
-    if key.shape[1] != heads:
-        d_key, d_value = (d.unflatten(1, (key.shape[1], -1)).sum(2) for d in (d_key, d_value))
+    made = [_backward(g, block, True, scale) for g, block in zip(grads, inputs, strict=True)]
+    d_query, d_key, d_value = (_rows([parts[i] for parts in made], own) for i in range(3))
+    if kv != heads:
+        d_key, d_value = (d.unflatten(1, (kv, -1)).sum(2) for d in (d_key, d_value))
     return d_query, d_key, d_value
 
 
@@ -229,94 +226,39 @@ def _longest(bounds: Sequence[int]) -> int:
     return max(b - a for a, b in pairwise(bounds))
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cuts: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, value, *cuts, *longest, 0.0, causal, False, scale=scale
-    )
+def _prefix_cuts(bounds: PrefixBounds) -> Cuts:
+    return Cuts(bounds.device_group, bounds.device_prefix, _longest(bounds.group), _longest(bounds.prefix))
+
+
+def _own_cuts(bounds: PrefixBounds) -> Cuts:
+    return Cuts(bounds.device_own, bounds.device_own, bounds.own.longest, bounds.own.longest)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *cuts, 0.0, causal, False, scale=scale)
     return out, lse.transpose(0, 1)
 
 
-def _varlen_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cuts: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
-    causal: bool,
-    scale: float,
-) -> Grads:
-    nothing = torch.empty(0, device=query.device)
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad,
-        query,
-        key,
-        value,
-        out,
-        lse.transpose(0, 1).contiguous(),
-        *cuts,
-        *longest,
-        0.0,
-        causal,
-        no_dropout,
-        nothing,
-        scale=scale,
-    )
-
-
-def _prefix_cuts(bounds: PrefixBounds) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    assert bounds.device_group is not None
-    assert bounds.device_prefix is not None
-    return (bounds.device_group, bounds.device_prefix), (_longest(bounds.group), _longest(bounds.prefix))
-
-
-def _own_cuts(bounds: PrefixBounds) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    assert bounds.device_own is not None
-    return (bounds.device_own, bounds.device_own), (bounds.own.longest, bounds.own.longest)
+def _varlen_backward(grad: Tensor, done: Pass, cuts: Cuts, causal: bool, scale: float) -> Grads:
+    done = done._replace(lse=done.lse.transpose(0, 1).contiguous())
+    nothing = torch.empty(0, device=grad.device)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=grad.device)
+    return torch.ops.aten._flash_attention_backward(grad, *done, *cuts, 0.0, causal, no_dropout, nothing, scale=scale)
 
 
 def _varlen_prefix(
     query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _varlen(query, key, value, *_prefix_cuts(bounds), False, scale)
+    return _varlen(query, key, value, _prefix_cuts(bounds), False, scale)
 
 
 def _varlen_own(query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, scale: float) -> tuple[Tensor, Tensor]:
-    return _varlen(query, key, value, *_own_cuts(bounds), True, scale)
+    return _varlen(query, key, value, _own_cuts(bounds), True, scale)
 
 
-def _varlen_prefix_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: PrefixBounds,
-    scale: float,
-) -> Grads:
-    return _varlen_backward(grad, query, key, value, out, lse, *_prefix_cuts(bounds), False, scale)
+def _varlen_prefix_backward(grad: Tensor, done: Pass, bounds: PrefixBounds, scale: float) -> Grads:
+    return _varlen_backward(grad, done, _prefix_cuts(bounds), False, scale)
 
 
-def _varlen_own_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: PrefixBounds,
-    scale: float,
-) -> Grads:
-    return _varlen_backward(grad, query, key, value, out, lse, *_own_cuts(bounds), True, scale)
+def _varlen_own_backward(grad: Tensor, done: Pass, bounds: PrefixBounds, scale: float) -> Grads:
+    return _varlen_backward(grad, done, _own_cuts(bounds), True, scale)

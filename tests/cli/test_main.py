@@ -83,7 +83,10 @@ def test_every_commands_help_imports_nothing_heavy():
         (["train", "--lerning_rate", "1"], "unknown option --lerning_rate; did you mean --learning_rate"),
         (["train", "--model", "x"], "--train_data is required"),
         (["eval", "--model", "x"], "--data is required"),
-        (["embed", "--model", "x", "--data", "y.txt", "--mode", "fast"], "--mode is 'fast'; expected disc, gen, latent, both"),
+        (
+            ["embed", "--model", "x", "--data", "y.txt", "--mode", "fast"],
+            "--mode is 'fast'; expected disc, gen, latent, both",
+        ),
         (["train", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["doctor", "extra"], "unexpected 'extra'"),
         (["data", "check", "--images", "head"], "--files is required"),

@@ -218,10 +218,10 @@ def test_masked_form_where_no_flash_kernel_serves(monkeypatch):
         assert relative(a, b) < 1e-12
 
 
-def varlen_stand_in(query, key, value, cuts, longest, causal, scale, grad=None, out=None, lse=None):
+def varlen_stand_in(query, key, value, cuts, causal, scale, grad=None, out=None, lse=None):
     """Flash-attention's varlen interface in plain arithmetic: forward, or the backward with a given lse and out."""
-    bounds = [cut.tolist() for cut in cuts]
-    assert [max(b - a for a, b in pairwise(c)) for c in bounds] == list(longest)
+    bounds, longest = [cut.tolist() for cut in cuts[:2]], list(cuts[2:])
+    assert [max(b - a for a, b in pairwise(c)) for c in bounds] == longest
     shared = query.shape[1] // key.shape[1]
     results = [torch.zeros_like(query), query.new_zeros(query.shape[:2])]
     if grad is not None:
@@ -259,8 +259,8 @@ def test_the_varlen_passes_get_the_right_boundaries(monkeypatch):
         object.__setattr__(bounds, name, cut)
     monkeypatch.setattr(passes, "_varlen", varlen_stand_in)
 
-    def backward(grad, query, key, value, out, lse, cuts, longest, causal, scale):
-        return varlen_stand_in(query, key, value, cuts, longest, causal, scale, grad, out, lse)
+    def backward(grad, done, cuts, causal, scale):
+        return varlen_stand_in(done.query, done.key, done.value, cuts, causal, scale, grad, done.out, done.lse)
 
     monkeypatch.setattr(passes, "_varlen_backward", backward)
     for kind in ("prefix", "own"):

@@ -242,15 +242,9 @@ def contrastive(
 
 @contrastive.register_fake
 def _(
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    temperature: Tensor,
-    labels: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    options: Sequence[float],
+    queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: Tensor, labels: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    terms, like = Options.decode(options).n_losses, queries[0]
+    terms, like = Options.decode(rest[-1]).n_losses, queries[0]
     loss = like.new_empty(terms, dtype=accumulation_dtype(like.dtype))
     positives = 1 if labels is None or labels.dim() == 1 else labels.shape[1]
     rows = like.new_empty(terms, 2 + positives, like.shape[0], dtype=torch.float64)
@@ -285,20 +279,9 @@ def contrastive_backward(
 
 
 @contrastive_backward.register_fake
-def _(
-    grad: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    temperature: Tensor,
-    labels: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    options: Sequence[float],
-    need_queries: Sequence[bool],
-    need_keys: Sequence[bool],
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    queries, keys, temperature, need_queries, need_keys = *args[3:6], *args[-2:]
+
     def like(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
         return [t.new_empty(t.shape) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)]
 
