@@ -46,6 +46,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
       "contrast_gradient(Tensor(a!) tile, Tensor scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
       "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, Tensor bounded, Tensor row_shift, Tensor row_coef, "
       "Tensor col_shift, Tensor col_coef, Tensor positive_slope, Tensor factor, Tensor(b!) out) -> ()");
+  // The same of nested widths (Matryoshka; CPU). parts: tiles of the products over the columns between one width and the
+  // next. Statistics: all else is a list with a tensor a width, limits are empty without a margin. Gradient: parts
+  // become the gradients to themselves; by_row, by_col [widths - 1, ...] fp64 receive sum G S of the inner widths.
+  m.def(
+      "nested_statistics(Tensor(a!)[] parts, Tensor scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
+      "Tensor? col_ids, Tensor[] row_norms, Tensor[] col_norms, Tensor[] row_limits, Tensor[] col_limits, "
+      "Tensor bounded, Tensor(b!)[] row_max, Tensor(c!)[] row_sum, Tensor(d!)[] col_max, Tensor(e!)[] col_sum, "
+      "Tensor(f!)[] positive, Tensor(g!)[] rival) -> ()");
+  m.def(
+      "nested_gradient(Tensor(a!)[] parts, Tensor scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
+      "Tensor? col_ids, Tensor[] row_norms, Tensor[] col_norms, Tensor[] row_limits, Tensor[] col_limits, "
+      "Tensor bounded, Tensor[] row_shift, Tensor[] row_coef, Tensor[] col_shift, Tensor[] col_coef, "
+      "Tensor[] positive_slope, Tensor[] factor, Tensor(b!) by_row, Tensor(c!) by_col) -> ()");
 
   // score_rewrites_ (csrc/*/reward.*): R = B G rollouts of width D, P own anchors an item, a tile of n anchors.
   // CUDA, a bank of one tile, everything in one launch: gen [B, G, D] -> rewards, advantages [B, G] of any strides, and

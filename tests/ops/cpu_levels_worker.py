@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,11 +23,12 @@ THREADS = (1, 2, 4)
 def check_operators() -> None:
     """Small cases with rests everywhere, through the public functions."""
     for options in ({"temperature": 0.05}, {"temperature": 0.004, "ids": True, "margin": 0.1, "shuffled": True}):
-        case = contrastive_cases.make_case(67, 333, 33, **options)
-        found, eager = (contrastive_cases.run(case, torch.float32, name) for name in ("chunked", "reference"))
-        contrastive_cases.check_rule(
-            found, eager, contrastive_cases.run(case, torch.float64, "reference"), torch.float32
-        )
+        whole = contrastive_cases.make_case(67, 333, 33, **options)
+        for case in (whole, replace(whole, settings={**whole.settings, "dims": [5, 16, 33]})):
+            found, eager = (contrastive_cases.run(case, torch.float32, name) for name in ("chunked", "reference"))
+            contrastive_cases.check_rule(
+                found, eager, contrastive_cases.run(case, torch.float64, "reference"), torch.float32
+            )
     for case in (logprob_cases.Case(vocabulary=1531), logprob_cases.Case(softcap=5.0, spread=30.0)):
         logprob_cases.assert_close_to_truth(case, case.run("chunked"))
     for weights in (RewardWeights(), RewardWeights(negative="softmax"), RewardWeights(negative="max")):

@@ -53,7 +53,7 @@ def test_is_the_weighted_sum_of_the_widths(backend: str) -> None:
 @pytest.mark.parametrize("masks", ["none", "both", "several"])
 @pytest.mark.parametrize("temperature", [0.02, 0.004])
 def test_chunked_obeys_the_rule(masks: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "TILE", (37, 300))
+    monkeypatch.setattr(cpu, "NESTED_TILE", (37, 300))
     for shape, dims in (((1, 1, 5), [1, 5]), ((80, 340, 33), [7, 8, 20, 31])):
         for symmetric in (True, False):
             case = nested(
@@ -70,6 +70,31 @@ def test_chunked_obeys_the_rule(masks: str, temperature: float, monkeypatch: pyt
             truth, eager = run(case, torch.float64, "reference"), run(case, torch.float32, "reference")
             check_rule(run(case, torch.float32, "chunked"), eager, truth, torch.float32)
             check_rule(run(case, torch.float64, "chunked"), truth, truth, torch.float64)
+
+
+def test_more_widths_than_the_kernels_take() -> None:
+    case = nested(9, 20, 24, dims=list(range(3, 23)), ids=True, margin=0.1)
+    truth, eager = run(case, torch.float64, "reference"), run(case, torch.float32, "reference")
+    check_rule(run(case, torch.float32, "chunked"), eager, truth, torch.float32)
+
+
+def test_a_width_of_zeros_and_threads_change_nothing() -> None:
+    """Rows whose first columns are 0 have no direction there; sums do not depend on the threads."""
+    case = nested(150, 610, 40, dims=[8, 24, 40], positives=2)
+    for side in (case.queries, case.keys):
+        for rows in side.values():
+            rows[:3, :8] = 0.0
+    truth, eager = run(case, torch.float64, "reference"), run(case, torch.float32, "reference")
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(run(case, torch.float32, "chunked"))
+    finally:
+        torch.set_num_threads(threads)
+    check_rule(found[0], eager, truth, torch.float32)
+    assert all(torch.equal(rows, found[1].gradients[name]) for name, rows in found[0].gradients.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

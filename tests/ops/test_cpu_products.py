@@ -45,6 +45,23 @@ def test_every_layout_in_parts(layouts: tuple[bool, bool], part_bytes: int, monk
     assert relative(into, 2 * truth) < limit
 
 
+def test_onednn_never_gets_rows_that_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the second operand: some processors' oneDNN multiplies these by its plain loop."""
+    real, weights = cpu_products._linear(), []
+
+    def layer(a: Tensor, weight: Tensor, *more: Any) -> Tensor:
+        weights.append(weight)
+        return real(a, weight, *more)
+
+    monkeypatch.setattr(cpu_products, "_linear", lambda: layer)
+    a = torch.randn(64, 512)
+    for b in (torch.randn(512, 600)[:, :256], torch.randn(256, 600)[:, :512].t()):
+        truth = a.double() @ b.double()
+        assert relative(cpu_products.product(a, b), truth) < 2 * relative(a @ b, truth) + 1e-6
+    assert all(w.stride() in ((w.shape[1], 1), (1, w.shape[0])) for w in weights)
+    assert len(weights) == 2
+
+
 @pytest.mark.parametrize("why", ["small", "fp64", "absent", "slower"])
 def test_torch_where_it_does_not_serve(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(64, 512), torch.randn(512, 256)

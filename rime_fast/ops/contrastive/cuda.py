@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rime_fast.ops.contrastive import tiles
+from rime_fast.ops.contrastive import nested, tiles
 
 TILE = (4096, 8192)  # 128 MiB of fp32, enough to fill the card
 PATCH = (64, 256)  # rows and columns of the patches whose parts the kernel writes (csrc/rime)
@@ -31,7 +31,8 @@ def sweep(
     """Make the pass over the tiles, as cpu.sweep does; rows of the kernels' tiles start at 16 bytes."""
     rows = CudaRows(scale, flag) if tiles.has_compiled_rows(queries[0]) else tiles.TorchRows(scale)
     if len(widths) > 1:
-        return tiles.NestedSweep(queries, keys, terms, masks, rows, TILE, 4, widths)
+        tile = TILE[0], TILE[1] // len(widths)  # all widths' together are as large as one
+        return nested.NestedSweep(queries, keys, terms, masks, rows, tile, 4, widths)
     return tiles.TileSweep(queries, keys, terms, masks, rows, TILE, align=4)
 
 

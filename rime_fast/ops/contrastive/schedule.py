@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rime_fast.ops.contrastive import cpu, cuda, triton
 from rime_fast.ops.contrastive.keys import OwnKeys
+from rime_fast.ops.contrastive.nested import NestedSweep
 from rime_fast.ops.contrastive.problem import (
     Inputs,
     Options,
@@ -29,7 +30,6 @@ from rime_fast.ops.contrastive.problem import (
 from rime_fast.ops.contrastive.softmax import BOUNDED, Positives, Slopes, Solved, Statistics
 from rime_fast.ops.contrastive.tiles import (
     Masks,
-    NestedSweep,
     TileSweep,
     id_classes,
     pair_similarity,

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rime_fast.ops import cpu_products, native
-from rime_fast.ops.contrastive.problem import SAME_SIMILARITY, accumulation_dtype, inverse_norms
+from rime_fast.ops.contrastive.problem import SAME_SIMILARITY, accumulation_dtype
 from rime_fast.ops.contrastive.softmax import Slopes, Statistics
 
 
@@ -174,103 +174,66 @@ class TileSweep:
                 del tile, g
 
 
-@dataclass
-class NestedSweep(TileSweep):
-    """One pass over nested widths (Matryoshka): every width at the products of the widest alone.
-
-    Rows have unit norm at the widest, whose similarities P are a sum of partial products over the columns between one
-    width and the next. On the way width m has S_m = P_m a_m b_m^T, with a_m and b_m the inverse norms of its part of
-    the rows. Backward, with G_m the gradient to S_m: the columns between two widths get the sum of a_m b_m^T G_m over
-    all widths that hold them (a suffix sum), and each row of width m loses its own direction times sum_j G_m S_m.
-    """
-
-    widths: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        inner = self.widths[:-1]
-        self.query_norms = [[inverse_norms(q, width) for width in inner] for q in self.queries]
-        self.key_norms = [[inverse_norms(k, width) for width in inner] for k in self.keys]
-        self.row_products: list[Tensor] = []  # of each term, [inner widths, N] fp64: sum_j G S
-        self.tile = self.tile[0], max(1, self.tile[1] // len(self.widths))  # all widths' together are as large as one
-
-    def nested(self, qm: int, km: int) -> Iterator[tuple[list[Tensor], int, int]]:
-        """Make the tiles at every width: (similarities at each width and one more buffer of their size, first row,
-        first column)."""
-        q, k, a, b = self.queries[qm], self.keys[km], self.query_norms[qm], self.key_norms[km]
-        height, width = min(self.tile[0], q.shape[0]), min(self.tile[1], k.shape[0])
-        size = height * (width + self.align - 1)
-        buffers = q.new_empty(len(self.widths) + 1, size, dtype=accumulation_dtype(q.dtype))
-        for row in range(0, q.shape[0], height):
-            for col in range(0, k.shape[0], width):
-                block, candidates = q[row : row + height], k[col : col + width]
-                rows, cols = block.shape[0], candidates.shape[0]
-                stride = -(-cols // self.align) * self.align
-                found = [buffer[: rows * stride].view(rows, stride)[:, :cols] for buffer in buffers]
-                product = found[len(a)]
-                for at, (start, stop) in enumerate(pairwise((0, *self.widths))):
-                    left, right = block[:, start:stop], candidates[:, start:stop]
-                    if at == 0:
-                        similarities(left, right, product)
-                    else:
-                        add_product(product, slice(None), left, right.T)
-                    if at < len(a):
-                        torch.mul(product, a[at][row : row + height, None], out=found[at])
-                        found[at].mul_(b[at][None, col : col + width])
-                yield found, row, col
-
-    def statistics(self, into: list[Statistics]) -> None:
-        for term, (qm, km) in enumerate(self.terms):
-            for found, row, col in self.nested(qm, km):
-                for at, tile in enumerate(found[:-1], start=term * len(self.widths)):
-                    self.rows.statistics(tile, row, col, self.masks[at], into[at])
-
-    def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
-        edges = list(pairwise((0, *self.widths)))
-        for term, (qm, km) in enumerate(self.terms):
-            q, k, a, b = self.queries[qm], self.keys[km], self.query_norms[qm], self.key_norms[km]
-            by_row = q.new_zeros(len(a), q.shape[0], dtype=torch.float64)
-            by_col = k.new_zeros(len(a), k.shape[0], dtype=torch.float64)
-            for (*found, kept), row, col in self.nested(qm, km):
-                rows, cols = slice(row, row + kept.shape[0]), slice(col, col + kept.shape[1])
-                total = kept
-                for at in reversed(range(len(edges))):
-                    loss = term * len(edges) + at
-                    if at < len(a):
-                        kept.copy_(found[at])
-                    g = self.rows.gradient(found[at], row, col, self.masks[loss], slopes[loss], kept.dtype)
-                    if at < len(a):
-                        kept.mul_(g)
-                        by_row[at, rows] += kept.sum(1)
-                        by_col[at, cols] += kept.sum(0)
-                        total.addcmul_(g.mul_(b[at][None, cols]), a[at][rows, None])
-                    else:
-                        total = g
-                    part, narrow = slice(*edges[at]), total.to(q.dtype)
-                    add_product(_columns(dq[qm], part), rows, narrow, k[cols, part])
-                    add_product(_columns(dk[km], part), cols, narrow.T, q[rows, part])
-            for at, (_, width) in enumerate(edges[:-1]):
-                _subtract_own(dq[qm], by_row[at], a[at], q, width)
-                _subtract_own(dk[km], by_col[at], b[at], k, width)
-            self.row_products.append(by_row)
-
-
-def _columns(of: Tensor | None, part: slice) -> Tensor | None:
-    return None if of is None else of[:, part]
-
-
-def _subtract_own(into: Tensor | None, products: Tensor, inverse_norm: Tensor, rows: Tensor, width: int) -> None:
-    """The normalisation's part of a gradient: along each row's own first columns."""
-    if into is not None:
-        along = (products * inverse_norm.double().square()).to(into.dtype)
-        into[:, :width] -= along[:, None] * rows[:, :width].to(into.dtype)
-
-
 def has_compiled_rows(tensor: Tensor) -> bool:
     """Whether the compiled kernels handle the tiles of these operands."""
     return tensor.dtype != torch.float64 and native.available(cuda=tensor.is_cuda)
 
 
-class CompiledRows:
+Norms = tuple[list[Tensor], list[Tensor]]  # inverse norms of queries and of keys, of each width
+
+
+class NestedRows:
+    """Takes nested widths by a kernel's own ``statistics`` and ``gradient``, with what is between them in torch."""
+
+    if TYPE_CHECKING:
+        statistics: Any
+        gradient: Any
+
+    def nested_statistics(
+        self, parts: list[Tensor], row: int, col: int, norms: Norms, masks: list[Masks], into: list[Statistics]
+    ) -> None:
+        """Add a tile's partial products, which are used up."""
+        _prefix(parts, row, col, norms)
+        for tile, mask, state in zip(parts, masks, into, strict=True):
+            self.statistics(tile, row, col, mask, state)
+
+    def nested_gradient(
+        self,
+        parts: list[Tensor],
+        row: int,
+        col: int,
+        norms: Norms,
+        masks: list[Masks],
+        slopes: list[Slopes],
+        by_row: Tensor,
+        by_col: Tensor,
+    ) -> None:
+        """Turn partial products into the gradients to themselves; sum G S of the inner widths is added to by_row
+        [widths - 1, N] and by_col [widths - 1, K]."""
+        _prefix(parts, row, col, norms)
+        rows, cols = slice(row, row + parts[0].shape[0]), slice(col, col + parts[0].shape[1])
+        for at in reversed(range(len(parts))):
+            tile, inner = parts[at], at < len(by_row)
+            kept = tile.clone() if inner else tile
+            g = self.gradient(tile, row, col, masks[at], slopes[at], tile.dtype)
+            if inner:
+                kept.mul_(g)
+                by_row[at, rows] += kept.sum(1)
+                by_col[at, cols] += kept.sum(0)
+                g.mul_(norms[0][at][rows, None]).mul_(norms[1][at][None, cols]).add_(parts[at + 1])
+            parts[at] = g
+
+
+def _prefix(parts: list[Tensor], row: int, col: int, norms: Norms) -> None:
+    """Partial products to the similarities at each width, in place."""
+    total = parts[0].clone()
+    for at, part in enumerate(parts):
+        total = total if at == 0 else total.add_(part)
+        a, b = norms[0][at][row : row + part.shape[0], None], norms[1][at][None, col : col + part.shape[1]]
+        torch.mul(total, a, out=part).mul_(b)
+
+
+class CompiledRows(NestedRows):
     """Runs csrc's kernels on one tile: that of keys ``col`` onwards and queries ``row`` onwards, in fp32.
 
     flag: 0-d int32, 1 when every |logit| <= BOUNDED.
@@ -333,7 +296,7 @@ class CompiledRows:
         return tile
 
 
-class TorchRows:
+class TorchRows(NestedRows):
     """Does what ``CompiledRows`` does in torch operations, for any dtype and device (nothing is read back)."""
 
     def __init__(self, scale: Tensor) -> None:

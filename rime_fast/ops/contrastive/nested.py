@@ -1,0 +1,107 @@
+"""Nested widths (Matryoshka) in one sweep: partial products on the way to the widest, suffix sums on the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from rime_fast.ops import cpu_products
+from rime_fast.ops.contrastive.problem import accumulation_dtype, inverse_norms
+from rime_fast.ops.contrastive.softmax import Slopes, Statistics
+from rime_fast.ops.contrastive.tiles import TileSweep, add_product, similarities
+
+
+@dataclass
+class NestedSweep(TileSweep):
+    """One pass over nested widths (Matryoshka): every width at the products of the widest alone.
+
+    Rows have unit norm at the widest, whose similarities P are a sum of partial products over the columns between one
+    width and the next. On the way width m has S_m = P_m a_m b_m^T, with a_m and b_m the inverse norms of its part of
+    the rows. Backward, with G_m the gradient to S_m: the columns between two widths get the sum of a_m b_m^T G_m over
+    all widths that hold them (a suffix sum), and each row of width m loses its own direction times sum_j G_m S_m.
+    """
+
+    widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.query_norms = [_all_inverse_norms(q, self.widths) for q in self.queries]
+        self.key_norms = [_all_inverse_norms(k, self.widths) for k in self.keys]
+        self.query_parts = [_parts(q, self.widths) for q in self.queries]
+        self.key_parts = [_parts(k, self.widths) for k in self.keys]
+        self.row_products: list[Tensor] = []  # of each term, [inner widths, N] fp64: sum_j G S
+
+    def nested(self, qm: int, km: int) -> Iterator[tuple[list[Tensor], int, int]]:
+        """Make the tiles of partial products: (one for each width, first row, first column), valid until the next."""
+        q, k = self.queries[qm], self.keys[km]
+        height, width = (-(-n // -(-n // most)) for n, most in zip((q.shape[0], k.shape[0]), self.tile, strict=True))
+        buffers: Tensor | None = None
+        found: list[Tensor] = list(self.query_parts[qm])  # replaced one by one, so that memory is used again in place
+        for row in range(0, q.shape[0], height):
+            for col in range(0, k.shape[0], width):
+                rows, cols = min(height, q.shape[0] - row), min(width, k.shape[0] - col)
+                stride = -(-cols // self.align) * self.align
+                for at, (left, right) in enumerate(zip(self.query_parts[qm], self.key_parts[km], strict=True)):
+                    block, candidates = left[row : row + rows], right[col : col + cols]
+                    if cpu_products.fast_products(block, candidates.T):
+                        found[at] = cpu_products.fast_product(block, candidates.T)
+                        continue
+                    if buffers is None:
+                        size = height * (width + self.align - 1)
+                        buffers = q.new_empty(len(self.widths), size, dtype=accumulation_dtype(q.dtype))
+                    tile = buffers[at, : rows * stride].view(rows, stride)[:, :cols]
+                    found[at] = similarities(block, candidates, tile)
+                yield found, row, col
+
+    def statistics(self, into: list[Statistics]) -> None:
+        for term, (qm, km) in enumerate(self.terms):
+            losses = slice(term * len(self.widths), (term + 1) * len(self.widths))
+            norms = self.query_norms[qm], self.key_norms[km]
+            for parts, row, col in self.nested(qm, km):
+                self.rows.nested_statistics(parts, row, col, norms, self.masks[losses], into[losses])
+
+    def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
+        edges = list(pairwise((0, *self.widths)))
+        for term, (qm, km) in enumerate(self.terms):
+            losses = slice(term * len(edges), (term + 1) * len(edges))
+            q, k, norms = self.queries[qm], self.keys[km], (self.query_norms[qm], self.key_norms[km])
+            by_row = q.new_zeros(len(edges) - 1, q.shape[0], dtype=torch.float64)
+            by_col = k.new_zeros(len(edges) - 1, k.shape[0], dtype=torch.float64)
+            turned = None if dk[km] is None else k.new_zeros(k.shape[1], k.shape[0], dtype=dk[km].dtype)
+            query_turned = [part.T if part.is_cuda else part.T.contiguous() for part in self.query_parts[qm]]
+            into = [None if dq[qm] is None else dq[qm][:, start:stop] for start, stop in edges]
+            for parts, row, col in self.nested(qm, km):
+                rows, cols = slice(row, row + parts[0].shape[0]), slice(col, col + parts[0].shape[1])
+                self.rows.nested_gradient(parts, row, col, norms, self.masks[losses], slopes[losses], by_row, by_col)
+                for at, total in enumerate(parts):
+                    part, narrow = slice(*edges[at]), total.to(q.dtype)
+                    add_product(into[at], rows, narrow, self.key_parts[km][at][cols])
+                    if turned is not None:  # products of few columns are faster the other way round
+                        add_product(turned[:, cols], part, query_turned[at][:, rows], narrow)
+            if turned is not None:
+                dk[km].add_(turned.T)
+            for at, (_, width) in enumerate(edges[:-1]):
+                _subtract_own(dq[qm], by_row[at], norms[0][at], q, width)
+                _subtract_own(dk[km], by_col[at], norms[1][at], k, width)
+            self.row_products.append(by_row)
+
+
+def _all_inverse_norms(rows: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    inner = [inverse_norms(rows, width) for width in widths[:-1]]
+    return [*inner, rows.new_ones(rows.shape[0], dtype=accumulation_dtype(rows.dtype))]
+
+
+def _parts(rows: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """The columns between one width and the next; on the CPU as matrices of their own, where products are faster."""
+    parts = [rows[:, start:stop] for start, stop in pairwise((0, *widths))]
+    return parts if rows.is_cuda else [part.contiguous() for part in parts]
+
+
+def _subtract_own(into: Tensor | None, products: Tensor, inverse_norm: Tensor, rows: Tensor, width: int) -> None:
+    """The normalisation's part of a gradient: along each row's own first columns."""
+    if into is not None:
+        along = (products * inverse_norm.double().square()).to(into.dtype)
+        into[:, :width] -= along[:, None] * rows[:, :width].to(into.dtype)
