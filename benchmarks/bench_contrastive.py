@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.lib import peers
 from benchmarks.lib.growth import measure_growth
+from benchmarks.lib.widths import measure_widths
 from rime_fast.bench.contrastive import Shape, measure
 
 _SIZES = {
@@ -28,10 +29,16 @@ GROWTH = {
     "cpu": [Shape(1024, 64), Shape(4096, 64), Shape(16_384, 64), Shape(65_536, 64)],
     "cuda": [Shape(n, 1536) for n in (4096, 16_384, 65_536, 262_144, 1_048_576)] + [Shape(1_048_576, 3584)],
 }
+# six Matryoshka widths, the widest of them the shape's
+WIDTHS = {
+    "tiny": [Shape(64, 32)],
+    "cpu": [Shape(4096, 1024, peaked=True)],
+    "cuda": [Shape(16_384, 1536, peaked=True), Shape(65_536, 3584, peaked=True)],
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name, table in {"shape": SHAPES, "grown": GROWTH}.items():
+    for name, table in {"shape": SHAPES, "grown": GROWTH, "nested": WIDTHS}.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, table[metafunc.config.rime_size], ids=str)
 
@@ -47,3 +54,8 @@ def test_growth(grown: Shape, run) -> None:
     found = run(measure_growth, grown, rounds=1 if grown.pairs > 10_000 else 3)
     memory = found["ours"].peak_mib
     assert run.device == "cuda" or memory is None or memory < 300
+
+
+def test_widths(nested: Shape, run) -> None:
+    found = run(measure_widths, nested, rounds=5)
+    assert found["ours"].error_fp64 is None or found["ours"].error_fp64 < (1e-4 if run.exact else 5e-2)

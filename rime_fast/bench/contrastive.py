@@ -122,10 +122,10 @@ def eager(sides: Sides, terms: Terms) -> None:
 # --- the measurement -------------------------------------------------------------------------------------------------
 
 
-def truth(sides: Sides, terms: Terms) -> Tensor:
+def truth(sides: Sides, terms: Terms, **options: Any) -> Tensor:
     """The gradient of the discriminative queries by the reference in fp64, against which errors are measured."""
     exact = [{m: v.detach().double().requires_grad_() for m, v in side.items()} for side in sides]
-    return ours((exact[0], exact[1]), terms, backend="reference")()
+    return ours((exact[0], exact[1]), terms, backend="reference", **options)()
 
 
 def measure(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_contrastive, bench_logprob_pool, bench_reward
-from benchmarks.lib import growth, joint_step, peers, refine_step, ume_r1
+from benchmarks.lib import growth, joint_step, peers, refine_step, ume_r1, widths
 from benchmarks.lib.stored import load
 from rime_fast.bench import ceiling, contrastive, logprob, reward
 from rime_fast.bench.harness import FLOOR, Results, compare
@@ -33,6 +33,12 @@ SUITE = {
         1e-5,
     ),
     "contrastive_growth": (growth.measure_growth, bench_contrastive.GROWTH["tiny"][0], {"ours"}, 0.0),
+    "contrastive_widths": (
+        widths.measure_widths,
+        bench_contrastive.WIDTHS["tiny"][0],
+        {FLOOR, "ours", "ours_widest", "a loss a width"},
+        1e-5,
+    ),
     "reward": (reward.measure, REWARD["tiny"][0], {FLOOR, "ours_mean", "eager"}, 1e-6),
     "reward_ume_r1": (
         ume_r1.measure_ume_r1,
