@@ -34,6 +34,10 @@ COMMAND = Command(
         ("8 GPUs", "torchrun --nproc_per_node 8 -m rime_fast.cli train --config sft.yaml"),
         ("an adapter", "rime-fast train --config sft.yaml --lora_rank 16"),
         ("a third embedding, without decoding", "rime-fast train --config sft.yaml --latent_tokens 8"),
+        (
+            "a larger model as teacher",
+            "rime-fast train --config sft.yaml --teacher_bank runs/teacher --distill_weight 1",
+        ),
         ("embeddings that can be cut", "rime-fast train --config sft.yaml --matryoshka_dims 64 128 256 512 1024"),
     ),
     run=run,
@@ -41,6 +45,7 @@ COMMAND = Command(
         "RimeConfig",
         "The recipe (joint training)",
         Group("Its contrast", "rime_fast.recipe.settings", "ContrastSettings"),
+        Group("A teacher", "rime_fast.recipe.settings", "DistillSettings"),
         Group("Latent rewrites", "rime_fast.recipe.settings", "LatentSettings"),
     ),
     more=MORE,

@@ -1,4 +1,4 @@
-"""Settings with their help texts: how a field is written and checked; those of the contrast and of latent rewrites.
+"""Settings with their help texts: how a field is written and checked; those of the contrast, of teachers, of latents.
 
 In the help texts [known] marks what is published (the source is named) and [ours] what the RIME paper does not publish.
 """
@@ -93,6 +93,33 @@ class ContrastSettings:
                 f"matryoshka_weights has {len(weights)} numbers; expected {len(widths)}, one for each of {widths}"
             )
         return widths, list(weights)
+
+
+@dataclass
+class DistillSettings:
+    """What a teacher adds to the loss (``rime_fast/recipe/distill.py``): a part of ``RimeConfig``."""
+
+    distill_weight: float = option(
+        0.0,
+        "KL to a teacher, of each mode: to the rows' `scores` over the positive and its hard negatives, or to the "
+        "cosines of teacher_bank. [known: Qwen3-VL-Embedding, WeMM; ours: weight, one term a mode; off]",
+    )
+    distill_temperature: float | None = option(
+        None, "The teacher's; the student's is temperature. None: 1 for scores, 0.02 for a bank. [ours]"
+    )
+    teacher_bank: str | None = option(
+        None,
+        "Folder made by `rime-fast embed --anchors both` with a larger model (of any size) of this training set: its "
+        "cosines between the batch's queries and targets are the teacher. None: the rows' scores. [known, WeMM: idea]",
+    )
+
+    def check_distillation(self) -> None:
+        """Raise ValueError for a value out of its range, naming the field."""
+        in_range("distill_weight", self.distill_weight, 0)
+        if self.distill_temperature is not None:
+            in_range("distill_temperature", self.distill_temperature, 0, open_low=True)
+        if self.teacher_bank is not None and self.distill_weight == 0:
+            raise ValueError("teacher_bank is set and distill_weight is 0; expected a weight above 0")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe.joint import JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
-from rime_fast.recipe.settings import ContrastSettings, LatentSettings, in_range, one_of, option
+from rime_fast.recipe.settings import ContrastSettings, DistillSettings, LatentSettings, in_range, one_of, option
 
 ON_BAD_ROW = ON_NONFINITE = ("stop", "skip")
 PROGRESS = ("rich", "plain", "none")
@@ -160,7 +160,7 @@ def _other_accelerator() -> bool:
 
 
 @dataclass
-class RimeConfig(LatentSettings, ContrastSettings, CommonConfig):
+class RimeConfig(LatentSettings, DistillSettings, ContrastSettings, CommonConfig):
     """The settings of joint training (SFT): cross-entropy on both sides, contrast in both modes, Cross-Mode Alignment.
 
     The batch of a step (all ranks) is the set of in-batch negatives: make it as large as memory allows.
@@ -214,6 +214,7 @@ class RimeConfig(LatentSettings, ContrastSettings, CommonConfig):
 
     def __post_init__(self) -> None:
         self.check_latents()
+        self.check_distillation()
         self.weights()  # raises, naming the weight
         self.check_contrast()
         in_range("block", self.block, 0)

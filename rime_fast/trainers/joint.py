@@ -18,12 +18,15 @@ from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, GuardedRows
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
+from rime_fast.engine.teacher import TeacherRows
 from rime_fast.model.flops import StepFlops, peak_flops, recomputed
 from rime_fast.model.latent import own_targets
 from rime_fast.recipe.blocks import by_block
+from rime_fast.recipe.distill import bank_distillation, score_distillation
 from rime_fast.recipe.false_negatives import mask_ids
 from rime_fast.recipe.joint import JointLoss, joint_loss, scored_tokens, side_cross_entropy, token_weights
 from rime_fast.recipe.set_scores import set_scores
+from rime_fast.trainers.anchors import bank_file
 from rime_fast.trainers.base import RATES, DualModeTrainer
 from rime_fast.trainers.callbacks import On
 from rime_fast.trainers.config import RimeConfig
@@ -85,8 +88,8 @@ class RimeTrainer(DualModeTrainer):
         self.widths = args.contrast_widths(config.get_text_config().hidden_size)
         if self.widths is not None:
             config.is_matryoshka, config.matryoshka_dimensions = True, self.widths[0]
-        chosen = args.template if template is None else template
-        self.collator = make_collator(processor, chosen, model.config, args, ids=args.mask_false_negatives)
+        chosen, ids = args.template if template is None else template, args.mask_false_negatives or args.teacher_bank
+        self.collator = make_collator(processor, chosen, model.config, args, ids=bool(ids))
         # without a term that trains or reads rewrites, prompts up to <disc_emb> are all that is needed
         answers = args.weights().scores_tokens() or {"gen", "latent"} & set(args.weights().modes())
         rewrites = bool(answers) and self.collator.template.filler is None
@@ -118,6 +121,11 @@ class RimeTrainer(DualModeTrainer):
         if args.learnable_temperature:
             self.temperature = LearnableTemperature(args.temperature, args.temperature_learning_rate, args.device)
             self.add_callback(On(on_optimizer_step=self._step_temperature))
+        self.teacher: dict[str, TeacherRows] | None = None
+        if args.teacher_bank is not None:
+            self.teacher = {
+                side: TeacherRows(bank_file(args.teacher_bank, side), args.device) for side in ("query", "target")
+            }
         self.mixture = MixtureRun(train, args) if isinstance(train, MixtureDataset) else None
         if self.mixture is not None:
             sampler = self.mixture.sampler
@@ -216,7 +224,7 @@ class RimeTrainer(DualModeTrainer):
             if hard and {"disc", "gen"} <= keys.keys():
                 # a hard negative without a rewrite has no g: its d is the candidate of the generative terms [ours]
                 keys["gen"] = torch.where((inputs["gen_index"][n:] >= 0)[:, None], keys["gen"], keys["disc"])
-            ids = _mask_ids(inputs, group)
+            ids = _mask_ids(inputs, group) if args.mask_false_negatives else None
 
             def joint_of(own: Tensor | slice, among: Tensor | slice) -> JointLoss:
                 return joint_loss(
@@ -246,7 +254,7 @@ class RimeTrainer(DualModeTrainer):
             metrics.update({f"contrast/{name}": value for name, value in joint.terms.items()})
             metrics.update({f"hit@1/{name}": value for name, value in joint.accuracy.items()})
             metrics.update({f"contrast/all@{width}": value for width, value in joint.per_dim.items()})
-            return joint.total
+            return joint.total + self._distilled(inputs, queries, keys, tau, metrics)
 
         encoder = PackedEncoder(
             model,
@@ -258,6 +266,28 @@ class RimeTrainer(DualModeTrainer):
             host_features=args.vision_features_on_host,
         )
         return encoder, contrast, metrics
+
+    def _distilled(self, inputs: dict[str, Any], queries: Rows, keys: Rows, tau: Any, metrics: Rows) -> Tensor | float:
+        """The teacher's part of the loss, weighted (0.0 without one); its terms go into ``metrics``."""
+        args, n = self.args, _sizes(inputs)[0]
+        total: Tensor | float = 0.0
+        if args.distill_weight == 0:
+            return total
+        options: dict[str, Any] = {"temperature": tau, "group": self.group}
+        if args.distill_temperature is not None:
+            options["teacher_temperature"] = args.distill_temperature
+        if self.teacher is not None:
+            teacher = self.teacher["query"].of(inputs["query_ids"]), self.teacher["target"].of(inputs["key_ids"])
+        for mode, rows in queries.items():
+            with torch.autocast(rows.device.type, enabled=False):
+                if self.teacher is not None:
+                    found = bank_distillation(rows, keys[mode][:n], *teacher, **options)
+                else:  # every rank takes part, also one whose rows have no scores
+                    scores = inputs.get("scores", rows.new_full((len(keys[mode]),), torch.nan))
+                    found = score_distillation(rows, keys[mode], scores, inputs.get("negative_of"), **options)
+            metrics[f"distill/{mode}"] = found.detach()
+            total = total + args.distill_weight * found
+        return total
 
     def _score_sets(self, inputs: dict[str, Any], queries: Rows, keys: Rows, tau: Any, ids: Any) -> None:
         """Adds up loss and hit@1 of each set, of the term that a served embedding is compared by."""
@@ -322,12 +352,18 @@ class RimeTrainer(DualModeTrainer):
 
     def check_start(self) -> None:
         super().check_start()
-        if self.weights.scores_tokens():
+        scores = self.args.distill_weight > 0 and self.teacher is None
+        if self.weights.scores_tokens() or scores:
             rows = GuardedRows(self.train_dataset, self.collator.collate_pairs, self.args.on_bad_row == "skip")
             batch = rows.collate([rows[i] for i in range(0, len(rows), max(1, len(rows) // 4))][:4])
             if BAD in batch:
                 raise DataError("\n".join(batch[BAD]))
-            if not bool((batch["targets"] >= 0).any()):
+            if scores and "scores" not in batch:
+                raise ValueError(
+                    f"distill_weight is {self.args.distill_weight}, but no row looked at has scores; expected `scores` "
+                    "in train_dataset (docs/data.md), or teacher_bank"
+                )
+            if self.weights.scores_tokens() and not bool((batch["targets"] >= 0).any()):
                 raise ValueError(
                     "no token of rows all over train_dataset is scored: cross-entropy has nothing to train on; "
                     "expected rewrites, or ce_query_weight=0 and ce_target_weight=0"
