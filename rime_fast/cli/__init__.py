@@ -23,6 +23,7 @@ COMMANDS = {
     "embed": ("embed", "embed a file of items; safetensors and JSONL"),
     "index": ("index", "an index of embeddings: exact, or FAISS"),
     "search": ("search", "the nearest items of a text or a picture; a page with thumbnails"),
+    "merge": ("merge", "the weighted mean of trained models"),
     "export": ("export", "a folder for sentence-transformers and vLLM; compare their vectors with ours"),
     "serve": ("serve", "an OpenAI-style embedding server: modes, batching, limits"),
     "data check": ("data_check", "name file, row and field of every bad row; write the good ones"),

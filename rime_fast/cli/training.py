@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,24 @@ class TrainingOptions:
         default=LORA_TARGETS,
         metadata={"help": "Regular expression of the layers; default: attention and MLP of the language model."},
     )
+    lora_dora: bool = field(
+        default=False, metadata={"help": "DoRA: a magnitude beside the LoRA's direction. [known, Think-Then-Embed]"}
+    )
+    lora_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) (rsLoRA). [ours, off]"})
+    lora_modules_to_save: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Modules trained whole and saved with the adapter: merger, embed_tokens. [ours: none]"},
+    )
+    lora_init: str | None = field(
+        default=None,
+        metadata={"help": "peft's init_lora_weights: 'gaussian' [known, Think-Then-Embed], 'pissa', ..."},
+    )
+    lora_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: the language model in 4 bits (nf4, twice quantised, bf16; bitsandbytes). [ours, off]"
+        },
+    )
     report: bool = field(default=True, metadata={"help": "Write report.html with the curves at the end."})
 
 
@@ -88,9 +107,10 @@ def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, 
     options = build(TrainingOptions, values)
     model_exists(options.model)
     args = build(config_class, values | {"output_dir": options.output_dir})
+    _lora_goes_together(options)
     quiet()
     trainer = trainer_class(
-        model=options.model,
+        model=_in_4_bits(options, args) if options.lora_4bit else options.model,
         args=args,
         train_dataset=options.train_data,
         eval_dataset=options.eval_data,
@@ -103,6 +123,12 @@ def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, 
     return 0
 
 
+def _lora_goes_together(options: TrainingOptions) -> None:
+    chosen = ("lora_dora", "lora_rslora", "lora_init", "lora_modules_to_save", "lora_4bit")
+    if options.lora_rank == 0 and (stray := [name for name in chosen if getattr(options, name)]):
+        raise UsageError(f"--{stray[0]} goes with --lora_rank; expected a rank above 0")
+
+
 def _lora(options: TrainingOptions) -> Any:
     try:
         from peft import LoraConfig
@@ -113,7 +139,37 @@ def _lora(options: TrainingOptions) -> Any:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=options.lora_targets,
+        init_lora_weights=True if options.lora_init is None else options.lora_init,
+        use_dora=options.lora_dora,
+        use_rslora=options.lora_rslora,
+        modules_to_save=options.lora_modules_to_save or None,
         task_type="CAUSAL_LM",
+    )
+
+
+def _in_4_bits(options: TrainingOptions, args: Any) -> Any:
+    """The base model of QLoRA. The head, which is scored by its weight, and the vision tower stay whole."""
+    if args.deepspeed or args.fsdp:
+        raise UsageError("--lora_4bit goes without DeepSpeed and FSDP: weights of 4 bits are not sharded")
+    if find_spec("bitsandbytes") is None:
+        raise UsageError("--lora_4bit needs bitsandbytes; pip install bitsandbytes")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from rime_fast.model.dual_mode import DualModeModel
+
+    chosen = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "visual"],
+    )
+    return DualModeModel.from_pretrained(
+        options.model,
+        attn_implementation=args.attn_implementation,
+        dtype=torch.bfloat16,
+        quantization_config=chosen,
     )
 
 
@@ -128,7 +184,7 @@ def save_outputs(trainer: Any, options: TrainingOptions, args: Any, label: str) 
             for name in ("adapter_config.json", "adapter_model.safetensors"):  # pushed from a checkpoint before
                 (directory / name).unlink(missing_ok=True)
             card = trainer.facts()
-            merged = _merged(trainer, directory / "adapter")
+            merged = _merged(trainer, directory / "adapter", anew=options.lora_4bit)
             merged.save_pretrained(directory)
             trainer.processing_class.save_pretrained(directory)
             write_card(directory, card)
@@ -156,9 +212,10 @@ def save_outputs(trainer: Any, options: TrainingOptions, args: Any, label: str) 
         trainer.push_to_hub(commit_message="Model save")
 
 
-def _merged(trainer: Any, adapter: Path) -> Any:
-    """The trained model with its adapter merged in: on this rank, or read anew where ranks share the parameters."""
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+def _merged(trainer: Any, adapter: Path, *, anew: bool) -> Any:
+    """The trained model with its adapter merged in: on this rank; read anew where ranks share the parameters, or the
+    base is in 4 bits."""
+    if not (anew or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
         return trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

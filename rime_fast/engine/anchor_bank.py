@@ -172,7 +172,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 def _lora_layer(name: str) -> str:
     """Of "a.b.lora_A.default.weight": what both factors share."""
     layer, _, rest = name.partition(".lora_")
-    return layer + rest[1:]
+    return layer + rest.partition(".")[2]
 
 
 def data_fingerprint(items: Tensor | Iterable[str]) -> str:
