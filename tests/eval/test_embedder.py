@@ -160,7 +160,7 @@ def test_every_kind_of_response_is_parsed_and_counted(monkeypatch, response, rea
     assert embedder.stats.missing_gen == (0 if reached else 2)
     assert embedder.stats.format_errors == (0 if formed else 2)
     assert embedder.stats.decoded_tokens == sum(encoded.tokens)
-    assert embedder.stats.items == {"disc": 0, "gen": 2}
+    assert embedder.stats.items == {"disc": 0, "gen": 2, "latent": 0}
 
 
 def test_missing_gen_is_warned_of(monkeypatch, caplog):
@@ -204,7 +204,7 @@ def test_saved_directory_loads_and_agrees(tmp_path, embedder):
     ("arguments", "error", "message"),
     [
         (([],), ValueError, "items is empty"),
-        ((["x"], "fast"), ValueError, "mode is 'fast'; expected 'disc' or 'gen'"),
+        ((["x"], "fast"), ValueError, "mode is 'fast'; expected one of 'disc', 'gen', 'latent'"),
         (([3],), TypeError, r"items\[0\] is int; expected str, PIL image"),
         ((["a", {"txt": "b"}],), ValueError, r"items\[1\].txt unknown key"),
         (([{"image": "/gone.png"}],), ValueError, "/gone.png"),

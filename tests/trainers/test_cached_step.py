@@ -146,7 +146,7 @@ def test_resume_to_the_bit_with_another_number_of_kept_graphs(tiny, tmp_path):
     straight = run("a")
     resumed = run("b", str(tmp_path / "a" / "checkpoint-2"))
     assert straight.kept[0] == resumed.kept[0] == 1 < straight.kept[2]
-    timed = ("per_second", "runtime", "flos", "train_loss")
+    timed = ("per_second", "data_wait", "runtime", "flos", "train_loss")
     curves = [
         [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in one.state.log_history]
         for one in (straight, resumed)

@@ -39,7 +39,7 @@ def trainer(tiny, folder, pairs=None, *, more=None, **settings) -> RefineRLTrain
 
 
 def curve(run: RefineRLTrainer) -> list[dict[str, float]]:
-    timed = ("per_second", "runtime", "total_flos", "train_loss")
+    timed = ("per_second", "data_wait", "runtime", "total_flos", "train_loss")
     return [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in run.state.log_history]
 
 

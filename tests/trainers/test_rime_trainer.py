@@ -45,7 +45,7 @@ def trainer(tiny, folder, pairs=None, *, more=None, **settings) -> RimeTrainer:
 
 def curve(run: RimeTrainer) -> list[dict[str, float]]:
     """The log without what a clock decides."""
-    timed = ("per_second", "runtime", "total_flos", "train_loss")
+    timed = ("per_second", "data_wait", "runtime", "total_flos", "train_loss")
     return [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in run.state.log_history]
 
 
