@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rime_fast.cli.bars import quiet
 from rime_fast.cli.command import model_exists
@@ -139,7 +139,7 @@ def _lora(options: TrainingOptions) -> Any:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=options.lora_targets,
-        init_lora_weights=True if options.lora_init is None else options.lora_init,
+        init_lora_weights=True if options.lora_init is None else cast(Any, options.lora_init),
         use_dora=options.lora_dora,
         use_rslora=options.lora_rslora,
         modules_to_save=options.lora_modules_to_save or None,

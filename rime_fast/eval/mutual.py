@@ -133,10 +133,10 @@ def evaluate_mutual(
             encoded[mode, side] = embedder.encode_items(items, mode, progress=report)
 
     def table(width: int | None, count: int) -> dict[str, Cell]:
-        rows = [
+        query, target = (
             {mode: truncated(encoded[mode, side].embeddings, width) for mode in modes} for side in ("query", "target")
-        ]
-        return mutual_table(*rows, data.correct, gains=data.gains, lists=data.pools, top_k=count)
+        )
+        return mutual_table(query, target, data.correct, gains=data.gains, lists=data.pools, top_k=count)
 
     cells = table(None, top_k)
     cost = {}

@@ -345,8 +345,8 @@ class DualModeModel:
             vision_cache=vision_cache,
         )
         if pools is None:
-            pools = dict(zip(MODES, (disc_index, gen_index, latent_index), strict=True))
-            pools = {mode: index for mode, index in pools.items() if index is not None}
+            by_mode = zip(MODES, (disc_index, gen_index, latent_index), strict=True)
+            pools = {mode: index for mode, index in by_mode if index is not None}
         if not (pools or targets is not None):
             return DualModeOutput(embeddings={}, hidden=hidden)
         head = self._scoring_head()

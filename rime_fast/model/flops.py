@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class StepFlops:
         )
         self.merger = Tower(*_sizes(base.visual, merged=True), 0, 0)
         self.merge = vision.spatial_merge_size**2
-        head = model.get_output_embeddings().weight
+        head = cast(Any, model).get_output_embeddings().weight
         self.head, self.head_trained = _count(head), head.requires_grad
 
     def of(self, batch: Mapping[str, Any], again: float = 0.0, towers: str = "none") -> tuple[float, float]:

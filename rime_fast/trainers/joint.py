@@ -210,7 +210,8 @@ class RimeTrainer(DualModeTrainer):
         def cross_entropy(out: Any, part: Part, taken: Batch) -> Rows:
             # a micro-batch's sequences ascend: its queries come first
             rows = sum(length for length, i in zip(taken["lengths"], part.sequences, strict=True) if i < n)
-            logp, copies, found = out.logp.detach(), taken.get("condensed"), {}
+            logp, copies = out.logp.detach(), taken.get("condensed")
+            found: Rows = {}
             parts = {"ce": logp} if copies is None else {"ce": logp * ~copies, "ce_latent": logp * copies}
             for name, part_logp in parts.items():
                 sides = side_cross_entropy(part_logp, rows, counts, world)  # type: ignore[arg-type]

@@ -70,9 +70,10 @@ class NestedSweep(TileSweep):
             q, k, norms = self.queries[qm], self.keys[km], (self.query_norms[qm], self.key_norms[km])
             by_row = q.new_zeros(len(edges) - 1, q.shape[0], dtype=torch.float64)
             by_col = k.new_zeros(len(edges) - 1, k.shape[0], dtype=torch.float64)
-            turned = None if dk[km] is None else k.new_zeros(k.shape[1], k.shape[0], dtype=dk[km].dtype)
+            query_grad, key_grad = dq[qm], dk[km]
+            turned = None if key_grad is None else k.new_zeros(k.shape[1], k.shape[0], dtype=key_grad.dtype)
             query_turned = [part.T if part.is_cuda else part.T.contiguous() for part in self.query_parts[qm]]
-            into = [None if dq[qm] is None else dq[qm][:, start:stop] for start, stop in edges]
+            into = [None if query_grad is None else query_grad[:, start:stop] for start, stop in edges]
             for parts, row, col in self.nested(qm, km):
                 rows, cols = slice(row, row + parts[0].shape[0]), slice(col, col + parts[0].shape[1])
                 self.rows.nested_gradient(parts, row, col, norms, self.masks[losses], slopes[losses], by_row, by_col)
@@ -81,11 +82,11 @@ class NestedSweep(TileSweep):
                     add_product(into[at], rows, narrow, self.key_parts[km][at][cols])
                     if turned is not None:  # products of few columns are faster the other way round
                         add_product(turned[:, cols], part, query_turned[at][:, rows], narrow)
-            if turned is not None:
-                dk[km].add_(turned.T)
+            if key_grad is not None and turned is not None:
+                key_grad.add_(turned.T)
             for at, (_, width) in enumerate(edges[:-1]):
-                _subtract_own(dq[qm], by_row[at], norms[0][at], q, width)
-                _subtract_own(dk[km], by_col[at], norms[1][at], k, width)
+                _subtract_own(query_grad, by_row[at], norms[0][at], q, width)
+                _subtract_own(key_grad, by_col[at], norms[1][at], k, width)
             self.row_products.append(by_row)
 
 
