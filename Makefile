@@ -45,9 +45,10 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# One thread: the cases are small, and threads that wait for each other cost minutes on a busy machine.
+# Processes of one thread: the cases are small, and threads that wait for each other cost minutes on a busy machine.
+WORKERS ?= 2
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not slow" $(PYTEST_ARGS)
 
 # Case after case by its seed; one that fails is printed with the fewest options that make it fail.
 START ?= 0
