@@ -48,7 +48,7 @@ def test_the_commands_and_the_client(place, capsys):
             assert main([*words, *more]) == 0, line
     assert (place / "runs" / "found.html").is_file()
     server = Server(*served, "--max_new_tokens", "4")
-    client = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "OpenAI" in block)
+    client = next(block for block in re.findall(r"```python fragment\n(.*?)```", PAGE, re.S) if "OpenAI" in block)
     space: dict = {}
     exec(client.replace("http://localhost:8000/v1", server.url), space)
     assert server.stop()[0] == 0
