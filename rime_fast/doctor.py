@@ -141,7 +141,7 @@ def _library_parts(cuda: bool) -> Iterator[Part]:
     yield part(
         "triton", "triton", used=cuda, cost="on CUDA no Triton kernels: torch instead", extra="pip install triton"
     )
-    sdpa = "attention 'auto' takes torch SDPA, one sequence group at a time, instead of one varlen call"
+    sdpa = "attention 'auto' takes torch's own varlen flash kernel (FlashAttention-2)"
     gpu = "pip install 'rime-fast[gpu]'"
     yield part("flash-attn", "flash_attn", used=cuda, cost=sdpa, extra=gpu, check=cuda)
     liger = "no fused RMSNorm, RoPE and SwiGLU (use_liger_kernel)"

@@ -4,7 +4,7 @@ A batch is a plain dict. N sequences, T rows in all:
 
     input_ids [T], mm_token_type_ids [T] int64 (0 text, 1 image, 2 video), position_ids [3, T] int64
     lengths, prompt_lengths: list[int] of N (host); a sequence is its prompt, then its response
-    targets [T] int64: the token scored AT row t, which stands at t + 1; -100 where nothing is scored (responses only)
+    targets [T] int64: the token scored AT row t, which stands at t + 1; -100 where none is; scored: list[int] of N
     disc_index, gen_index [N] int64: row of the embedding token; gen_index is -1 for a sequence without a response,
         and the key is absent when none has one (as `targets` is)
     pixel_values, image_grid_thw, image_grids (host); pixel_values_videos, video_grid_thw, video_grids: when there are;
@@ -357,10 +357,9 @@ class Collator:
             "position_ids": self._positions(kinds, lengths, visual),
             **{key: value for key, value in visual.items() if key != "video_fps"},
         }
-        if "image_grids" in visual:
-            batch["image_counts"] = [len(side.images) for side in sides]
-        if "video_grids" in visual:
-            batch["video_counts"] = [len(side.videos) for side in sides]
+        for kind in ("image", "video"):
+            if f"{kind}_grids" in visual:
+                batch[f"{kind}_counts"] = [len(getattr(side, f"{kind}s")) for side in sides]
         starts = np.cumsum([0, *lengths])
         disc = [s + _last(p, self.disc_id) for s, p in zip(starts.tolist(), prompts, strict=False)]
         batch["disc_index"] = torch.tensor(disc)
@@ -385,7 +384,8 @@ class Collator:
                 targets[first - 1 : stop - 1] = ids[first:stop]
             at = _last(response, self.gen_id)
             gen.append(first + at if at >= 0 else stop - 1)
-        return {"targets": torch.from_numpy(targets), "gen_index": torch.tensor(gen)}
+        rows = [len(ids) * (i < scored) for i, ids in enumerate(responses)]
+        return {"targets": torch.from_numpy(targets), "gen_index": torch.tensor(gen), "scored": rows}
 
     def _positions(self, kinds: torch.Tensor, lengths: list[int], visual: Batch) -> torch.Tensor:
         size = self.vision.temporal_patch_size

@@ -22,7 +22,7 @@ Runs = list[tuple[int, int]]
 
 # Entries with a row per token, per sequence, and those that index rows.
 _PER_TOKEN = ("input_ids", "mm_token_type_ids", "targets", "token_weight", "condensed")
-_PER_SEQUENCE = ("side", "prompt_lengths", "branches")
+_PER_SEQUENCE = ("side", "prompt_lengths", "scored", "branches")
 _ROW_INDEX = ("disc_index", "gen_index", "latent_index")
 _VISUAL = (("image", "pixel_values", 1), ("video", "pixel_values_videos", 2))
 
@@ -263,8 +263,9 @@ class PackedEncoder:
         batch, place = latent_batch(taken) if "branches" in taken else (dict(taken), None)
         pools = {mode: batch.pop(f"{mode}_index") for mode in MODES if f"{mode}_index" in batch}
         scoring: dict[str, Any] = {key: batch.pop(key) for key in ("targets", "token_weight") if key in batch}
+        rows = batch.pop("scored", None)
         if scored and self.scored:
-            batch |= scoring
+            batch |= scoring | {"max_scored": None if rows is None else sum(rows)}
         # A kept graph needs no features later: only a pass without graph fills the cache, only its repetition uses it.
         keep = not torch.is_grad_enabled() or part.vision.filled
         out = self.model(

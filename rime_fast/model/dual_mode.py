@@ -287,6 +287,7 @@ class DualModeModel:
         vision_cache: VisionCache | None = None,
         targets: Tensor | None = None,
         token_weight: Tensor | None = None,
+        max_scored: int | None = None,
         pools: dict[str, Tensor] | None = None,
         disc_index: Tensor | None = None,
         gen_index: Tensor | None = None,
@@ -301,7 +302,8 @@ class DualModeModel:
         forward.
 
         input_ids, lengths, position_ids and what an image or video needs: see ``encode_hidden``. targets [T]: the token
-        to score at each row (-100: none); token_weight [T]: its weight in the loss. pools: name -> row [N], or rows
+        to score at each row (-100: none); token_weight [T]: its weight in the loss; max_scored: no more rows than these
+        are scored, as the host knows (``fused_logprob_pool``). pools: name -> row [N], or rows
         [N, K], of an embedding (``score_rows``), or disc_index, gen_index [N] and latent_index [N, K] for the recipe's.
         entropy, temperature, normalize: as in ``fused_logprob_pool``. Returns a DualModeOutput. Raises ValueError for
         arguments of transformers' own forward beside ``lengths``. Names that neither knows are left alone, as there.
@@ -358,6 +360,7 @@ class DualModeModel:
             "temperature": temperature,
             "normalize": normalize,
             "backend": logprob_backend,
+            "max_scored": max_scored,
         }
         found: dict[str, Tensor] = head(hidden, scoring=scoring)
         embeddings = {k.removeprefix("pool:"): found.pop(k) for k in list(found) if k.startswith("pool:")}

@@ -45,6 +45,7 @@ def score_rows(
     temperature: float,
     normalize: bool,
     backend: str,
+    max_scored: int | None,
 ) -> dict[str, Tensor]:
     """Compute log-probabilities, loss and pooled embeddings of packed rows ``hidden`` [T, H] by ``rime_fast.ops``.
 
@@ -72,6 +73,7 @@ def score_rows(
             "entropy": entropy,
             "normalize": normalize,
             "backend": backend,
+            "max_scored": max_scored,
         }
         weight = weight.to(hidden.dtype)
         # Disabled: the operator chooses its own precision, autocast would only cut its fp32 accumulation short.

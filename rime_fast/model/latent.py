@@ -60,6 +60,8 @@ def add_branches(batch: dict[str, Any], responses: Sequence[int], k: int) -> Non
         first.append(begin)
         start = stop
     batch |= {"latent_index": torch.tensor(first)[:, None] + torch.arange(k), "branches": branches}
+    if "scored" in batch:
+        batch["scored"] = [2 * rows for rows in batch["scored"]]
     batch["condensed"] = condensed
 
 

@@ -3,10 +3,11 @@
 Everything in a transformer but its attention works on rows, so a packed row of T tokens pays for no padding in any
 matrix product. Attention itself takes one of two ways:
 
-- grouped: the rows of sequences of similar length are laid out as right-padded [n, S] blocks and go through
+- varlen, on CUDA in fp16 and bf16: torch's flash kernel reads the packed row itself and the boundaries, one call a
+  layer whatever the lengths are. An installed flash-attention does the same (``PackedLayout.flash_kwargs``).
+- grouped, elsewhere: the rows of sequences of similar length are laid out as right-padded [n, S] blocks and go through
   ``scaled_dot_product_attention`` with ``is_causal``, which needs no mask: the padding lies to the right of every
   real row. Sequences of one length that follow each other are a plain view, nothing is copied.
-- varlen: flash-attention reads the packed row itself and the boundaries (``PackedLayout.flash_kwargs``).
 
 Both give one forward through the modules whatever the lengths are, so that ranks with different batches make the same
 collective calls under ZeRO-3 and FSDP.
@@ -15,12 +16,14 @@ collective calls under ZeRO-3 and FSDP.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from contextlib import nullcontext
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -30,6 +33,9 @@ PACKED_SDPA = "rime_sdpa"
 
 # A further block costs about as much as this many score entries.
 _BLOCK_COST = {"cpu": 96 * 96, "cuda": 1024 * 1024}
+
+# Without cuDNN's, which makes a plan on the host for every new shape of a block (20-40 ms each; PyTorch issue 187770).
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class AttentionLayout(Protocol):
@@ -59,20 +65,47 @@ class PackedLayout:
         self.causal = causal
         self.total = sum(self.lengths)
         self.longest = max(self.lengths)
-        groups = group_by_length(self.lengths, _BLOCK_COST.get(device.type, 0) if causal else 0)
-        self.blocks: list[tuple[int, int]] = [(len(g), max(self.lengths[i] for i in g)) for g in groups]
-        self.padded = sum(n * s for n, s in self.blocks)
-        self.take, self.slot = self._index([i for g in groups for i in g])
 
-    def _index(self, order: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        """take [padded]: the packed row of each block slot; slot [T]: the block slot of each packed row.
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Where the sequences begin and end, int32 [N + 1] on the device."""
+        return torch.tensor((0, *self.lengths)).cumsum(0).to(self.device, torch.int32, non_blocking=True)
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """The sequences of each block."""
+        return group_by_length(self.lengths, _BLOCK_COST.get(self.device.type, 0) if self.causal else 0)
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, int]]:
+        """The sequences of each block, and its rows for each of them."""
+        return [(len(g), max(self.lengths[i] for i in g)) for g in self.groups]
+
+    @property
+    def take(self) -> Tensor | None:
+        """The packed row of each block slot, [padded]; None where blocks and packed rows are the same thing."""
+        return self._index[0]
+
+    @property
+    def slot(self) -> Tensor | None:
+        """The block slot of each packed row, [T]; None as above."""
+        return self._index[1]
+
+    @cached_property
+    def padded(self) -> int:
+        """The slots of all blocks."""
+        return sum(n * s for n, s in self.blocks)
+
+    @cached_property
+    def _index(self) -> tuple[Tensor | None, Tensor | None]:
+        """(take, slot).
 
         Both None when blocks and packed rows are the same thing. Padding repeats its sequence's last row: any finite
         value would do, no real row ever sees it.
         """
         lengths = torch.tensor(self.lengths)
         starts = lengths.cumsum(0) - lengths
-        ordered = torch.tensor(order)
+        ordered = torch.tensor([i for g in self.groups for i in g])
         width = torch.tensor([s for n, s in self.blocks for _ in range(n)])
         base = width.cumsum(0) - width
         within = torch.arange(self.padded) - base.repeat_interleave(width)
@@ -91,19 +124,29 @@ class PackedLayout:
         """Attend inside each sequence. query [T, heads, D], key and value [T, kv heads, D] -> [T, heads, D]."""
         if query.shape[0] != self.total:
             raise ValueError(f"query has {query.shape[0]} rows; expected {self.total}, the sum of lengths")
-        if self.take is not None:
-            query, key, value = (_ToBlocks.apply(x, self.take, self.slot) for x in (query, key, value))
+        if serves_varlen(query) and not dropout:
+            rows, *_ = torch.ops.aten._flash_attention_forward(
+                *(query, key, value, self.bounds, self.bounds, self.longest, self.longest),
+                *(0.0, self.causal, False),
+                scale=scale,
+            )
+            return rows
+        take, slot = self.take, self.slot
+        if take is not None:
+            query, key, value = (_ToBlocks.apply(x, take, slot) for x in (query, key, value))
         shared = query.shape[1] != key.shape[1]
         sizes = [n * s for n, s in self.blocks]
         parts = []
-        for (n, s), q, k, v in zip(self.blocks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
-            q, k, v = (x.unflatten(0, (n, s)).transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=self.causal and s > 1, scale=scale, enable_gqa=shared
-            )
-            parts.append(out.transpose(1, 2).flatten(0, 1))
+        split = zip(self.blocks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
+        with sdpa_kernel(_KERNELS, set_priority=True) if query.is_cuda else nullcontext():
+            for (n, s), q, k, v in split:
+                q, k, v = (x.unflatten(0, (n, s)).transpose(1, 2) for x in (q, k, v))
+                out = F.scaled_dot_product_attention(
+                    q, k, v, dropout_p=dropout, is_causal=self.causal and s > 1, scale=scale, enable_gqa=shared
+                )
+                parts.append(out.transpose(1, 2).flatten(0, 1))
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return rows if self.take is None else _FromBlocks.apply(rows, self.take, self.slot)
+        return rows if take is None else _FromBlocks.apply(rows, take, slot)
 
     def attention(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, dropout: float
@@ -115,13 +158,18 @@ class PackedLayout:
 
     def flash_kwargs(self) -> dict[str, Any]:
         """Give the boundaries as transformers' flash-attention functions take them: no host synchronisation follows."""
-        bounds = torch.tensor((0, *self.lengths)).cumsum(0).to(self.device, torch.int32, non_blocking=True)
         return {
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
+            "cu_seq_lens_q": self.bounds,
+            "cu_seq_lens_k": self.bounds,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
         }
+
+
+def serves_varlen(rows: Tensor) -> bool:
+    """Whether torch's varlen flash kernel takes such rows [T, heads, D]."""
+    half = rows.dtype in (torch.float16, torch.bfloat16)
+    return rows.is_cuda and half and rows.shape[-1] % 8 == 0 and rows.shape[-1] <= 256
 
 
 @lru_cache(maxsize=64)

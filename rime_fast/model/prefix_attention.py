@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rime_fast.model.packing import PackedLayout
+from rime_fast.model.packing import PackedLayout, serves_varlen
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -33,7 +33,7 @@ class PrefixBounds:
     """Which rows belong together; all bounds are cumulative and start at 0.
 
     prefix [B + 1]: rows of each prompt among the prompts' rows. group [B + 1]: rows of all rollouts of each prompt
-    among the rollouts' rows. own: the rollouts themselves. On a CUDA device the three also as int32 tensors there.
+    among the rollouts' rows. own: the rollouts themselves. On a CUDA device the first two also as int32 tensors there.
     """
 
     prefix: list[int]
@@ -41,7 +41,6 @@ class PrefixBounds:
     own: PackedLayout
     device_prefix: Tensor | None = None
     device_group: Tensor | None = None
-    device_own: Tensor | None = None
 
     @classmethod
     def make(
@@ -49,8 +48,8 @@ class PrefixBounds:
     ) -> PrefixBounds:
         """Make the bounds from the numbers of rows of each prompt, of each prompt's rollouts together, and of each
         rollout."""
-        host = [torch.tensor([0, *rows]).cumsum(0) for rows in (prefix, group, own)]
-        on_device: list[Tensor | None] = [None, None, None]
+        host = [torch.tensor([0, *rows]).cumsum(0) for rows in (prefix, group)]
+        on_device: list[Tensor | None] = [None, None]
         if device.type == "cuda":
             on_device = [bounds.to(device, torch.int32, non_blocking=True) for bounds in host]
         return cls(host[0].tolist(), host[1].tolist(), PackedLayout(own, device, causal=True), *on_device)
@@ -124,7 +123,7 @@ def flash_serves(tensor: Tensor) -> bool:
     """Whether the two passes have a kernel for this device and dtype."""
     if tensor.device.type == "cpu":
         return tensor.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    return tensor.device.type == "cuda" and tensor.dtype in (torch.bfloat16, torch.float16)
+    return serves_varlen(tensor)
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ def _prefix_cuts(bounds: PrefixBounds) -> Cuts:
 
 
 def _own_cuts(bounds: PrefixBounds) -> Cuts:
-    return Cuts(bounds.device_own, bounds.device_own, bounds.own.longest, bounds.own.longest)
+    return Cuts(bounds.own.bounds, bounds.own.bounds, bounds.own.longest, bounds.own.longest)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

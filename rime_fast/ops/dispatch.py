@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -99,6 +100,13 @@ def explain(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = to
     """Say what "auto" takes for operator ``op`` (logprob, contrastive, reward) on such tensors, and why."""
     table: BackendTable = import_module(TABLES[op]).TABLE
     return table.explain(torch.empty(1, device=device, dtype=dtype))
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Make the tensor's CUDA device the current one inside a block: Triton launches on the current device and its
+    stream, wherever the tensors lie, and a custom operator sets none."""
+    # Not initialised: no tensor is really there (tracing).
+    return torch.cuda.device(tensor.device) if tensor.is_cuda and torch.cuda.is_initialized() else nullcontext()
 
 
 def interpreted() -> bool:

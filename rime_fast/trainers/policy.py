@@ -65,6 +65,7 @@ def shared_policy_batch(prompts: dict[str, Any], responses: Sequence[Sequence[in
     sizes = [len(response) for response in responses]
     # A rollout's first row is the prompt's last token, which scores its first token.
     first = [layout.prefix_rows + n for n in accumulate((size + 1 for size in sizes[:-1]), initial=0)]
+    batch["max_scored"] = sum(sizes)
     return PolicyBatch(batch, pools, *_scored(first, sizes, batch["input_ids"].device), 1)
 
 
@@ -78,6 +79,7 @@ def separate_policy_batch(
     starts = accumulate(batch["lengths"][:-1], initial=0)
     first = [start + prompt - 1 for start, prompt in zip(starts, batch["prompt_lengths"], strict=True)]
     sizes = [len(response) for response in responses]
+    batch["max_scored"] = sum(sizes)
     return PolicyBatch(batch, pools, *_scored(first, sizes, device), len(responses) // len(sides))
 
 

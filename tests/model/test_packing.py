@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rime_fast.model import packing
 from rime_fast.model.packing import PackedLayout, group_by_length, packed_attention, packed_layout
 
 CPU = torch.device("cpu")
@@ -39,6 +41,66 @@ def test_attend_equals_separate_sequences(lengths, causal, shared):
         out += [value, *torch.autograd.grad((weight * value).sum(), rows)]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_varlen_kernel_gets_the_right_boundaries(causal, monkeypatch):
+    """The CUDA route's bookkeeping, with a stand-in for the kernel."""
+
+    def stand_in(query, key, value, rows, keys, longest_rows, longest_keys, dropout, is_causal, mask, *, scale):
+        assert rows.dtype == torch.int32
+        assert torch.equal(rows, keys)
+        assert longest_rows == longest_keys == 9
+        assert (dropout, is_causal, mask, scale) == (0.0, causal, False, 8**-0.5)
+        return separate(query, key, value, rows.diff().tolist(), causal), None
+
+    lengths = [4, 9, 1, 4]
+    rows = [torch.randn(18, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    expected = PackedLayout(lengths, CPU, causal=causal).attend(*rows)
+    monkeypatch.setattr(packing, "serves_varlen", lambda rows: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in)
+    found = PackedLayout(lengths, CPU, causal=causal).attend(*rows, scale=8**-0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "aten":
+            self.names.append(function.__name__)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_call_for_all_lengths_on_cuda(dtype):
+    with FakeTensorMode():
+        rows = [torch.empty(40, heads, 80, dtype=dtype, device="cuda") for heads in (4, 2, 2)]
+        layout = PackedLayout([4, 5, 6, 7, 8, 10], CPU, causal=True)
+        layout.__dict__["bounds"] = torch.empty(7, dtype=torch.int32, device="cuda")
+        with Calls() as calls:
+            out = layout.attend(*rows)
+    assert calls.names == ["_flash_attention_forward.default"]
+    assert out.shape == rows[0].shape
+    assert out.dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attend_on_the_gpu(dtype, bound, causal):
+    for lengths in ([4, 9, 1, 4], [3, 200, 17]):
+        rows = [torch.randn(sum(lengths), heads, 80, device="cuda", dtype=dtype) for heads in (4, 2, 2)]
+        wide = [x.double().cpu().requires_grad_() for x in rows]
+        rows = [x.requires_grad_() for x in rows]
+        out = PackedLayout(lengths, torch.device("cuda"), causal=causal).attend(*rows)
+        expected = separate(*wide, lengths, causal)
+        found = [out, *torch.autograd.grad(out.sum(), rows)]
+        for a, b in zip(found, [expected, *torch.autograd.grad(expected.sum(), wide)], strict=True):
+            assert (a.cpu().double() - b).norm() <= bound * b.norm()
 
 
 @pytest.mark.parametrize("lengths", [[7] * 5, [7, 7, 3, 3, 3], [12]])

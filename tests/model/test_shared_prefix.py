@@ -253,7 +253,6 @@ def test_the_varlen_passes_get_the_right_boundaries(monkeypatch):
     cuts = {
         "device_prefix": torch.tensor(bounds.prefix),
         "device_group": torch.tensor(bounds.group),
-        "device_own": torch.tensor([0, *bounds.own.lengths]).cumsum(0),
     }
     for name, cut in cuts.items():
         object.__setattr__(bounds, name, cut)

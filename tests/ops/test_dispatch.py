@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from importlib import import_module
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rime_fast.ops import dispatch
 from rime_fast.ops.dispatch import BackendTable, explain
@@ -61,3 +65,29 @@ def test_operators_explain_themselves(op):
     assert found.backend in ("chunked", "reference")
     assert {found.backend, *found.others} == {"reference", "chunked", "triton", "cuda"}
     assert all(found.others.values())
+
+
+@pytest.mark.parametrize("op", dispatch.TABLES)
+def test_operators_run_on_their_tensors_device(op, monkeypatch):
+    """Triton launches on the current device, so every body makes its tensors' device the current one."""
+    entered = []
+    module = import_module(dispatch.TABLES[op])
+    monkeypatch.setattr(module, "on_device_of", lambda tensor: entered.append(tensor.device.type) or nullcontext())
+    rows = torch.randn(4, 8, requires_grad=True)
+    if op == "logprob":
+        module.fused_linear_ce(rows, torch.randn(9, 8), torch.tensor([1, 2, 3, 4]))[0].backward()
+    elif op == "contrastive":
+        module.contrastive_loss({"q": rows}, {"k": torch.randn(4, 8)}, terms=[("q", "k", 1.0)]).loss.backward()
+    else:
+        tensors = {"gen": rows.detach().view(2, 2, 8), "anchors": torch.randn(2, 8), "positive": torch.tensor([0, 1])}
+        module.score_rewrites_(*torch.empty(2, 2, 2), **tensors, format_ok=torch.ones(2, 2, dtype=torch.bool))
+    assert entered == ["cpu"] * {"logprob": 2, "contrastive": 2, "reward": 1}[op]
+
+
+def test_the_tensors_device_is_the_current_one_inside(monkeypatch):
+    with FakeTensorMode():
+        away = torch.empty(1, device="cuda:1")
+    assert isinstance(dispatch.on_device_of(away), nullcontext)  # no CUDA in this process: tracing
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert dispatch.on_device_of(away).idx == 1
+    assert isinstance(dispatch.on_device_of(torch.empty(1)), nullcontext)

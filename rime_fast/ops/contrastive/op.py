@@ -31,7 +31,7 @@ from rime_fast.ops.contrastive.problem import (
     make_problem,
 )
 from rime_fast.ops.contrastive.schedule import of_one_rank
-from rime_fast.ops.dispatch import BackendTable
+from rime_fast.ops.dispatch import BackendTable, on_device_of
 
 TABLE = BackendTable(
     op="contrastive",
@@ -208,8 +208,9 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, agreed: Agreement, temperature: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.agreed, ctx.schedule = agreed, agreed.schedule()
-        loss, hit, *ctx.solved = ctx.schedule.forward()
+        with on_device_of(rows[0]):
+            ctx.agreed, ctx.schedule = agreed, agreed.schedule()
+            loss, hit, *ctx.solved = ctx.schedule.forward()
         ctx.save_for_backward(*rows)  # so that autograd sees a change in place between forward and backward
         ctx.mark_non_differentiable(hit)
         return loss, hit
@@ -219,7 +220,8 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         rows, x = ctx.saved_tensors, ctx.agreed.problem.inputs
         needs = [True] * len(x.queries), [ctx.agreed.keys_trained] * len(x.keys)
-        dq, dk, dt = ctx.schedule.backward(grad, *ctx.solved, *needs)
+        with on_device_of(grad):
+            dq, dk, dt = ctx.schedule.backward(grad, *ctx.solved, *needs)
         found = [None if d is None else d.to(row.dtype) for d, row in zip((*dq, *dk), rows, strict=True)]
         return None, dt, *found
 
@@ -237,7 +239,8 @@ def contrastive(
     """The loss as a custom operator: (loss [terms], hit@1 [terms], and softmax.Solved for the backward: [terms, 2 + P,
     N] and [terms, 3, K] fp64)."""
     x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
-    return of_one_rank(x, Options.decode(options)).forward()
+    with on_device_of(queries[0]):
+        return of_one_rank(x, Options.decode(options)).forward()
 
 
 @contrastive.register_fake
@@ -270,7 +273,9 @@ def contrastive_backward(
     """The gradients as a custom operator: (dq of each query mode, dk of each key mode, d temperature); [0] where not
     needed (a result cannot be None)."""
     x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
-    dq, dk, dt = of_one_rank(x, Options.decode(options)).backward(grad, rows, cols, list(need_queries), list(need_keys))
+    with on_device_of(queries[0]):
+        schedule = of_one_rank(x, Options.decode(options))
+        dq, dk, dt = schedule.backward(grad, rows, cols, list(need_queries), list(need_keys))
 
     def results(found: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
         return [t.new_empty(0) if d is None else d.to(t.dtype) for d, t in zip(found, like, strict=True)]

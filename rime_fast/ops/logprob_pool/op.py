@@ -11,7 +11,8 @@ and the name of a vocabulary group. Optional results are empty tensors, since an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rime_fast.ops.checks import refuse_forward_ad
-from rime_fast.ops.dispatch import BackendTable
+from rime_fast.ops.dispatch import BackendTable, on_device_of
 from rime_fast.ops.logprob_pool import cpu, cuda, triton, vocab_parallel
 from rime_fast.ops.logprob_pool.arguments import Call, Pool, check_weight, prepare
 from rime_fast.ops.logprob_pool.problem import (
@@ -183,9 +184,12 @@ def _problem(
     return Problem(hidden, lm_head, local, ignored, scoring, Spans(starts, ends), options)
 
 
-def _own_precision(hidden: Tensor) -> Any:
-    """Without autocast: the operands came cast to it (arguments.py), the fp32 products must not be cut short."""
-    return torch.autocast(hidden.device.type, enabled=False)
+@contextmanager
+def _own_settings(hidden: Tensor) -> Iterator[None]:
+    """Without autocast: the operands came cast to it (arguments.py), the fp32 products must not be cut short; and on
+    the tensors' device."""
+    with on_device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+        yield
 
 
 def _row_results(problem: Problem, stats: Statistics) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +244,7 @@ def logprob_pool(
     fp32."""
     known = Options.decode(options)
     problem = _problem(hidden, lm_head, targets, starts, ends, bias, temperature, softcap, known)
-    with _own_precision(hidden):
+    with _own_settings(hidden):
         stats, found = schedule_for(known.backend, hidden).forward(problem)
         return *_row_results(problem, vocab_parallel.merge(stats, group)), *found
 
@@ -306,7 +310,7 @@ def logprob_pool_backward(
     if grad_logp is None and grad_entropy is None:  # only read-outs were used: the head has no part in it
         problem = problem._replace(ignored=torch.ones_like(problem.ignored))
     rows: Tensor | None = None
-    with _own_precision(hidden):
+    with _own_settings(hidden):
         # What a group sums over its ranks starts on one of them.
         if known.needs.hidden and grad_embeddings is not None and known.vocab_start == 0:
             rows = row_gradients(grad_embeddings, ReadOuts(embeddings, inv_norm), problem.spans, known.normalize)
@@ -353,7 +357,7 @@ def linear_ce(
     known = Options.decode(options)
     problem = _problem(hidden, lm_head, targets, starts, ends, bias, temperature, softcap, known)
     merge = partial(vocab_parallel.merge, name=group)
-    with _own_precision(hidden):
+    with _own_settings(hidden):
         schedule = schedule_for(known.backend, hidden)
         stats, read_outs, found = schedule.forward_with_gradient(problem, token_weight, merge)
         found = vocab_parallel.reduce_gradients(found, group)
@@ -424,14 +428,15 @@ def scale_gradients_(
     up the read-outs' gradient, which no forward can know."""
     known, at = Options.decode(options), Spans(*spans)
     schedule = schedule_for(known.backend, made[0])
-    if known.needs.hidden:
-        rows = None
-        if grad_embeddings is not None:
-            rows = row_gradients(grad_embeddings, ReadOuts(*read_outs), at, known.normalize)
-        schedule.start_gradient_(made[0], factor, rows, at)
-    for grad in made[1:]:
-        if grad.numel():
-            schedule.scale_(grad, factor)
+    with on_device_of(made[0]):
+        if known.needs.hidden:
+            rows = None
+            if grad_embeddings is not None:
+                rows = row_gradients(grad_embeddings, ReadOuts(*read_outs), at, known.normalize)
+            schedule.start_gradient_(made[0], factor, rows, at)
+        for grad in made[1:]:
+            if grad.numel():
+                schedule.scale_(grad, factor)
 
 
 @scale_gradients_.register_fake

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rime_fast.ops.checks import FLOATS, INDICES, check_tensor, describe, require_range
 from rime_fast.ops.collectives import gather_rows
-from rime_fast.ops.dispatch import BackendTable
+from rime_fast.ops.dispatch import BackendTable, on_device_of
 from rime_fast.ops.reward import cpu, cuda, reference, stream, triton
 from rime_fast.ops.reward.weights import PLANES, TERM_NAMES, RewardWeights
 
@@ -152,7 +152,8 @@ def _score_rewrites(
         values = [result[name] for name in PLANES]
     else:
         call = gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights, group
-        values = list(stream.score(ENGINES[chosen], *call))
+        with on_device_of(gen):
+            values = list(stream.score(ENGINES[chosen], *call))
     rewards.copy_(values[0])
     advantages.copy_(values[1])
     for buffer, plane in zip(terms, planes, strict=True):
