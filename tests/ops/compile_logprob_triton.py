@@ -43,17 +43,21 @@ INTS = {
     "columns_in_panel",
     "read_outs",
     "stride",
+    "out_stride",
 }
 LONGS = {"targets", "order", "starts", "ends"}
-OPERANDS = {"hidden", "out", "x", "w", "panel", "dhead", "dhidden", "low"}
+OPERANDS = {"hidden", "logits", "out", "x", "w", "panel", "dhead", "dhidden", "low"}
 
 
 UNFUSED = {"forward_kernel", "dlogits_kernel"}  # as triton.py launches them
-ROW_KERNELS = {
-    "merge_kernel": {"BM": 128, "ENTROPY": True},
-    "read_outs_kernel": {"NORMALIZE": True},
-    "start_gradient_kernel": {"BT": 32, "BC": 256},
-}
+ROW_KERNELS = (  # name, constants, warps
+    ("merge_kernel", {"BM": 128, "ENTROPY": True}, 4),
+    ("read_outs_kernel", {"NORMALIZE": True}, 4),
+    ("start_gradient_kernel", {"BT": 32, "BC": 256}, 4),
+    ("row_statistics_kernel", {"ENTROPY": True, "BLOCK": 4096}, 8),
+    ("row_gradient_kernel", {"BLOCK": 4096}, 8),
+    ("row_gradient_kernel", {"BLOCK": 4096, "bias": None, "softcap": None, "entropy": None, "grad_entropy": None}, 8),
+)
 
 
 def pointer(name: str, operand: str, blocks: dict[str, tuple[int, int]]) -> str:
@@ -85,7 +89,7 @@ def compile_kernel(name: str, constants: dict, capability: int, operand: str, wa
         blocks = descriptors(name, Tiles(constants["BM"], constants["BN"], constants["BK"], warps, stages))
     signature = {a: "constexpr" if a in constants else pointer(a, operand, blocks) for a in kernel.arg_names}
     # The pointers and sizes of real models are multiples of 16; knowing it, loads are 16 bytes wide and asynchronous.
-    sized = ("stride", "width", "vocabulary", "first", "columns")
+    sized = ("stride", "out_stride", "width", "vocabulary", "first", "columns")
     aligned = [
         i
         for i, a in enumerate(kernel.arg_names)
@@ -111,6 +115,7 @@ def compile_kernel(name: str, constants: dict, capability: int, operand: str, wa
         "tcgen05": "tcgen05.mma" in built.asm["ptx"],
         "tma": "cp.async.bulk.tensor" in built.asm["ptx"],
         "copies": "cp.async.cg" in built.asm["ptx"],
+        "scalar_stores": len(re.findall(r"st\.global\.b16", built.asm["ptx"])),
         "tile": [constants.get(n) for n in ("BM", "BN", "BK")],
     }
 
@@ -160,8 +165,8 @@ def main(operand: str, which: str, *capabilities: int) -> None:
                 if which == "all" or name not in seen:
                     print(json.dumps(compile_kernel(name, constants, capability, operand, warps, stages)), flush=True)
                 seen.add(name)
-        for name, constants in ROW_KERNELS.items():
-            print(json.dumps(compile_kernel(name, constants, capability, operand, 4, 3)))
+        for name, constants, warps in ROW_KERNELS:
+            print(json.dumps(compile_kernel(name, constants, capability, operand, warps, 3)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rime_fast.ops.logprob_pool import cuda, fused_linear_ce, fused_logprob_pool, op, problem
+from rime_fast.ops.logprob_pool import rows as row_kernels
 from rime_fast.ops.logprob_pool.problem import Needs, Options, Problem, Scoring, Spans, Upstream
 from tests.ops.logprob_cases import Case, assert_close_to_truth
 
@@ -31,6 +32,47 @@ def test_close_to_truth(schedule: str, dtype: torch.dtype, softcap: float | None
     for shape in ((1, 96, 123), (7, 1537, 123), (507, 96, 123), (3, 1, 1)):
         case = Case(*shape, dtype, scored="all" if shape[0] < 8 else "some", softcap=softcap)
         assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("softcap", "bias"), [(None, False), (5.0, True)])
+def test_close_to_truth_by_tritons_row_kernels(
+    schedule: str, dtype: torch.dtype, softcap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_kernels, "_kernels", lambda _: "triton")
+    _small(monkeypatch, 32 << 20, rows=8)  # few programs for the interpreter
+    for shape, spread in (((5, 96, 123), 1.0), ((11, 64, 5003), 30.0)):
+        case = Case(*shape, dtype, softcap=softcap, bias=bias, temperature=1.3, spread=spread)
+        assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
+
+
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_row_kernels_alone(narrow: torch.dtype, kernels: str, outside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics, gradient in place (narrow too) and products against fp64, over a target that is another rank's."""
+    monkeypatch.setattr(row_kernels, "_kernels", lambda _: kernels)
+    logits = torch.randn(3, 4500) * 10
+    z = (logits.double() / 1.3).requires_grad_()
+    targets = torch.tensor([0, 4499, -5 if outside else 7])
+    g, h = torch.randn(3), torch.randn(3)
+    inside = (targets >= 0).double()
+    picked = z.gather(1, targets.clamp(min=0)[:, None])[:, 0] * inside
+    lse = z.logsumexp(1)
+    entropy = -(z.log_softmax(1).exp() * z.log_softmax(1)).sum(1)
+    (dz,) = torch.autograd.grad((g * (picked - lse)).sum() + (h * entropy).sum(), z)
+    scoring = Scoring(None, torch.tensor(1.3), None)
+    found = row_kernels.rows_forward(logits, targets, scoring, True)
+    torch.testing.assert_close(found.lse.double().sum(0), lse, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.target_logit.double(), picked, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=0)
+    memory = logits.data_ptr()
+    dlogits, products = row_kernels.rows_backward_(logits, targets, scoring, found, Upstream(g, h), narrow)
+    assert dlogits.data_ptr() == memory or kernels == "torch"
+    torch.testing.assert_close(dlogits.double(), dz / 1.3, rtol=2 * torch.finfo(narrow).eps, atol=3e-6)
+    wanted = (dz * (z - picked[:, None])).sum(1)
+    torch.testing.assert_close(products.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

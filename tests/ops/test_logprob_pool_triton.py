@@ -168,12 +168,15 @@ def _check_compiled(operand: str, which: str, *capabilities: int) -> None:
             "merge_kernel",
             "read_outs_kernel",
             "start_gradient_kernel",
+            "row_statistics_kernel",
+            "row_gradient_kernel",
         }
         described = {b["kernel"] for b in built if b["capability"] == capability and b["descriptors"]}
         assert described == (set() if operand == "fp32" or capability == 80 else paths)
     for kernel in built:
         assert kernel["local"] == kernel["stack"] == 0, kernel
         assert kernel["shared"] <= SHARED_LIMIT[kernel["capability"]], kernel
+        assert not (kernel["kernel"].startswith("row_") and kernel["scalar_stores"]), kernel
         assert kernel["tma"] == bool(kernel["descriptors"]), kernel
         if kernel["kernel"] in paths:
             assert kernel["copies"] or (kernel["kernel"] == "dhidden_kernel" and kernel["tma"]), kernel

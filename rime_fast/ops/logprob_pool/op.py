@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 TABLE = BackendTable(
     op="logprob",
     probes={"reference": lambda _: None, "chunked": cuda.why_not, "triton": triton.why_not},
-    order={"cpu": ("chunked", "reference"), "cuda": ("triton", "chunked", "reference")},
+    order={"cpu": ("chunked", "reference"), "cuda": ("chunked", "triton", "reference")},
 )
 
 

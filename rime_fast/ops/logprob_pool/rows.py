@@ -11,7 +11,8 @@ with
 and returns sum_v dz_v (z_v - z[target]), of which -1/temperature is the row's share of the temperature's gradient: it
 equals sum_v dz_v z_v, as sum_v dz_v = 0, and being near z[target] keeps it from cancelling.
 A target outside [0, V) hits nothing: that is how a rank without the target's column takes part (vocab_parallel.py).
-Compiled: csrc/cpu/logprob.cpp, csrc/cuda/logprob.cu; without them the torch code below.
+Compiled: csrc/cpu/logprob.cpp, csrc/cuda/logprob.cu; without them Triton's kernels on a GPU (triton_rows.py), on the
+CPU the torch code below.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from rime_fast.ops.logprob_pool.problem import Scoring, Statistics, Upstream
 
 def rows_forward(logits: Tensor, targets: Tensor, scoring: Scoring, entropy: bool) -> Statistics:
     """Compute the statistics of the rows [R, V], all fp32."""
-    if not _compiled(logits):
+    kernels = _kernels(logits)
+    if kernels == "torch":
         return _torch_forward(logits, targets, scoring, entropy)
-    rows = logits.shape[0]
-    found = Statistics(logits.new_empty(2, rows), logits.new_empty(rows), logits.new_empty(rows if entropy else 0))
+    rows, like = logits.shape[0], targets.new_empty(0, dtype=torch.float32)
+    found = Statistics(like.new_empty(2, rows), like.new_empty(rows), like.new_empty(rows if entropy else 0))
+    if kernels == "triton":
+        _triton_forward(logits, targets, scoring, found)
+        return found
     torch.ops.rime_fast_C.row_softmax_forward(
         logits, targets, *scoring, found.lse, found.target_logit, found.entropy if entropy else None
     )
@@ -46,10 +51,14 @@ def rows_backward_(
     """Compute the gradient of a block of logits in their memory: (dlogits [R, V] in ``dtype``, the logits' own unless
     they are fp32; sum_v dz_v (z_v - z[target]) [R])."""
     dlogits = logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
-    if not _compiled(logits):
+    kernels = _kernels(logits)
+    if kernels == "torch":
         products = _torch_backward_(logits, targets, scoring, found, upstream)
         return logits.to(dtype), products
     products = torch.empty_like(found.target_logit)
+    if kernels == "triton":
+        _triton_backward_(logits, targets, scoring, found, upstream, dlogits, products)
+        return dlogits, products
     entropy = None if upstream.entropy is None else found.entropy
     torch.ops.rime_fast_C.row_softmax_backward(
         logits, targets, *scoring, found.lse, found.target_logit, entropy, *upstream, dlogits, products
@@ -57,9 +66,50 @@ def rows_backward_(
     return dlogits, products
 
 
-def _compiled(logits: Tensor) -> bool:
-    """Whether csrc serves them: on the CPU it takes fp32 alone."""
-    return native.available(cuda=logits.is_cuda) and (logits.is_cuda or logits.dtype == torch.float32)
+def _kernels(logits: Tensor) -> str:
+    """What serves them: csrc (on the CPU fp32 alone), else Triton on a GPU and torch on the CPU."""
+    if native.available(cuda=logits.is_cuda) and (logits.is_cuda or logits.dtype == torch.float32):
+        return "csrc"
+    return "triton" if logits.is_cuda else "torch"
+
+
+def _block(vocabulary: int) -> int:
+    """Columns of a step: 16 for each thread of 8 warps, fewer only for a small vocabulary."""
+    return min(4096, 1 << (vocabulary - 1).bit_length())
+
+
+def _triton_forward(logits: Tensor, targets: Tensor, scoring: Scoring, out: Statistics) -> None:
+    from rime_fast.ops.logprob_pool.triton_rows import row_statistics_kernel
+
+    rows, vocabulary = logits.shape
+    if rows:
+        row_statistics_kernel[(rows,)](
+            *(logits, *scoring, targets, *out, rows, logits.stride(0), vocabulary),
+            ENTROPY=out.entropy.numel() > 0,
+            BLOCK=_block(vocabulary),
+            num_warps=8,
+        )
+
+
+def _triton_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    scoring: Scoring,
+    found: Statistics,
+    upstream: Upstream,
+    dlogits: Tensor,
+    products: Tensor,
+) -> None:
+    from rime_fast.ops.logprob_pool.triton_rows import row_gradient_kernel
+
+    rows, vocabulary = logits.shape
+    if rows:
+        row_gradient_kernel[(rows,)](
+            *(logits, *scoring, targets, *found, *upstream, dlogits, products),
+            *(rows, logits.stride(0), dlogits.stride(0), vocabulary),
+            BLOCK=_block(vocabulary),
+            num_warps=8,
+        )
 
 
 def _torch_forward(logits: Tensor, targets: Tensor, scoring: Scoring, entropy: bool) -> Statistics:

@@ -35,17 +35,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rime_fast.ops.logprob_pool.triton_rows import read_out
-
-
-@triton.jit
-def _tanh(x):
-    """exp-based; the Taylor series near 0 keeps the relative accuracy (csrc/rime/math.h has the same)."""
-    s = x * x
-    series = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+from rime_fast.ops.logprob_pool.triton_rows import read_out, tanh
 
 
 @triton.jit
@@ -100,7 +90,7 @@ def _scores(
         acc += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
     if HAS_CAP:
         cap = tl.load(softcap)
-        acc = cap * _tanh(acc / cap)
+        acc = cap * tanh(acc / cap)
     return tl.where(inside[None, :], acc * inv_temperature, float("-inf"))
 
 

@@ -1,5 +1,7 @@
 """Triton kernels that meet no product: merged statistics, read-outs, what the gradient of the hidden states starts as.
 
+row_statistics_kernel  a row of logits -> lse, target logit, entropy; reads it once
+row_gradient_kernel    a row of logits -> its gradient in the row's own memory; reads and writes it once
 merge_kernel           a row's splits in ascending order -> lse, target logit, entropy
 read_out               a span's rows summed in order, then the norm; a part of forward_kernel (triton_kernels.py)
 read_outs_kernel       the same in a launch of its own, for library products
@@ -14,6 +16,137 @@ import triton.language as tl
 
 EPSILON: tl.constexpr = tl.constexpr(1e-12)  # reference.EPSILON
 BLOCK: tl.constexpr = tl.constexpr(1024)
+
+
+@triton.jit
+def tanh(x):
+    """Compute tanh by exp; the Taylor series near 0 keeps the relative accuracy (csrc/rime/math.h has the same)."""
+    s = x * x
+    series = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _scores(row, columns, inside, bias, softcap, inv_temperature):
+    """z of some columns of a row; -inf outside."""
+    z = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + columns, mask=inside, other=0.0)
+    if softcap is not None:
+        cap = tl.load(softcap)
+        z = cap * tanh(z / cap)
+    return tl.where(inside, z * inv_temperature, float("-inf"))
+
+
+@triton.jit
+def _store_lse(lse, row, length, top, log_total, mask):
+    """lse = top + log_total, and what its rounding loses (rows.py)."""
+    high = top + log_total
+    part = high - top
+    tl.store(lse + row, high, mask=mask)
+    tl.store(lse + length + row, (top - (high - part)) + (log_total - part), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length"])
+def row_statistics_kernel(
+    logits,
+    bias,
+    temperature,
+    softcap,
+    targets,
+    lse,
+    target_logit,
+    entropy,
+    length,
+    stride,
+    vocabulary,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics of rows of logits [length, V], a program a row; every lane has a running sum of its own."""
+    r = tl.program_id(0)
+    row = logits + tl.cast(r, tl.int64) * stride
+    inv_temperature = 1.0 / tl.load(temperature)
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    weighted = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        columns = first + lanes
+        z = _scores(row, columns, columns < vocabulary, bias, softcap, inv_temperature)
+        new_top = tl.maximum(top, z)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        old, new = tl.exp(top - base), tl.exp(z - base)
+        if ENTROPY:
+            weighted = tl.where(old == 0.0, 0.0, old * (weighted + (top - base) * total))
+            weighted += tl.where(new == 0.0, 0.0, new * (z - base))
+        total = old * total + new
+        top = new_top
+    highest = tl.max(top, axis=0)
+    share = tl.exp(top - highest)
+    if ENTROPY:
+        weighted = tl.where(share == 0.0, 0.0, share * (weighted + (top - highest) * total))
+    whole = tl.sum(share * total, axis=0)
+    log_total = tl.log(whole)
+    _store_lse(lse, r, length, highest, log_total, True)
+    target = tl.load(targets + r)
+    there = (target >= 0) & (target < vocabulary)
+    found = _scores(row, target, there, bias, softcap, inv_temperature)
+    tl.store(target_logit + r, tl.where(there, found, 0.0))
+    if ENTROPY:
+        tl.store(entropy + r, log_total - tl.sum(weighted, axis=0) / whole)
+
+
+@triton.jit(do_not_specialize=["length"])
+def row_gradient_kernel(
+    logits,
+    bias,
+    temperature,
+    softcap,
+    targets,
+    lse,
+    target_logit,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    out,
+    products,
+    length,
+    stride,
+    out_stride,
+    vocabulary,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of rows of logits, written to ``out``, the same memory as ``logits`` in their dtype or a narrower
+    one; products [length]: sum_v dz_v (z_v - z[target])."""
+    r = tl.program_id(0)
+    row, results = logits + tl.cast(r, tl.int64) * stride, out + tl.cast(r, tl.int64) * out_stride
+    inv_temperature = 1.0 / tl.load(temperature)
+    target, g, centre = tl.load(targets + r), tl.load(grad_logp + r), tl.load(target_logit + r)
+    high, low = tl.load(lse + r), tl.load(lse + length + r)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        columns = first + lanes
+        inside = columns < vocabulary
+        z = _scores(row, columns, inside, bias, softcap, inv_temperature)
+        shifted = (z - high) - low
+        p = tl.exp(shifted)
+        dz = tl.where(columns == target, g, 0.0) - g * p
+        if grad_entropy is not None:
+            slope = tl.where(p == 0.0, p, p * (shifted + tl.load(entropy + r)))
+            dz -= tl.load(grad_entropy + r) * slope
+        total += tl.where(dz == 0.0, dz, dz * (z - centre))
+        dlogits = dz * inv_temperature
+        if softcap is not None:
+            t = z / (inv_temperature * tl.load(softcap))
+            dlogits *= 1.0 - t * t
+        # Narrow results lie over columns that other threads read in this step or in the one before.
+        tl.debug_barrier()
+        tl.store(results + columns, dlogits.to(out.dtype.element_ty), mask=inside)
+    tl.store(products + r, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["capacity", "length"])
@@ -44,12 +177,8 @@ def merge_kernel(
         top = new_top
         found += tl.load(at + 3 * plane, mask=live, other=0.0)
     row = tl.load(order + rows, mask=live, other=0)
-    # What the rounding of lse loses is kept beside it (rows.py).
     log_total = tl.log(total)
-    high = top + log_total
-    part = high - top
-    tl.store(lse + row, high, mask=live)
-    tl.store(lse + length + row, (top - (high - part)) + (log_total - part), mask=live)
+    _store_lse(lse, row, length, top, log_total, live)
     tl.store(target_logit + row, found, mask=live)
     if ENTROPY:
         tl.store(entropy + row, log_total - weighted / total, mask=live)
