@@ -111,6 +111,7 @@ def table(name: str, result: MutualResult) -> str:
     missing = sum(result.missing_gen.values())
     if missing:
         lines.append(f"{missing} generations never reached <gen_emb>; their last state stood in")
+    lines += [figure.line() for figure in (result.budget, result.sensitivity) if figure is not None]
     return "\n".join(lines)
 
 

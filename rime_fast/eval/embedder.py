@@ -2,15 +2,17 @@
 
 disc: one prefill of the prompt up to ``<disc_emb>``. gen: greedy decoding of the rewrite, then the state AT
 ``<gen_emb>``. latent: one prefill of the prompt and the latent tokens of a model that has some. Items are batched by
-token budget, the longest first, and come back in their own order.
+token budget, the longest first, and come back in their own order. auto: disc, and gen for the items that an index of
+disc rows is unsure about.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -25,6 +27,7 @@ from rime_fast.data.records import Side, side_from_json
 from rime_fast.data.templates import Template
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.engine.wrappers import dual_mode_of
+from rime_fast.eval.index import THRESHOLD, EmbeddingIndex, check_auto
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
 from rime_fast.model.token_names import MODES
@@ -43,7 +46,8 @@ class Encoded:
     embeddings: [N, D] fp32, unit norm, on the CPU. rewrites: the parsed rewrite of each (None without decoding).
     tokens: decoded tokens of each, tags and ``<gen_emb>`` included (0 without). reached: whether each got to
     ``<gen_emb>``; where not, its embedding is the last state before the cap or the end of the turn. well_formed:
-    whether the response has the template's form. seconds: wall clock, image processing included.
+    whether the response has the template's form. seconds: wall clock, image processing included. In mode "auto" an item
+    that was not decoded has the rewrite "" and 0 tokens.
     disc: [N, D], mode "both" alone: the disc embeddings, from the same prefill. disc_seconds: the part of ``seconds``
     up to the end of the prefills (of prompts a little longer than mode disc's); all of it in mode disc.
     """
@@ -184,12 +188,26 @@ class RimeEmbedder:
 
     @overload
     def encode(
-        self, items: Items, mode: str = ..., *, return_rewrites: Literal[False] = ..., progress: Any = ...
+        self,
+        items: Items,
+        mode: str = ...,
+        *,
+        index: EmbeddingIndex | None = ...,
+        threshold: float = ...,
+        return_rewrites: Literal[False] = ...,
+        progress: Any = ...,
     ) -> torch.Tensor: ...
 
     @overload
     def encode(
-        self, items: Items, mode: str = ..., *, return_rewrites: Literal[True], progress: Any = ...
+        self,
+        items: Items,
+        mode: str = ...,
+        *,
+        index: EmbeddingIndex | None = ...,
+        threshold: float = ...,
+        return_rewrites: Literal[True],
+        progress: Any = ...,
     ) -> tuple[torch.Tensor, list[str]]: ...
 
     def encode(
@@ -197,22 +215,27 @@ class RimeEmbedder:
         items: Items,
         mode: str = "disc",
         *,
+        index: EmbeddingIndex | None = None,
+        threshold: float = THRESHOLD,
         return_rewrites: bool = False,
         progress: Progress | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, list[str]]:
-        """Embed items as [N, D] fp32 unit rows on the CPU; with ``return_rewrites`` (mode "gen" only) the N rewrites
-        come too.
+        """Embed items as [N, D] fp32 unit rows on the CPU; with ``return_rewrites`` (modes "gen" and "auto") the N
+        rewrites come too.
 
         items: one item, which makes one row, or a sequence of them. An item is str (text), PIL image or [H, W, 3]
-        uint8 array, dict (text, image | images, video: list of frames) or ``Side``. progress: called with (items done,
-        items in all) after each batch. Raises ValueError for an unknown mode, no items, or an item that cannot be
-        read, TypeError for anything else.
+        uint8 array, dict (text, image | images, video: list of frames) or ``Side``. mode: "disc", "gen", "latent", or
+        "auto", which needs ``index``, an index of disc rows: items whose first two places in it lie closer than
+        ``threshold`` (0 to 2) are embedded again in mode gen; the others have "" as their rewrite. progress: called
+        with (items done, items in all) after each batch; an item that is embedded twice counts twice. Raises
+        ValueError for an unknown mode, no items, an item that cannot be read, or an index or threshold that mode auto
+        cannot use, TypeError for anything else.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, MODES))}")
-        if return_rewrites and mode != "gen":
-            raise ValueError(f"return_rewrites needs mode 'gen', got {mode!r}, which decodes nothing")
-        encoded = self.encode_items(items, mode, progress=progress)
+        if mode not in (*MODES, "auto"):
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, (*MODES, 'auto')))}")
+        if return_rewrites and mode not in ("gen", "auto"):
+            raise ValueError(f"return_rewrites needs mode 'gen' or 'auto', got {mode!r}, which decodes nothing")
+        encoded = self.encode_items(items, mode, index=index, threshold=threshold, progress=progress)
         return (encoded.embeddings, encoded.rewrites or []) if return_rewrites else encoded.embeddings
 
     def encode_both(
@@ -225,13 +248,25 @@ class RimeEmbedder:
         return encoded.disc, encoded.embeddings, encoded.rewrites or []
 
     @torch.no_grad()
-    def encode_items(self, items: Items, mode: str, *, progress: Progress | None = None) -> Encoded:
+    def encode_items(
+        self,
+        items: Items,
+        mode: str,
+        *,
+        index: EmbeddingIndex | None = None,
+        threshold: float = THRESHOLD,
+        progress: Progress | None = None,
+    ) -> Encoded:
         """Embed as ``encode`` does, and return everything that was counted on the way.
 
-        mode: "disc", "gen", "latent", or "both": as gen, with the disc embeddings of the same prefill in ``disc``.
+        mode: also "both": as gen, with the disc embeddings of the same prefill in ``disc``.
         """
-        if mode not in (*MODES, "both"):
-            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, (*MODES, 'both')))}")
+        if mode not in (*MODES, "both", "auto"):
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, (*MODES, 'both', 'auto')))}")
+        if mode == "auto":
+            return self._auto(items, check_auto(index, self.width, threshold), threshold, progress)
+        if index is not None:
+            raise ValueError(f"index goes with mode 'auto', got mode {mode!r}")
         sides = [as_side(item, f"items[{i}]") for i, item in enumerate(as_items(items))]
         if not sides:
             raise ValueError("items is empty; expected at least one")
@@ -265,6 +300,45 @@ class RimeEmbedder:
         )
         self._count(part, encoded)
         return encoded
+
+    def _auto(self, items: Items, index: EmbeddingIndex, threshold: float, progress: Progress | None) -> Encoded:
+        """Disc for all; gen in its place where the margin in ``index`` is below ``threshold``."""
+        begin = time.perf_counter()
+        sides = [as_side(item, f"items[{i}]") for i, item in enumerate(as_items(items))]
+        made = self.encode_items(sides, "disc", progress=progress)
+        made.rewrites = [""] * len(sides)
+        unsure = (index.margins(made.embeddings) < threshold).nonzero().flatten().tolist()
+        if unsure:
+            report = progress and (lambda done, _: progress(len(sides) + done, len(sides) + len(unsure)))
+            gen = self.encode_items([sides[i] for i in unsure], "gen", progress=report)
+            made.embeddings[unsure] = gen.embeddings
+            for k, i in enumerate(unsure):
+                made.rewrites[i], made.tokens[i] = (gen.rewrites or [])[k], gen.tokens[k]
+                made.reached[i], made.well_formed[i] = gen.reached[k], gen.well_formed[k]
+        made.seconds = time.perf_counter() - begin
+        return made
+
+    @torch.no_grad()
+    def encode_rewritten(self, items: Items, rewrites: Sequence[str]) -> torch.Tensor:
+        """Embed items with these rewrites in place of the model's own: [N, D] fp32 unit rows of mode gen.
+
+        rewrites: one an item, "" for none at all; what looks like a control token in one is escaped. Nothing is
+        decoded. Raises ValueError for another number of rewrites.
+        """
+        sides = [as_side(item, f"items[{i}]") for i, item in enumerate(as_items(items))]
+        if len(sides) != len(rewrites) or not sides:
+            raise ValueError(f"rewrites has {len(rewrites)} entries for {len(sides)} items; expected one each")
+        sides = [replace(side, rewrite=rewrite) for side, rewrite in zip(sides, rewrites, strict=True)]
+        collator = copy.copy(self.collator)
+        collator.template = replace(collator.template, filler=_own_rewrite, special_text="escape")
+        rows: list[torch.Tensor | None] = [None] * len(sides)
+        with _evaluating(self.model):
+            for batch in token_budget_batches(collator.measure(sides, "train"), self.token_budget):
+                packed = self._to_device(collator.collate_sides([sides[i] for i in batch]))
+                del packed["targets"]  # embeddings alone: no product with the vocabulary
+                for i, row in zip(batch, self.model(**packed).embeddings["gen"].float().cpu(), strict=True):
+                    rows[i] = row
+        return torch.stack([row for row in rows if row is not None])
 
     def _prefill(self, packed: dict[str, Any], mode: str) -> tuple[list[_Row], float]:
         """The rows, and when their prefill was done."""
@@ -329,6 +403,10 @@ class _Row:
     reached: bool = True
     well_formed: bool = True
     disc: torch.Tensor | None = None
+
+
+def _own_rewrite(side: Side) -> str:
+    return side.rewrite or ""
 
 
 def as_items(items: Items) -> Iterable[Item]:

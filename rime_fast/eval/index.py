@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 CHUNK = 1 << 16  # rows compared at a time
+THRESHOLD = 0.05  # [ours] mode auto's margin below which an item is decoded; the budget curve gives a model's own
 
 
 class EmbeddingIndex:
@@ -81,8 +83,7 @@ class EmbeddingIndex:
     def margins(self, queries: torch.Tensor) -> torch.Tensor:
         """Say how sure the first place is, [n] fp32: its score less the second's; infinite where the index has one row
         only."""
-        scores, _ = self.search(queries, 2)
-        return scores[:, 0] - scores[:, 1] if scores.shape[1] > 1 else scores.new_full((len(scores),), torch.inf)
+        return margins(self.search(queries, 2)[0])
 
     def save(self, directory: str | Path) -> None:
         """Write the folder (made if absent)."""
@@ -113,6 +114,34 @@ class EmbeddingIndex:
 
             index.faiss, index._faiss = factory, faiss.read_index(str(directory / "index.faiss"))
         return index
+
+
+def check_auto(index: EmbeddingIndex | None, width: int, threshold: float) -> EmbeddingIndex:
+    """Check that mode "auto" can use the index with a model of ``width`` numbers, and give it back; else ValueError
+    (TypeError)."""
+    if index is None:
+        raise ValueError("mode 'auto' needs margins: give index=, an EmbeddingIndex of disc rows")
+    if not isinstance(index, EmbeddingIndex):
+        raise TypeError(
+            f"index is {type(index).__name__}; expected an EmbeddingIndex (EmbeddingIndex.load of a folder)"
+        )
+    if index.facts.get("mode", "disc") != "disc":
+        raise ValueError(f"index holds {index.facts['mode']} rows; mode 'auto' needs disc rows")
+    if index.rows.shape[1] > width:
+        raise ValueError(f"index has {index.rows.shape[1]} dimensions; expected at most the model's {width}")
+    if isinstance(threshold, bool) or not isinstance(threshold, Real):
+        raise TypeError(f"threshold is {type(threshold).__name__}; expected a number")
+    if not 0 <= threshold <= 2:
+        raise ValueError(f"threshold is {threshold}; expected 0 to 2, as the margins of unit rows are")
+    return index
+
+
+def margins(scores: torch.Tensor) -> torch.Tensor:
+    """Say by how much the first place leads, [n], from [n, k] scores with the best first; infinite where there is no
+    second (k is 1, or -inf stands there)."""
+    if scores.shape[1] < 2:
+        return scores.new_full((len(scores),), torch.inf)
+    return scores[:, 0] - scores[:, 1]
 
 
 def truncated(rows: torch.Tensor, dims: int | None) -> torch.Tensor:

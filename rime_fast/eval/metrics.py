@@ -1,6 +1,6 @@
 """Retrieval metrics from the ranks of the relevant candidates (``ranking.rank_candidates``), averaged over queries.
 
-All take a ``Ranking`` and return a Python float in [0, 1]. Definitions:
+All but ``mean_cosine`` take a ``Ranking`` and return a Python float in [0, 1]. Definitions:
 
     hit@k        1 if the best-placed relevant candidate has rank <= k
     MRR          1 / rank of the best-placed relevant candidate
@@ -30,6 +30,7 @@ __all__ = [
     "f1_at_k",
     "hit_at_k",
     "mean_average_precision",
+    "mean_cosine",
     "mean_reciprocal_rank",
     "ndcg_at_k",
     "per_query",
@@ -98,6 +99,15 @@ def per_query(ranking: Ranking, name: str) -> torch.Tensor:
     if kind not in _BY_NAME or not k.isdigit():
         raise ValueError(f"metric is {name!r}; expected mrr, or one of {', '.join(_BY_NAME)} with @k")
     return _BY_NAME[kind](ranking, int(k))
+
+
+def mean_cosine(embedding: torch.Tensor) -> float:
+    """Mean cosine of two different rows, at unit norm: near 1, an encoder gives everything one place."""
+    n = embedding.shape[0]
+    if n < 2:
+        return 0.0
+    rows = embedding.double()
+    return ((rows.sum(dim=0).square().sum() - rows.square().sum()) / (n * (n - 1))).item()
 
 
 def _hit(ranking: Ranking, k: int) -> torch.Tensor:

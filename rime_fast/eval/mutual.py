@@ -16,8 +16,10 @@ import torch
 
 from rime_fast.data.records import Side, content_hash
 from rime_fast.eval import metrics
+from rime_fast.eval.budget import BudgetCurve, budget_curve
 from rime_fast.eval.index import truncated
 from rime_fast.eval.ranking import Ranking, Rows, rank_candidates
+from rime_fast.eval.sensitivity import Sensitivity, rewrite_sensitivity
 
 if TYPE_CHECKING:
     from rime_fast.data.retrieval import RetrievalSet
@@ -64,7 +66,8 @@ class MutualResult:
     means per item, measured in this run; tokens are all decoded ones, tags and <gen_emb> included (0 for disc).
     missing_gen: side -> generations that never reached <gen_emb>, so that their last state stood in.
     format_errors: side -> rewrites that do not parse. examples: queries with their first candidates, for the report.
-    dims: width -> cell -> metrics, of rows cut to so many numbers and normalised again.
+    dims: width -> cell -> metrics, of rows cut to so many numbers and normalised again. budget, sensitivity: against
+    the disc index, where disc and gen ran.
     """
 
     cells: dict[str, Cell]
@@ -76,6 +79,8 @@ class MutualResult:
     mean_pool: float
     examples: list[dict[str, Any]] = field(default_factory=list)
     dims: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+    budget: BudgetCurve | None = None
+    sensitivity: Sensitivity | None = None
 
     def hit_at_1(self) -> dict[str, float]:
         """The table's hit@1 by pairing: {"disc-disc": ..., ...}."""
@@ -99,6 +104,8 @@ class MutualResult:
             "mean_pool": self.mean_pool,
             "examples": self.examples,
             "dims": self.dims,
+            "budget": self.budget and self.budget.to_dict(),
+            "sensitivity": self.sensitivity and self.sensitivity.to_dict(),
         }
 
 
@@ -116,7 +123,8 @@ def evaluate_mutual(
 
     modes: some of the model's; None: all of them. n_examples: queries kept for the report, evenly spaced over the
     set (not chosen by outcome). dims: further widths that the embeddings are scored at.
-    progress: called as ``progress("gen query", done, total)``.
+    progress: called as ``progress("gen query", done, total)``. With disc and gen among the modes the budget curve and
+    the rewrites' sensitivity are measured too: a prefill of each query for each kind of rewrite.
     """
     modes = embedder.modes if modes is None else modes
     unknown = [mode for mode in modes if mode not in embedder.modes]
@@ -144,6 +152,12 @@ def evaluate_mutual(
         cost[mode] = {f"{side}_tokens": encoded[mode, side].mean_tokens for side in sides}
         cost[mode] |= {f"{side}_seconds": encoded[mode, side].seconds / len(sides[side]) for side in sides}
     gen = {side: encoded["gen", side] for side in sides if "gen" in modes}
+    budget, sensitivity = None, None
+    if {"disc", "gen"} <= set(modes):
+        queries = replace(encoded["gen", "query"], disc=encoded["disc", "query"].embeddings)
+        given: dict[str, Any] = {"queries": queries, "targets": encoded["disc", "target"].embeddings}
+        budget = budget_curve(embedder, data, **given)
+        sensitivity = rewrite_sensitivity(embedder, data, **given)
     pool = next(iter(cells.values())).ranking.pool
     return MutualResult(
         cells=cells,
@@ -155,6 +169,8 @@ def evaluate_mutual(
         mean_pool=pool.double().mean().item(),
         examples=_examples(data, cells, gen, n_examples),
         dims={width: {name: cell.metrics for name, cell in table(width, 0).items()} for width in dims},
+        budget=budget,
+        sensitivity=sensitivity,
     )
 
 

@@ -114,13 +114,33 @@ def accuracy_against_tokens(points: Sequence[Mapping[str, Any]], narrow: bool = 
     return _png(figure)
 
 
-def group_bars(groups: Mapping[str, Mapping[str, float]]) -> str:
+def budget_panels(curves: Mapping[str, Mapping[str, Any]], narrow: bool = False) -> str:
+    """Draw accuracy and decoded tokens against the share of queries that decode: label -> ``BudgetCurve.to_dict()``."""
+    figure = _figure(*((4.2, 6.4) if narrow else (9.6, 3.7)))
+    score, cost = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
+    metric = next(iter(curves.values()))["metric"]
+    _style(score, metric, "queries that decode, %", "")
+    _style(cost, "decoded tokens a query", "queries that decode, %", "")
+    for i, (label, curve) in enumerate(curves.items()):
+        colour, x, y = COLOURS[i % len(COLOURS)], [100 * share for share in curve["shares"]], curve["scores"]
+        score.plot(x, y, "o-", color=colour, linewidth=1.8, markersize=3, label=label)
+        score.plot([x[0], x[-1]], [y[0], y[-1]], ":", color=colour, linewidth=1.2)
+        cost.plot(x, curve["tokens"], "-", color=colour, linewidth=1.8)
+        if (k := curve["knee"]) is not None:
+            score.plot(x[k], y[k], "o", markersize=10, markerfacecolor="none", markeredgecolor=colour)
+            score.annotate(f"{x[k]:.0f} %", (x[k], y[k]), (8, -12), textcoords="offset points", fontsize=8, color=INK)
+    score.plot([], [], ":", color=INK, linewidth=1.2, label="taken at random")
+    score.legend(frameon=False, fontsize=8, loc="best")
+    return _png(figure)
+
+
+def group_bars(groups: Mapping[str, Mapping[str, float]], metric: str = "score") -> str:
     """Draw horizontal bars, group -> series -> score from 0 to 1: one colour a series, the first group on top."""
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     height = 0.8 / max(1, len(series))
     figure = _figure(6.0, 1.2 + len(groups) * max(0.3, 0.17 * len(series)))
     axes = figure.add_subplot()
-    _style(axes, "", "score", "")
+    _style(axes, "", metric, "")
     for k, name in enumerate(series):
         places = [
             i + (k - (len(series) - 1) / 2) * height for i, values in enumerate(groups.values()) if name in values

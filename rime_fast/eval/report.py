@@ -9,7 +9,8 @@
               "mutual": MutualResult.to_dict(),       tables, heat map, accuracy against tokens, examples
               "log_history": [...]}]                  trainer_state.json's: curves
     points: [{"label": "CoT", "tokens": 61.0, "accuracy": 0.81}]     more points of accuracy against tokens
-    figures: [{"title": str, "image": data URI, "alt": str, "width": pixels, "note": str}]
+    figures: [{"title": str, "image": data URI, "alt": str, "width": pixels, "note": str,
+               "narrow": data URI}]              the picture for telephones
     tables: [{"title": str, "columns": [str], "rows": [[...]], "note": str}]
     warnings: [str]                  shown at the top
     extra: {...}                     written to the JSON's top level as it is
@@ -69,6 +70,8 @@ def render_html(report: Mapping[str, Any]) -> str:
     sections = [
         ("mutual", "Mutual retrieval", _mutual_section(phases)),
         ("cost", "Accuracy against decoded tokens", _cost_section(phases, report.get("points", []))),
+        ("rewrites", "What the rewrites give", _rewrites_section(phases)),
+        ("budget", "What decoding some queries gives", _budget_section(phases)),
         ("training", "Training", _training_section(phases)),
         ("refine", "Refine-RL", _refine_section(phases)),
         *((f"figure-{i}", one["title"], _figure(one)) for i, one in enumerate(report.get("figures", []))),
@@ -182,6 +185,61 @@ def _cost_section(phases: list[Mapping[str, Any]], more: list[Mapping[str, Any]]
     return _plot(partial(plots.accuracy_against_tokens, points), spoken, width=800)
 
 
+def _rewrites_section(phases: list[Mapping[str, Any]]) -> str:
+    """Scores of the same queries with their own rewrites, others', none, and their teacher's."""
+    measured = {phase["label"]: phase["mutual"]["sensitivity"] for phase in _measured(phases, "sensitivity")}
+    if not measured:
+        return ""
+    metric = next(iter(measured.values()))["metric"]
+    kinds = dict.fromkeys(kind for one in measured.values() for kind in one["rewrites"])
+    groups = {
+        kind: {label: one["rewrites"][kind]["score"] for label, one in measured.items() if kind in one["rewrites"]}
+        for kind in kinds
+    }
+    rows, remarks = [], []
+    for label, one in measured.items():
+        for kind, row in one["rewrites"].items():
+            loss = "" if kind == "own" else f"{row['loss']:.3f} ± {row['error']:.3f}"
+            rows.append([label, kind, f"{row['score']:.3f}", loss, f"{row['cosine']:.3f}"])
+        remark = f"{label}: two queries with their own rewrites have a mean cosine of {one['unrelated']:.3f}"
+        remark += f"; {one['unswapped']:,} had no other rewrite to swap with" if one["unswapped"] else ""
+        remarks.append(remark + ("; swapping costs nothing: the rewrite is decoration" if one["decoration"] else ""))
+    note = (
+        "The same queries read with their own rewrite, another query's, none, and their teacher's where the data has "
+        "one, against the index of disc embeddings. Loss: against the own rewrite, with its standard error; cosine: "
+        f"with the embedding of the own rewrite. {'. '.join(remarks)}."
+    )
+    spoken = "; ".join(f"{kind}: " + ", ".join(f"{k} {v:.3f}" for k, v in own.items()) for kind, own in groups.items())
+    table = {"columns": ["model", "rewrite", metric, "loss", "cosine"], "rows": rows, "note": note}
+    return _extra_table(table) + _image(plots.group_bars(groups, metric), f"{metric} by rewrite: {spoken}", 560)
+
+
+def _budget_section(phases: list[Mapping[str, Any]]) -> str:
+    """Accuracy and tokens against the share of queries that decode."""
+    curves = {phase["label"]: phase["mutual"]["budget"] for phase in _measured(phases, "budget")}
+    if not curves:
+        return ""
+    rows = []
+    for label, curve in curves.items():
+        for name, k in (("disc alone", 0), ("ringed", curve["knee"]), ("all", len(curve["shares"]) - 1)):
+            if k is not None:
+                shown = [f"{curve['shares'][k]:.0%}", f"{curve['scores'][k]:.3f}", f"{curve['tokens'][k]:.1f}"]
+                rows.append([label, name, *shown, f"{curve['thresholds'][k]:.4g}"])
+    metric = next(iter(curves.values()))["metric"]
+    columns = ["model", "point", "decoded", metric, "tokens / query", "threshold"]
+    note = (
+        "Queries whose first two places in the index of disc embeddings lie closest go to mode gen first. Ringed: the "
+        "point furthest above what queries taken at random give (dotted), the threshold for mode auto on such data."
+    )
+    table = {"columns": columns, "rows": rows, "note": note}
+    spoken = "; ".join(f"{label}: " + ", ".join(map("{:.3f}".format, one["scores"])) for label, one in curves.items())
+    return _extra_table(table) + _plot(partial(plots.budget_panels, curves), f"{metric} by share: {spoken}", 900)
+
+
+def _measured(phases: list[Mapping[str, Any]], figure: str) -> list[Mapping[str, Any]]:
+    return [phase for phase in phases if (phase.get("mutual") or {}).get(figure)]
+
+
 def _training_section(phases: list[Mapping[str, Any]]) -> str:
     parts = []
     for phase in phases:
@@ -205,7 +263,8 @@ def _refine_section(phases: list[Mapping[str, Any]]) -> str:
 
 
 def _figure(figure: Mapping[str, Any]) -> str:
-    return _note(figure) + _image(figure["image"], figure["alt"], figure.get("width", 1000))
+    wide = _image(figure["image"], figure["alt"], figure.get("width", 1000))
+    return _note(figure) + (_picture(wide, figure["narrow"]) if "narrow" in figure else wide)
 
 
 def _note(part: Mapping[str, Any]) -> str:
@@ -234,8 +293,11 @@ def _counted(phases: list[Mapping[str, Any]]) -> list[str]:
 
 def _plot(draw: Callable[[bool], str], alt: str, width: int = 1000) -> str:
     """``draw(narrow)`` gives the picture's data URI; telephones get the narrow one."""
-    wide = _image(draw(False), alt, width)
-    return f'<picture><source media="(max-width: 700px)" srcset="{draw(True)}">{wide}</picture>'
+    return _picture(_image(draw(False), alt, width), draw(True))
+
+
+def _picture(wide: str, narrow: str) -> str:
+    return f'<picture><source media="(max-width: 700px)" srcset="{narrow}">{wide}</picture>'
 
 
 def _image(data_uri: str, alt: str, width: int) -> str:

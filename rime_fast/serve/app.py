@@ -31,7 +31,7 @@ from rime_fast.data.collate import Collator
 from rime_fast.data.records import Side
 from rime_fast.engine.rollout import dual_mode_of
 from rime_fast.eval.embedder import RimeEmbedder
-from rime_fast.eval.index import EmbeddingIndex, truncated
+from rime_fast.eval.index import THRESHOLD, EmbeddingIndex, check_auto, truncated
 from rime_fast.serve.batcher import Batcher, Job, QueueFull, Stopped
 from rime_fast.serve.request import ApiError, EmbeddingRequest, Limits, parse_request
 
@@ -61,7 +61,7 @@ class EmbeddingService:
         name: str,
         *,
         index: EmbeddingIndex | None = None,
-        threshold: float = 0.05,
+        threshold: float = THRESHOLD,
         limits: Limits | None = None,
         max_queue: int = 1024,
         max_body: int = 32 << 20,
@@ -71,8 +71,8 @@ class EmbeddingService:
         config = dual_mode_of(embedder.model).config
         self.modes = (*embedder.modes, *(["auto"] if index is not None else []))
         self.width: int = config.text_config.hidden_size
-        if index is not None and index.rows.shape[1] > self.width:
-            raise ValueError(f"index has {index.rows.shape[1]} dimensions; expected at most the model's {self.width}")
+        if index is not None:
+            check_auto(index, self.width, threshold)
         self.max_length: int = embedder.collator.max_length or config.text_config.max_position_embeddings
         # lengths are measured by request threads, beside the model's thread: with a tokenizer of their own
         processor = copy.copy(embedder.processor)
@@ -85,19 +85,18 @@ class EmbeddingService:
 
     def encode(self, mode: str, sides: list[Side]) -> list[Result]:
         """Encode a batch, on the batcher's thread."""
-        if mode == "gen":
-            made = self.embedder.encode_items(sides, "gen")
-            assert made.rewrites is not None
-            parts = zip(made.embeddings, made.rewrites, made.tokens, made.reached, strict=True)
-            return [Result(row, "gen", rewrite, decoded, reached) for row, rewrite, decoded, reached in parts]
-        plain = "disc" if mode == "auto" else mode
-        rows = self.embedder.encode(sides, plain)
-        results = [Result(row, plain) for row in rows]
         if mode == "auto":
-            assert self.index is not None
-            unsure = (self.index.margins(rows) < self.threshold).nonzero().flatten().tolist()
-            for i, result in zip(unsure, self.encode("gen", [sides[i] for i in unsure]) if unsure else (), strict=True):
-                results[i] = result
+            made = self.embedder.encode_items(sides, mode, index=self.index, threshold=self.threshold)
+        else:
+            made = self.embedder.encode_items(sides, mode)
+        decodes = mode in ("gen", "auto")
+        results = []
+        for i, row in enumerate(made.embeddings):
+            if decodes and made.tokens[i]:
+                rewrite = made.rewrites[i] if made.rewrites else ""
+                results.append(Result(row, "gen", rewrite, made.tokens[i], made.reached[i]))
+            else:
+                results.append(Result(row, "disc" if decodes else mode))
         return results
 
     def prepare(self, body: bytes) -> tuple[EmbeddingRequest, list[Job]]:

@@ -13,6 +13,7 @@ from rime_fast.data.collate import Collator
 from rime_fast.data.records import Side
 from rime_fast.data.templates import get_template
 from rime_fast.eval.embedder import RimeEmbedder, as_side
+from rime_fast.eval.index import EmbeddingIndex
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_model, tiny_processor, tiny_tokenizer
 from rime_fast.model.tokens import GEN_TOKEN, add_embedding_tokens
@@ -273,3 +274,42 @@ def test_one_item_is_one_row(embedder, item):
 def test_what_is_no_item_is_a_type_error(embedder, items):
     with pytest.raises(TypeError, match="items"):
         embedder.encode(items)
+
+
+def test_auto_sends_to_gen_what_the_index_is_unsure_about(embedder):
+    index = EmbeddingIndex(embedder.encode(["a red shoe", "blue", "seven ?"]), facts={"mode": "disc"})
+    disc, gen = embedder.encode(ITEMS), embedder.encode(ITEMS, "gen")
+    margins = index.margins(disc).sort().values
+    limit = float(margins[2:4].mean())
+    unsure = index.margins(disc) < limit
+    seen = []
+    rows, rewrites = embedder.encode(
+        ITEMS, "auto", index=index, threshold=limit, return_rewrites=True, progress=lambda *now: seen.append(now)
+    )
+    assert int(unsure.sum()) == 3
+    torch.testing.assert_close(rows, torch.where(unsure[:, None], gen, disc), rtol=0, atol=2e-5)
+    assert [rewrite == "" for rewrite in rewrites] == (~unsure).tolist()
+    assert seen[-1] == (9, 9)
+    made = embedder.encode_items(ITEMS, "auto", index=index, threshold=limit)
+    assert [count > 0 for count in made.tokens] == unsure.tolist()
+    torch.testing.assert_close(embedder.encode(ITEMS, "auto", index=index, threshold=0), disc, rtol=0, atol=2e-5)
+    narrow = EmbeddingIndex(index.rows[:, :16])  # a Matryoshka prefix does too
+    assert embedder.encode("it", "auto", index=narrow, threshold=2).shape == disc[:1].shape
+
+
+def test_auto_without_a_usable_index_is_refused(embedder):
+    rows = embedder.encode(TEXTS)
+    good = EmbeddingIndex(rows)
+    with pytest.raises(ValueError, match="mode 'auto' needs margins: give index="):
+        embedder.encode("it", "auto")
+    with pytest.raises(TypeError, match="index is Tensor; expected an EmbeddingIndex"):
+        embedder.encode("it", "auto", index=rows)
+    with pytest.raises(ValueError, match="index holds gen rows"):
+        embedder.encode("it", "auto", index=EmbeddingIndex(rows, facts={"mode": "gen"}))
+    with pytest.raises(ValueError, match="dimensions; expected at most the model's"):
+        embedder.encode("it", "auto", index=EmbeddingIndex(torch.eye(embedder.width + 1)))
+    for limit, error in ((-0.1, ValueError), (float("nan"), ValueError), (2.5, ValueError), ("0.1", TypeError)):
+        with pytest.raises(error, match="threshold is"):
+            embedder.encode("it", "auto", index=good, threshold=limit)
+    with pytest.raises(ValueError, match="index goes with mode 'auto'"):
+        embedder.encode("it", index=good)

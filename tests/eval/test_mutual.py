@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +20,8 @@ class Result:
     rewrites: list[str] | None
     mean_tokens: float
     seconds: float
+    tokens: list[int]
+    disc: torch.Tensor | None = None
     missing_gen: int = 0
     format_errors: int = 0
 
@@ -45,8 +48,15 @@ class Oracle:
         if mode == "disc":
             rows = torch.stack([(numbers % 2 == p).float() for p in (0, 1)], 1).repeat_interleave(self.size // 2, 1)
             rows = torch.nn.functional.normalize(rows, dim=1)
-            return Result(rows, None, 0.0, 2.0)
-        return Result(rows, [f"r{n}" for n in numbers.tolist()], 7.5, 4.0, missing_gen=1, format_errors=2)
+            return Result(rows, None, 0.0, 2.0, [0] * len(items))
+        return Result(
+            rows, [f"r{n}" for n in numbers.tolist()], 7.5, 4.0, [7] * len(items), missing_gen=1, format_errors=2
+        )
+
+    def encode_rewritten(self, items, rewrites):
+        """gen reads the number in the rewrite; without one it knows nothing."""
+        numbers = torch.tensor([int(text[1:] or self.size - 1) for text in rewrites])
+        return torch.nn.functional.one_hot(numbers, self.size).float()
 
 
 @pytest.fixture
@@ -78,6 +88,9 @@ def test_evaluate_counts_costs_and_keeps_examples(data):
     assert oracle.calls == [("disc", 10), ("disc", 10), ("gen", 10), ("gen", 10)]
     assert seen[-1] == ("gen target", 10, 10)
     assert result.hit_at_1()["gen-gen"] == 1.0
+    assert result.sensitivity.rewrites["own"]["score"] == 0.0  # against the index of disc rows, which tie
+    assert result.budget.scores == [0.0] * len(result.budget.scores)
+    assert json.loads(json.dumps(result.to_dict()))["budget"]["shares"][0] == 0
     assert result.hit_at_1()["disc-disc"] == 0.0  # five ties each, and a tie is a miss
     assert result.cost["gen"] == {
         "query_tokens": 7.5,

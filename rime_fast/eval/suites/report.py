@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rime_fast.eval import plots
+from rime_fast.eval.budget import mean_curve
 from rime_fast.eval.suites.result import SuiteResult, TaskResult
 
 COLLAPSED = 0.95  # mean cosine from which on an encoder is called collapsed
@@ -78,6 +79,18 @@ def _figures(result: SuiteResult) -> Iterator[dict[str, Any]]:
     spoken = "; ".join(f"{group} {max(values.values()):.3f}" for group, values in groups.items())
     image = plots.group_bars(groups)
     yield {"title": "By group", "image": image, "alt": f"best score of each group: {spoken}", "width": 640}
+    if curves := [task.budget for task in result.tasks.values() if task.budget is not None]:
+        curve = mean_curve(curves)
+        drawn = {"mean over tasks": curve.to_dict()}
+        yield {
+            "title": "What decoding some queries gives",
+            "image": plots.budget_panels(drawn),
+            "narrow": plots.budget_panels(drawn, narrow=True),
+            "alt": "score by share of queries that decode: " + ", ".join(f"{score:.3f}" for score in curve.scores),
+            "width": 900,
+            "note": "Against disc targets. In each task the queries whose first two places lie closest go to mode gen "
+            f"first; ringed: furthest above queries taken at random (dotted). {curve.line().capitalize()}.",
+        }
 
 
 def _percent(value: float | None) -> str:

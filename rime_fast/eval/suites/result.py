@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from rime_fast.eval.budget import BudgetCurve
 from rime_fast.eval.suites.cache import write_text
 from rime_fast.eval.suites.score import CellScore
 from rime_fast.eval.suites.tasks import Suite, TaskScore, mean
@@ -36,6 +37,7 @@ class TaskResult:
     n_candidates: int
     labels: list[tuple[list[str], list[float] | None]] = field(default_factory=list, repr=False)
     width: int = 0
+    budget: BudgetCurve | None = None
 
     def score(self, cell: str) -> float:
         """The main score of a pairing."""
@@ -113,6 +115,7 @@ class SuiteResult:
         tasks = {}
         for name, task in self.tasks.items():
             plain = {key: getattr(task, key) for key in _PLAIN}
+            plain["budget"] = task.budget and task.budget.to_dict()
             plain["cells"] = {
                 cell: {"metrics": s.metrics, "tied_first_places": s.tied, "categories": s.categories}
                 for cell, s in task.cells.items()

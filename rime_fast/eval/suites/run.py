@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from rime_fast import __version__
+from rime_fast.eval.budget import budget_points
 from rime_fast.eval.index import truncated
+from rime_fast.eval.metrics import mean_cosine
 from rime_fast.eval.ranking import TIES
 from rime_fast.eval.suites.cache import CHUNK, SideCache, Stored, check_meta, data_hash, fingerprint
 from rime_fast.eval.suites.check import gaps
 from rime_fast.eval.suites.result import SuiteResult, TaskResult, write_scores
-from rime_fast.eval.suites.score import CellScore, mean_cosine, score_cell
+from rime_fast.eval.suites.score import CellScore, score_cell
 from rime_fast.eval.suites.tasks import Suite, Task, TaskData, mean
 from rime_fast.model.token_names import MODES
 
@@ -242,6 +244,10 @@ class _Runner:
             return score_cell(data, metric, *sides, ties)
 
         cells = {f"{q}-{t}": cell(q, t, None) for q in self.modes for t in self.modes}
+        budget = None
+        if "gen-disc" in cells and "disc-disc" in cells:
+            disc, tokens = cells["disc-disc"], stored["qry"]["gen"].tokens
+            budget = budget_points(disc.main, cells["gen-disc"].main, disc.margins, tokens, metric)
         same = [cells[f"{mode}-{mode}"].main for mode in self.modes]
         width = rows["qry", self.modes[0]].shape[1]
         return TaskResult(
@@ -263,6 +269,7 @@ class _Runner:
             n_candidates=len(data.candidates),
             labels=_labels(data),
             width=width,
+            budget=budget,
         )
 
     def _read(self, task: Task, side: str) -> dict[str, Stored]:

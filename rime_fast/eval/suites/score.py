@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rime_fast.eval.index import margins
 from rime_fast.eval.metrics import per_query
 from rime_fast.eval.ranking import Ranking, rank_candidates
 from rime_fast.eval.suites.tasks import TaskData, mean
@@ -20,13 +21,15 @@ TOP = 100  # names kept of each query's ranking
 @dataclass
 class CellScore:
     """The score of one pairing of modes on one task. main: [N], the main metric of each query. tied: share of queries
-    whose first place several candidates have. predictions: the first names of each query."""
+    whose first place several candidates have. predictions: the first names of each query. margins: [N], the first
+    place's score less the second's (infinite where there is no second)."""
 
     metrics: dict[str, float]
     main: torch.Tensor
     tied: float
     categories: dict[str, float] = field(default_factory=dict)
     predictions: list[list[str]] = field(default_factory=list)
+    margins: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
 
 def score_cell(
@@ -41,18 +44,20 @@ def score_cell(
     names = dict.fromkeys((*METRICS, metric))
     values = {name: nothing_right.clone() if name.startswith("recall") else 0 * nothing_right for name in names}
     tied, predictions = 0.0, [list[str]() for _ in data.queries]
+    apart = torch.full((len(data.queries),), torch.inf, dtype=torch.float64)
     if known:
         ranking = _ranked(data, known, queries, candidates, ties)
         for name, value in values.items():
             value[known] = per_query(ranking, name)
-        tied = _tied(ranking)
+        apart[known] = margins(ranking.top_scores).double()
+        tied = (apart[known] == 0).double().mean().item()
         predictions = _predictions(data, known, ranking, ties)
     metrics = {name: value.mean().item() for name, value in values.items()}
     if known and (paired := _official_pairing(data)) is not None:
         ranking = _ranked(replace(data, gains=paired), known, queries, candidates, ties)
         metrics[PAIRED] = per_query(ranking, "ndcg_linear@5").sum().item() / len(data.queries)
     main = values[metric]
-    return CellScore(metrics, main, tied, _by_category(data, main), predictions)
+    return CellScore(metrics, main, tied, _by_category(data, main), predictions, apart)
 
 
 def _ranked(data: TaskData, known: list[int], queries: Any, candidates: Any, ties: str) -> Ranking:
@@ -66,13 +71,6 @@ def _ranked(data: TaskData, known: list[int], queries: Any, candidates: Any, tie
         ties=ties,
         absent="never",
     )
-
-
-def _tied(ranking: Ranking) -> float:
-    if ranking.top.shape[1] < 2:
-        return 0.0
-    equal = (ranking.top_scores[:, 0] == ranking.top_scores[:, 1]) & (ranking.top[:, 1] >= 0)
-    return equal.double().mean().item()
 
 
 def _predictions(data: TaskData, known: list[int], ranking: Ranking, ties: str) -> list[list[str]]:
@@ -108,12 +106,3 @@ def _official_pairing(data: TaskData) -> list[list[float]] | None:
         given = dict(zip((row_of[label] for label in set(row_of)), gains, strict=True))
         paired.append([given[row] for row in rows])
     return paired
-
-
-def mean_cosine(embedding: torch.Tensor) -> float:
-    """Mean cosine of two different rows, at unit norm: near 1, an encoder gives everything one place."""
-    n = embedding.shape[0]
-    if n < 2:
-        return 0.0
-    rows = embedding.double()
-    return ((rows.sum(dim=0).square().sum() - rows.square().sum()) / (n * (n - 1))).item()

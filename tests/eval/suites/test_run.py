@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from rime_fast.data.records import Side
 from rime_fast.data.templates import get_template
 from rime_fast.eval.embedder import RimeEmbedder
+from rime_fast.eval.metrics import mean_cosine
 from rime_fast.eval.suites import cache as cache_module
 from rime_fast.eval.suites import evaluate_suite, load_suite
 from rime_fast.eval.suites.cache import Lock, SideCache
 from rime_fast.eval.suites.check import check_suite
-from rime_fast.eval.suites.score import PAIRED, mean_cosine, score_cell
+from rime_fast.eval.suites.score import PAIRED, score_cell
 from rime_fast.eval.suites.tasks import TaskData
 from rime_fast.model.tiny import tiny_model, tiny_processor, tiny_tokenizer
 from rime_fast.model.tokens import add_embedding_tokens
