@@ -45,11 +45,11 @@ class BudgetCurve:
     knee: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a report."""
+        """Give plain numbers, for a report."""
         return asdict(self)
 
     def line(self) -> str:
-        """The curve in one line: its ends, and the point to work at."""
+        """Say the curve in one line: its ends, and the point to work at."""
         ends = f"{self.metric} {self.scores[0]:.3f} by disc, {self.scores[-1]:.3f} with all decoded"
         if self.knee is None:
             return f"budget: {ends}; no share of the queries with small margins beats taking them at random"
@@ -87,7 +87,7 @@ def budget_curve(
 def budget_points(
     disc: torch.Tensor, gen: torch.Tensor, margins: torch.Tensor, tokens: Sequence[int], metric: str = "hit@1"
 ) -> BudgetCurve:
-    """The curve from its parts, each [N]: a query's score by either mode, its margin by disc, its decoded tokens.
+    """Make the curve from its parts, each [N]: a query's score by either mode, its margin by disc, its decoded tokens.
 
     A margin may be infinite: such a query is never decoded. Queries of one margin (to rounding) are decoded together.
     """
@@ -114,7 +114,7 @@ def budget_points(
 
 
 def mean_curve(curves: Sequence[BudgetCurve]) -> BudgetCurve:
-    """The mean over tasks, each of which decodes the same share of its queries; between points on a straight line."""
+    """Average curves over tasks, each of which decodes the same share of its queries; between points on a line."""
     shares = [step / STEPS for step in range(STEPS + 1)]
     scores = np.mean([np.interp(shares, one.shares, one.scores) for one in curves], axis=0).tolist()
     tokens = np.mean([np.interp(shares, one.shares, one.tokens) for one in curves], axis=0).tolist()
@@ -126,7 +126,7 @@ def mean_curve(curves: Sequence[BudgetCurve]) -> BudgetCurve:
 def outcomes(
     data: Any, queries: torch.Tensor, targets: torch.Tensor, metric: str = "hit@1"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the metric of each query [N] fp64, its margin [N] fp64): of a RetrievalSet or a TaskData.
+    """Compute (the metric of each query [N] fp64, its margin [N] fp64) of a RetrievalSet or a TaskData.
 
     A query without a right candidate, or without candidates, scores 0 and has an infinite margin.
     """

@@ -102,7 +102,7 @@ def per_query(ranking: Ranking, name: str) -> torch.Tensor:
 
 
 def mean_cosine(embedding: torch.Tensor) -> float:
-    """Mean cosine of two different rows, at unit norm: near 1, an encoder gives everything one place."""
+    """Average the cosine of two different rows, at unit norm: near 1, an encoder gives everything one place."""
     n = embedding.shape[0]
     if n < 2:
         return 0.0

@@ -46,11 +46,11 @@ class Sensitivity:
         return row["loss"] <= 2 * row["error"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for a report."""
+        """Give plain numbers, for a report."""
         return asdict(self) | {"decoration": self.decoration}
 
     def line(self) -> str:
-        """The scores in one line."""
+        """Say the scores in one line."""
         parts = (f"{name} {row['score']:.3f} (cosine {row['cosine']:.3f})" for name, row in self.rewrites.items())
         end = "; swapping costs nothing: the rewrite is decoration" if self.decoration else ""
         return f"rewrites: {self.metric} " + ", ".join(parts) + end
@@ -96,8 +96,8 @@ def rewrite_sensitivity(
 
 
 def swap_partners(rewrites: Sequence[str], correct: Sequence[Sequence[int]]) -> list[int]:
-    """For each query the one whose rewrite it gets: the next in a fixed random circle that has another rewrite and
-    other right candidates; failing that, another rewrite; failing that, itself."""
+    """Choose for each query the one whose rewrite it gets: the next in a fixed random circle that has another rewrite
+    and other right candidates; failing that, another rewrite; failing that, itself."""
     n = len(rewrites)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
     partners = [0] * n

@@ -58,7 +58,10 @@ def test_every_layout_in_one_command(root, model, tmp_path, capsys):
     assert "24 of 78 tasks" in page.text
     for name in GOLDENS:
         assert name in page.text
-    assert len(page.all("img")) == 1
+    assert [image["alt"].split(":")[0] for image in page.all("img")] == [
+        "best score of each group",
+        "score by share of queries that decode",
+    ]
     entry = json.loads(board.read_text())["metrics"]
     assert entry["image"]["N24News"] == "FILE_N/A"
     assert entry["video"]["MVBench"]["num_data"] == 20
