@@ -27,7 +27,7 @@ COMMANDS = {
     "export": ("export", "a folder for sentence-transformers and vLLM; compare their vectors with ours"),
     "serve": ("serve", "an OpenAI-style embedding server: modes, batching, limits"),
     "data check": ("data_check", "name file, row and field of every bad row; write the good ones"),
-    "demo": ("demo", "the whole recipe on digit scans, from random weights to a report"),
+    "demo": ("demo", "the whole recipe on a small real task, from random weights to a report"),
     "doctor": ("doctor", "what is active here, what is missing, what that costs"),
     "bench": ("bench", "the benchmark suite (in a source checkout)"),
     "bench logprob": ("bench_micro:LOGPROB", "the head's log-probabilities and gradients beside their peers"),

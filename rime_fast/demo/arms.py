@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rime_fast.data.digits import retrieval_set
-from rime_fast.demo.phases import REWARD, TEST_SEED, Sizes, demo_embedder, joint_training, query_tokens, refine
-from rime_fast.demo.task import MAX_NEW_TOKENS
+from rime_fast.demo.phases import TEST_SEED, Sizes, demo_embedder, joint_training, query_tokens, refine
+from rime_fast.demo.task import DIGITS
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.eval.mutual import evaluate_mutual
 from rime_fast.ops.reward import RewardWeights, score_rewrites_
@@ -125,7 +125,7 @@ def best_of(model: Any, processor: Any, *, sizes: Sizes, seed: int, samples: int
     {"hit@1", "query_tokens": of those taken, "first_hit@1": of each query's first sample}.
     """
     model.eval()
-    weights = RefineConfig(**REWARD).reward_weights()
+    weights = RefineConfig(**DIGITS.reward).reward_weights()
     data = retrieval_set("test", sizes.n_test, seed=TEST_SEED)
     embedder = demo_embedder(model, processor)
     collator = embedder.collator
@@ -140,7 +140,7 @@ def best_of(model: Any, processor: Any, *, sizes: Sizes, seed: int, samples: int
             model,
             collator.collate_prompts(data.queries[rows], "gen"),
             gen_id=collator.gen_id,
-            max_new_tokens=MAX_NEW_TOKENS["rewrite"],
+            max_new_tokens=DIGITS.max_new_tokens["rewrite"],
             group_size=samples,
             generator=generator,
             pad_id=processor.tokenizer.pad_token_id or 0,

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
-from rime_fast.data.digits import DigitChains, Split, Style, retrieval_set
-from rime_fast.demo.task import MAX_NEW_TOKENS, demo_template
+from rime_fast.data.digits import Split, Style
+from rime_fast.demo.task import DIGITS, Task
 from rime_fast.eval.embedder import RimeEmbedder
 from rime_fast.eval.mutual import MutualResult, evaluate_mutual
 from rime_fast.recipe.group_rewards import Rewarder
@@ -22,14 +22,10 @@ from rime_fast.trainers.config import RefineConfig, RimeConfig
 from rime_fast.trainers.joint import RimeTrainer
 from rime_fast.trainers.refine import RefineRLTrainer
 
-# Tokens of a terse rewrite, tags, newline and <gen_emb> included: what is free of the length penalty.
-TERSE_TOKENS = 9
 # The seed of every test set: all cells and seeds are measured on the same queries.
 TEST_SEED = 7
 # Training chains of Refine-RL, and of joint training that goes on: another stream than joint training's.
 _REFINE_SEED = 1000
-# The demo's reward, as fields of RefineConfig.
-REWARD: dict[str, Any] = {"rank_reward": "hit", "length_weight": 0.2, "length_limit": TERSE_TOKENS}
 Teacher = Literal["noisy", "clean", "whole"]
 # Shares of a teacher's vague and wordy rewrites of the queries; the rest are whole (``data/digits.py``). Seven in ten
 # of the noisy one's stop early, so that greedy decoding stops early too, and sampling finds a useful rewrite now and
@@ -73,6 +69,7 @@ def joint_training(
     *,
     seed: int,
     sizes: Sizes,
+    task: Task = DIGITS,
     style: Style = "rewrite",
     teacher: Teacher = "noisy",
     cross_modes: bool = True,
@@ -80,7 +77,7 @@ def joint_training(
     latent_tokens: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
-    """Train ``model`` in place on the training scans; returns the log. teacher: who wrote the rewrites (of style
+    """Train ``model`` in place on the task's training rows; returns the log. teacher: who wrote the rewrites (of style
     "rewrite"). cross_modes: with Cross-Mode Alignment. more: go on with a trained model, on rows it has not seen.
     latent_tokens: K of latent rewrites.
 
@@ -109,15 +106,13 @@ def joint_training(
     )
     shares = TEACHERS[teacher] if style == "rewrite" else {"vague": 0.0, "wordy": 0.0}
     stream = seed + _REFINE_SEED if more else seed
-    pairs = DigitChains(
-        "train", steps * sizes.sft_batch, seed=stream, style=style, vague=shares["vague"], wordy=shares["wordy"]
-    )
+    pairs = task.rows(steps * sizes.sft_batch, seed=stream, style=style, **shares)
     trainer = RimeTrainer(
         model,
         args,
         train_dataset=pairs,
         processor=processor,
-        template=demo_template(style),
+        template=task.template(style),
         callbacks=list(callbacks),
     )
     trainer.train()
@@ -131,6 +126,7 @@ def refine(
     *,
     seed: int,
     sizes: Sizes,
+    task: Task = DIGITS,
     callbacks: Sequence[TrainerCallback] = (),
     rewarder: Rewarder | None = None,
     **changes: Any,
@@ -149,17 +145,18 @@ def refine(
         "adam_beta2": 0.98,
         "trained_sides": "query",
         "num_generations": 8,
-        "max_completion_length": MAX_NEW_TOKENS["rewrite"],
-        **REWARD,
+        "max_completion_length": task.max_new_tokens["rewrite"],
+        **task.reward,
         "loss_type": "token_mean",
     } | _common(sizes.refine_steps)
-    pairs = DigitChains("train", sizes.refine_steps * sizes.refine_batch, seed=seed + _REFINE_SEED)
+    size = sizes.refine_steps * sizes.refine_batch
+    pairs = task.rows(size, seed=seed + _REFINE_SEED, style="rewrite", wordy=0.0, vague=0.0)
     trainer = RefineRLTrainer(
         model,
         RefineConfig(**settings | changes),
         train_dataset=pairs,
         processor=processor,
-        template=demo_template(),
+        template=task.template("rewrite"),
         callbacks=list(callbacks),
     )
     if rewarder is not None:
@@ -169,17 +166,25 @@ def refine(
 
 
 def measure(
-    model: Any, processor: Any, *, sizes: Sizes, style: Style = "rewrite", split: Split = "test", n_examples: int = 0
+    model: Any,
+    processor: Any,
+    *,
+    sizes: Sizes,
+    task: Task = DIGITS,
+    style: Style = "rewrite",
+    split: Split = "test",
+    n_examples: int = 0,
 ) -> MutualResult:
-    """Measure mutual retrieval on ``sizes.n_test`` queries of ``split`` against all 100 targets, greedy decoding."""
+    """Measure mutual retrieval on ``sizes.n_test`` queries of ``split`` against all the task's targets, greedy
+    decoding."""
     model.eval()
-    data = retrieval_set(split, sizes.n_test, seed=TEST_SEED, style=style)
-    return evaluate_mutual(demo_embedder(model, processor, style), data, n_examples=n_examples)
+    data = task.retrieval(split, sizes.n_test, TEST_SEED, style)
+    return evaluate_mutual(demo_embedder(model, processor, task, style), data, n_examples=n_examples)
 
 
-def demo_embedder(model: Any, processor: Any, style: Style = "rewrite") -> RimeEmbedder:
+def demo_embedder(model: Any, processor: Any, task: Task = DIGITS, style: Style = "rewrite") -> RimeEmbedder:
     """The embedder of a style: its template, and room for its longest response."""
-    return RimeEmbedder(model, processor, demo_template(style), max_new_tokens=MAX_NEW_TOKENS[style])
+    return RimeEmbedder(model, processor, task.template(style), max_new_tokens=task.max_new_tokens[style])
 
 
 def query_tokens(result: MutualResult) -> float:

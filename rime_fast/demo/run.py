@@ -16,23 +16,16 @@ import torch
 import transformers
 
 from rime_fast.demo.phases import FAST, FULL, TEACHERS, Sizes, joint_training, measure, query_tokens, refine
-from rime_fast.demo.task import demo_model
+from rime_fast.demo.task import DIGITS, Task
 from rime_fast.eval.mutual import MutualResult
 from rime_fast.eval.report import write_report
 
 T = TypeVar("T")
 
-LEAD = (
-    "Each query is an image of five handwritten digits in a row (scikit-learn's scans; train and test share none) and "
-    "four operators. The target is the text of the last two running values modulo 10, one of 100. A Qwen2-VL of 1.3 "
-    "million random weights learns to write the five values as its rewrite, and to embed before it (disc) and after it "
-    "(gen), from a noisy teacher: {vague:.0%} of its rewrites stop after two values, {wordy:.0%} say the answer twice, "
-    "the rest are whole. Refine-RL then samples rewrites and rewards closeness to the targets' frozen disc embeddings: "
-    "which rewrites retrieve is nowhere in the teacher's data."
-)
 
-
-def run_demo(out: str | Path = "runs/demo", seed: int = 0, fast: bool = False) -> dict[str, Any]:
+def run_demo(
+    out: str | Path = "runs/demo", seed: int = 0, fast: bool = False, *, task: Task = DIGITS
+) -> dict[str, Any]:
     """Joint training, evaluation, Refine-RL, evaluation, report; returns the numbers of ``report.json``.
 
     Writes ``report.html``, ``report.json`` and both models (``sft``, ``refine``; any transformers reads them) into
@@ -45,21 +38,22 @@ def run_demo(out: str | Path = "runs/demo", seed: int = 0, fast: bool = False) -
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(Path(out), seed, FAST if fast else FULL)
+        return _run(Path(out), seed, task, FAST if fast else FULL)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
+def _run(out: Path, seed: int, task: Task, sizes: Sizes) -> dict[str, Any]:
     seconds: dict[str, float] = {}
-    model, processor = demo_model(seed)
-    sft_log = _timed("sft", seconds, lambda: joint_training(model, processor, out / "sft", seed=seed, sizes=sizes))
+    model, processor = task.model(seed)
+    common: dict[str, Any] = {"sizes": sizes, "task": task}
+    sft_log = _timed("sft", seconds, lambda: joint_training(model, processor, out / "sft", seed=seed, **common))
     _save(model, processor, out / "sft")
-    sft = _timed("eval_sft", seconds, lambda: measure(model, processor, sizes=sizes, n_examples=24))
+    sft = _timed("eval_sft", seconds, lambda: measure(model, processor, **common, n_examples=24))
     _say("joint training", sft)
-    refine_log = _timed("refine", seconds, lambda: refine(model, processor, out / "refine", seed=seed, sizes=sizes))
+    refine_log = _timed("refine", seconds, lambda: refine(model, processor, out / "refine", seed=seed, **common))
     _save(model, processor, out / "refine")
-    refined = _timed("eval_refine", seconds, lambda: measure(model, processor, sizes=sizes, n_examples=24))
+    refined = _timed("eval_refine", seconds, lambda: measure(model, processor, **common, n_examples=24))
     _say("Refine-RL", refined)
     numbers: dict[str, Any] = {
         "sft": sft.hit_at_1(),
@@ -73,7 +67,7 @@ def _run(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
         {"name": "sft", "label": "Joint training", "mutual": sft.to_dict(), "log_history": sft_log},
         {"name": "refine", "label": "Refine-RL", "mutual": refined.to_dict(), "log_history": refine_log},
     ]
-    _timed("report", seconds, lambda: _write(out, numbers, phases, sizes, model))
+    _timed("report", seconds, lambda: _write(out, numbers, phases, sizes, task, model))
     print(f"report: {out / 'report.html'}  ({sum(seconds.values()):.0f} s)")
     return numbers
 
@@ -96,7 +90,9 @@ def _say(label: str, result: MutualResult) -> None:
     print(f"{label}: hit@1 {cells}  ({query_tokens(result):.1f} tokens a query)", flush=True)
 
 
-def _write(out: Path, numbers: dict[str, Any], phases: list[dict[str, Any]], sizes: Sizes, model: Any) -> None:
+def _write(
+    out: Path, numbers: dict[str, Any], phases: list[dict[str, Any]], sizes: Sizes, task: Task, model: Any
+) -> None:
     facts = {
         "model": f"Qwen2-VL, {sum(p.numel() for p in model.parameters()):,} random weights",
         "seed": numbers["seed"],
@@ -115,8 +111,8 @@ def _write(out: Path, numbers: dict[str, Any], phases: list[dict[str, Any]], siz
     write_report(
         out,
         {
-            "title": "rime-fast demo: digit chains",
-            "lead": LEAD.format(**TEACHERS["noisy"]),
+            "title": task.title,
+            "lead": task.lead.format(**TEACHERS["noisy"]),
             "facts": facts,
             "phases": phases,
             "tables": [table],

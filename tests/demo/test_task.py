@@ -7,8 +7,7 @@ import torch
 
 from rime_fast.data.collate import Collator
 from rime_fast.data.digits import DigitChains, Style
-from rime_fast.demo.phases import TERSE_TOKENS
-from rime_fast.demo.task import MAX_NEW_TOKENS, STYLES, demo_model, demo_template, demo_tokenizer
+from rime_fast.demo.task import MAX_NEW_TOKENS, STYLES, TERSE_TOKENS, demo_model, demo_template, demo_tokenizer
 
 
 def test_every_sign_is_one_token_wherever_it_stands() -> None:
