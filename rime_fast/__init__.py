@@ -20,6 +20,9 @@ _EXPORTS = {
     "score_rewrites_": "rime_fast.ops.reward",
     "RewardWeights": "rime_fast.ops.reward",
     "DualModeModel": "rime_fast.model.dual_mode",
+    "MixtureSampler": "rime_fast.data.mixture",
+    "rewrite_rows": "rime_fast.prepare.rewrite",
+    "mine_negatives": "rime_fast.prepare.mine",
     "RimeEmbedder": "rime_fast.eval.embedder",
     "RimeConfig": "rime_fast.trainers.config",
     "RefineConfig": "rime_fast.trainers.config",
@@ -42,11 +45,14 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from rime_fast.data.mixture import MixtureSampler
     from rime_fast.eval.embedder import RimeEmbedder
     from rime_fast.model.dual_mode import DualModeModel
     from rime_fast.ops.contrastive import ContrastiveOutput, contrastive_loss
     from rime_fast.ops.logprob_pool import LogprobPool, fused_linear_ce, fused_logprob_pool
     from rime_fast.ops.reward import RewardWeights, score_rewrites_
+    from rime_fast.prepare.mine import mine_negatives
+    from rime_fast.prepare.rewrite import rewrite_rows
     from rime_fast.trainers.config import RefineConfig, RimeConfig
     from rime_fast.trainers.joint import RimeTrainer
     from rime_fast.trainers.refine import RefineRLTrainer

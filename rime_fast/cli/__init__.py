@@ -26,6 +26,8 @@ COMMANDS = {
     "merge": ("merge", "the weighted mean of trained models"),
     "export": ("export", "a folder for sentence-transformers and vLLM; compare their vectors with ours"),
     "serve": ("serve", "an OpenAI-style embedding server: modes, batching, limits"),
+    "rewrite": ("rewrite", "fill the rewrites of pairs by a teacher: in process, vLLM or a server"),
+    "mine": ("mine", "hard negatives for pairs: exact top-k, filtered against false ones"),
     "data check": ("data_check", "name file, row and field of every bad row; write the good ones"),
     "demo": ("demo", "the whole recipe on a small real task, from random weights to a report"),
     "doctor": ("doctor", "what is active here, what is missing, what that costs"),

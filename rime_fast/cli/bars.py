@@ -1,52 +1,58 @@
-"""Progress of commands that embed: a rich bar on a terminal, one line a stage elsewhere."""
+"""Progress of commands: a rich bar on a terminal; elsewhere one line a stage, and one every half minute of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from datetime import timedelta
 
-if TYPE_CHECKING:
-    from rime_fast.eval.mutual import Progress
+Progress = Callable[..., None]
+_EVERY = 30.0  # seconds between two lines of a stage
 
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """Yields ``progress(stage, done, total)``; each new stage gets a bar (or a line) of its own. Writes to stderr."""
+    """Yields ``progress(stage, done, total, note="")``; each new stage gets a bar (or lines) of its own, with the note
+    beside it. Writes to stderr."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True)
     if not console.is_terminal:
+        began: dict[str, tuple[float, int]] = {}
+        shown: dict[str, float] = {}
 
-        def line(stage: str, done: int, total: int) -> None:
+        def line(stage: str, done: int, total: int, note: str = "") -> None:
+            now = time.monotonic()
+            start, before = began.setdefault(stage, (now, done))
+            told = f" ({note})" if note else ""
             if done == total:
-                console.print(f"{stage}: {total} items", markup=False, highlight=False)
+                console.print(f"{stage}: {total} items{told}", markup=False, highlight=False)
+            elif now - shown.setdefault(stage, now) >= _EVERY and done > before:
+                shown[stage] = now
+                left = timedelta(seconds=round((total - done) * (now - start) / (done - before)))
+                console.print(f"{stage}: {done} of {total}{told}, {left} left", markup=False, highlight=False)
 
         yield line
         return
     tasks = {}
     columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=32),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        rich.TextColumn("[bold]{task.description}"),
+        rich.BarColumn(bar_width=32),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("ETA"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with rich.Progress(*columns, console=console) as progress:
 
-        def bar(stage: str, done: int, total: int) -> None:
+        def bar(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done)
+                # what a run before has done counts for the bar, not for the time left
+                tasks[stage] = progress.add_task(stage, total=total, completed=done, note=note)
+            progress.update(tasks[stage], completed=done, note=note)
 
         yield bar
 

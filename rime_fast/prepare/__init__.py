@@ -1,0 +1,1 @@
+"""From pairs to training rows: rewrites by a teacher, hard negatives by an embedder."""
