@@ -63,6 +63,8 @@ def desk(tmp_path_factory) -> Iterator[Path]:
     for name in ("pairs.jsonl", "a.jsonl", "b.parquet", "MMEB-train/ImageNet_1K/train.parquet"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_rows(root / name, iter(pairs))
+    bare = [{side: {"text": pair[side]["text"]} for side in ("query", "target")} for pair in pairs[:6]]
+    write_rows(root / "raw.jsonl", iter(bare))
     rows = torch.nn.functional.normalize(torch.randn(7, 32), dim=1)
     EmbeddingIndex(rows, items=[{"id": str(i)} for i in range(7)]).save(root / "runs" / "index")
     (root / "runs" / "queries").mkdir()

@@ -27,7 +27,8 @@ def run(values: dict[str, Any]) -> int:
     model_exists(source.model, *([values["reranker"]] if values.get("reranker") else []))
     from rime_fast.cli.bars import bars
     from rime_fast.data.records import DataError
-    from rime_fast.prepare.mine import MineOptions, mine_negatives
+    from rime_fast.prepare.mine import mine_negatives
+    from rime_fast.prepare.mine_items import MineOptions
 
     options = build(MineOptions, values)
     embedder = load_embedder(source.model, loading)
@@ -68,19 +69,19 @@ COMMAND = Command(
         ),
         (
             "four at random among the nearest 50, the first 5 left out",
-            "rime-fast mine --data pairs.jsonl --model runs/sft --negatives 4 --top_k 50 --skip_top 5 \\\n"
-            "    --sampling random --output mined.jsonl",
+            "rime-fast mine --data pairs.jsonl --model runs/sft --negatives 4 --top_k 50 --skip_top 5 "
+            "--sampling random --output mined.jsonl",
         ),
         (
             "a reranker looks at them too, and its logits become the teacher's scores",
-            "rime-fast mine --data pairs.jsonl --model runs/sft --reranker Qwen/Qwen3-VL-Reranker-2B \\\n"
-            "    --reranker_min 0.3 --output mined.jsonl",
+            "rime-fast mine --data pairs.jsonl --model runs/sft --reranker Qwen/Qwen3-VL-Reranker-2B "
+            "--reranker_min 0.3 --output mined.jsonl",
         ),
     ),
     run=run,
     groups=(
         Group("What", "rime_fast.cli.mine", "Source"),
-        Group("How", "rime_fast.prepare.mine", "MineOptions"),
+        Group("How", "rime_fast.prepare.mine_items", "MineOptions"),
     ),
     more=(Group("Loading the model", "rime_fast.cli.loading", "EmbedderOptions"),),
 )

@@ -27,7 +27,8 @@ def run(values: dict[str, Any]) -> int:
         model_exists(source.model)
     from rime_fast.cli.bars import bars, quiet
     from rime_fast.data.records import DataError
-    from rime_fast.prepare.rewrite import RewriteOptions, rewrite_rows
+    from rime_fast.prepare.rewrite import rewrite_rows
+    from rime_fast.prepare.rewrite_work import RewriteOptions
 
     options = build(RewriteOptions, values)
     quiet()
@@ -73,13 +74,13 @@ COMMAND = Command(
     examples=(
         (
             "a teacher on a server (vLLM, SGLang, or any other with /v1/chat/completions)",
-            "rime-fast rewrite --data pairs.jsonl --backend openai --base_url http://gpu7:8000/v1 \\\n"
-            "    --model Qwen/Qwen2.5-VL-32B-Instruct --batch_size 64 --output rewritten.jsonl",
+            "rime-fast rewrite --data pairs.jsonl --backend openai --base_url http://gpu7:8000/v1 "
+            "--model Qwen/Qwen2.5-VL-32B-Instruct --batch_size 64 --output rewritten.jsonl",
         ),
         (
             "in this process, part 1 of 8 on each GPU",
-            "rime-fast rewrite --data pairs.jsonl --backend vllm --model Qwen/Qwen2.5-VL-32B-Instruct --shard 1/8 \\\n"
-            "    --output rewritten.jsonl",
+            "rime-fast rewrite --data pairs.jsonl --backend vllm --model Qwen/Qwen2.5-VL-32B-Instruct --shard 1/8 "
+            "--output rewritten.jsonl",
         ),
         (
             "by a model trained here, queries alone",
@@ -87,13 +88,13 @@ COMMAND = Command(
         ),
         (
             "shown the right answers, with the leak check in the report",
-            "rime-fast rewrite --data MMEB-train/OK-VQA --task 'visual question' --with_truth --backend openai \\\n"
-            "    --model teacher --output okvqa.jsonl",
+            "rime-fast rewrite --data MMEB-train/OK-VQA --task 'visual question' --with_truth --backend openai "
+            "--model teacher --output okvqa.jsonl",
         ),
     ),
     run=run,
     groups=(
         Group("What", "rime_fast.cli.rewrite", "Source"),
-        Group("How", "rime_fast.prepare.rewrite", "RewriteOptions"),
+        Group("How", "rime_fast.prepare.rewrite_work", "RewriteOptions"),
     ),
 )

@@ -34,7 +34,7 @@ _REFUSAL = re.compile(
 
 
 def read_rewrite(text: str, finish: str, side: Side, truth: str | None, form: str, template: str) -> tuple[str, str]:
-    """(rewrite, "") or ("", reason) of a teacher's text.
+    """Read a teacher's text: (rewrite, "") or ("", reason).
 
     finish: "stop" where the teacher came to an end by itself. truth: the right answer's text where it was shown, else
     None. form: "answer" or "plain" (prompts.yaml). template: "rewrite" keeps the answer alone, "cot" the whole chain in

@@ -65,7 +65,7 @@ class ImageDigests:
             self._new = []
 
     def video(self, video: Video) -> list[Any]:
-        """A file's by its bytes, of frames theirs, of a folder the frames' in order of their names."""
+        """Digest a video: a file by its bytes, of frames theirs, of a folder the frames' in order of their names."""
         if not isinstance(video.source, str):
             return [video.fps, *map(self, video.source)]
         if not os.path.isdir(video.source):
@@ -74,7 +74,7 @@ class ImageDigests:
         return [video.fps, *(self(os.path.join(video.source, name)) for name in names)]
 
     def parts(self, side: Side) -> list[list[Any]]:
-        """The side as plain data, its pictures by their digests. Raises ValueError for a missing file."""
+        """Give the side as plain data, its pictures by their digests. Raises ValueError for a missing file."""
         found: list[list[Any]] = []
         for kind, value in side.parts:
             shown = value if kind == "text" else self(value) if kind == "image" else self.video(value)
@@ -84,26 +84,26 @@ class ImageDigests:
 
 
 def digest(value: Any) -> str:
-    """The name of plain data: sha256 of its canonical JSON."""
+    """Name plain data: sha256 of its canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def plain(text: str) -> str:
-    """A text for comparing: compatibility forms, case and white space folded."""
+    """Fold a text for comparing: compatibility forms, case and white space folded."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a source are read."""
+    """Reads the rows of a source."""
 
     rows: RowSource
     root: ImageRoot
     file_format: str | None = None
 
     def pair(self, index: int) -> tuple[Pair, Any]:
-        """The row as a pair, and as it stands. Raises DataError naming file and row."""
+        """Read the row as a pair, and as it stands. Raises DataError naming file and row."""
         raw = self.rows.read(index)
         if isinstance(raw, Pair):
             return raw, raw
@@ -117,7 +117,7 @@ class Reading:
         return DataError([Problem(self.rows.name, number, field, problem) for field, problem in problems])
 
     def pairs(self) -> Iterator[tuple[int, Pair | DataError]]:
-        """Every row, or what is wrong with it. Raises DataError for a list that breaks off."""
+        """Read every row, or say what is wrong with it. Raises DataError for a list that breaks off."""
         if self.rows.problem is not None:
             raise DataError(self.rows.problem)
         rules = CheckRules(rewrites=False)
@@ -132,7 +132,7 @@ class Reading:
                 yield index, error
 
     def row(self, pair: Pair, raw: Any, *, parquet: bool) -> dict[str, Any]:
-        """The pair as a row of our own, to change and write. A row of our own stays as it is (in Parquet pictures
+        """Make the pair a row of our own, to change and write. A row of our own stays as it is (in Parquet pictures
         become ``{"bytes", "path"}``); paths of other formats are seen from the image root where they lie in it."""
         own = isinstance(raw, dict) and (self.file_format or detect_format(raw)) == "rime-jsonl"
         if own and not parquet:
@@ -155,7 +155,7 @@ class Reading:
         return source.removeprefix(home) if isinstance(source, str) and self.root.path else source
 
     def writable(self, index: int, pair: Pair, output: Path) -> None:
-        """Raises DataError where the row holds pictures that a file of JSON cannot."""
+        """Raise DataError where the row holds pictures that a file of JSON cannot."""
         sides = [pair.query, pair.target, *pair.positives, *pair.negatives]
         media = [source for side in sides for source in side.images]
         for video in (video for side in sides for video in side.videos):
@@ -172,7 +172,7 @@ def open_reading(
     allow_outside: bool = False,
     allow_urls: bool = False,
 ) -> Reading:
-    """Rows of anything that ``open_rows`` opens, with the image root of ``PairDataset``."""
+    """Open rows of anything that ``open_rows`` opens, with the image root of ``PairDataset``."""
     known_format(file_format)
     rows = open_rows(source)
     own = not isinstance(source, (str, os.PathLike)) and image_root is None
@@ -181,7 +181,7 @@ def open_reading(
 
 
 def output_path(source: Any, output: str | Path) -> Path:
-    """The output's path. Raises ValueError where it is the source or a folder."""
+    """Give the output's path. Raises ValueError where it is the source or a folder."""
     path = Path(output)
     if isinstance(source, (str, os.PathLike)) and path.resolve() == Path(source).resolve():
         raise ValueError(f"output is {path}, the data itself; expected another name")
@@ -191,18 +191,18 @@ def output_path(source: Any, output: str | Path) -> Path:
 
 
 def refuse_other(output: Path, job: str, overwrite: bool) -> None:
-    """Raises ValueError for an output that is there and is not this job's (its report tells), without ``overwrite``."""
+    """Raise ValueError for an output that is there and is not this job's (its report tells), without ``overwrite``."""
     if output.exists() and not overwrite and report_of(output).get("job") != job:
         raise ValueError(f"output is {output}, which is there already and was made otherwise; overwrite replaces it")
 
 
 def report_path(output: Path) -> Path:
-    """Where the report on an output lies."""
+    """Say where the report on an output lies."""
     return output.with_name(f"{output.name}.report.json")
 
 
 def report_of(output: Path) -> dict[str, Any]:
-    """The report on an output; {} where there is none."""
+    """Read the report on an output; {} where there is none."""
     try:
         found = json.loads(report_path(output).read_text(encoding="utf-8"))
     except (OSError, ValueError):

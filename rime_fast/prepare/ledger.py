@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Ledger:
-    """Entries of a folder by key (text). name: this process's own file; None only reads.
+    """Keeps entries of a folder by key (text). name: this process's own file; None only reads.
 
     Only the places of the entries are held in memory. Raises ValueError for a file that is damaged anywhere but at its
     end, and where another process has the own file open.

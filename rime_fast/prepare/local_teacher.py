@@ -35,7 +35,7 @@ class ChatTemplate(Template):
     escaped."""
 
     def render_prompt(self, side: Side) -> str:
-        """The chat up to the assistant's first token."""
+        """Write the chat up to the assistant's first token."""
         system = f"{IM_START}system\n{self.system}{IM_END}\n" if self.system else ""
         return f"{system}{IM_START}user\n{self.render_user(side)}{IM_END}\n{IM_START}assistant\n"
 
@@ -52,7 +52,7 @@ class ChatModel:
 
     @classmethod
     def load(cls, name: str, *, device: str | None, dtype: Any, max_pixels: int) -> ChatModel:
-        """From a folder or the hub. Raises ValueError for another family."""
+        """Load it from a folder or the hub. Raises ValueError for another family."""
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "auto" and place.type == "cpu":
             dtype = torch.float32
@@ -63,7 +63,7 @@ class ChatModel:
         return cls(model.to(place).eval(), processor)
 
     def batch(self, system: str, contents: Sequence[Sequence[Part]], frames: int) -> dict[str, Any]:
-        """The packed prompts, on the model's device."""
+        """Pack the prompts, on the model's device."""
         if system not in self._collators:
             plain = vars(get_template("rewrite", special_text="escape", system=system or None))
             template = ChatTemplate(**plain)
@@ -75,7 +75,7 @@ class ChatModel:
 
     @torch.no_grad()
     def last_states(self, batch: dict[str, Any]) -> Tensor:
-        """[N, H]: the last layer's state at the end of each prompt."""
+        """Compute [N, H], the last layer's state at the end of each prompt."""
         policy: Any = dual_mode_of(self.model)
         left_out = ("prompt_lengths", "image_counts", "video_counts")
         hidden = policy.encode_hidden(**{key: value for key, value in batch.items() if key not in left_out})
@@ -83,7 +83,7 @@ class ChatModel:
 
 
 class LocalTeacher:
-    """``ChatModel`` as a ``Teacher``."""
+    """Makes a ``ChatModel`` a ``Teacher``."""
 
     prompted = retries = True
 
@@ -91,11 +91,11 @@ class LocalTeacher:
         self.chat = chat
 
     def identity(self) -> dict[str, Any]:
-        """The weights, wherever they lie."""
+        """Name the weights, wherever they lie."""
         return {"backend": "transformers", "model": self.chat.hash}
 
     def write(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
-        """See ``Teacher``."""
+        """Do what ``Teacher`` says."""
         chat, found = self.chat, [Completion("", "", 0)] * len(requests)
         for system in dict.fromkeys(request.system for request in requests):
             places = [i for i, request in enumerate(requests) if request.system == system]
@@ -132,7 +132,7 @@ class LocalTeacher:
 
 
 class RimeTeacher:
-    """A model trained here as a ``Teacher``: its own rewrites by its own template, greedily."""
+    """Makes a model trained here a ``Teacher``: its own rewrites by its own template, greedily."""
 
     prompted = retries = False
 
@@ -140,7 +140,7 @@ class RimeTeacher:
         self.embedder = embedder
 
     def identity(self) -> dict[str, Any]:
-        """The weights and the template."""
+        """Name the weights and the template."""
         collator = self.embedder.collator
         return {
             "backend": "transformers",
@@ -150,7 +150,7 @@ class RimeTeacher:
         }
 
     def write(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
-        """See ``Teacher``; ``decoding`` gives only the cap."""
+        """Do what ``Teacher`` says; ``decoding`` gives only the cap."""
         self.embedder.max_new_tokens = decoding.max_tokens
         made = self.embedder.encode_items([replace(request.side, rewrite=None) for request in requests], "gen")
         rewrites, found = made.rewrites or [], []
@@ -163,7 +163,7 @@ class RimeTeacher:
 def load_local(
     name: str, *, template: str, device: str | None = None, dtype: Any = "auto", max_pixels: int
 ) -> LocalTeacher | RimeTeacher:
-    """The teacher of a checkpoint: ``RimeTeacher`` for one that was trained here."""
+    """Load the teacher of a checkpoint: ``RimeTeacher`` for one that was trained here."""
     processor = RimeProcessor.from_pretrained(name)
     tokenizer = processor.tokenizer
     if tokenizer.convert_tokens_to_ids(GEN_TOKEN) in (None, tokenizer.unk_token_id):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rime_fast.data.cache import replacing
 from rime_fast.data.sources import write_rows
 from rime_fast.prepare.content import report_path
-
-if TYPE_CHECKING:
-    from rime_fast.prepare.mine import Items, MineOptions
+from rime_fast.prepare.mine_items import Items, MineOptions
 
 _SHOWN = 5  # suspects of a row that are listed
 
@@ -61,7 +59,7 @@ class MineReport:
         self.counts["dropped"] += scores is not None
 
     def watching(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The rows; after the last one the report is written."""
+        """Pass the rows on; after the last one the report is written."""
         yield from rows
         items, counts, sums = self.items, self.counts, self.sums
         n = len(items.rows)

@@ -21,7 +21,7 @@ SIDES = ("query", "target")
 
 @dataclass(frozen=True)
 class Request:
-    """One thing asked of a teacher. key: its name in the cache. side: what it is about; content: what is shown, in
+    """Asks one thing of a teacher. key: its name in the cache. side: what it is about; content: what is shown, in
     order. truth: the right answer's text where the teacher is shown one, else None."""
 
     key: str
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The wording (prompts.yaml says what the keys mean). tasks: name -> {"query", "target"}; sets: a data set's name
+    """Holds the wording (prompts.yaml explains its keys). tasks: name -> {"query", "target"}; sets: a data set's name
     folded -> its task."""
 
     system: str
@@ -44,15 +44,15 @@ class Prompts:
     sets: dict[str, str] = field(default_factory=dict)
 
     def task(self, dataset: str | None) -> str:
-        """The task of a data set: "default" where none has it."""
+        """Find the task of a data set: "default" where none has it."""
         return self.sets.get(_folded(dataset or ""), "default")
 
     def wording(self, task: str, side: str, with_truth: bool) -> list[str]:
-        """Everything of a request that is not the side's: part of its key."""
+        """Give everything of a request that is not the side's: part of its key."""
         return [self.system, self.form, self.tasks[task][side], self.truth if with_truth else "", self.rules]
 
     def content(self, side: Side, task: str, name: str, truth: Side | None) -> list[Part]:
-        """The user turn: the task, the side, the truth, the rules."""
+        """Write the user turn: the task, the side, the truth, the rules."""
         parts: list[Part] = [("text", f"{self.tasks[task][name].strip()}\n\nInput:\n"), *side.parts]
         if truth is not None:
             before, _, after = self.truth.partition("{answer}")
@@ -61,7 +61,7 @@ class Prompts:
 
 
 def load_prompts(path: str | Path | None = None) -> Prompts:
-    """The package's own wording, or that of a file, over it. Raises ValueError naming file and key."""
+    """Load the package's own wording, or that of a file, over it. Raises ValueError naming file and key."""
     own = yaml.safe_load(files("rime_fast.prepare").joinpath("prompts.yaml").read_text(encoding="utf-8"))
     found: dict[str, Any] = own
     if path is not None:
@@ -72,7 +72,7 @@ def load_prompts(path: str | Path | None = None) -> Prompts:
         tasks[name] = {side: " ".join(str(task.get(side, own["tasks"]["default"][side])).split()) for side in SIDES}
         for one in task.get("datasets", ()):
             sets[_folded(str(one))] = name
-    return Prompts(*(found[key] for key in ("system", "form", "rules", "truth")), tasks, sets)
+    return Prompts(found["system"], found["form"], found["rules"], found["truth"], tasks, sets)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,9 +17,7 @@ from rime_fast.engine.wrappers import dual_mode_of
 from rime_fast.prepare.content import digest
 from rime_fast.prepare.ledger import Ledger
 from rime_fast.prepare.local_teacher import ChatModel
-
-if TYPE_CHECKING:
-    from rime_fast.prepare.mine import Items, MineOptions
+from rime_fast.prepare.mine_items import Items, MineOptions
 
 SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
@@ -46,7 +44,7 @@ class Reranker:
 
     @classmethod
     def load(cls, name: str, folder: Path) -> Reranker:
-        """From a directory or the hub."""
+        """Load it from a directory or the hub."""
         return cls(ChatModel.load(name, device=None, dtype="auto", max_pixels=MAX_PIXELS), folder)
 
     def __enter__(self) -> Reranker:
@@ -58,7 +56,7 @@ class Reranker:
             self.ledger.close()
 
     def logits(self, query: Side, documents: Sequence[Side]) -> list[float]:
-        """log(p(yes) / p(no)) of each document."""
+        """Score each document by log(p(yes) / p(no))."""
         contents: list[list[Part]] = [
             [
                 ("text", f"<Instruct>: {INSTRUCT}\n<Query>:"),
@@ -80,7 +78,7 @@ class Reranker:
         left: Sequence[tuple[int, float]],
         options: MineOptions,
     ) -> tuple[list[tuple[int, float]], list[float]]:
-        """The first candidates that pass, and the logits of positive, own negatives and these.
+        """Choose the first candidates that pass, and the logits of positive, own negatives and these.
 
         None passes where the positive's score is not above ``reranker_min``; one passes whose score is below the
         positive's plus ``reranker_margin``.

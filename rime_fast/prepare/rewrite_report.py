@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,15 +16,13 @@ from rime_fast.data.cache import replacing
 from rime_fast.data.sources import write_rows
 from rime_fast.prepare.content import plain, report_path
 from rime_fast.prepare.ledger import Ledger
-
-if TYPE_CHECKING:
-    from rime_fast.prepare.rewrite import Work
+from rime_fast.prepare.rewrite_work import Work
 
 _WORD = re.compile(r"\w+")
 
 
 def write_report(work: Work, ledger: Ledger, output: Path) -> dict[str, Any]:
-    """``OUTPUT.rejects.jsonl`` and ``OUTPUT.report.json``; nothing in them depends on time or on interruptions."""
+    """Write ``OUTPUT.rejects.jsonl`` and ``OUTPUT.report.json``; nothing in them depends on interruptions."""
     rejects: list[dict[str, Any]] = []
     lengths: dict[str, list[tuple[int, int]]] = {name: [] for name in work.options.sides}
     reasons, first = Counter[str](), Counter[str]()

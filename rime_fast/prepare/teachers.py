@@ -23,7 +23,7 @@ from rime_fast.prepare.prompts import Request
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a teacher writes. temperature 0 is greedy; a second try is made at ``retry_temperature`` and the next seed.
+    """Says how one writes. temperature 0 is greedy; a second try is made at ``retry_temperature`` and the next seed.
     max_pixels: of a picture. frames: of a video."""
 
     max_tokens: int = 512
@@ -34,14 +34,14 @@ class Decoding:
     retry_temperature: float = 0.7
 
     def again(self) -> Decoding:
-        """The second try's."""
+        """Give the second try's."""
         warm = max(self.temperature, self.retry_temperature)
         return Decoding(self.max_tokens, warm, self.seed + 1, self.max_pixels, self.frames)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """finish: "stop", "length" (cut by max_tokens), or why there is no text. tokens: written ones."""
+    """Holds one answer. finish: "stop", "length" (cut by max_tokens), or why there is no text. tokens: written ones."""
 
     text: str
     finish: str
@@ -56,17 +56,17 @@ class Teacher(Protocol):
     retries: bool
 
     def identity(self) -> dict[str, Any]:
-        """What its texts depend on besides request and decoding: part of every key."""
+        """Name what its texts depend on besides request and decoding: part of every key."""
 
     def write(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
-        """A completion for each request."""
+        """Write a completion for each request."""
 
 
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
 def flat_parts(content: Sequence[Part], frames: int) -> Iterator[tuple[str, Any]]:
-    """("text", text) and ("image", source); of a video its frames. Neighbouring texts become one."""
+    """Flatten content to ("text", text) and ("image", source); of a video its frames. Neighbouring texts become one."""
     waiting = ""
     for kind, value in content:
         if kind == "text":
@@ -90,7 +90,7 @@ def _frames(video: Video, count: int) -> Sequence[ImageSource]:
 
 
 def chat_messages(request: Request, decoding: Decoding) -> list[dict[str, Any]]:
-    """The request as OpenAI's chat messages. Raises ValueError for a picture that cannot be opened."""
+    """Write the request as OpenAI's chat messages. Raises ValueError for a picture that cannot be opened."""
     parts: list[dict[str, Any]] = []
     for kind, value in flat_parts(request.content, decoding.frames):
         if kind == "text":
@@ -120,7 +120,7 @@ def _data_url(source: ImageSource, max_pixels: int) -> str:
 
 
 class OpenAITeacher:
-    """Any server with ``/v1/chat/completions``, through the ``openai`` package (``pip install 'rime-fast[rewrite]'``).
+    """Asks a server with ``/v1/chat/completions`` by the ``openai`` package (``pip install 'rime-fast[rewrite]'``).
 
     base_url, api_key: None takes OPENAI_BASE_URL and OPENAI_API_KEY. Errors of the network, timeouts, 408, 409, 429
     (``Retry-After`` is followed) and 5xx are tried again ``max_retries`` times, waiting longer each time, and end the
@@ -153,11 +153,13 @@ class OpenAITeacher:
         self.served = False
 
     def identity(self) -> dict[str, Any]:
-        """The model's name: a server tells no more."""
+        """Give the model's name: a server tells no more."""
         return {"backend": "openai", "model": self.model}
 
     def write(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
-        """See ``Teacher``. Raises RuntimeError where the server cannot be reached, does not know the model or key, or
+        """Do what ``Teacher`` says.
+
+        Raises RuntimeError where the server cannot be reached, does not know the model or key, or
         keeps failing."""
         waiting = [self.pool.submit(self._one, request, decoding) for request in requests]
         try:
@@ -177,7 +179,7 @@ class OpenAITeacher:
         try:
             answer = self.client.chat.completions.create(
                 model=self.model,
-                messages=messages,
+                messages=messages,  # type: ignore[arg-type]
                 max_tokens=decoding.max_tokens,
                 temperature=decoding.temperature,
                 seed=decoding.seed,
@@ -203,7 +205,7 @@ class OpenAITeacher:
 
 
 class VllmTeacher:
-    """A ``vllm.LLM`` in this process (``pip install 'rime-fast[vllm]'``): one chat call a batch, scheduled by vLLM.
+    """Runs ``vllm.LLM`` in this process (``pip install 'rime-fast[vllm]'``): one chat call a batch, scheduled by vLLM.
 
     llm, sampling_params: given in tests; made and imported otherwise. images: pictures a request may hold.
     """
@@ -235,13 +237,13 @@ class VllmTeacher:
         )
 
     def identity(self) -> dict[str, Any]:
-        """The model's name, and its commit where it is the hub's."""
+        """Give the model's name, and its commit where it is the hub's."""
         config = getattr(getattr(self.llm, "llm_engine", None), "model_config", None)
         commit = getattr(getattr(config, "hf_config", None), "_commit_hash", None)
         return {"backend": "vllm", "model": self.model, "revision": commit}
 
     def write(self, requests: Sequence[Request], decoding: Decoding) -> list[Completion]:
-        """See ``Teacher``."""
+        """Do what ``Teacher`` says."""
         parameters = self.sampling_params(
             max_tokens=decoding.max_tokens, temperature=decoding.temperature, seed=decoding.seed
         )

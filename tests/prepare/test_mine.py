@@ -15,7 +15,8 @@ from rime_fast.eval.embedder import RimeEmbedder
 from rime_fast.model.tiny import tiny_model, tiny_processor, tiny_tokenizer
 from rime_fast.model.tokens import add_embedding_tokens
 from rime_fast.prepare.content import plain
-from rime_fast.prepare.mine import MineOptions, mine_negatives
+from rime_fast.prepare.mine import mine_negatives
+from rime_fast.prepare.mine_items import MineOptions
 
 ROWS = [
     {"query": {"text": f"question {i // 2}"}, "target": {"text": f"answer {i % 37}"}, "dataset": "ab"[i // 2 % 2]}

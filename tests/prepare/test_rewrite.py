@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rime_fast.prepare.rewrite import RewriteOptions, rewrite_rows
+from rime_fast.prepare.rewrite import rewrite_rows
+from rime_fast.prepare.rewrite_work import RewriteOptions
 from rime_fast.prepare.teachers import OpenAITeacher
 from tests.prepare.stub_server import Stub, asked, by_content, completion, serve, shown
 

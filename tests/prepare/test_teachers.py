@@ -14,7 +14,8 @@ from rime_fast.model.tiny import FAMILIES, tiny_model, tiny_processor, tiny_toke
 from rime_fast.model.tokens import add_embedding_tokens
 from rime_fast.prepare.local_teacher import LocalTeacher, RimeTeacher, load_local
 from rime_fast.prepare.prompts import load_prompts
-from rime_fast.prepare.rewrite import RewriteOptions, rewrite_rows
+from rime_fast.prepare.rewrite import rewrite_rows
+from rime_fast.prepare.rewrite_work import RewriteOptions
 from rime_fast.prepare.teachers import VllmTeacher
 
 
