@@ -193,10 +193,13 @@ class OpenAITeacher:
             raise RuntimeError(f"{self.client.base_url}: {error}") from None
         except ValueError as error:
             raise RuntimeError(f"{self.client.base_url}: the answer is not JSON ({error})") from None
-        choices = getattr(answer, "choices", None)
-        if not choices:
+        choices: Any = getattr(answer, "choices", None)
+        message = getattr(choices[0], "message", None) if choices and isinstance(choices, list) else None
+        if message is None:
             raise RuntimeError(f"{self.client.base_url}: the answer holds no choices: {str(answer)[:200]}")
-        text = choices[0].message.content or ""
+        text: Any = message.content or ""
+        if isinstance(text, list):  # parts, as some servers give them
+            text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
         tokens = answer.usage.completion_tokens if answer.usage else 0
         return Completion(text, choices[0].finish_reason or "stop", tokens or 0)
 

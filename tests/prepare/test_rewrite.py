@@ -89,6 +89,27 @@ def test_a_cut_answer_is_no_rewrite_and_the_truth_is_shown_only_on_request(tmp_p
     assert 2 <= told.count(False) <= 4
 
 
+@pytest.mark.parametrize(
+    "body",
+    [{"choices": [{}]}, {"choices": [{"message": None}]}, {"choices": {"a": 1}}, "<html>", "{oops", "[1]", "null"],
+    ids=str,
+)
+def test_an_answer_that_is_none_stops_with_what_came(tmp_path, body):
+    with serve(Stub(lambda request, seen: (200, body, {}))) as url, pytest.raises(RuntimeError, match=r"127\.0\.0\.1"):
+        rewrite_rows(pairs(tmp_path / "p.jsonl", 2), teacher(url, max_retries=0), tmp_path / "o.jsonl")
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_slow_server_and_text_in_parts(tmp_path):
+    with serve(Stub(by_content, seconds=2)) as url, pytest.raises(RuntimeError, match="timed out"):
+        rewrite_rows(pairs(tmp_path / "p.jsonl", 1), teacher(url, timeout=0.2, max_retries=0), tmp_path / "o.jsonl")
+    message = {"role": "assistant", "content": [{"type": "text", "text": "Answer: a red bus"}]}
+    answer = completion("") | {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    with serve(Stub(lambda request, seen: (200, answer, {}))) as url:
+        rewrite_rows(tmp_path / "p.jsonl", teacher(url), tmp_path / "o.jsonl")
+    assert read(tmp_path / "o.jsonl")[0]["query"]["rewrite"] == "a red bus"
+
+
 def test_faults_of_a_server_are_waited_out_and_what_is_done_is_kept(tmp_path):
     def flaky(request, seen):
         return by_content(request) if seen > 1 else random.choice([(500, "{}", {}), (429, "{}", {"retry-after": "0"})])
