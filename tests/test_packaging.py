@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,13 +107,8 @@ def test_one_wheel_with_the_kernels_serves_every_python_and_torch(tmp_path):
     (wheel,) = (tmp_path / "out").glob("*-py3-none-manylinux_*.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if ".libs/" in name]  # nothing of torch inside
 
-    environment = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
+    environment = _environment(tmp_path / "venv", wheel)
     python = environment / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(wheel)], check=True, timeout=120)
-    site = next(environment.glob("lib/python*/site-packages"))
-    (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")  # the dependencies, as a user has them
     program = "from rime_fast.ops import native; import rime_fast; assert native.available(), native.why_not()"
     program += "; print(rime_fast.__file__)"
     ran = subprocess.run([str(python), "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -120,6 +116,58 @@ def test_one_wheel_with_the_kernels_serves_every_python_and_torch(tmp_path):
     assert ran.stdout.startswith(str(environment))
     ran = subprocess.run([str(environment / "bin" / "rime-fast"), "train", "--help"], capture_output=True, timeout=60)
     assert ran.returncode == 0
+
+
+def _environment(folder: Path, wheel: Path) -> Path:
+    """A clean environment with this wheel, and with the dependencies as a user has them."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "-q"]
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, timeout=120)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_the_readmes_trainer_runs_as_typed(tmp_path, launcher):
+    """From a wheel, in a clean environment; a tiny model lies where the README names its own."""
+    pytest.importorskip("deepspeed")
+    from PIL import Image
+
+    from rime_fast.model.tiny import tiny_model, tiny_processor, tiny_tokenizer
+
+    done = _wheel(_tree(tmp_path / "tree"), tmp_path / "out", PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    python = _environment(tmp_path / "venv", wheel) / "bin" / "python"
+    home = tmp_path / "home"
+    processor = tiny_processor(tiny_tokenizer(["Find this animal. a tabby cat"]))
+    for part in (tiny_model("qwen2_vl", tokenizer=processor.tokenizer), processor):
+        part.save_pretrained(home / "Qwen" / "Qwen2-VL-2B-Instruct")
+    Image.new("RGB", (32, 32), "grey").save(home / "cat.png")
+    (home / "RIME-SFT").mkdir()
+    side = '{"conversations": [{"from": "human", "value": "Find."}, {"from": "gpt", "value": "a %s<gen_emb>"}]}'
+    rows = [f'{{"qry": {side % f"cat {i}"}, "pos": {side % f"animal {i}"}}}' for i in range(80)]
+    (home / "RIME-SFT" / "docs.json").write_text(f"[{','.join(rows)}]")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for name, block in zip(("train.py", "use.py"), blocks, strict=False):
+        (home / name).write_text(block)
+    ranks = ["-m", "torch.distributed.run", "--nproc_per_node=2"] if launcher == "torchrun" else []
+    for words in ([*ranks, "train.py"], ["use.py"]):
+        ran = subprocess.run(
+            [str(python), *words],
+            cwd=home,
+            # without a compiler in sight DeepSpeed builds no kernel of its own, which takes minutes
+            env={**os.environ, "PATH": str(home), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert ran.returncode == 0, ran.stderr
+        lines = [line for line in ran.stderr.splitlines() if line.startswith("deepspeed without a launcher")]
+        assert len(lines) == (words == ["train.py"])
+    assert (home / "out" / "final" / "model.safetensors").is_file()
 
 
 def _path() -> str:

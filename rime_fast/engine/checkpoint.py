@@ -26,6 +26,7 @@ from rime_fast.data.records import Pair, stable_hash
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 FORMAT = "rime-checkpoint/1"
+MAY_CHANGE = "may change"  # among a run's facts: those that a resumed run may have other values of
 SAMPLED = 512  # rows of a larger data set that its fingerprint reads
 
 
@@ -152,6 +153,23 @@ def choose_together(
     return found[0], found[1]
 
 
+def check_trust(folder: str, output_dir: str) -> None:
+    """Raise ValueError for a checkpoint that this run's folder does not hold and that loading would unpickle.
+
+    DeepSpeed's state and torch.distributed.checkpoint's metadata are pickles: whoever wrote them decides what code runs
+    here. Everything else in a checkpoint is safetensors, JSON, or read by torch with ``weights_only``.
+    """
+    path = Path(folder).resolve()
+    if path.parent == Path(output_dir).resolve():
+        return
+    pickled = sorted([*path.glob("global_step*/*.pt"), *path.rglob(".metadata")])
+    if pickled:
+        raise ValueError(
+            f"{folder} holds pickles ({pickled[0].relative_to(path)}), which run code when they are loaded, and lies "
+            f"outside of output_dir {output_dir!r}: pass trust_checkpoint=True if you know who wrote it"
+        )
+
+
 def check_writable(output_dir: str) -> None:
     """Raise ValueError where nothing can be saved into ``output_dir``."""
     try:
@@ -162,8 +180,18 @@ def check_writable(output_dir: str) -> None:
         raise ValueError(f"output_dir {output_dir!r} cannot be written: {error}") from error
 
 
+def place_best(state: Any, partial: Path, run: Path) -> None:
+    """A trainer's state names the best checkpoint by where it will lie."""
+    best = state.best_model_checkpoint
+    if best is not None and Path(best).parent == partial:
+        state.best_model_checkpoint = str(run / Path(best).name)
+        state.save_to_json(str(partial / Path(best).name / "trainer_state.json"))
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint: renamed first, so that an interruption leaves no half of it under its name."""
+    if folder.is_symlink():  # what it leads to is somebody else's
+        folder.unlink()
     if not folder.exists():
         return
     gone = folder.with_name(f".{folder.name.lstrip('.')}.gone")
@@ -227,20 +255,32 @@ def facts_of(folder: str | Path | None) -> dict[str, Any] | None:
 
 
 def compare(folder: str, now: Mapping[str, Any], accept: bool) -> str:
-    """Compare this run with the one that made a checkpoint: what to tell of the differences ("" for none). Raises
-    ValueError unless ``accept``."""
-    before = facts_of(folder)
-    changed = {} if before is None else differences(before, now)
-    changed.pop("rates", None)
-    if not changed:
-        return ""
-    named = "; ".join(f"{name} {change}" for name, change in changed.items())
-    if not accept:
+    """Say what to tell of a checkpoint whose run was another one ("" for nothing). Raises ValueError unless
+    ``accept``.
+
+    now: this run's facts; those under MAY_CHANGE take effect, and are only told.
+    """
+    made, steps = re.fullmatch(r"checkpoint-(\d+)", Path(folder).name), now.get(MAY_CHANGE, {}).get("max_steps", 0)
+    if made and 0 < steps < int(made[1]):
         raise ValueError(
-            f"{folder} was made by a run that differs: {named}. Resume with what it had, or pass accept_changes=True "
-            "to go on with the new values"
+            f"{made[0]} is after the last of {steps} steps; expected more max_steps, or an older checkpoint"
         )
-    return f"{folder} was made by a run that differs, and goes on: {named}"
+    before = facts_of(folder)
+    if before is None:
+        return ""
+    free = differences(before.get(MAY_CHANGE, {}), now.get(MAY_CHANGE, {}))
+    changed = differences({**before, MAY_CHANGE: None}, {**now, MAY_CHANGE: None})
+    if changed and not accept:
+        raise ValueError(
+            f"{folder} was made by a run that differs: {_named(changed)}. Resume with what it had, or pass "
+            "accept_changes=True to go on with the new values"
+        )
+    lines = [f"{folder} was made by a run that differs, and goes on: {_named(changed)}"] if changed else []
+    return "\n".join([*lines, f"going on with {_named(free)}"] if free else lines)
+
+
+def _named(changed: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} {change}" for name, change in changed.items())
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,27 @@ from torch import Tensor
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a NaN or an infinity that it may not go on with."""
+    """Training met a NaN or an infinity that it may not go on with.
+
+    what: the step (``describe_step``), or anything else. terms: loss terms that are not finite; None where no step is
+    to blame. taken: DeepSpeed steps inside of the backward, before anybody can look.
+    """
+
+    def __init__(self, what: str, terms: Sequence[str] | None = None, *, taken: bool = False) -> None:
+        if terms is not None:
+            what += f"; not finite among the logged terms: {', '.join(terms) or 'none, so it is the gradient'}. "
+            if taken:
+                what += "DeepSpeed steps by itself and may have taken it: go on from the last checkpoint, before it"
+            else:
+                what += "The optimizer did not take it; on_nonfinite='skip' leaves such steps out"
+            what += ". No checkpoint was written since"
+        super().__init__(what)
+
+
+def describe_step(step: int, norm: Tensor | float, rows: Sequence[str]) -> str:
+    """How messages call a step that is not finite."""
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    return f"step {step} is not finite (gradient norm {float(norm):.4g}; rows of this rank: {shown})"
 
 
 class FiniteGuard:

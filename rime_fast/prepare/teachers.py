@@ -194,10 +194,10 @@ class OpenAITeacher:
         except ValueError as error:
             raise RuntimeError(f"{self.client.base_url}: the answer is not JSON ({error})") from None
         choices: Any = getattr(answer, "choices", None)
-        message = getattr(choices[0], "message", None) if choices and isinstance(choices, list) else None
-        if message is None:
+        reply = getattr(choices[0], "message", None) if choices and isinstance(choices, list) else None
+        if reply is None:
             raise RuntimeError(f"{self.client.base_url}: the answer holds no choices: {str(answer)[:200]}")
-        text: Any = message.content or ""
+        text: Any = reply.content or ""
         if isinstance(text, list):  # parts, as some servers give them
             text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
         tokens = answer.usage.completion_tokens if answer.usage else 0

@@ -18,7 +18,8 @@ from transformers.utils import logging
 from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, LEFT_OUT, GuardedRows
 from rime_fast.engine import checkpoint
-from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite
+from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite, describe_step
+from rime_fast.engine.launch import pass_on
 from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
 from rime_fast.model.flops import recomputed
@@ -39,6 +40,7 @@ from rime_fast.trainers.config import CommonConfig
 
 logger = logging.get_logger(__name__)
 RATES = ("learning_rate", "temperature_learning_rate")
+LENGTHS = ("max_steps", "num_train_epochs")
 
 
 class DualModeTrainer(Trainer):
@@ -120,6 +122,9 @@ class DualModeTrainer(Trainer):
             with self.interrupt.listening():
                 result = super().train(resume, *args, **kwargs)
                 self._settle()
+        except Exception as error:
+            self._fail(error)
+            raise
         finally:
             if self.progress is not None:
                 self.progress.close()
@@ -133,6 +138,12 @@ class DualModeTrainer(Trainer):
             raise SystemExit(130)
         return result
 
+    def _fail(self, error: Exception) -> None:
+        """Tell the other ranks what failed, or raise what failed on another one, where this one's part broke off."""
+        if self.group is not None:
+            rows = f" (rows {', '.join(self._rows[:8])})" if self._rows else ""
+            pass_on(error, self.args.process_index, f"step {self.state.global_step + 1}{rows}")
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as transformers' ``evaluate`` does; its time does not count in the training rates."""
         with self.clock.paused():
@@ -143,6 +154,8 @@ class DualModeTrainer(Trainer):
     def before_training(self, resume: str | None) -> None:
         """Called between the choice of a checkpoint and its comparison with this run. Subclasses extend."""
         if resume is not None:
+            if not self.args.trust_checkpoint:
+                checkpoint.check_trust(resume, str(self.args.output_dir))
             self._tell(checkpoint.compare(resume, self.run_facts(), self.args.accept_changes))
 
     def _tell(self, *lines: str) -> None:
@@ -150,12 +163,11 @@ class DualModeTrainer(Trainer):
             tell("\n".join(line for line in lines if line))
 
     def run_facts(self) -> dict[str, Any]:
-        """The facts a resumed run must share with the one that made its checkpoint; "rates" may change, and take
-        effect."""
-        rates = {name: getattr(self.args, name) for name in RATES if hasattr(self.args, name)}
+        """Collect what a resumed run must share with the one that made its checkpoint, and what may change."""
+        free = {name: getattr(self.args, name) for name in (*RATES, *LENGTHS) if hasattr(self.args, name)}
         if self._data is None:  # rows that are made on the fly need not be the same twice
             self._data = checkpoint.data_facts(self.train_dataset, rows=self.args.check_data)
-        return settings_that_count(self.args) | self._data | {"rates": rates}
+        return settings_that_count(self.args) | self._data | {checkpoint.MAY_CHANGE: free}
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         """As transformers'; a learning rate that changed takes effect, where the checkpoint's would be restored."""
@@ -170,8 +182,9 @@ class DualModeTrainer(Trainer):
             scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def rate_change(self, folder: str | None, name: str) -> float:
-        """The factor by which a learning rate differs from the checkpoint's (1 where that is not known, or was 0)."""
-        before = (checkpoint.facts_of(folder) or {}).get("rates", {}).get(name)
+        """Compute the factor by which a learning rate differs from the checkpoint's (1 where that is not known, or was
+        0)."""
+        before = (checkpoint.facts_of(folder) or {}).get(checkpoint.MAY_CHANGE, {}).get(name)
         return getattr(self.args, name) / before if before else 1.0
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -198,7 +211,7 @@ class DualModeTrainer(Trainer):
                 self._partial = None
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self._place_best(partial, run)
+                    checkpoint.place_best(self.state, partial, run)
                     checkpoint.commit(partial / name, run / name, self.run_facts())
                     checkpoint.remove(partial)
                     best = self.state.best_model_checkpoint
@@ -206,13 +219,6 @@ class DualModeTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
             finally:
                 self.interrupt.saving, self._partial = False, None
-
-    def _place_best(self, partial: Path, run: Path) -> None:
-        """The state names the best checkpoint by where it will lie."""
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == partial:
-            self.state.best_model_checkpoint = str(run / Path(best).name)
-            self.state.save_to_json(str(partial / Path(best).name / "trainer_state.json"))
 
     def check_start(self) -> None:
         """Refuse by a ValueError what would end the run later, or train nothing."""
@@ -247,19 +253,14 @@ class DualModeTrainer(Trainer):
             self._not_finite(*bad)
 
     def _not_finite(self, step: int, norm: Any, rows: list[str]) -> None:
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        what = f"step {step} is not finite (gradient norm {float(norm):.4g}; rows of this rank: {shown})"
+        what = describe_step(step, norm, rows)
         if self.args.on_nonfinite == "skip":
             self.sums.count(skipped_steps=1.0 / max(self.args.world_size, 1))
             tell(f"{what}: left out")
             return
         means = self.sums.drain(self.args.device, self.group)
         terms = sorted({name for name, value in means.items() if not math.isfinite(value)} | self._bad_terms)
-        raise NonFiniteError(
-            f"{what}; not finite among the logged terms: {', '.join(terms) or 'none, so it is the gradient'}. "
-            "The optimizer did not take it, and no checkpoint was written since; on_nonfinite='skip' leaves such "
-            "steps out"
-        )
+        raise NonFiniteError(what, terms, taken=self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

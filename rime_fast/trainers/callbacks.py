@@ -331,7 +331,7 @@ def settings_of(args: CommonConfig) -> dict[str, Any]:
 # settings that change how a run is computed or told, not what it learns; and those that may change while resuming
 _FREE = {"micro_batch_tokens", "kept_graphs_gib", "vision_features_on_host", "bank_storage", "anchor_bank"}
 _FREE |= {"rollout_batch", "check_data", "on_bad_row", "attn_implementation", "model_dtype", "on_nonfinite"}
-_FREE |= {"peak_tflops", "overwrite_output_dir", "accept_changes", "warmup_steps", "lr_scheduler_type", "learning_rate"}
+_FREE |= {"peak_tflops", "overwrite_output_dir", "accept_changes", "trust_checkpoint", "learning_rate"}
 _FREE |= {"temperature_learning_rate", "num_train_epochs", "max_steps", "negatives", "negative", *_LEFT_OUT}
 _COUNTS: tuple[str, ...] = (
     "seed",

@@ -6,12 +6,14 @@ RIME paper does not publish: a documented choice of this project, not the author
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import TrainingArguments
 
+from rime_fast.engine.launch import deepspeed_config, start_alone
 from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe.joint import JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
@@ -77,6 +79,9 @@ class CommonConfig(TrainingArguments):
     )
     accept_changes: bool = option(
         False, "Resume although data or settings differ from the checkpoint's; the differences are named."
+    )
+    trust_checkpoint: bool = option(
+        False, "Resume from pickles (DeepSpeed's, sharded ones) that lie outside of output_dir: they can run any code."
     )
     freeze_vision: bool = option(True, "Freeze the vision tower, train the merger and the LLM. [known, UME-R1]")
     attn_implementation: str = option(
@@ -147,6 +152,10 @@ class CommonConfig(TrainingArguments):
             # RMSNorm, RoPE and SwiGLU only: the cross-entropy is our own operator's
             own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **own}
+        if self.deepspeed:
+            self.deepspeed = deepspeed_config(self.deepspeed)
+            if line := start_alone():
+                print(line, file=sys.stderr)
         # our own bar replaces tqdm's; transformers' printer is replaced as well (trainers/callbacks.py)
         self.disable_tqdm = True
         super().__post_init__()

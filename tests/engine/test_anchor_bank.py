@@ -82,6 +82,27 @@ def test_a_broken_embedding_names_its_item_and_leaves_no_file(value: float, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_bank_is_written_beside_no_link_and_over_no_file(tmp_path: Path) -> None:
+    """Whatever lies there under the name of a partial file is left alone; that of a process that died goes."""
+    bank, victim = tmp_path / "bank", tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f"bank.{os.getpid()}.partial").symlink_to(victim)
+    orphan = tmp_path / ".bank.999999999.x.partial"
+    orphan.write_text("half")
+    os.utime(orphan, (0, 0))
+    seen = []
+
+    def encode(batch: range) -> Tensor:
+        seen.append([path.name for path in tmp_path.glob(".bank.*.partial")])
+        return ROWS[list(batch)]
+
+    AnchorBank.make(bank, range(37), encode, IDS, model="m", data="d", side="target")
+    assert len(seen[0]) == 1
+    assert victim.read_text() == "precious"
+    assert not bank.is_symlink()
+    assert not list(tmp_path.glob(".bank.*"))
+
+
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ids: expected an int64 tensor of shape \[3 > 0, K\]"):
         AnchorBank.make(tmp_path / "b", range(3), lambda b: ROWS[:3], IDS, model="", data="", side="query")

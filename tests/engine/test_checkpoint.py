@@ -59,6 +59,28 @@ def test_a_checkpoint_takes_the_place_of_one_of_its_name(tmp_path):
     assert checkpoint.newest(tmp_path) == (None, {})
 
 
+@pytest.mark.parametrize("name", ["global_step3/mp_rank_00_model_states.pt", "optimizer_0/.metadata"])
+def test_pickles_of_another_folder_are_not_loaded_unasked(tmp_path, name):
+    for folder in ("own/checkpoint-3", "foreign/checkpoint-3"):
+        (tmp_path / folder / name).parent.mkdir(parents=True)
+        (tmp_path / folder / name).write_bytes(b"pickle")
+    (tmp_path / "own" / "checkpoint-4").symlink_to(tmp_path / "foreign" / "checkpoint-3")
+    own = str(tmp_path / "own")
+    checkpoint.check_trust(f"{own}/checkpoint-3", own)
+    for folder in (tmp_path / "foreign" / "checkpoint-3", tmp_path / "own" / "checkpoint-4"):
+        with pytest.raises(ValueError, match=rf"holds pickles \({name}\), which run code .* trust_checkpoint=True"):
+            checkpoint.check_trust(str(folder), own)
+    (tmp_path / "foreign" / "checkpoint-3" / name).unlink()
+    checkpoint.check_trust(str(tmp_path / "foreign" / "checkpoint-3"), own)  # nothing to run there
+
+
+def test_a_link_is_removed_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / checkpoint.PARTIAL).symlink_to(tmp_path / "elsewhere")
+    checkpoint.remove(tmp_path / checkpoint.PARTIAL)
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
 def test_data_is_known_by_its_rows_and_their_order():
     rows = [Pair(Side(text=f"q{i}", id=f"q{i}"), Side(text=f"t{i}", rewrite="a b")) for i in range(6)]
     own = checkpoint.data_facts(rows)

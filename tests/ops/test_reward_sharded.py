@@ -86,6 +86,18 @@ def _refusals(rank: int, world: int) -> None:
         (case | {"positive": case["positive"] + (0 if rank else N_ANCHORS)}, WEIGHTS["mean"], "positive: expected"),
         (case | {"negatives_mask": case["negatives_mask"][:, 1:]}, WEIGHTS["mean"], "whole bank's 900 anchors"),
     ]
+    # what only the last rank gets wrong is said on all of them
+    one = rank == world - 1
+    narrow = case["negatives_mask"][:, 1:] if one else case["negatives_mask"]
+    lengths = case["lengths"][:1] if one else case["lengths"]
+    calls += [
+        (case | {"negatives_mask": narrow}, WEIGHTS["mean"], "negatives_mask's columns must be the same"),
+        (
+            case | {"lengths": lengths},
+            WEIGHTS["mean"],
+            "lengths: expected" if one else f"on rank {world - 1} .*lengths",
+        ),
+    ]
     for arguments, weights, message in calls:
         with pytest.raises(ValueError, match=message):
             score(arguments, weights, backend="chunked", group=dist.group.WORLD)

@@ -174,6 +174,8 @@ def test_the_best_checkpoint_is_named_by_its_place_and_kept(tiny, tmp_path):
         ({"learnable_temperature": True}, "learnable_temperature"),
         ({"hard_negatives": 0}, "hard_negatives"),
         ({"max_length": 512}, "max_length"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type"),
+        ({"warmup_steps": 1}, "warmup_steps"),
     ],
     ids=str,
 )
@@ -181,6 +183,29 @@ def test_a_resumed_run_that_differs_is_refused_by_name(tiny, tmp_path, settings,
     trainer(tiny, tmp_path, max_steps=1).train()
     with pytest.raises(ValueError, match=rf"was made by a run that differs: .*{named} .* -> .*accept_changes"):
         trainer(tiny, tmp_path, max_steps=2, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_longer_run_is_told_of(tiny, tmp_path, capsys):
+    trainer(tiny, tmp_path, max_steps=1).train()
+    run = trainer(tiny, tmp_path, max_steps=3, learning_rate=1e-3)
+    run.train(resume_from_checkpoint=True)
+    assert "going on with learning_rate 0.005 -> 0.001; max_steps 1 -> 3\n" in capsys.readouterr().err
+    assert run.state.global_step == 3
+    with pytest.raises(ValueError, match="checkpoint-3 is after the last of 2 steps"):
+        trainer(tiny, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    again = trainer(tiny, tmp_path, max_steps=3, learning_rate=1e-3)  # a requeued job that was through
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(again.model.lm_head.weight, run.model.lm_head.weight)
+
+
+def test_a_checkpoint_of_pickles_wants_trust(tiny, tmp_path):
+    trainer(tiny, tmp_path / "a", max_steps=1).train()
+    found = tmp_path / "a" / "checkpoint-1"
+    (found / "global_step1").mkdir()
+    (found / "global_step1" / "zero_pp_rank_0.pt").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="trust_checkpoint=True"):
+        trainer(tiny, tmp_path / "b", max_steps=2).train(resume_from_checkpoint=str(found))
+    trainer(tiny, tmp_path / "b", max_steps=2, trust_checkpoint=True).train(resume_from_checkpoint=str(found))
 
 
 def test_other_data_is_refused_or_accepted_by_name(tiny, tmp_path, capsys):

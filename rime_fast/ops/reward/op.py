@@ -71,15 +71,21 @@ def score_rewrites_(
     term) and counts 1 in terms["nan"]. On the CPU a ``positive`` outside the bank raises; on a GPU, where looking
     would stop the host, it is such a missing anchor.
 
-    Raises TypeError or ValueError, naming the argument, for wrong shapes, dtypes, devices, empty sizes or names.
+    Raises TypeError or ValueError, naming the argument, for wrong shapes, dtypes, devices, empty sizes or names; with
+    ``group`` on every rank, also for another rank's argument.
     """
     n_columns = anchors.shape[0] if group is None and isinstance(anchors, Tensor) and anchors.dim() else "A"
-    _check(rewards, advantages, gen, anchors, positive, format_ok, lengths, disc_similarity, terms)
-    if negatives_mask is not None:
-        shape = (gen.shape[0], n_columns)
-        check_tensor("negatives_mask", negatives_mask, shape=shape, dtypes=(torch.bool,), device=gen.device)
-    if not isinstance(weights, RewardWeights):
-        raise TypeError(f"weights: expected RewardWeights, got {describe(weights)}")
+    try:
+        _check(rewards, advantages, gen, anchors, positive, format_ok, lengths, disc_similarity, terms)
+        if negatives_mask is not None:
+            shape = (gen.shape[0], n_columns)
+            check_tensor("negatives_mask", negatives_mask, shape=shape, dtypes=(torch.bool,), device=gen.device)
+        if not isinstance(weights, RewardWeights):
+            raise TypeError(f"weights: expected RewardWeights, got {describe(weights)}")
+    except (TypeError, ValueError) as error:
+        if group is not None and group.size() > 1:
+            stream.refuse(error, group)
+        raise
     per_item = disc_similarity if disc_similarity is None or disc_similarity.dim() == 2 else disc_similarity[:, None]
     wanted = terms or {}
     torch.ops.rime_fast.score_rewrites_(

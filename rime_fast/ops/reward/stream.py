@@ -24,7 +24,9 @@ What travels is rollouts and states, never anchors: R D floats a rank against A 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -227,15 +229,12 @@ def layout(
 
     A few integers through host memory where the group has a CPU backend, so that no device waits for them.
     """
-    mine = torch.tensor(
-        [*gen.shape, negatives_mask is not None, anchors.shape[0], *weights.encode()], dtype=torch.float64
-    )
-    types = {device.type for device in group._device_types}
-    mine = mine.to(torch.device("cpu") if "cpu" in types else gen.device)
-    table = all_gather(mine[None], group).cpu()
-    names = ("B", "G", "D", "negatives_mask given", "anchors", *(["weights"] * (mine.numel() - 5)))
-    for column, name in enumerate(names):
-        values = table[:, column]
+    columns = 0 if negatives_mask is None else negatives_mask.shape[1]
+    mine = [*gen.shape, negatives_mask is not None, anchors.shape[0], columns, *weights.encode()]
+    table = _exchange(mine, group, gen.device)
+    names = ("B", "G", "D", "negatives_mask given", "anchors", "negatives_mask's columns")
+    for column in range(len(mine)):
+        values, name = table[:, column], names[column] if column < len(names) else "weights"
         if name != "anchors" and bool((values != values[0]).any()):
             raise ValueError(f"group: {name} must be the same on every rank, got {values.tolist()} by rank")
     sizes = [int(size) for size in table[:, 4]]
@@ -246,6 +245,26 @@ def layout(
             f"got {negatives_mask.shape[1]}"
         )
     return found
+
+
+def refuse(error: Exception, group: dist.ProcessGroup) -> None:
+    """Take part in ``layout`` on a rank whose arguments are wrong: the other ranks raise ValueError with ``error``."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    with suppress(ValueError):
+        _exchange([-1.0] * (6 + len(RewardWeights().encode())), group, device, str(error))
+
+
+def _exchange(mine: list[float], group: dist.ProcessGroup, device: torch.device, refused: str = "") -> Tensor:
+    """Every rank's numbers, [W, n] on the host. Raises ValueError on every rank where one sends a negative first."""
+    types = {found.type for found in group._device_types}
+    sent = torch.tensor(mine, dtype=torch.float64, device="cpu" if "cpu" in types else device)
+    table = all_gather(sent[None], group).cpu()
+    if bool((table[:, 0] < 0).any()):
+        said: list[Any] = [""] * group.size()
+        dist.all_gather_object(said, refused, group=group)
+        rank = next(i for i, text in enumerate(said) if text)
+        raise ValueError(f"score_rewrites_ on rank {rank} of the group: {said[rank]}")
+    return table
 
 
 def _own_from_holders(
