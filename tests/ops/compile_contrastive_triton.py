@@ -1,7 +1,7 @@
 """Cross-compiles the contrastive loss's Triton kernels and prints one JSON line a kernel; needs no GPU.
 
 Run by test_contrastive_triton.py in a process of its own, without TRITON_INTERPRET:
-    python tests/ops/compile_contrastive_triton.py 90 bf16 00,10,11 [pointers]
+    python tests/ops/compile_contrastive_triton.py 90 bf16 00,10,11 [pointers | nested]
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rime_fast.ops.contrastive import triton_kernels as kernels
+from rime_fast.ops.contrastive import triton_kernels, triton_nested_kernels
 from rime_fast.ops.contrastive.triton import tiles_for
+from rime_fast.ops.contrastive.triton_nested import nested_tiles
 from tests.ops.compile_logprob_triton import DTYPES, resources
 
 OPERANDS = {"q", "k", "panel"}
-TYPES = {"labels": "*i64", "label_range": "*i64", "row_ids": "*i32", "col_ids": "*i32", "bounded": "*i32"}
+TYPES = {
+    "labels": "*i64",
+    "label_range": "*i64",
+    "row_ids": "*i32",
+    "col_ids": "*i32",
+    "bounded": "*i32",
+    "edges": "*i32",
+}
 INTS = {
     "row_first",
     "col_first",
@@ -40,16 +48,22 @@ INTS = {
     "SM",
     "SN",
     "positives",
+    "widths",
+    "all_rows",
+    "all_keys",
+    "plane",
 }
 
 
 def compile_kernel(name: str, constants: dict[str, Any], capability: int, operand: str, tma: bool) -> dict[str, Any]:
     """Compile one kernel for one chip; what the gate looks at."""
     heavy = constants["MARGIN"] or constants.get("BOUNDED") is False
+    nested = name.startswith("nested")
     tiles = tiles_for(name, DTYPES[operand], (capability // 10, capability % 10), tma, heavy)
-    constants = {**constants, "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK}
-    constants |= {"WIDEN": False, "EVEN": True, "PRECISION": "ieee", "TMA": tma}
-    kernel = getattr(kernels, name)
+    tiles = nested_tiles(DTYPES[operand]) if nested else tiles
+    constants = {**constants, "BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK, "WIDEN": False, "PRECISION": "ieee"}
+    constants |= {} if nested else {"EVEN": True, "TMA": tma}
+    kernel = getattr(triton_nested_kernels if nested else triton_kernels, name)
 
     def kind(argument: str) -> str:
         if argument in constants:
@@ -96,11 +110,12 @@ if __name__ == "__main__":
     variants = [tuple(flag == "1" for flag in word) for word in sys.argv[3].split(",")]  # ids and margin of each
     for ids, margin in variants:
         flags = {"IDS": ids, "MARGIN": margin}
+        prefix = "nested_" if "nested" in sys.argv else ""
         for name, constants in (
             ("statistics_kernel", {**flags, "BOUNDED": True}),
             ("statistics_kernel", {**flags, "BOUNDED": False}),
             ("gradient_kernel", flags),
         ):
-            tma = chip >= 90 and dtype != "fp32" and "pointers" not in sys.argv
-            found = compile_kernel(name, constants, chip, dtype, tma)
+            tma = chip >= 90 and dtype != "fp32" and not {"pointers", "nested"} & set(sys.argv)
+            found = compile_kernel(prefix + name, constants, chip, dtype, tma)
             print(json.dumps(found), flush=True)

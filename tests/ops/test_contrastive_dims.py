@@ -175,7 +175,6 @@ def test_opcheck_and_one_graph() -> None:
         ({"dim_weights": [1.0]}, "dim_weights came without dims"),
         ({"dims": [2, 4], "dim_weights": [1.0]}, "expected a number for each of the 2 dims"),
         ({"dims": [2, 4], "dim_weights": [1.0, float("nan")]}, "dim_weights holds nan"),
-        ({"dims": [2, 4], "backend": "triton"}, "several dims run on chunked or reference"),
     ],
 )
 def test_bad_widths_are_named(changes: dict[str, Any], message: str) -> None:

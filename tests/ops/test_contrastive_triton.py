@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from rime_fast.ops import dispatch
 from rime_fast.ops.contrastive import triton as on_triton
+from rime_fast.ops.contrastive import triton_parts
 from tests.ops.contrastive_cases import check_rule, make_case, run
 
 pytest.importorskip("triton")
@@ -71,8 +73,37 @@ def test_stripes_and_panels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     """Rows in several launches, the gradient in several panels: the same numbers to rounding."""
     case = make_case(70, 90, 8, shuffled=True, ids=True)
     truth, whole = run(case, torch.float64, "reference"), run(case, torch.float32, "triton")
-    monkeypatch.setattr(on_triton, "STRIPE", 32)
-    monkeypatch.setattr(on_triton, "PANEL_BYTES", 32 * 64 * 4)
+    monkeypatch.setattr(triton_parts, "STRIPE", 32)
+    monkeypatch.setattr(triton_parts, "PANEL_BYTES", 32 * 64 * 4)
+    check_rule(run(case, torch.float32, "triton"), whole, truth, torch.float32)
+
+
+@interpreter
+@pytest.mark.parametrize(
+    ("dtype", "temperature", "masked"),
+    [
+        (torch.float32, 0.02, True),
+        (torch.float32, 0.004, False),
+        (torch.float16, 0.02, False),
+        (torch.float16, 0.004, True),
+    ],
+)
+def test_interpreted_widths_obey_the_rule(dtype: torch.dtype, temperature: float, masked: bool) -> None:
+    """Several tiles, none whole, widths of no multiple of anything."""
+    options: dict[str, Any] = {"ids": True, "margin": 0.05} if masked else {"positives": 2}
+    case = make_case(40, 70, 24, temperature=temperature, dtype=dtype, symmetric=not masked, **options)
+    case = replace(case, settings={**case.settings, "dims": [5, 16, 23], "dim_weights": [1.0, 0.5, 2.0]})
+    truth, eager = run(case, torch.float64, "reference"), run(case, dtype, "reference")
+    check_rule(run(case, dtype, "triton"), eager, truth, dtype)
+
+
+@interpreter
+def test_stripes_and_panels_of_widths_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(40, 70, 20, shuffled=True, ids=True)
+    case = replace(case, settings={**case.settings, "dims": [3, 20]})
+    truth, whole = run(case, torch.float64, "reference"), run(case, torch.float32, "triton")
+    monkeypatch.setattr(triton_parts, "STRIPE", 32)
+    monkeypatch.setattr(triton_parts, "PANEL_BYTES", 2 * 32 * 64 * 4)
     check_rule(run(case, torch.float32, "triton"), whole, truth, torch.float32)
 
 
@@ -117,8 +148,16 @@ def test_cross_compiles_for_hopper(tmp_path: Path) -> None:
     assert kernels[0]["tile"][:2] == [128, 128]
 
 
+def test_widths_cross_compile_for_hopper(tmp_path: Path) -> None:
+    kernels = compiled(90, "bf16", "10", "nested", folder=tmp_path)
+    check_resources(kernels, 90)
+    assert [kernel["wgmma"] for kernel in kernels] == [True] * 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["bf16 00,10,11", "fp16 11", "fp32 11", "bf16 11 pointers"])
+@pytest.mark.parametrize(
+    "arguments", ["bf16 00,10,11", "fp16 11", "fp32 11", "bf16 11 pointers", "bf16 00,11 nested", "fp32 11 nested"]
+)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_cross_compiles_without_spills(capability: int, arguments: str, tmp_path: Path) -> None:
     kernels = compiled(capability, *arguments.split(), folder=tmp_path)
@@ -127,4 +166,4 @@ def test_cross_compiles_without_spills(capability: int, arguments: str, tmp_path
     for kernel in kernels:
         if "fp32" not in arguments:
             assert kernel[{80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]], kernel
-            assert kernel["tma"] == (capability >= 90 and "pointers" not in arguments), kernel
+            assert kernel["tma"] == (capability >= 90 and not {"pointers", "nested"} & set(arguments.split())), kernel

@@ -28,11 +28,10 @@ class NestedSweep(TileSweep):
     widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.query_norms = [_all_inverse_norms(q, self.widths) for q in self.queries]
-        self.key_norms = [_all_inverse_norms(k, self.widths) for k in self.keys]
+        self.query_norms = [all_inverse_norms(q, self.widths) for q in self.queries]
+        self.key_norms = [all_inverse_norms(k, self.widths) for k in self.keys]
         self.query_parts = [_parts(q, self.widths) for q in self.queries]
         self.key_parts = [_parts(k, self.widths) for k in self.keys]
-        self.row_products: list[Tensor] = []  # of each term, [inner widths, N] fp64: sum_j G S
 
     def nested(self, qm: int, km: int) -> Iterator[tuple[list[Tensor], int, int]]:
         """Make the tiles of partial products: (one for each width, first row, first column), valid until the next."""
@@ -85,12 +84,13 @@ class NestedSweep(TileSweep):
             if key_grad is not None and turned is not None:
                 key_grad.add_(turned.T)
             for at, (_, width) in enumerate(edges[:-1]):
-                _subtract_own(query_grad, by_row[at], norms[0][at], q, width)
-                _subtract_own(key_grad, by_col[at], norms[1][at], k, width)
+                subtract_own(query_grad, by_row[at], norms[0][at], q, width)
+                subtract_own(key_grad, by_col[at], norms[1][at], k, width)
             self.row_products.append(by_row)
 
 
-def _all_inverse_norms(rows: Tensor, widths: Sequence[int]) -> list[Tensor]:
+def all_inverse_norms(rows: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Compute the inverse norms [N] of the rows' parts at each width; 1 at the widest, whose rows are unit."""
     inner = [inverse_norms(rows, width) for width in widths[:-1]]
     return [*inner, rows.new_ones(rows.shape[0], dtype=accumulation_dtype(rows.dtype))]
 
@@ -101,8 +101,8 @@ def _parts(rows: Tensor, widths: Sequence[int]) -> list[Tensor]:
     return parts if rows.is_cuda else [part.contiguous() for part in parts]
 
 
-def _subtract_own(into: Tensor | None, products: Tensor, inverse_norm: Tensor, rows: Tensor, width: int) -> None:
-    """The normalisation's part of a gradient: along each row's own first columns."""
+def subtract_own(into: Tensor | None, products: Tensor, inverse_norm: Tensor, rows: Tensor, width: int) -> None:
+    """Subtract the normalisation's part of a gradient: along each row's own first columns."""
     if into is not None:
         along = (products * inverse_norm.double().square()).to(into.dtype)
         into[:, :width] -= along[:, None] * rows[:, :width].to(into.dtype)

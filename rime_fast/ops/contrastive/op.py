@@ -101,8 +101,8 @@ def contrastive_loss(
         symmetric: both directions, or queries to keys only.
         dims: Matryoshka widths, ascending, at most D: the loss is the sum over them of ``dim_weights`` (1 each) x the
             loss of the rows' first columns, normalised at every width (rows need not be unit then). Own softmaxes,
-            margin and hit@1 for each; all in one sweep, at the products of the widest alone. With several widths
-            "triton" is not offered. ``dims=[D]`` is the loss of the normalised rows.
+            margin and hit@1 for each; all in one sweep, at the products of the widest alone. ``dims=[D]`` is the
+            loss of the normalised rows.
         group: a torch.distributed process group. Rows are this rank's; candidates are all ranks' keys (in rank order)
             and, in the second direction, all ranks' queries; ``labels`` index the keys of all ranks (default: key i of
             this rank). Ranks may hold different N and K; every rank must call, and call backward. Not under compile.
@@ -124,14 +124,7 @@ def contrastive_loss(
     arguments = (queries, keys, terms, temperature, labels, query_ids, key_ids, margin, symmetric, dims, dim_weights)
 
     def choose(tensor: Tensor) -> str:
-        chosen = TABLE.choose(backend, tensor)
-        if chosen != "triton" or dims is None or len(dims) == 1:
-            return chosen
-        if backend == "triton":
-            raise ValueError(
-                "backend='triton' cannot run here: it has one width; several dims run on chunked or reference"
-            )
-        return "chunked"
+        return TABLE.choose(backend, tensor)
 
     if group is not None and _has_others(group):
         agreed = agree(arguments, group, choose)

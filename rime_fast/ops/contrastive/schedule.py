@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rime_fast.ops.contrastive import cpu, cuda, triton
 from rime_fast.ops.contrastive.keys import OwnKeys
-from rime_fast.ops.contrastive.nested import NestedSweep
 from rime_fast.ops.contrastive.problem import (
     Inputs,
     Options,
@@ -116,8 +115,7 @@ class Schedule:
             sweep = self._sweep(start, stop, keys)
             sweep.gradients(part, dq, dk)
             scale_by(unit, dk)
-            if isinstance(sweep, NestedSweep):
-                narrower.extend(products.sum() for products in sweep.row_products)
+            narrower.extend(products.sum() for products in sweep.row_products)
 
         dk = self.source.gradients(add, need_keys)
         scale_by(unit, dq)

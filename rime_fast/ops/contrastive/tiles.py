@@ -11,7 +11,7 @@ are documented in csrc/rime; both follow them. Sizes of tiles and operands are t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,6 +136,7 @@ class TileSweep:
     rows: CompiledRows | TorchRows
     tile: tuple[int, int]
     align: int
+    row_products: list[Tensor] = field(init=False, default_factory=list)  # of nested widths: [inner widths, N] a term
 
     def tiles(self, q: Tensor, k: Tensor) -> Iterator[tuple[Tensor, int, int]]:
         """Make the tiles one after the other: (similarities of a tile, first row, first column), each valid until the

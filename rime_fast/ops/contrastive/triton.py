@@ -7,33 +7,31 @@ fp32 accumulation (tiles.add_product).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from rime_fast.ops import dispatch
+from rime_fast.ops.contrastive import triton_parts
 from rime_fast.ops.contrastive.softmax import Slopes, Statistics
 from rime_fast.ops.contrastive.tiles import Masks, add_product
+from rime_fast.ops.contrastive.triton_nested import NestedTritonSweep
+from rime_fast.ops.contrastive.triton_parts import (
+    LOG2E,
+    Tiles,
+    add_parts,
+    base2,
+    dense,
+    label_range,
+    limits_of,
+    panel_shape,
+    superblock,
+)
 
-PANEL_BYTES = 128 << 20
 INTERPRETER_TMA = True  # descriptors where a GPU would take them; tests compare both
 SHIFTLESS = False  # softmax.py always gets the shifts, also where they are 0
-STRIPE = 65_536  # queries a launch of the forward; bounds the partial statistics
-LOG2E = math.log2(math.e)
-
-
-class Tiles(NamedTuple):
-    """The size of a tile, BM queries x BN keys with depth BK, and how a program runs."""
-
-    BM: int
-    BN: int
-    BK: int
-    warps: int
-    stages: int
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -56,9 +54,10 @@ def sweep(
     masks: list[Masks],
     flag: Tensor,
     widths: tuple[int, ...] = (),
-) -> TritonSweep:
-    """Make the pass over the tiles, as cpu.sweep does; one width, that of the rows."""
-    assert len(widths) <= 1
+) -> TritonSweep | NestedTritonSweep:
+    """Make the pass over the tiles, as cpu.sweep does."""
+    if len(widths) > 1:
+        return NestedTritonSweep(queries, keys, terms, scale, masks, flag, widths)
     return TritonSweep(queries, keys, terms, scale, masks, flag)
 
 
@@ -76,15 +75,6 @@ def tiles_for(kernel: str, dtype: torch.dtype, capability: tuple[int, int], tma:
     return Tiles(128, 64, 64, 8, 2 if capability[0] == 10 and heavy else 3)  # a third stage spilled 8 bytes there
 
 
-def superblock(n: int, n_keys: int, terms: int, tile: int) -> int:
-    """Choose the side of the square of similarities that one program walks: the largest that still gives 1,024
-    programs."""
-    side = 64 * tile
-    while side > 2 * tile and terms * -(-n // side) * -(-n_keys // side) < 1024:
-        side //= 2
-    return side
-
-
 @dataclass
 class TritonSweep:
     """The pass over the tiles by Triton, as tiles.TileSweep, on operands in their own dtype. ``flag``: 0-d int32, 1
@@ -96,6 +86,7 @@ class TritonSweep:
     scale: Tensor
     masks: list[Masks]
     flag: Tensor
+    row_products: list[Tensor] = field(init=False, default_factory=list)  # as tiles.TileSweep's
 
     def statistics(self, into: list[Statistics]) -> None:
         """Add every term's tiles to its statistics; terms whose modes have one D run in one launch."""
@@ -114,12 +105,12 @@ class TritonSweep:
         q_modes, k_modes = list(dict.fromkeys(q for q, _ in terms)), list(dict.fromkeys(k for _, k in terms))
         q, k = _stacked([self.queries[m] for m in q_modes]), _stacked([self.keys[m] for m in k_modes])  # [modes x N, D]
         plane, n_keys, width = self.queries[q_modes[0]].shape[0], self.keys[k_modes[0]].shape[0], q.shape[1]
-        scale2, first, limits = self._scale2(), masks[0], _limits(masks)
+        scale2, first, limits = self._scale2(), masks[0], limits_of(masks)
         tma = uses_descriptors(q, k)
         light = _tiles("statistics_kernel", q, tma, heavy=limits is not None)
         words = _word(q_modes.index(m) for m, _ in terms), _word(k_modes.index(m) for _, m in terms)
-        for row in range(0, plane, STRIPE):
-            rows = slice(row, min(row + STRIPE, plane))
+        for row in range(0, plane, triton_parts.STRIPE):
+            rows = slice(row, min(row + triton_parts.STRIPE, plane))
             n, labels = rows.stop - rows.start, first.labels[rows]
             side = superblock(n, n_keys, len(terms), max(light.BM, light.BN))
             a_blocks, b_blocks = -(-n // side), -(-n_keys // side)
@@ -133,7 +124,7 @@ class TritonSweep:
                     _operand(q, tma, tiles.BM, tiles.BK),
                     _operand(k, tma, tiles.BN, tiles.BK),
                     labels,
-                    _label_range(labels, tiles.BM),
+                    label_range(labels, tiles.BM),
                     _part(first.row_ids, rows),
                     first.col_ids,
                     None if limits is None else limits[0][:, rows].contiguous(),
@@ -159,12 +150,7 @@ class TritonSweep:
                     **self._options(q, tiles, tma, limits is not None),
                 )
             for term, state in enumerate(into):
-                _merge(row_part[term, 0], row_part[term, 1], state.row_max[rows], state.row_sum[rows])
-                _merge(col_part[term, 0], col_part[term, 1], state.col_max, state.col_sum)
-                rival = row_part[term, 2].amax(0) / LOG2E
-                state.rival[rows] = torch.maximum(state.rival[rows], rival)
-                found = positive[term] != -torch.inf
-                state.positive[rows] = torch.where(found, positive[term] / LOG2E, state.positive[rows])
+                add_parts(row_part[term], col_part[term], positive[term], state, rows)
 
     def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         """Add every term's gradient to dq and dk in fp32."""
@@ -176,14 +162,14 @@ class TritonSweep:
 
         scale2 = self._scale2()
         for (qm, km), masks, slope in zip(self.terms, self.masks, slopes, strict=True):
-            q, k = _dense(self.queries[qm]), _dense(self.keys[km])
+            q, k = dense(self.queries[qm]), dense(self.keys[km])
             tma = uses_descriptors(q, k)
             tiles = _tiles("gradient_kernel", q, tma, heavy=masks.row_limit is not None)
             q_operand, k_operand = _operand(q, tma, tiles.BM, tiles.BK), _operand(k, tma, tiles.BN, tiles.BK)
-            row_shift, row_coef = _base2(slope.row_shift, slope.row_coef)
-            col_shift, col_coef = _base2(slope.col_shift, slope.col_coef)
+            row_shift, row_coef = base2(slope.row_shift, slope.row_coef)
+            col_shift, col_coef = base2(slope.col_shift, slope.col_coef)
             factor = slope.factor.float()
-            width, height = _panel_shape(q, k, tiles)
+            width, height = panel_shape(q, k, tiles, q.element_size())
             panel = q.new_empty(height, width)
             options = self._options(q, tiles, tma, masks.row_limit is not None)
             for row in range(0, q.shape[0], height):
@@ -265,20 +251,8 @@ def _tiles(kernel: str, tensor: Tensor, tma: bool, heavy: bool) -> Tiles:
     return Tiles(32, 32 if heavy else 64, 16, 4, 1)  # the interpreter
 
 
-def _label_range(labels: Tensor, rows: int) -> Tensor:
-    """[tiles of rows, 2]: the smallest label (of those there are) and the largest in each."""
-    tiles = -(-labels.shape[0] // rows)
-    padded = torch.nn.functional.pad(labels, (0, 0, 0, tiles * rows - labels.shape[0]), value=-1).view(tiles, -1)
-    none = torch.iinfo(torch.int64).max
-    return torch.stack([torch.where(padded < 0, none, padded).amin(1), padded.amax(1)], dim=1)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _stacked(modes: list[Tensor]) -> Tensor:
-    return _dense(modes[0]) if len(modes) == 1 else torch.cat(modes)
+    return dense(modes[0]) if len(modes) == 1 else torch.cat(modes)
 
 
 def _word(modes: Iterable[int]) -> int:
@@ -288,35 +262,3 @@ def _word(modes: Iterable[int]) -> int:
 
 def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
-
-
-def _limits(masks: list[Masks]) -> tuple[Tensor, Tensor] | None:
-    """[terms, N] and [terms, K]."""
-    rows = [m.row_limit for m in masks if m.row_limit is not None]
-    cols = [m.col_limit for m in masks if m.col_limit is not None]
-    return (torch.stack(rows), torch.stack(cols)) if rows else None
-
-
-def _merge(top2: Tensor, total: Tensor, running_max: Tensor, running_sum: Tensor) -> None:
-    """Partial statistics [parts, size] in base 2 into running ones in base e, in fp64 and in a fixed order."""
-    top = top2.double() / LOG2E
-    best = torch.maximum(top.amax(0), running_max.double())
-    shift = torch.where(best == -torch.inf, 0, best).to(running_max.dtype)  # what later steps will subtract
-    added = (total.double() * (top - shift.double()).exp()).sum(0)
-    running_sum.mul_((running_max.double() - shift.double()).exp()).add_(added)
-    running_max.copy_(torch.where(best == -torch.inf, best.to(shift.dtype), shift))
-
-
-def _base2(shift: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(s - shift) coefficient as 2^(s2 - shift2) coefficient2, shift2 exact in fp32."""
-    shift2 = (shift.double() * LOG2E).float()
-    change = torch.where(shift2.isfinite(), shift2.double() / LOG2E - shift.double(), 0).exp()
-    return shift2, (coefficient.double() * change).float()
-
-
-def _panel_shape(q: Tensor, k: Tensor, tiles: Tiles) -> tuple[int, int]:
-    """(width, height): whole tiles, a square where the sides allow (dq and dk are read and written once a panel)."""
-    elements = PANEL_BYTES // q.element_size()
-    width = min(-(-k.shape[0] // tiles.BN) * tiles.BN, max(tiles.BN, math.isqrt(elements) // tiles.BN * tiles.BN))
-    height = min(-(-q.shape[0] // tiles.BM) * tiles.BM, max(tiles.BM, elements // width // tiles.BM * tiles.BM))
-    return width, height
