@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from rime_fast.prepare.rewrite import rewrite_rows
 from rime_fast.prepare.rewrite_work import RewriteOptions
 from rime_fast.prepare.teachers import OpenAITeacher
-from tests.prepare.stub_server import Stub, asked, by_content, completion, serve, shown
+from tests.prepare.stub_server import Stub, asked, by_content, completion, pictures, serve, shown
 
 
 def pairs(path: Path, count: int = 24) -> Path:
@@ -98,6 +99,23 @@ def test_an_answer_that_is_none_stops_with_what_came(tmp_path, body):
     with serve(Stub(lambda request, seen: (200, body, {}))) as url, pytest.raises(RuntimeError, match=r"127\.0\.0\.1"):
         rewrite_rows(pairs(tmp_path / "p.jsonl", 2), teacher(url, max_retries=0), tmp_path / "o.jsonl")
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_chains_of_thought_and_the_frames_of_a_video(tmp_path):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for i in range(5):
+        Image.new("RGB", (16, 16), (50 * i, 0, 0)).save(folder / f"{i}.png")
+    rows = [{"query": {"text": "what happens?", "video": "clip"}, "target": {"text": "it gets red"}}]
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    stub = Stub(lambda request, seen: "<think>It grows.</think>\nAnswer: a red square gets brighter")
+    with serve(stub) as url:
+        options = RewriteOptions(sides=["query"], template="cot", frames=3)
+        report = rewrite_rows(tmp_path / "p.jsonl", teacher(url), tmp_path / "o.jsonl", options)
+    assert report["accepted"] == 1
+    assert len(pictures(stub.requests[0])) == 3
+    rewrite = read(tmp_path / "o.jsonl")[0]["query"]["rewrite"]
+    assert rewrite == "<think>It grows.</think><answer>a red square gets brighter</answer>"
 
 
 def test_a_slow_server_and_text_in_parts(tmp_path):
