@@ -116,6 +116,7 @@ def run_training(values: dict[str, Any], trainer_class: Any, config_class: Any, 
         eval_dataset=options.eval_data,
         peft_config=_lora(options) if options.lora_rank else None,
     )
+    trainer.again = "--resume_from_checkpoint {}".format
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
     if options.eval_data and args.eval_strategy == "no":
         trainer.evaluate()

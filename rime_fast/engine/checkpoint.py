@@ -123,16 +123,21 @@ def choose(wanted: str | bool | None, output_dir: Path, overwrite: bool) -> tupl
         lines = [f"{path} is left out: {why}" for path, why in left_out.items()]
         if found is None and left_out:
             raise ValueError("; ".join([*lines, f"no checkpoint of {str(output_dir)!r} is whole: name one to take it"]))
-        say = "no checkpoint there, a fresh start" if found is None else f"resuming from {found}"
+        say = "no checkpoint there, a fresh start" if found is None else f"resuming from {found}, step {step_of(found)}"
         return None if found is None else str(found), [*lines, f"{output_dir}: {say}"]
     path = Path(wanted)
     if not (path / "trainer_state.json").is_file():
         raise ValueError(f"{wanted} is no checkpoint: it has no trainer_state.json")
     if not (path / MANIFEST).is_file():
-        return str(path), [f"{path} has no {MANIFEST}: it cannot be verified"]
+        return str(path), [f"resuming from {path}, step {step_of(path)}; it has no {MANIFEST}: it cannot be verified"]
     if (why := fault(path)) is not None:
         raise ValueError(f"{wanted} is damaged: {why}")
-    return str(path), []
+    return str(path), [f"resuming from {path}, step {step_of(path)}"]
+
+
+def step_of(folder: Path) -> int:
+    """Read the step that a checkpoint was made after."""
+    return int(json.loads((folder / "trainer_state.json").read_text())["global_step"])
 
 
 def choose_together(

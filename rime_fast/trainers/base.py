@@ -28,6 +28,7 @@ from rime_fast.trainers.callbacks import (
     InterruptCallback,
     MetricSums,
     ProgressCallback,
+    ShortRunCallback,
     StepClock,
     data_of,
     rates,
@@ -57,6 +58,7 @@ class DualModeTrainer(Trainer):
     model: Any
     optimizer: Any
     peak: float | None = None  # FLOP/s of a device, where the subclass counts its FLOP
+    again = staticmethod("resume_from_checkpoint={!r}".format)  # how a person goes on from a checkpoint
 
     def __init__(
         self, model: Any, args: CommonConfig, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
@@ -73,12 +75,11 @@ class DualModeTrainer(Trainer):
         self._replace_progress()
         self.interrupt = InterruptCallback()
         self.add_callback(self.interrupt)
+        self.add_callback(ShortRunCallback())
         self._parameter_count: int | None = None
         self._synced: tuple[nn.Module, GradSync] | None = None
         self.finite = FiniteGuard(args.device, self.group)
-        self._bad_terms: set[str] = (
-            set()
-        )  # not finite in the last log, which may come before the step is known to be bad
+        self._bad_terms: set[str] = set()  # not finite in the last log, which may come before a step's verdict
         self._rows: list[str] = []  # of the step that runs
         self._left_out: set[str] = set()  # rows that were told of
         self._data: dict[str, Any] | None = None  # what is known of the training set
@@ -131,10 +132,7 @@ class DualModeTrainer(Trainer):
         if self.interrupt.stopped:
             if self.is_world_process_zero():
                 saved = str(checkpoint.checkpoints(Path(str(self.args.output_dir)))[-1])
-                print(
-                    f"stopped at step {self.state.global_step}; checkpoint: {saved}\n"
-                    f"go on with resume_from_checkpoint={saved!r}"
-                )
+                print(f"stopped at step {self.state.global_step}; checkpoint: {saved}\ngo on with {self.again(saved)}")
             raise SystemExit(130)
         return result
 

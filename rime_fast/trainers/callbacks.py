@@ -191,6 +191,15 @@ class InterruptCallback(TrainerCallback):
         return control
 
 
+class ShortRunCallback(TrainerCallback):
+    """Has a run shorter than ``logging_steps`` tell of its first and its last step, on every rank."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if args.logging_strategy == "steps" and state.max_steps < state.logging_steps:
+            control.should_log |= state.global_step in (1, state.max_steps)
+        return control
+
+
 class On(TrainerCallback):
     """Calls functions at a trainer's events: ``On(on_train_begin=f)`` calls ``f()``."""
 

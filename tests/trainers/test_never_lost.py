@@ -143,6 +143,18 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_one_named(tiny, tm
         trainer(tiny, tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
 
 
+def test_a_short_run_tells_its_ends_and_a_resumed_one_its_step(tiny, tmp_path, capsys):
+    run = trainer(tiny, tmp_path, max_steps=3, logging_steps=10, save_steps=2)
+    run.train()
+    assert [log["step"] for log in run.state.log_history if "loss" in log] == [1, 3]
+    capsys.readouterr()
+    again = trainer(tiny, tmp_path, max_steps=3, logging_steps=10, save_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    told = capsys.readouterr().err
+    assert f"resuming from {tmp_path / 'checkpoint-2'}, step 2" in told
+    assert "missing" not in told
+
+
 def test_a_folder_with_a_run_is_not_written_over_by_accident(tiny, tmp_path, capsys):
     run = trainer(tiny, tmp_path, max_steps=3)
     run.train(resume_from_checkpoint="last")
