@@ -181,12 +181,12 @@ def open_reading(
 
 
 def output_path(source: Any, output: str | Path) -> Path:
-    """Give the output's path. Raises ValueError where it is the source or a folder."""
+    """Give the output's path. Raises ValueError where it is the source, a folder or of no known kind."""
     path = Path(output)
     if isinstance(source, (str, os.PathLike)) and path.resolve() == Path(source).resolve():
         raise ValueError(f"output is {path}, the data itself; expected another name")
-    if path.is_dir():
-        raise ValueError(f"output is {path}, a folder; expected the name of a file")
+    if path.is_dir() or path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise ValueError(f"output is {path}; expected the name of a .jsonl, .json or .parquet file")
     return path
 
 
