@@ -39,7 +39,7 @@ COMMAND = Command(
     name="benchmarks.compare",
     text="Pairs the rows of two result files by bench, case and implementation and prints what got worse and better; "
     "exit code 1 when a row of ours got worse. Ratios of one run are compared where both files have them, so that they "
-    "hold on any machine.",
+    "hold on one kind of processor whatever its clock and load.",
     examples=(
         (
             "what got worse since the committed run",

@@ -1,8 +1,8 @@
-"""Two result files beside each other: what got worse, on any machine.
+"""Two result files beside each other: what got worse, whatever the clock and the load.
 
 Times are compared as ratios taken inside one run where both files have them (to the floor; in a step benchmark without
-one, to the plain recipe), which hold on any machine. Else as medians, and only when both files come from one kind of
-machine. Memory is compared between devices of one kind, errors always.
+one, to the plain recipe), which hold on one kind of processor. Else as medians, and only when both files come from one
+kind of machine. Memory is compared between devices of one kind, errors always.
 """
 
 from __future__ import annotations

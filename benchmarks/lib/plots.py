@@ -41,7 +41,11 @@ def roofline(stored: Stored) -> Figure | None:
     """Every row with FLOP and bytes of its task, under the copy's and the products' measured speeds."""
     ceilings = [row for row in stored.rows if row.bench == CEILING]
     band = max((row.gbytes_s for row in ceilings if row.gbytes_s), default=None)
-    peaks = {str(row.shape.get("dtype")): row.tflops for row in ceilings if row.tflops}
+    peaks: dict[str, float] = {}  # a floor may be a better shape for the library than the ceiling's square
+    for row in stored.rows:
+        if row.tflops and (row.bench == CEILING or row.impl == FLOOR):
+            dtype = str(row.shape.get("dtype"))
+            peaks[dtype] = max(row.tflops, peaks.get(dtype, 0.0))
     points = [row for row in stored.rows if row.tflops and row.gbytes_s and row.bench != CEILING and row.impl != FLOOR]
     if band is None or not peaks or not points:
         return None

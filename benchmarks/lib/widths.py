@@ -46,7 +46,7 @@ def measure_widths(
         results=results,
         shape={"pairs": shape.pairs, "width": shape.width, "dims": len(dims), "dtype": dtype_name(dtype)},
         truth=wanted,
-        flops=8.0 * shape.pairs**2 * shape.width,
+        flops=6.0 * shape.pairs**2 * shape.width,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rime_fast.bench.harness import Results, Row, compare, dtype_name
+from rime_fast.bench.harness import Results, Row, compare, dtype_name, library_product
 
 BENCH = "ceiling"
 
@@ -60,7 +60,7 @@ def _gemm(shape: Shape, device: str, dtype: torch.dtype, results: Results | None
     return compare(
         BENCH,
         f"gemm-{dtype_name(dtype)}",
-        {"gemm": lambda: torch.mm(a, b, out=out)},
+        {"gemm": lambda: library_product(a, b, out)},
         device=device,
         rounds=rounds,
         shape={"width": shape.width, "dtype": dtype_name(dtype)},

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from rime_fast.ops.cpu_products import fast_product, has_onednn
 
 FLOOR = "floor"
 PARTS = "_parts"  # how the bench of a breakdown's rows ends
@@ -96,6 +99,24 @@ class Results:
             "skipped": [asdict(row) for row in self.skipped],
         }
         path.write_text(json.dumps(body, indent=1) + "\n")
+
+
+# layouts and threads of a product -> the library whose product is the fastest
+_FASTEST: dict[tuple[Any, ...], str] = {}
+
+
+def library_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply a [M, K] b [K, N] by whichever library does it fastest here: on a CPU in fp32 ``torch.mm``'s BLAS or
+    oneDNN, timed when a layout is first met. What floors and the roofline are made of."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not has_onednn():
+        return torch.mm(a, b, out=out)
+    made = torch.empty(a.shape[0], b.shape[1]) if out is None else out
+    calls = {"blas": lambda: torch.mm(a, b, out=made), "onednn": lambda: fast_product(a, b)}
+    key = (a.shape, a.stride(), b.shape, b.stride(), torch.get_num_threads())
+    if key not in _FASTEST:
+        seconds = {name: min(timeit.repeat(call, number=1, repeat=3)) for name, call in calls.items()}
+        _FASTEST[key] = min(seconds, key=lambda name: seconds[name])
+    return calls[_FASTEST[key]]()
 
 
 def compare(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, fast_fp64, require_memory
+from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, fast_fp64, library_product, require_memory
 from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool
 
 EXACT, EXACT_FAST = 1 << 25, 1 << 31  # logits up to which fp64 is run for the errors; on GPUs with fast fp64
@@ -94,9 +94,9 @@ def floor(inputs: Inputs) -> Callable[[], object]:
     head = inputs.lm_head.detach()
 
     def call() -> object:
-        logits = torch.mm(inputs.rows, head.t())
-        dx = torch.mm(logits, head)
-        return dx, torch.mm(logits.t(), inputs.rows) if inputs.lm_head.requires_grad else None
+        logits = library_product(inputs.rows, head.t())
+        dx = library_product(logits, head)
+        return dx, library_product(logits.t(), inputs.rows) if inputs.lm_head.requires_grad else None
 
     return call
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, fast_fp64, max_error
+from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, fast_fp64, library_product, max_error
 from rime_fast.ops.reward import RewardWeights, score_rewrites_
 
 # similarities up to which fp64 is run for the errors (its reference makes the whole matrix); GPUs with fast fp64
@@ -72,7 +72,7 @@ def floor(inputs: Inputs) -> Callable[[], Tensor]:
     """Make the floor of the comparison: the similarities alone, in fp32."""
     rows, bank = inputs["gen"].flatten(0, 1).float(), inputs["anchors"].float()
     out = torch.empty(rows.shape[0], bank.shape[0], device=rows.device)
-    return lambda: torch.mm(rows, bank.T, out=out)
+    return lambda: library_product(rows, bank.T, out)
 
 
 def ours(inputs: Inputs, weights: RewardWeights, mask: Tensor | None = None, **options: Any) -> Callable[[], Tensor]:

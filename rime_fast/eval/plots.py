@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; ordered for contrast on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B", "#882255", "#332288")
 CELLS = ("disc-disc", "disc-gen", "gen-disc", "gen-gen")
 MARKERS = {"disc-disc": "o", "disc-gen": "^", "gen-disc": "v", "gen-gen": "s"}
 INK, FAINT = "#1f2733", "#d9dee5"

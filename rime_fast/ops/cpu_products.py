@@ -51,6 +51,11 @@ def _linear() -> Any:
     return layer if torch.equal(found, torch.tensor([[5.0, 14.0], [14.0, 50.0]])) else None
 
 
+def has_onednn() -> bool:
+    """Whether this torch multiplies by oneDNN here."""
+    return _linear() is not None
+
+
 def fast_products(a: Tensor, b: Tensor) -> bool:
     """Whether a [M, K] b [K, N] goes to oneDNN: where it is faster, fp32 on the CPU, large enough, a torch with it."""
     if (
@@ -60,7 +65,7 @@ def fast_products(a: Tensor, b: Tensor) -> bool:
         or a.shape[0] * a.shape[1] * b.shape[1] < WORTH
     ):
         return False
-    return _linear() is not None
+    return has_onednn()
 
 
 def fast_product(a: Tensor, b: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from benchmarks.lib import plots
 from benchmarks.lib.comparison import compare_files
 from benchmarks.lib.parts import PartClock
 from benchmarks.lib.stored import load, merge
+from rime_fast.bench import harness
 from rime_fast.bench.harness import Results, Row
 
 
@@ -140,6 +141,26 @@ def test_every_figure_is_drawn_from_the_file(tmp_path, capsys):
     one = write(tmp_path / "one.json", [row("ours", 1)])
     assert plot.main([str(one)]) == 2
     assert "no rows that a figure is made of" in capsys.readouterr().err
+
+
+def test_the_roofline_is_as_high_as_the_fastest_floor(tmp_path):
+    faster = row("floor", 5, ratio_to_floor=1.0, tflops=0.2, gbytes_s=4.0, shape={"dtype": "float32"})
+    drawn = plots.roofline(load(write(tmp_path / "run.json", [*full_run(), faster])))
+    assert drawn is not None
+    assert max(drawn.axes[0].lines[0].get_ydata()) == pytest.approx(0.2)
+
+
+def test_a_floor_is_made_by_the_fastest_library(monkeypatch):
+    a, b = torch.randn(5, 3), torch.randn(3, 4)
+    monkeypatch.setattr(harness, "has_onednn", lambda: True)
+    monkeypatch.setattr(harness, "fast_product", lambda a, b: 2 * (a @ b))
+    for blas, onednn, factor in ((2.0, 1.0, 2), (1.0, 2.0, 1)):
+        taken = iter([[blas, 9.0], [onednn, 9.0]])
+        monkeypatch.setattr(harness, "_FASTEST", {})
+        monkeypatch.setattr(harness.timeit, "repeat", lambda *args, taken=taken, **kwargs: next(taken))
+        assert torch.equal(harness.library_product(a, b), factor * (a @ b))
+        assert torch.equal(harness.library_product(a, b), factor * (a @ b))  # remembered
+    assert torch.equal(harness.library_product(a.double(), b.double()), a.double() @ b.double())  # never oneDNN's
 
 
 def test_growth_curves_find_what_varies_and_fit_its_slope():
