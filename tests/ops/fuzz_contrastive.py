@@ -143,7 +143,10 @@ def check(o: dict[str, Any]) -> str:
             _same_hits(found[name], value, ties)
             continue
         absolute = sizes.get(name, sizes["loss"])
-        assert_rule_by_row(name, found[name], eager[name], value, o["dtype"], absolute)
+        values = found[name], eager[name], value
+        if o["rows"] == "a zero row" and o["dims"] and value.dim() == 2:  # its slope is rounding times 1e12 a width
+            values = found[name][1:], eager[name][1:], value[1:]
+        assert_rule_by_row(name, *values, o["dtype"], absolute)
     return "right"
 
 
