@@ -45,7 +45,7 @@ class Sizes:
     seconds on two cores (docs/demo.md). measurements: how often an arm of the ablation is measured on its way.
     """
 
-    sft_steps: int = 1400
+    sft_steps: int = DIGITS.sft_steps
     sft_batch: int = 32
     refine_steps: int = 80
     refine_batch: int = 24

@@ -9,6 +9,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +39,7 @@ def run_demo(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(Path(out), seed, task, FAST if fast else FULL)
+        return _run(Path(out), seed, task, FAST if fast else replace(FULL, sft_steps=task.sft_steps))
     finally:
         torch.set_num_threads(threads)
 

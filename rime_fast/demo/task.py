@@ -53,7 +53,8 @@ class Task:
 
     title, lead: of the report; ``lead`` has the places {vague} and {wordy} for the teacher's shares. model: from a
     seed. rows: training pairs. retrieval: the evaluation set of a split with that many queries at most. reward:
-    fields of ``RefineConfig``. max_new_tokens: of the longest well-formed response, with room for a slip.
+    fields of ``RefineConfig``. max_new_tokens: of the longest well-formed response, with room for a slip. sft_steps:
+    of joint training.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Task:
     retrieval: Callable[[Split, int, int, Style], RetrievalSet]
     reward: dict[str, Any]
     max_new_tokens: dict[Style, int]
+    sft_steps: int
 
 
 def demo_template(style: Style = "rewrite") -> Template:
@@ -140,4 +142,5 @@ DIGITS = Task(
     retrieval=lambda split, size, seed, style: retrieval_set(split, size, seed=seed, style=style),
     reward={"rank_reward": "hit", "length_weight": 0.2, "length_limit": TERSE_TOKENS},
     max_new_tokens=MAX_NEW_TOKENS,
+    sft_steps=1400,
 )

@@ -18,6 +18,7 @@ from PIL import Image
 from rime_fast.cli import main
 from rime_fast.data import emoji
 from rime_fast.data.emoji import TONES, Cell, EmojiPairs, change, emoji_retrieval, fetch, load_emoji
+from rime_fast.demo.emoji import run_emoji
 
 ACTIVITIES = ("firefighter", "in steamy room", "judge")
 TONE = list(TONES)
@@ -140,3 +141,10 @@ def test_the_demo_runs_on_it(packages: Path, tmp_path: Path) -> None:
     report = (tmp_path / "report.html").read_text()
     assert "emoji by two artists" in report
     assert report.count("data:image/png;base64,") > 10
+
+
+def test_both_teachers_over_seeds(packages: Path, tmp_path: Path) -> None:
+    report = run_emoji(packages, tmp_path, seeds=(0,), fast=True)
+    assert [(run["teacher"], run["seed"]) for run in report["runs"]] == [("noisy", 0), ("whole", 0)]
+    assert set(report["runs"][0]["refine"]) == {"disc-disc", "disc-gen", "gen-disc", "gen-gen", "tokens", "seconds"}
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["sft_steps"] == 12
