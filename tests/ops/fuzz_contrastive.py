@@ -157,8 +157,11 @@ def _sizes(case: Case) -> dict[str, float]:
     sizes = {"loss": largest * sum(abs(weight) for _, _, weight in case.terms)}
     sides = {f"gradient of queries[{m}]": torch.zeros_like(v) for m, v in case.queries.items()}
     sides |= {f"gradient of keys[{m}]": torch.zeros_like(v) for m, v in case.keys.items()}
+    # A slope is a difference of shares, each rounded with its logit: where they cancel, their size is what rounds.
+    share = min(abs(weight) for _, _, weight in case.terms) / case.temperature
     for one in every:
-        (q, k), slope, width = one.modes, one.slope.abs() * (1 + largest), one.queries.shape[1]
+        slope = one.slope.abs().clamp_min(share / one.slope.numel()) * (1 + largest)
+        (q, k), width = one.modes, one.queries.shape[1]
         scale = [1.0, 1.0]
         if case.settings.get("dims"):  # each row is divided by its norm, and what lies along it taken out
             scale = [
