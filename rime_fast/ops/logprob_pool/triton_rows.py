@@ -236,9 +236,10 @@ def start_gradient_kernel(
     acc = tl.zeros((BT, BC), dtype=tl.float32)
     if factor is not None:
         acc = tl.load(at, mask=keep, other=0.0).to(tl.float32) * scale
-    for k in range(read_outs):
-        first, last = tl.load(starts + k), tl.load(ends + k)
-        inside = (t >= first) & (t < last)
-        row = tl.load(rows + k * width + columns, mask=columns < width, other=0.0)
-        acc += tl.where(inside[:, None], row[None, :], 0.0)
+    if rows is not None:
+        for k in range(read_outs):
+            first, last = tl.load(starts + k), tl.load(ends + k)
+            inside = (t >= first) & (t < last)
+            row = tl.load(rows + k * width + columns, mask=columns < width, other=0.0)
+            acc += tl.where(inside[:, None], row[None, :], 0.0)
     tl.store(at, acc.to(out.dtype.element_ty), mask=keep)
