@@ -6,7 +6,7 @@
 // and for larger banks
 //
 //   rank_own     one warp a rollout and own anchor: fp64 dot product                         reads 2 D floats
-//   rank_tile    one block a rollout: P + 1 (mean) or P + 2 sweeps over its row of the tile, in L2 after the first;
+//   rank_tile    one block a rollout: P (mean) or P + 1 sweeps over its row of the tile, in L2 after the first;
 //                columns within the product's error of a threshold are formed again in fp64, a warp to a column
 //   rank_merge   one thread a rollout            rank_finish   one block an item
 //
@@ -19,6 +19,19 @@ namespace rime::reward {
 namespace {
 
 unsigned blocks(int64_t tasks) { return static_cast<unsigned>((tasks + kThreads - 1) / kThreads); }
+
+Numbers numbers(const MaybeTensor& tensor) {
+  if (!tensor.has_value()) return {nullptr, kFloat};
+  switch (tensor->scalar_type()) {
+    case ScalarType::Float: return {tensor->data_ptr(), kFloat};
+    case ScalarType::BFloat16: return {tensor->data_ptr(), kBrain};
+    case ScalarType::Half: return {tensor->data_ptr(), kHalf};
+    case ScalarType::Double: return {tensor->data_ptr(), kDouble};
+    case ScalarType::Long: return {tensor->data_ptr(), kLong};
+    case ScalarType::Int: return {tensor->data_ptr(), kInt};
+    default: STD_TORCH_CHECK(false, "rank_tile, rank_small: unexpected dtype"); return {nullptr, kFloat};
+  }
+}
 
 void rank_own(const Tensor& gen, const Tensor& own_anchors, Tensor own, Tensor norms) {
   const torch::stable::accelerator::DeviceGuard guard(gen.get_device());
@@ -47,7 +60,7 @@ void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const 
   const torch::stable::accelerator::DeviceGuard guard(gen.get_device());
   Tile t{};
   t.gen = gen.const_data_ptr<float>();
-  t.anchors = tile.const_data_ptr<float>();
+  t.anchors = numbers(tile);
   t.anchor_norm = tile_norm.const_data_ptr<float>();
   t.norms = norms.const_data_ptr<float>();
   t.own = own.const_data_ptr<double>();
@@ -95,19 +108,6 @@ void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok
                  own.size(1)};
   finish_kernel<<<static_cast<unsigned>(format_ok.size(0)), kThreads, 0, current_stream(state)>>>(f, spec);
   check_launch("rank_finish");
-}
-
-Numbers numbers(const MaybeTensor& tensor) {
-  if (!tensor.has_value()) return {nullptr, kFloat};
-  switch (tensor->scalar_type()) {
-    case ScalarType::Float: return {tensor->data_ptr(), kFloat};
-    case ScalarType::BFloat16: return {tensor->data_ptr(), kBrain};
-    case ScalarType::Half: return {tensor->data_ptr(), kHalf};
-    case ScalarType::Double: return {tensor->data_ptr(), kDouble};
-    case ScalarType::Long: return {tensor->data_ptr(), kLong};
-    case ScalarType::Int: return {tensor->data_ptr(), kInt};
-    default: STD_TORCH_CHECK(false, "rank_small: unexpected dtype"); return {nullptr, kFloat};
-  }
 }
 
 void rank_small(const Tensor& gen, const Tensor& anchors, const Tensor& positive, MaybeTensor mask,

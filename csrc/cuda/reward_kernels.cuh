@@ -14,11 +14,33 @@ struct Larger {
   __device__ double operator()(double a, double b) const { return a > b ? a : b; }
 };
 
-// Sum of x_i y_i in fp64 by one warp, on every lane.
-__device__ double warp_dot(const float* x, const float* y, int64_t n) {
+// fp32, bf16, fp16, fp64, int64 or int32 numbers in memory.
+enum Kind : int { kFloat = 0, kBrain = 1, kHalf = 2, kDouble = 3, kLong = 4, kInt = 5 };
+
+struct Numbers {
+  const void* data;
+  int kind;
+
+  __device__ double operator[](int64_t i) const {
+    if (kind == kFloat) return static_cast<const float*>(data)[i];
+    if (kind == kBrain) return as_bits<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
+    if (kind == kHalf) return from_half(static_cast<const uint16_t*>(data)[i]);
+    if (kind == kDouble) return static_cast<const double*>(data)[i];
+    if (kind == kLong) return static_cast<double>(static_cast<const int64_t*>(data)[i]);
+    return static_cast<double>(static_cast<const int32_t*>(data)[i]);
+  }
+
+  __device__ static float from_half(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, power = (half >> 10) & 31u, rest = half & 0x3ffu;
+    if (power == 0) return (sign != 0 ? -0x1p-24f : 0x1p-24f) * static_cast<float>(rest);
+    return as_bits<float>(sign | (power == 31 ? 0x7f800000u : (power + 112) << 23) | rest << 13);
+  }
+};
+
+// Sum of x_i y_i in fp64 by one warp, on every lane; y begins at `start`.
+__device__ double warp_dot(const float* x, const Numbers& y, int64_t start, int64_t n) {
   double total = 0.0;
-  for (int64_t i = threadIdx.x % kWarp; i < n; i += kWarp)
-    total += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  for (int64_t i = threadIdx.x % kWarp; i < n; i += kWarp) total += static_cast<double>(x[i]) * y[start + i];
   return warp_reduce(total, Add{});
 }
 
@@ -29,7 +51,8 @@ __global__ void own_kernel(const float* gen, const float* own_anchors, double* o
   const int64_t row = task / (positives + 1), p = task % (positives + 1);
   const float* g = gen + row * width;
   const bool is_norm = p == positives;
-  const double value = warp_dot(g, is_norm ? g : own_anchors + ((row / group_size) * positives + p) * width, width);
+  const Numbers other{is_norm ? g : own_anchors + ((row / group_size) * positives + p) * width, kFloat};
+  const double value = warp_dot(g, other, 0, width);
   if (threadIdx.x % kWarp != 0) return;
   if (is_norm)
     norms[row] = static_cast<float>(sqrt(value));
@@ -39,7 +62,7 @@ __global__ void own_kernel(const float* gen, const float* own_anchors, double* o
 
 struct Tile {
   const float* gen;
-  const float* anchors;
+  Numbers anchors;
   const float* anchor_norm;
   const float* norms;
   const double* own;
@@ -75,64 +98,59 @@ struct Row {
       const int lane = __ffs(left) - 1;
       left &= left - 1;
       const int64_t column = __shfl_sync(kAll, j, lane);
-      f(warp_dot(t.gen + row * t.width, t.anchors + column * t.width, t.width));
+      f(warp_dot(t.gen + row * t.width, t.anchors, column * t.width, t.width));
     }
   }
 };
 
+constexpr int kAhead = 8;  // columns that a thread has in flight
+
+// What one sweep over a row finds: what it adds to the rank against a threshold; count, sum and maximum of its negatives.
+struct Found {
+  double rank, count, sum, best;
+};
+
 template <class S>
-__device__ double count_rank(const Row<S>& row, float threshold) {
+__device__ Found sweep(const Row<S>& row, float threshold) {
   const float high = threshold + row.band, low = threshold - row.band;
   const bool leader = threadIdx.x % kWarp == 0;
-  double rank = 0.0;
-  for (int64_t base = 0; base < row.t.columns; base += kThreads) {
-    const int64_t j = base + threadIdx.x;
-    const S v = row.value(j);
-    if constexpr (sizeof(S) == sizeof(double)) {
-      rank += v == v ? rank_step(static_cast<float>(v), threshold) : 0.0;
-    } else {
-      rank += v > high ? 1.0 : 0.0;
-      row.exact(v >= low && v <= high, j, [&](double s) {
-        if (leader) rank += rank_step(static_cast<float>(s), threshold);
-      });
+  double rank = 0.0, sum = 0.0;
+  int above = 0, count = 0;
+  S best = static_cast<S>(-HUGE_VAL);
+  for (int64_t base = 0; base < row.t.columns; base += kThreads * kAhead) {
+    S v[kAhead];
+    bool close = false;
+RIME_UNROLL
+    for (int i = 0; i < kAhead; ++i) v[i] = row.value(base + i * kThreads + threadIdx.x);
+RIME_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      const bool counts = v[i] == v[i];
+      count += counts;
+      sum += counts ? static_cast<double>(v[i]) : 0.0;
+      best = v[i] > best ? v[i] : best;
+      if constexpr (sizeof(S) == sizeof(double)) {
+        rank += counts ? rank_step(static_cast<float>(v[i]), threshold) : 0.0;
+      } else {
+        above += v[i] > high;
+        close = close || (v[i] >= low && v[i] <= high);
+      }
+    }
+    if constexpr (sizeof(S) == sizeof(float)) {
+      if (__ballot_sync(kAll, close) == 0) continue;
+      for (int i = 0; i < kAhead; ++i)
+        row.exact(v[i] >= low && v[i] <= high, base + i * kThreads + threadIdx.x, [&](double s) {
+          if (leader) rank += rank_step(static_cast<float>(s), threshold);
+        });
     }
   }
-  return block_reduce<kThreads>(rank, Add{});
+  return {block_reduce<kThreads>(rank + above, Add{}), block_reduce<kThreads>(static_cast<double>(count), Add{}),
+          block_reduce<kThreads>(sum, Add{}), block_reduce<kThreads>(static_cast<double>(best), Larger{})};
 }
 
 template <class S>
-__device__ void add_mean(const Row<S>& row, double* state) {
-  double count = 0.0, sum = 0.0;
-  for (int64_t j = threadIdx.x; j < row.t.columns; j += kThreads) {
-    const S v = row.value(j);
-    count += v == v ? 1.0 : 0.0;
-    sum += v == v ? static_cast<double>(v) : 0.0;
-  }
-  count = block_reduce<kThreads>(count, Add{});
-  sum = block_reduce<kThreads>(sum, Add{});
-  if (threadIdx.x == 0) {
-    state[0] += count;
-    state[1] += sum;
-  }
-}
-
-template <class S>
-__device__ double find_peak(const Row<S>& row, double* count) {
-  double seen = 0.0, best = -HUGE_VAL;
-  for (int64_t j = threadIdx.x; j < row.t.columns; j += kThreads) {
-    const S v = row.value(j);
-    seen += v == v ? 1.0 : 0.0;
-    best = v > best ? static_cast<double>(v) : best;
-  }
-  *count = block_reduce<kThreads>(seen, Add{});
-  return block_reduce<kThreads>(best, Larger{});
-}
-
-template <class S>
-__device__ void add_max(const Row<S>& row, double* state) {
-  double count;
-  double best = find_peak(row, &count);
-  if (count == 0.0) return;
+__device__ void add_max(const Row<S>& row, const Found& found, double* state) {
+  double best = found.best;
+  if (found.count == 0.0) return;
   if constexpr (sizeof(S) == sizeof(float)) {
     const double low = best - 2.0 * row.band;
     best = -HUGE_VAL;
@@ -143,16 +161,16 @@ __device__ void add_max(const Row<S>& row, double* state) {
     best = block_reduce<kThreads>(best, Larger{});
   }
   if (threadIdx.x == 0) {
-    state[0] += count;
+    state[0] += found.count;
     if (best > state[1]) state[1] = best;
   }
 }
 
 template <class S>
-__device__ void add_softmax(const Row<S>& row, double* state) {
-  double count, weight = 0.0, weighted = 0.0;
-  const double peak = find_peak(row, &count);
-  if (count == 0.0) return;
+__device__ void add_softmax(const Row<S>& row, const Found& found, double* state) {
+  double weight = 0.0, weighted = 0.0;
+  const double peak = found.best;
+  if (found.count == 0.0) return;
   for (int64_t j = threadIdx.x; j < row.t.columns; j += kThreads) {
     const S v = row.value(j);
     if (!(v == v)) continue;
@@ -163,7 +181,7 @@ __device__ void add_softmax(const Row<S>& row, double* state) {
   weight = block_reduce<kThreads>(weight, Add{});
   weighted = block_reduce<kThreads>(weighted, Add{});
   if (threadIdx.x == 0) {
-    state[0] += count;
+    state[0] += found.count;
     softmax_merge(state, peak, weight, weighted, row.t.inverse_tau);
   }
 }
@@ -178,13 +196,19 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(Tile t, const S* sims
                     row,
                     t.positive[item] - t.first,
                     similarity_band(t.width, t.norms[row], *t.anchor_norm)};
+  Found found{};
   for (int64_t p = 0; p < t.positives; ++p) {
-    const double rank = count_rank(view, static_cast<float>(t.own[row * t.positives + p]));
-    if (threadIdx.x == 0) state[kRanks + p] += rank;
+    found = sweep(view, static_cast<float>(t.own[row * t.positives + p]));
+    if (threadIdx.x == 0) state[kRanks + p] += found.rank;
   }
-  if constexpr (kNegative == kMean) add_mean(view, state);
-  if constexpr (kNegative == kMax) add_max(view, state);
-  if constexpr (kNegative == kSoftmax) add_softmax(view, state);
+  if constexpr (kNegative == kMean) {
+    if (threadIdx.x == 0) {
+      state[0] += found.count;
+      state[1] += found.sum;
+    }
+  }
+  if constexpr (kNegative == kMax) add_max(view, found, state);
+  if constexpr (kNegative == kSoftmax) add_softmax(view, found, state);
 }
 
 __global__ void merge_kernel(const double* parts, double* state, int64_t n_parts, int64_t rows, int64_t size,
@@ -231,29 +255,6 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(Finish f, RewardSpe
     f.out[kDeviation * f.rows + r] = static_cast<float>(deviation);
   }
 }
-
-// fp32, bf16, fp16, fp64, int64 or int32 numbers in memory.
-enum Kind : int { kFloat = 0, kBrain = 1, kHalf = 2, kDouble = 3, kLong = 4, kInt = 5 };
-
-struct Numbers {
-  const void* data;
-  int kind;
-
-  __device__ double operator[](int64_t i) const {
-    if (kind == kFloat) return static_cast<const float*>(data)[i];
-    if (kind == kBrain) return as_bits<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
-    if (kind == kHalf) return from_half(static_cast<const uint16_t*>(data)[i]);
-    if (kind == kDouble) return static_cast<const double*>(data)[i];
-    if (kind == kLong) return static_cast<double>(static_cast<const int64_t*>(data)[i]);
-    return static_cast<double>(static_cast<const int32_t*>(data)[i]);
-  }
-
-  __device__ static float from_half(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, power = (half >> 10) & 31u, rest = half & 0x3ffu;
-    if (power == 0) return (sign != 0 ? -0x1p-24f : 0x1p-24f) * static_cast<float>(rest);
-    return as_bits<float>(sign | (power == 31 ? 0x7f800000u : (power + 112) << 23) | rest << 13);
-  }
-};
 
 // A whole call over a bank of one tile; lengths.data, disc.data, mask and terms may be null.
 struct Small {

@@ -18,7 +18,7 @@ void tile(const void* sims, bool exact, const float* gen, const float* anchors, 
           const float* norms, const double* own, const int64_t* positive, const bool* mask, double* state, int64_t rows,
           int64_t columns, int64_t width, int64_t group_size, int64_t positives, int64_t first, int64_t mask_stride,
           int negative, double tau) {
-  const Tile t{gen,     anchors, anchor_norm, norms,      own,       positive, mask,        state,
+  const Tile t{gen,     {anchors, kFloat}, anchor_norm, norms,      own,       positive, mask,        state,
                columns, width,   group_size,  positives,  first,     mask_stride, 1.0 / tau};
   const auto run = [&](auto* values, auto kernels) {
     cuda_on_host::launch(static_cast<unsigned>(rows), 1, kThreads, 0, [=] { kernels[negative](t, values); });

@@ -409,8 +409,8 @@ def test_products_of_parts_have_fp32_precision(dtypes: tuple[torch.dtype, torch.
     parts = [stream.split(x.float(), stream.parts_of(x.dtype)) for x in (rows, anchors)]
     for x, found in zip((rows, anchors), parts, strict=True):
         assert torch.equal(sum(part.double() for part in found), x.double())
-    found = torch.zeros(40, 50)
-    stream.add_products(found, *parts)
+    found = torch.full((40, 50), torch.nan)
+    stream.multiply(*parts, found)
     exact = rows.double() @ anchors.double().T
     bound = (
         stream.PARTS_BAND * (300 + 16) * 2.0**-24 * rows.double().norm(dim=1)[:, None] * anchors.double().norm(dim=1)

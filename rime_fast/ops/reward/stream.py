@@ -8,9 +8,10 @@
 
 On the CPU product and statistics are one kernel (csrc) that keeps no similarities, and a bank in fp32 is one tile. The
 kernels come from an engine: cpu.Compiled, its heir in cuda.py, or triton.Engine. Products have fp32 precision whatever
-the input dtype and whatever torch's matmul precision is set to (``add_products``). A bank of up to EXACT_ANCHORS is
+the input dtype and whatever torch's matmul precision is set to (``multiply``). A bank of up to EXACT_ANCHORS is
 multiplied in fp64: with so few negatives the product's rounding would not average out of their mean.
-Memory: the buffer, one fp32 tile, and the state, 8 (4 + P) bytes a rollout. Work: 2 R A D FLOP and R A elements read.
+Memory: the buffer, one tile in fp32 (on a GPU a 16-bit bank is read where it lies), and the state, 8 (4 + P) bytes a
+rollout. Work: 2 R A D FLOP and R A elements read.
 
 A bank sharded over a group: every rank scores everybody's rollouts against its own part.
 
@@ -37,10 +38,10 @@ from rime_fast.ops.collectives import all_gather
 from rime_fast.ops.reward import cpu, triton
 from rime_fast.ops.reward.weights import NEGATIVES, RewardWeights
 
-BUFFER_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}  # a CPU's stays in its caches until the kernel has read it
+BUFFER_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # a CPU's stays in its caches until the kernel has read it
 CAST_BYTES = 8 << 20  # of fp32 at a time, where the CPU's bank has another dtype or is strided
 EXACT_ANCHORS = 256
-MIN_COLUMNS, MAX_COLUMNS = 256, 16_384
+MIN_COLUMNS, MAX_COLUMNS = 256, 65_536
 STATE = 4  # csrc: what a state holds before its ranks
 # A product of bf16 parts has more roundings than one of fp32 numbers, and leaves out what is below the last bit.
 PARTS_BAND = 2.0
@@ -148,9 +149,9 @@ def scan(
         if exact:
             torch.mm(factors[0], tile.double().T, out=sims)
         else:
-            add_products(sims.zero_(), factors, split(tile, parts[1]))
+            multiply(factors, split(tile, parts[1]), sims)
         mask = None if negatives_mask is None else negatives_mask[:, first : first + tile.shape[0]]
-        norm = torch.linalg.vector_norm(tile, dim=1).nan_to_num_(0.0, 0.0).amax(0, keepdim=True)
+        norm = torch.linalg.vector_norm(tile, dim=1, dtype=torch.float32).nan_to_num_(0.0, 0.0).amax(0, keepdim=True)
         norm = norm if exact else PARTS_BAND * norm  # the kernel looks again at what is this close
         engine.add_tile(sims, rows, tile, norm, norms, own, positive, mask, first, weights, state)
     return state
@@ -162,29 +163,33 @@ def parts_of(dtype: torch.dtype) -> int:
 
 
 def split(values: Tensor, parts: int) -> list[Tensor]:
-    """Split fp32 values into ``parts`` bf16 tensors, from the leading bits on, whose sum they are (to 24 bits with
+    """Split values into ``parts`` bf16 tensors, from the leading bits on, whose sum they are (to 24 bits with
     three)."""
-    found = []
-    for _ in range(parts):
+    found = [values.bfloat16()]
+    while len(found) < parts:
+        values = values.float() - found[-1]
         found.append(values.bfloat16())
-        values = values - found[-1]
     return found
 
 
-def add_products(into: Tensor, rows: list[Tensor], anchors: list[Tensor]) -> None:
-    """Add similarities, into [R, n] fp32 += (sum of rows) (sum of anchors)^T to fp32 precision, by products of their
+def multiply(rows: list[Tensor], anchors: list[Tensor], out: Tensor) -> None:
+    """Compute similarities, out [R, n] fp32 = (sum of rows) (sum of anchors)^T to fp32 precision, by products of their
     bf16 parts.
 
     These are exact in TF32 and in bf16, so that torch's process-wide precision changes nothing and is left alone; on a
     GPU they run on the tensor cores, six of them in less time than one fp32 product. Parts whose product lies below
     fp32's last bit are left out.
     """
+    fresh = True
     for i, a in enumerate(rows):
         for b in anchors[: 3 - i]:
-            if into.is_cuda:
-                torch.addmm(into, a, b.T, out_dtype=torch.float32, out=into)
+            if not out.is_cuda:
+                torch.addmm(out, a.float(), b.T.float(), beta=0 if fresh else 1, out=out)
+            elif fresh:
+                torch.mm(a, b.T, out_dtype=torch.float32, out=out)
             else:
-                into.addmm_(a.float(), b.T.float())
+                torch.addmm(out, a, b.T, out_dtype=torch.float32, out=out)
+            fresh = False
 
 
 def initial_state(rows: Tensor, weights: RewardWeights) -> Tensor:
@@ -196,14 +201,16 @@ def initial_state(rows: Tensor, weights: RewardWeights) -> Tensor:
 
 
 def tiles(anchors: Tensor, columns: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Cut the bank into (first row, fp32 tile on ``device``).
+    """Cut the bank into (first row, contiguous tile on ``device``): fp32, on a GPU also in a 16-bit bank's own dtype.
 
     A bank in host memory is copied one tile ahead of its use: with pinned memory the copies run beside the products.
     """
     starts = range(0, anchors.shape[0], columns)
+    narrow = device.type == "cuda" and anchors.dtype in (torch.bfloat16, torch.float16)
+    dtype = anchors.dtype if narrow else torch.float32
     if anchors.device == device:
         for first in starts:
-            yield first, anchors[first : first + columns].float().contiguous()
+            yield first, anchors[first : first + columns].to(dtype).contiguous()
         return
     ahead = torch.cuda.Stream(device)
     current = torch.cuda.current_stream(device)
@@ -219,7 +226,7 @@ def tiles(anchors: Tensor, columns: int, device: torch.device) -> Iterator[tuple
         tile.record_stream(current)
         if first + columns < anchors.shape[0]:
             following = fetch(first + columns)
-        yield first, tile.float()
+        yield first, tile.to(dtype)
 
 
 def layout(
