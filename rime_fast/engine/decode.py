@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rime_fast.engine import fused_decode
 from rime_fast.model.packing import PackedLayout, packed_layout
 
 DECODERS = ("auto", "eager", "graph", "compile")
@@ -74,6 +75,7 @@ class DecodeCache:
         host = torch.tensor(lengths)
         slots = torch.arange(prefill.longest)
         index = (host.cumsum(0) - host)[:, None] + torch.minimum(slots, host[:, None] - 1)
+        self.lengths = host.to(device, torch.int32, non_blocking=True)
         self.closed: Tensor | None = None
         if min(lengths) != max(lengths):
             self.closed = (slots >= host[:, None])[:, None, None].to(device, non_blocking=True)
@@ -138,6 +140,7 @@ class DecodeCache:
                 for layer, x in cache.items():
                     cache[layer] = x.index_select(0, kept_prompts)
             self.closed = None if self.closed is None else self.closed.index_select(0, kept_prompts)
+            self.lengths = self.lengths.index_select(0, kept_prompts)
         self.rows = self.rows.index_select(0, kept)
         self.prompts, self.group = len(prompts), group
         return kept
@@ -277,11 +280,13 @@ class DecodeStep:
 def next_hidden(policy: Any, cache: DecodeCache, token: Tensor, position: Tensor) -> Tensor:
     """Compute the last hidden state at ``token`` [N, H]. Writes the cache at its present place:
     twice changes nothing."""
+    text_model = policy.model.language_model
+    if fused_decode.why_not(text_model, cache) is None:
+        embeds = policy.model.get_input_embeddings()(token)
+        return fused_decode.next_hidden(text_model, cache, embeds, position)
     embeds = policy.model.get_input_embeddings()(token[:, None])
     positions = position[None, :, None].expand(3, -1, 1)
-    out = policy.model.language_model(
-        input_ids=None, inputs_embeds=embeds, position_ids=positions, use_cache=False, rime_layout=cache
-    )
+    out = text_model(input_ids=None, inputs_embeds=embeds, position_ids=positions, use_cache=False, rime_layout=cache)
     return out.last_hidden_state[:, 0]
 
 
