@@ -56,12 +56,12 @@ def test_sums_by_key_in_fixed_point_equal_sums_in_floating_point() -> None:
     """On an accelerator shared keys are summed in fixed point, which no order of additions can change."""
     torch.manual_seed(0)
     values, at = torch.rand(5000, dtype=torch.float64), torch.randint(0, 7, (5000,))
-    plain, fixed = softmax.sum_by_key(values, at, 9), softmax.fixed_sum_by_key(values, at, 9)
+    plain, fixed = softmax.sum_by_key(values[None], at[None], 9), softmax.fixed_sum_by_key(values[None], at[None], 9)
     assert torch.allclose(plain, fixed, rtol=1e-12, atol=0)
     order = torch.randperm(5000)
-    assert torch.equal(fixed, softmax.fixed_sum_by_key(values[order], at[order], 9))
+    assert torch.equal(fixed, softmax.fixed_sum_by_key(values[None, order], at[None, order], 9))
     values[3] = torch.nan
-    assert softmax.fixed_sum_by_key(values, at, 9).isnan().sum() == 1
+    assert softmax.fixed_sum_by_key(values[None], at[None], 9).isnan().sum() == 1
 
 
 def test_statistics_of_torch_rows_are_those_of_the_definition() -> None:
@@ -70,7 +70,7 @@ def test_statistics_of_torch_rows_are_those_of_the_definition() -> None:
     labels = torch.tensor([[0, -1], [3, 8], [5, -1], [7, 1], [2, -1], [8, -1]])
     limits = torch.tensor([9.0, 9, 9, -9, 9, 9]).double(), torch.full((9,), 9.0).double()
     masks = Masks(labels, row_limit=limits[0], col_limit=limits[1])
-    state = Statistics.empty(labels, 9, False, torch.float64)
+    state = Statistics.empty(1, labels, 9, False, torch.float64)[0]
     rows = TorchRows(torch.tensor(2.0).double())
     for col in (0, 4):
         rows.statistics(x[:, col : col + 5 if col else 4].clone(), 0, col, masks, state)

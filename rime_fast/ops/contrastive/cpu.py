@@ -54,7 +54,7 @@ class CpuRows(tiles.CompiledRows):
         col: int,
         norms: tiles.Norms,
         masks: list[tiles.Masks],
-        into: list[Statistics],
+        into: Statistics,
     ) -> None:
         torch.ops.rime_fast_C.nested_statistics(
             *self._shared(parts, row, col, norms, masks),
@@ -73,7 +73,7 @@ class CpuRows(tiles.CompiledRows):
         col: int,
         norms: tiles.Norms,
         masks: list[tiles.Masks],
-        slopes: list[Slopes],
+        slopes: Slopes,
         by_row: Tensor,
         by_col: Tensor,
     ) -> None:

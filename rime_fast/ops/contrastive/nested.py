@@ -55,14 +55,14 @@ class NestedSweep(TileSweep):
                     found[at] = similarities(block, candidates, tile)
                 yield found, row, col
 
-    def statistics(self, into: list[Statistics]) -> None:
+    def statistics(self, into: Statistics) -> None:
         for term, (qm, km) in enumerate(self.terms):
             losses = slice(term * len(self.widths), (term + 1) * len(self.widths))
             norms = self.query_norms[qm], self.key_norms[km]
             for parts, row, col in self.nested(qm, km):
                 self.rows.nested_statistics(parts, row, col, norms, self.masks[losses], into[losses])
 
-    def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
+    def gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         edges = list(pairwise((0, *self.widths)))
         for term, (qm, km) in enumerate(self.terms):
             losses = slice(term * len(edges), (term + 1) * len(edges))

@@ -123,7 +123,7 @@ def _one_term(
         norms = queries.to(dtype).norm(dim=1)[:, None] * keys.to(dtype).norm(dim=1)[positives.at]
         positive = (pair_similarity + SAME_SIMILARITY * norms).detach()
         row_masked = twins | ((similarity > positive.amax(1, keepdim=True) + margin) & ~own)
-        column_masked = twins | ((similarity > positives.best_by_key(positive, keys.shape[0]) + margin) & ~own)
+        column_masked = twins | ((similarity > positives.best_by_key(positive[None], keys.shape[0])[0] + margin) & ~own)
 
     rivals = logits.masked_fill(row_masked | own, -torch.inf)
     best = pair_logits.detach().masked_fill(~there, -torch.inf).amax(1)

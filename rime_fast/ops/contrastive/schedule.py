@@ -60,8 +60,9 @@ class Schedule:
         self.shiftless = bool(bounded) and self.backend.SHIFTLESS
         labels = x.labels
         if labels is None:
-            labels = torch.arange(x.n_queries, device=device) + source.first_key
+            labels = torch.arange(source.first_key, source.first_key + x.n_queries, device=device)
         self.positives = Positives.of(labels)
+        self.positives.first = source.first_key if x.labels is None else None
         self.queries = self.backend.operands(x.queries)
         self.masks = self._masks()
         self.key_weights: Tensor | None = None  # Positives.key_weights over all ranks
@@ -69,22 +70,16 @@ class Schedule:
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute (losses, hit@1 of each; Solved.rows and Solved.cols of each for the backward),
         ``n_losses`` of each."""
-        labels = self.positives.labels
-        states = [
-            Statistics.empty(labels, self.source.n_keys, self.shiftless, self.dtype)
-            for _ in range(self.options.n_losses)
-        ]
+        labels, losses = self.positives.labels, self.options.n_losses
+        state = Statistics.empty(losses, labels, self.source.n_keys, self.shiftless, self.dtype)
         for start, stop, keys in self.source.blocks():
-            self._sweep(start, stop, keys).statistics([state.columns(start, stop) for state in states])
-        solved = [Solved.of(state, self.positives) for state in states]
-        cols = torch.stack([term.cols for term in solved])
+            self._sweep(start, stop, keys).statistics(state.columns(start, stop))
+        solved = Solved.of(state, self.positives)
         if self.options.symmetric:
-            self._merge_columns(cols)
-        solved = [Solved(term.rows, own) for term, own in zip(solved, cols.unbind(), strict=True)]
-        losses = [term.total(self.positives, self.options.symmetric) for term in solved]
-        totals = self.source.sum_(torch.stack([*losses, *(state.hits().sum() for state in states)]))
-        loss, hit = (totals / self.source.n_queries).to(self.dtype).view(2, -1).unbind()
-        return loss.clone(), hit.clone(), torch.stack([term.rows for term in solved]), cols
+            self._merge_columns(solved.cols)
+        totals = torch.cat([solved.total(self.positives, self.options.symmetric), state.hits().sum(1)])
+        totals = (self.source.sum_(totals) / self.source.n_queries).to(self.dtype)
+        return totals[:losses].clone(), totals[losses:].clone(), solved.rows, solved.cols
 
     def backward(
         self, grad: Tensor, rows: Tensor, cols: Tensor, need_queries: list[bool], need_keys: list[bool]
@@ -99,10 +94,7 @@ class Schedule:
         factors = grad.double() * (0.5 if symmetric else 1.0) / (self.temperature.double() * self.source.n_queries)
         unit = unit_of(factors, self.queries[0].dtype)
         factors = factors if unit is None else factors / unit
-        slopes = [
-            Slopes.of(Solved(*term), positives, weights, factor, symmetric, self.shiftless, self.dtype)
-            for *term, factor in zip(rows, cols, factors.unbind(), strict=True)
-        ]
+        slopes = Slopes.of(Solved(rows, cols), positives, weights, factors, symmetric, self.shiftless, self.dtype)
         dq = [
             torch.zeros_like(q, dtype=self.dtype) if need else None
             for q, need in zip(self.queries, need_queries, strict=True)
@@ -111,9 +103,8 @@ class Schedule:
         narrower = [torch.zeros((), dtype=torch.float64, device=self.scale.device)]
 
         def add(start: int, stop: int, keys: list[Tensor], dk: list[Tensor | None]) -> None:
-            part = [slope.columns(start, stop) for slope in slopes]
             sweep = self._sweep(start, stop, keys)
-            sweep.gradients(part, dq, dk)
+            sweep.gradients(slopes.columns(start, stop), dq, dk)
             scale_by(unit, dk)
             narrower.extend(products.sum() for products in sweep.row_products)
 
@@ -149,8 +140,7 @@ class Schedule:
         if margin is None:
             return masks
         similarity = self._pair_similarities()
-        best = torch.stack([self.positives.best_by_key(term, self.source.n_keys) for term in similarity])
-        best = self.source.max_(best)
+        best = self.source.max_(self.positives.best_by_key(similarity, self.source.n_keys))
         for mask, row_limit, col_limit in zip(masks, similarity.amax(2), best, strict=True):
             mask.row_limit, mask.col_limit = row_limit + margin, col_limit + margin
         return masks

@@ -13,7 +13,9 @@ computed in fp32 would be rounding noise. With one positive q is p, and the slop
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +32,13 @@ class Positives:
     """The positives of each query among the keys at hand: labels [N, P] int64, anything outside their range for none.
 
     at [N, P]: labels with a key in place of a missing one, to index with. weight [N, P] fp64: 1 / (positives of the
-    query), 0 for a missing one.
+    query), 0 for a missing one. first: where query i's one positive is key first + i; None where labels say it.
     """
 
     labels: Tensor
     at: Tensor
     weight: Tensor
+    first: int | None = None
 
     @classmethod
     def of(cls, labels: Tensor) -> Positives:
@@ -48,63 +51,99 @@ class Positives:
         return cls(labels, labels.clamp_min(0), there.double() / there.sum(1, keepdim=True))
 
     def lse_by_key(self, logits: Tensor, n_keys: int) -> Tensor:
-        """Sum up by key: the log-sum-exp [K] fp64 of the positive logits [N, P] (-inf for a missing one) of each key;
-        -inf without one."""
-        logits = logits.double().flatten()
-        at = self.at.flatten()
-        best = logits.new_full((n_keys,), -torch.inf).scatter_reduce(0, at, logits, "amax")
-        part = (logits - best[at]).exp()
+        """Sum up by key: the log-sum-exp [L, K] fp64 of the positive logits [L, N, P] (-inf for a missing one) of each
+        key; -inf without one."""
+        logits = logits.double().flatten(1)
+        if self.first is not None:
+            return self._placed(logits, n_keys)
+        at = self.at.flatten().expand_as(logits)
+        best = logits.new_full((len(logits), n_keys), -torch.inf).scatter_reduce(1, at, logits, "amax")
+        part = (logits - best.gather(1, at)).exp()
         if self.labels.shape[1] > 1:
             part = torch.where(self.weight.flatten() > 0, part, 0)
         return best + sum_by_key(part, at, n_keys).log()
 
     def key_weights(self, n_keys: int) -> Tensor:
         """Add up the weights of the pairs that end at each key, [K] fp64 (bincount would read its maximum back)."""
-        return sum_by_key(self.weight.flatten(), self.at.flatten(), n_keys)
+        if self.first is not None:
+            return torch.nn.functional.pad(self.weight[:, 0], self._around(n_keys))
+        return sum_by_key(self.weight.flatten()[None], self.at.flatten()[None], n_keys)[0]
 
     def best_by_key(self, similarity: Tensor, n_keys: int) -> Tensor:
-        """Find the largest similarity [N, P] (-inf for a missing one) that is a positive of each key, [K]; -inf
+        """Find the largest similarity [L, N, P] (-inf for a missing one) that is a positive of each key, [L, K]; -inf
         without."""
-        best = similarity.new_full((n_keys,), -torch.inf)
-        return best.scatter_reduce(0, self.at.flatten(), similarity.flatten(), "amax")
+        similarity = similarity.flatten(1)
+        if self.first is not None:
+            return self._placed(similarity, n_keys)
+        best = similarity.new_full((len(similarity), n_keys), -torch.inf)
+        return best.scatter_reduce(1, self.at.flatten().expand_as(similarity), similarity, "amax")
+
+    def of_keys(self, values: Tensor) -> Tensor:
+        """Pick, from values [..., K] of the keys, those of the positives: [..., N, P]."""
+        if self.first is not None:
+            return values[..., self.first : self.first + len(self.labels), None]
+        return values[..., self.at]
+
+    def _around(self, n_keys: int) -> tuple[int, int]:
+        before = self.first or 0
+        return before, n_keys - before - len(self.labels)
+
+    def _placed(self, values: Tensor, n_keys: int) -> Tensor:
+        """Values [L, N] of the one positive each at their keys [L, K], -inf elsewhere."""
+        return torch.nn.functional.pad(values, self._around(n_keys), value=-torch.inf)
 
 
 def sum_by_key(values: Tensor, at: Tensor, n_keys: int) -> Tensor:
-    """Add up the values in [0, 1] that belong to each key, [n_keys] fp64, the same bits at every call."""
+    """Add up the values [L, N] in [0, 1] that belong to each key, [L, n_keys] fp64, the same bits at every call."""
     if values.device.type == "cpu":
-        return values.new_zeros(n_keys).scatter_add(0, at, values)
+        return values.new_zeros(len(values), n_keys).scatter_add(1, at, values)
     return fixed_sum_by_key(values, at, n_keys)
 
 
 def fixed_sum_by_key(values: Tensor, at: Tensor, n_keys: int) -> Tensor:
     """Add up as ``sum_by_key`` does, in 42 bits of fraction: integers, so no order of additions changes the sum."""
     fixed = (values * FRACTION).round().to(torch.int64)
-    lost = values.new_zeros(n_keys).scatter_reduce(0, at, values, "amax")  # NaN has no fixed point: it goes by maximum
-    total = torch.zeros(n_keys, dtype=torch.int64, device=values.device).scatter_add(0, at, fixed).double() / FRACTION
+    zeros = values.new_zeros(len(values), n_keys)
+    lost = zeros.scatter_reduce(1, at, values, "amax")  # NaN has no fixed point: it goes by maximum
+    total = torch.zeros_like(zeros, dtype=torch.int64).scatter_add(1, at, fixed).double() / FRACTION
     return torch.where(lost.isnan(), torch.nan, total)
 
 
+class _OfLosses:
+    """Fields of all losses, along their first dimension; an index or a slice gives a view on some."""
+
+    def __getitem__(self, index: Any) -> Any:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{name: x[index] for name, x in values.items() if isinstance(x, Tensor)})  # type: ignore
+
+    def __len__(self) -> int:
+        return next(len(x) for x in vars(self).values() if isinstance(x, Tensor))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+
 @dataclass
-class Statistics:
-    """Running statistics of one term over all candidates that count, the positives left out.
+class Statistics(_OfLosses):
+    """Running statistics of L losses over all candidates that count, the positives left out.
 
     Sums are of exponentials below the maximum beside them, which stays 0 when ``shiftless``.
     """
 
     shiftless: bool
-    row_max: Tensor  # [N]
-    row_sum: Tensor  # [N] fp64
-    col_max: Tensor  # [K]
-    col_sum: Tensor  # [K] fp64
-    positive: Tensor  # [N, P] logits of the positives, -inf until they are met
-    rival: Tensor  # [N] largest logit of a row
+    row_max: Tensor  # [L, N]
+    row_sum: Tensor  # [L, N] fp64
+    col_max: Tensor  # [L, K]
+    col_sum: Tensor  # [L, K] fp64
+    positive: Tensor  # [L, N, P] logits of the positives, -inf until they are met
+    rival: Tensor  # [L, N] largest logit of a row
 
     @classmethod
-    def empty(cls, labels: Tensor, n_keys: int, shiftless: bool, dtype: torch.dtype) -> Statistics:
+    def empty(cls, losses: int, labels: Tensor, n_keys: int, shiftless: bool, dtype: torch.dtype) -> Statistics:
         """Make the statistics from before the first tile. labels [N, P]."""
 
         def full(size: int, value: float, of: torch.dtype = dtype) -> Tensor:
-            return torch.full((size,), value, dtype=of, device=labels.device)
+            return torch.full((losses, size), value, dtype=of, device=labels.device)
 
         n_queries, start = labels.shape[0], 0.0 if shiftless else -torch.inf
         return cls(
@@ -113,28 +152,28 @@ class Statistics:
             row_sum=full(n_queries, 0.0, torch.float64),
             col_max=full(n_keys, start),
             col_sum=full(n_keys, 0.0, torch.float64),
-            positive=torch.full(labels.shape, -torch.inf, dtype=dtype, device=labels.device),
+            positive=torch.full((losses, *labels.shape), -torch.inf, dtype=dtype, device=labels.device),
             rival=full(n_queries, -torch.inf),
         )
 
     def columns(self, start: int, stop: int) -> Statistics:
         """A view on keys start .. stop - 1: adding to it adds to the whole."""
-        return replace(self, col_max=self.col_max[start:stop], col_sum=self.col_sum[start:stop])
+        return replace(self, col_max=self.col_max[..., start:stop], col_sum=self.col_sum[..., start:stop])
 
     def hits(self) -> Tensor:
-        """Say which queries hit, [N] fp64: 1 where the best positive beats every rival; a row with NaN in any candidate
-        is no hit."""
-        return ((self.positive.amax(1) > self.rival) & ~self.row_sum.isnan()).double()
+        """Say which queries hit, [L, N] fp64: 1 where the best positive beats every rival; a row with NaN in any
+        candidate is no hit."""
+        return ((self.positive.amax(2) > self.rival) & ~self.row_sum.isnan()).double()
 
 
 @dataclass
 class Solved:
-    """One term's softmaxes, complete, in fp64.
+    """The losses' softmaxes, complete, in fp64.
 
-    rows [2 + P, N]: maximum of the rivals (the shift of the gradient's exponentials), their log-sum-exp, the logits of
-        the positives (-inf for a missing one).
-    cols [3, K]: maximum of the rivals, their log-sum-exp, log-sum-exp of the logits labelled with this key; -inf where
-        there is none.
+    rows [L, 2 + P, N]: maximum of the rivals (the shift of the gradient's exponentials), their log-sum-exp, the logits
+        of the positives (-inf for a missing one).
+    cols [L, 3, K]: maximum of the rivals, their log-sum-exp, log-sum-exp of the logits labelled with this key; -inf
+        where there is none.
     """
 
     rows: Tensor
@@ -144,32 +183,39 @@ class Solved:
     def of(cls, state: Statistics, positives: Positives) -> Solved:
         """Put the positives back into the statistics."""
         row_max, col_max = state.row_max.double(), state.col_max.double()
-        rows = torch.cat([torch.stack([row_max, row_max + state.row_sum.log()]), state.positive.T.double()])
-        by_key = positives.lse_by_key(state.positive, col_max.shape[0])
-        return cls(rows, torch.stack([col_max, col_max + state.col_sum.log(), by_key]))
+        rivals = torch.stack([row_max, row_max + state.row_sum.log()], dim=1)
+        by_key = positives.lse_by_key(state.positive, col_max.shape[1])
+        return cls(
+            torch.cat([rivals, state.positive.mT.double()], dim=1),
+            torch.stack([col_max, col_max + state.col_sum.log(), by_key], dim=1),
+        )
 
     def row_positives(self) -> Tensor:
-        """The log-sum-exp of each row's positives, [N]."""
-        return self.rows[2] if self.rows.shape[0] == 3 else self.rows[2:].logsumexp(0)
+        """The log-sum-exp of each row's positives, [L, N]."""
+        return self.rows[:, 2] if self.rows.shape[1] == 3 else self.rows[:, 2:].logsumexp(1)
 
     def row_loss(self, positives: Positives) -> Tensor:
-        """The cross-entropy of each pair in its row, [N, P]; 0 for a missing one."""
+        """The cross-entropy of each pair in its row, [L, N, P]; 0 for a missing one."""
         together = self.row_positives()
-        loss = softplus(self.rows[1] - together)
-        if self.rows.shape[0] == 3:
-            return loss[:, None]
-        return _kept(loss[:, None] + (together[:, None] - self.rows[2:].T), positives)
+        loss = softplus(self.rows[:, 1] - together)
+        if self.rows.shape[1] == 3:
+            return loss[:, :, None]
+        return _kept(loss[:, :, None] + (together[:, :, None] - self.rows[:, 2:].mT), positives)
 
     def col_loss(self, positives: Positives) -> Tensor:
-        """The cross-entropy of each pair in its column, [N, P]; 0 for a missing one."""
-        _, rivals, together = self.cols[:, positives.at]
-        # The second part is 0 unless keys are shared.
-        return _kept(softplus(rivals - together) + (together - self.rows[2:].T), positives)
+        """The cross-entropy of each pair in its column, [L, N, P]; 0 for a missing one."""
+        rivals, together = positives.of_keys(self.cols[:, 1]), positives.of_keys(self.cols[:, 2])
+        loss = softplus(rivals - together)
+        if positives.first is None:  # else no key is shared
+            loss = loss + (together - self.rows[:, 2:].mT)
+        return _kept(loss, positives)
 
     def total(self, positives: Positives, symmetric: bool) -> Tensor:
-        """The term's loss summed over queries, each the mean over its positives, 0-d."""
-        loss = (positives.weight * self.row_loss(positives)).sum()
-        return 0.5 * (loss + (positives.weight * self.col_loss(positives)).sum()) if symmetric else loss
+        """Each loss summed over queries, each the mean over its positives, [L]."""
+        loss = self.row_loss(positives)
+        if symmetric:
+            loss = 0.5 * (loss + self.col_loss(positives))
+        return (positives.weight * loss).sum((1, 2))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -178,20 +224,20 @@ def softplus(x: Tensor) -> Tensor:
 
 
 @dataclass
-class Slopes:
-    """What a tile's gradient needs of one term, in the tile's dtype.
+class Slopes(_OfLosses):
+    """What a tile's gradient needs of L losses, in the tile's dtype.
 
     G = factor (row_coef exp(s - row_shift) + col_coef exp(s - col_shift)), and factor positive_slope at the positives.
     With ``shiftless`` all shifts are 0, and one exponential serves both.
     """
 
     shiftless: bool
-    row_shift: Tensor  # [N]
-    row_coef: Tensor  # [N]
-    col_shift: Tensor  # [K]
-    col_coef: Tensor  # [K]
-    positive_slope: Tensor  # [N, P]
-    factor: Tensor  # 0-d
+    row_shift: Tensor  # [L, N]
+    row_coef: Tensor  # [L, N]
+    col_shift: Tensor  # [L, K]
+    col_coef: Tensor  # [L, K]
+    positive_slope: Tensor  # [L, N, P]
+    factor: Tensor  # [L]
 
     @classmethod
     def of(
@@ -204,29 +250,31 @@ class Slopes:
         shiftless: bool,
         dtype: torch.dtype,
     ) -> Slopes:
-        """Compute the coefficients of one term's gradient.
+        """Compute the coefficients of the losses' gradients.
 
         key_weights [K]: how much each key's column softmax counts, over all ranks (Positives.key_weights).
-        factor: 0-d, the gradient to one direction's summed loss / temperature.
+        factor: [L], the gradient to one direction's summed loss / temperature.
         """
         # Each softmax's share at a positive, weight e^-loss - (the pair's weight), written so that nothing cancels.
         slope = torch.expm1(-solved.row_loss(positives)) + (1 - positives.weight)
         if symmetric:
             col_loss, weight = solved.col_loss(positives), positives.weight
-            slope = slope + weight * torch.expm1(-col_loss) + (key_weights[positives.at] - weight) * (-col_loss).exp()
-        rows, cols = solved.rows, solved.cols
+            slope = slope + weight * torch.expm1(-col_loss)
+            if positives.first is None:  # else each key's column is its one pair's
+                slope = slope + (positives.of_keys(key_weights) - weight) * (-col_loss).exp()
+        rows, cols = solved.rows.unbind(1), solved.cols.unbind(1)
         col_weights = key_weights if symmetric else torch.zeros_like(key_weights)
         by_row = _shift_and_coefficient(rows[0], rows[1], solved.row_positives(), torch.ones_like(rows[0]), shiftless)
         by_col = _shift_and_coefficient(cols[0], cols[1], cols[2], col_weights, shiftless)
-        return cls(shiftless, *(t.to(dtype) for t in (*by_row, *by_col, slope, factor)))
+        return cls(shiftless, *(t.to(dtype) for t in (*by_row, *by_col, slope.contiguous(), factor)))
 
     def columns(self, start: int, stop: int) -> Slopes:
         """The same rows against keys start .. stop - 1 only."""
-        return replace(self, col_shift=self.col_shift[start:stop], col_coef=self.col_coef[start:stop])
+        return replace(self, col_shift=self.col_shift[..., start:stop], col_coef=self.col_coef[..., start:stop])
 
 
 def _kept(pairs: Tensor, positives: Positives) -> Tensor:
-    return pairs if pairs.shape[1] == 1 else torch.where(positives.weight > 0, pairs, 0)
+    return pairs if pairs.shape[2] == 1 else torch.where(positives.weight > 0, pairs, 0)
 
 
 def _shift_and_coefficient(

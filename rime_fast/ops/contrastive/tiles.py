@@ -156,14 +156,14 @@ class TileSweep:
                 tile = buffer[: rows * stride].view(rows, stride)[:, :cols]
                 yield similarities(block, candidates, tile), row, col
 
-    def statistics(self, into: list[Statistics]) -> None:
+    def statistics(self, into: Statistics) -> None:
         """Add every tile of every term to that term's statistics."""
         for (q, k), masks, state in zip(self.terms, self.masks, into, strict=True):
             for tile, row, col in self.tiles(self.queries[q], self.keys[k]):
                 self.rows.statistics(tile, row, col, masks, state)
                 del tile  # before the next one is made
 
-    def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
+    def gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         """Add every tile's gradient to dq and dk (None: not wanted)."""
         for (qm, km), masks, slope in zip(self.terms, self.masks, slopes, strict=True):
             q, k = self.queries[qm], self.keys[km]
@@ -191,7 +191,7 @@ class NestedRows:
         gradient: Any
 
     def nested_statistics(
-        self, parts: list[Tensor], row: int, col: int, norms: Norms, masks: list[Masks], into: list[Statistics]
+        self, parts: list[Tensor], row: int, col: int, norms: Norms, masks: list[Masks], into: Statistics
     ) -> None:
         """Add a tile's partial products, which are used up."""
         _prefix(parts, row, col, norms)
@@ -205,7 +205,7 @@ class NestedRows:
         col: int,
         norms: Norms,
         masks: list[Masks],
-        slopes: list[Slopes],
+        slopes: Slopes,
         by_row: Tensor,
         by_col: Tensor,
     ) -> None:

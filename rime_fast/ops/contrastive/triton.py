@@ -88,7 +88,7 @@ class TritonSweep:
     flag: Tensor
     row_products: list[Tensor] = field(init=False, default_factory=list)  # as tiles.TileSweep's
 
-    def statistics(self, into: list[Statistics]) -> None:
+    def statistics(self, into: Statistics) -> None:
         """Add every term's tiles to its statistics; terms whose modes have one D run in one launch."""
         widths = [self.queries[q].shape[1] for q, _ in self.terms]
         for width in dict.fromkeys(widths):
@@ -97,9 +97,11 @@ class TritonSweep:
                 part = chosen[first : first + 15]
                 with torch.cuda.device_of(self.scale):  # Triton launches on the current device
                     terms, masks = [self.terms[i] for i in part], [self.masks[i] for i in part]
-                    self._statistics(terms, masks, [into[i] for i in part])
+                    self._statistics(terms, masks, into, part)
 
-    def _statistics(self, terms: list[tuple[int, int]], masks: list[Masks], into: list[Statistics]) -> None:
+    def _statistics(
+        self, terms: list[tuple[int, int]], masks: list[Masks], into: Statistics, places: list[int]
+    ) -> None:
         from rime_fast.ops.contrastive.triton_kernels import statistics_kernel
 
         q_modes, k_modes = list(dict.fromkeys(q for q, _ in terms)), list(dict.fromkeys(k for _, k in terms))
@@ -149,26 +151,29 @@ class TritonSweep:
                     BOUNDED=bounded,
                     **self._options(q, tiles, tma, limits is not None),
                 )
-            for term, state in enumerate(into):
-                add_parts(row_part[term], col_part[term], positive[term], state, rows)
+            if len(places) == len(into):
+                add_parts(row_part, col_part, positive, into, rows)
+            else:  # views: an index list would make copies
+                for term, place in enumerate(places):
+                    one, found = slice(place, place + 1), slice(term, term + 1)
+                    add_parts(row_part[found], col_part[found], positive[found], into[one], rows)
 
-    def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
+    def gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         """Add every term's gradient to dq and dk in fp32."""
         with torch.cuda.device_of(self.scale):
             self._gradients(slopes, dq, dk)
 
-    def _gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
+    def _gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         from rime_fast.ops.contrastive.triton_kernels import gradient_kernel
 
-        scale2 = self._scale2()
-        for (qm, km), masks, slope in zip(self.terms, self.masks, slopes, strict=True):
+        scale2, factors, positive_slopes = self._scale2(), slopes.factor.float(), slopes.positive_slope.float()
+        row_shifts, row_coefs = base2(slopes.row_shift, slopes.row_coef)
+        col_shifts, col_coefs = base2(slopes.col_shift, slopes.col_coef)
+        for term, ((qm, km), masks) in enumerate(zip(self.terms, self.masks, strict=True)):
             q, k = dense(self.queries[qm]), dense(self.keys[km])
             tma = uses_descriptors(q, k)
             tiles = _tiles("gradient_kernel", q, tma, heavy=masks.row_limit is not None)
             q_operand, k_operand = _operand(q, tma, tiles.BM, tiles.BK), _operand(k, tma, tiles.BN, tiles.BK)
-            row_shift, row_coef = base2(slope.row_shift, slope.row_coef)
-            col_shift, col_coef = base2(slope.col_shift, slope.col_coef)
-            factor = slope.factor.float()
             width, height = panel_shape(q, k, tiles, q.element_size())
             panel = q.new_empty(height, width)
             options = self._options(q, tiles, tma, masks.row_limit is not None)
@@ -187,12 +192,12 @@ class TritonSweep:
                         masks.col_limit,
                         scale2,
                         self.flag,
-                        factor,
-                        row_shift,
-                        row_coef,
-                        col_shift,
-                        col_coef,
-                        slope.positive_slope.float(),
+                        factors[term],
+                        row_shifts[term],
+                        row_coefs[term],
+                        col_shifts[term],
+                        col_coefs[term],
+                        positive_slopes[term],
                         panel,
                         row,
                         col,

@@ -40,14 +40,14 @@ class NestedTritonSweep:
     widths: tuple[int, ...]
     row_products: list[Tensor] = field(init=False, default_factory=list)  # as tiles.TileSweep's
 
-    def statistics(self, into: list[Statistics]) -> None:
+    def statistics(self, into: Statistics) -> None:
         count = len(self.widths)
         with torch.cuda.device_of(self.scale):  # Triton launches on the current device
             for term, (qm, km) in enumerate(self.terms):
                 losses = slice(term * count, (term + 1) * count)
                 self._nested_statistics(self.queries[qm], self.keys[km], self.masks[losses], into[losses])
 
-    def _nested_statistics(self, q: Tensor, k: Tensor, masks: list[Masks], into: list[Statistics]) -> None:
+    def _nested_statistics(self, q: Tensor, k: Tensor, masks: list[Masks], into: Statistics) -> None:
         from rime_fast.ops.contrastive.triton_nested_kernels import nested_statistics_kernel
 
         q, k, edges, first, limits = parts.dense(q), parts.dense(k), self._edges(), masks[0], parts.limits_of(masks)
@@ -91,10 +91,9 @@ class NestedTritonSweep:
                     BOUNDED=bounded,
                     **self._nested_options(q, tiles, limits is not None),
                 )
-            for at, state in enumerate(into):
-                parts.add_parts(row_part[at], col_part[at], positive[at], state, rows)
+            parts.add_parts(row_part, col_part, positive, into, rows)
 
-    def gradients(self, slopes: list[Slopes], dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
+    def gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         count = len(self.widths)
         with torch.cuda.device_of(self.scale):
             for term, (qm, km) in enumerate(self.terms):
@@ -103,28 +102,22 @@ class NestedTritonSweep:
                 self._nested_gradients(*sides, self.masks[losses], slopes[losses], dq[qm], dk[km])
 
     def _nested_gradients(
-        self, q: Tensor, k: Tensor, masks: list[Masks], slopes: list[Slopes], dq: Tensor | None, dk: Tensor | None
+        self, q: Tensor, k: Tensor, masks: list[Masks], slopes: Slopes, dq: Tensor | None, dk: Tensor | None
     ) -> None:
         from rime_fast.ops.contrastive.triton_nested_kernels import nested_gradient_kernel
 
         tiles, count, first, limits = self._tiles(q), len(self.widths), masks[0], parts.limits_of(masks)
         scale2 = (self.scale.double() * parts.LOG2E).float()
         norms = all_inverse_norms(q, self.widths), all_inverse_norms(k, self.widths)
-        by_side = [
-            [torch.stack(found) for found in zip(*(parts.base2(*pair) for pair in pairs), strict=True)]
-            for pairs in (
-                [(slope.row_shift, slope.row_coef) for slope in slopes],
-                [(slope.col_shift, slope.col_coef) for slope in slopes],
-            )
-        ]
+        by_side = [parts.base2(slopes.row_shift, slopes.row_coef), parts.base2(slopes.col_shift, slopes.col_coef)]
         # tensors live as long as the kernels that read them are queued: nothing here is made anew a panel
         fixed = (self._edges(), torch.stack(norms[0]), torch.stack(norms[1]), first.labels, first.labels.shape[1])
         masked = (first.row_ids, first.col_ids, *((None, None) if limits is None else limits))
         weights = (
-            torch.stack([slope.factor.float() for slope in slopes]),
+            slopes.factor.float(),
             *by_side[0],
             *by_side[1],
-            torch.stack([slope.positive_slope.float() for slope in slopes]),
+            slopes.positive_slope.float(),
         )
         narrow = q.element_size() < 4  # with fp32 scratch beside it
         width, height = parts.panel_shape(q, k, tiles, count * (q.element_size() + 4 * narrow))

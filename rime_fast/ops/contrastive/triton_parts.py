@@ -56,20 +56,21 @@ def limits_of(masks: list[Masks]) -> tuple[Tensor, Tensor] | None:
 
 
 def add_parts(row_part: Tensor, col_part: Tensor, positive: Tensor, into: Statistics, rows: slice) -> None:
-    """Add a launch's partial statistics, row_part [3, parts, n] and col_part [2, parts, K] and the positives' logits
-    [n, P], of these rows to a term's."""
-    _merge(row_part[0], row_part[1], into.row_max[rows], into.row_sum[rows])
-    _merge(col_part[0], col_part[1], into.col_max, into.col_sum)
-    into.rival[rows] = torch.maximum(into.rival[rows], row_part[2].amax(0) / LOG2E)
-    into.positive[rows] = torch.where(positive != -torch.inf, positive / LOG2E, into.positive[rows])
+    """Add a launch's partial statistics, row_part [L, 3, parts, n] and col_part [L, 2, parts, K] and the positives'
+    logits [L, n, P], of these rows to the losses'."""
+    _merge(*row_part[:, :2].unbind(1), into.row_max[:, rows], into.row_sum[:, rows])
+    _merge(*col_part.unbind(1), into.col_max, into.col_sum)
+    rival, known = into.rival[:, rows], into.positive[:, rows]
+    rival.copy_(torch.maximum(rival, row_part[:, 2].amax(1) / LOG2E))
+    known.copy_(torch.where(positive != -torch.inf, positive / LOG2E, known))
 
 
 def _merge(top2: Tensor, total: Tensor, running_max: Tensor, running_sum: Tensor) -> None:
-    """Partial statistics [parts, size] in base 2 into running ones in base e, in fp64 and in a fixed order."""
+    """Partial statistics [L, parts, size] in base 2 into running ones in base e, in fp64 and in a fixed order."""
     top = top2.double() / LOG2E
-    best = torch.maximum(top.amax(0), running_max.double())
+    best = torch.maximum(top.amax(1), running_max.double())
     shift = torch.where(best == -torch.inf, 0, best).to(running_max.dtype)  # what later steps will subtract
-    added = (total.double() * (top - shift.double()).exp()).sum(0)
+    added = (total.double() * (top - shift.double()[:, None]).exp()).sum(1)
     running_sum.mul_((running_max.double() - shift.double()).exp()).add_(added)
     running_max.copy_(torch.where(best == -torch.inf, best.to(shift.dtype), shift))
 
