@@ -340,10 +340,27 @@ def test_opcheck(with_masks: bool) -> None:
     masks = (index, index, torch.arange(11)) if with_masks else (None, None, None)
     tail = (Options(((0, 0), (1, 0)), 0.1 if with_masks else None, with_masks, "chunked").encode(),)
     torch.library.opcheck(torch.ops.rime_fast.contrastive.default, (queries, keys, temperature, *masks, *tail))
-    _, _, rows, cols = torch.ops.rime_fast.contrastive(queries, keys, temperature, *masks, *tail)
-    plain = [t.detach() for t in (rows, cols, *queries, *keys, temperature)]
-    arguments = (torch.ones(2), plain[0], plain[1], plain[2:4], plain[4:5], plain[5], *masks, *tail)
-    torch.library.opcheck(torch.ops.rime_fast.contrastive_backward.default, (*arguments, [True, False], [True]))
+    _, _, *solved = torch.ops.rime_fast.contrastive(queries, keys, temperature, *masks, *tail)
+    plain = [t.detach() for t in (*solved, *queries, *keys, temperature)]
+    arguments = (torch.ones(2), *plain[:3], plain[3:5], plain[5:6], plain[6], *masks, *tail)
+    torch.library.opcheck(torch.ops.rime_fast.contrastive_backward.default, (*arguments, [True, False], [True], True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kept_similarities_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does where they are few: two modes, hard negatives."""
+    queries, keys = ([unit(n, 16).to(dtype).requires_grad_() for _ in range(2)] for n in (37, 52))
+
+    def gradients() -> list[Tensor]:
+        sides = [dict(zip("dg", side, strict=True)) for side in (queries, keys)]
+        terms = [("d", "d", 1.0), ("g", "d", 0.5)]
+        loss = contrastive_loss(*sides, terms=terms, temperature=0.05, backend="chunked").loss
+        return [loss, *torch.autograd.grad(loss, [*queries, keys[0]], retain_graph=True)]
+
+    wanted = gradients()
+    monkeypatch.setattr("rime_fast.ops.contrastive.op._keeps", lambda problem: True)
+    for found, expected in zip(gradients(), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_compiles_as_one_graph() -> None:

@@ -2,7 +2,7 @@
 
     contrastive_loss                  checks (problem.py), then one of
       rime_fast::contrastive          one process: loss and hit@1 of each term (+ log-sum-exps for the backward)
-      rime_fast::contrastive_backward its gradients; recomputes the tiles
+      rime_fast::contrastive_backward its gradients; recomputes the tiles, where they were too many to keep
       _Grouped                        the same over a process group (not under torch.compile)
       reference.py                    plain torch, the only one with second derivatives
 The first three run one schedule (schedule.py). An operator takes the tensors and ``Options`` as one list of numbers.
@@ -11,7 +11,7 @@ The first three run one schedule (schedule.py). An operator takes the tensors an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rime_fast.ops.checks import refuse_forward_ad
-from rime_fast.ops.contrastive import reference, triton
+from rime_fast.ops.contrastive import cuda, reference, triton
 from rime_fast.ops.contrastive.agreement import Agreement, agree
 from rime_fast.ops.contrastive.problem import (
     Inputs,
@@ -35,9 +35,10 @@ from rime_fast.ops.dispatch import BackendTable, on_device_of
 
 TABLE = BackendTable(
     op="contrastive",
-    probes={"reference": lambda _: None, "chunked": lambda _: None, "triton": triton.why_not},
-    order={"cpu": ("chunked",), "cuda": ("triton", "chunked")},
+    probes={"reference": lambda _: None, "chunked": cuda.why_not, "triton": triton.why_not},
+    order={"cpu": ("chunked",), "cuda": ("chunked", "triton", "reference")},  # as measured on an H100
 )
+KEEP_BYTES = 1 << 30  # of similarities that stay from the forward to the backward on a GPU
 
 
 @dataclass
@@ -142,7 +143,8 @@ def contrastive_loss(
             if problem.options.backend == "reference":
                 per_term, hits = reference.one_rank(problem.inputs, problem.options)
             else:
-                per_term, hits, _, _ = torch.ops.rime_fast.contrastive(*problem.inputs, problem.options.encode())
+                options = replace(problem.options, keep=_keeps(problem))
+                per_term, hits, *_ = torch.ops.rime_fast.contrastive(*problem.inputs, options.encode())
         except NonFiniteRow as error:  # below the public function modes have no names
             raise ValueError(problem.row_message(error)) from None
     if widths := problem.options.widths:
@@ -187,6 +189,22 @@ def _refuse_forward_ad(problem: Problem) -> None:
         refuse_forward_ad("contrastive_loss", (*x.queries, *x.keys, x.temperature))
 
 
+def _keeps(problem: Problem) -> bool:
+    """Whether all similarities stay from the forward to the backward: on a GPU, where they are few."""
+    x, options = problem.inputs, problem.options
+    leaves = (*x.queries, *x.keys, x.temperature)
+    trained = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    if not trained or not x.queries[0].is_cuda or options.backend != "chunked" or len(options.widths) > 1:
+        return False
+    return 4 * len(options.terms) * x.n_queries * x.n_keys <= KEEP_BYTES
+
+
+def _room(x: Inputs, options: Options) -> Tensor:
+    """Memory for what ``Options.keep`` keeps, [terms, N, K up to a multiple of 4], or nothing."""
+    like, shape = x.queries[0], (len(options.terms), x.n_queries, -(-x.n_keys // 4) * 4)
+    return like.new_empty(shape if options.keep else 0, dtype=accumulation_dtype(like.dtype))
+
+
 def _has_others(group: Any) -> bool:
     """True when ``group`` holds more than this process; errors when it cannot be used."""
     if not dist.is_available() or not dist.is_initialized():
@@ -211,12 +229,11 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        rows, x = ctx.saved_tensors, ctx.agreed.problem.inputs
+        _, x = ctx.saved_tensors, ctx.agreed.problem.inputs  # read: autograd looks for changes in place
         needs = [True] * len(x.queries), [ctx.agreed.keys_trained] * len(x.keys)
         with on_device_of(grad):
-            dq, dk, dt = ctx.schedule.backward(grad, *ctx.solved, *needs)
-        found = [None if d is None else d.to(row.dtype) for d, row in zip((*dq, *dk), rows, strict=True)]
-        return None, dt, *found
+            dq, dk, dt = ctx.schedule.backward(grad, *ctx.solved, *needs, ctx.needs_input_grad[1])
+        return None, dt, *dq, *dk
 
 
 @torch.library.custom_op("rime_fast::contrastive", mutates_args=())
@@ -228,24 +245,33 @@ def contrastive(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     options: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss as a custom operator: (loss [terms], hit@1 [terms], and softmax.Solved for the backward: [terms, 2 + P,
-    N] and [terms, 3, K] fp64)."""
-    x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss as a custom operator: (loss [terms], hit@1 [terms], and for the backward softmax.Solved: [terms, 2 + P,
+    N] and [terms, 3, K] fp64; the similarities, if they are kept)."""
+    x, decoded = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids), Options.decode(options)
     with on_device_of(queries[0]):
-        return of_one_rank(x, Options.decode(options)).forward()
+        schedule, kept = of_one_rank(x, decoded), _room(x, decoded)
+        schedule.kept = kept if decoded.keep else None
+        return *schedule.forward(), kept
 
 
 @contrastive.register_fake
 def _(
     queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: Tensor, labels: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    terms, like = Options.decode(rest[-1]).n_losses, queries[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = Options.decode(rest[-1])
+    terms, like = options.n_losses, queries[0]
     loss = like.new_empty(terms, dtype=accumulation_dtype(like.dtype))
     positives = 1 if labels is None or labels.dim() == 1 else labels.shape[1]
     rows = like.new_empty(terms, 2 + positives, like.shape[0], dtype=torch.float64)
     cols = like.new_empty(terms, 3, keys[0].shape[0], dtype=torch.float64)
-    return loss, torch.empty_like(loss), rows, cols
+    return (
+        loss,
+        torch.empty_like(loss),
+        rows,
+        cols,
+        _room(Inputs(list(queries), list(keys), temperature, None, None, None), options),
+    )
 
 
 @torch.library.custom_op("rime_fast::contrastive_backward", mutates_args=())
@@ -253,6 +279,7 @@ def contrastive_backward(
     grad: Tensor,
     rows: Tensor,
     cols: Tensor,
+    kept: Tensor,
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     temperature: Tensor,
@@ -262,23 +289,25 @@ def contrastive_backward(
     options: Sequence[float],
     need_queries: Sequence[bool],
     need_keys: Sequence[bool],
+    need_temperature: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The gradients as a custom operator: (dq of each query mode, dk of each key mode, d temperature); [0] where not
     needed (a result cannot be None)."""
     x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
     with on_device_of(queries[0]):
-        schedule = of_one_rank(x, Options.decode(options))
-        dq, dk, dt = schedule.backward(grad, rows, cols, list(need_queries), list(need_keys))
+        schedule, decoded = of_one_rank(x, Options.decode(options)), Options.decode(options)
+        schedule.kept = kept if decoded.keep else None
+        dq, dk, dt = schedule.backward(grad, rows, cols, list(need_queries), list(need_keys), need_temperature)
 
     def results(found: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
-        return [t.new_empty(0) if d is None else d.to(t.dtype) for d, t in zip(found, like, strict=True)]
+        return [t.new_empty(0) if d is None else d for d, t in zip(found, like, strict=True)]
 
     return results(dq, x.queries), results(dk, x.keys), dt
 
 
 @contrastive_backward.register_fake
 def _(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    queries, keys, temperature, need_queries, need_keys = *args[3:6], *args[-2:]
+    queries, keys, temperature, need_queries, need_keys = *args[4:7], *args[-3:-1]
 
     def like(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
         return [t.new_empty(t.shape) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)]
@@ -295,14 +324,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    rows, cols, temperature, *indices = ctx.saved_tensors[:6]
-    queries, keys = ctx.saved_tensors[6 : 6 + ctx.n_query_modes], ctx.saved_tensors[6 + ctx.n_query_modes :]
+    rows, cols, kept, temperature, *indices = ctx.saved_tensors[:7]
+    queries, keys = ctx.saved_tensors[7 : 7 + ctx.n_query_modes], ctx.saved_tensors[7 + ctx.n_query_modes :]
     need_q, need_k, need_t = ctx.needs_input_grad[:3]
     if grad is None:
         return [None] * len(queries), [None] * len(keys), None, None, None, None, None
     needs = [need or need_t for need in need_q], list(need_k)
     dq, dk, dt = torch.ops.rime_fast.contrastive_backward(
-        grad, rows, cols, list(queries), list(keys), temperature, *indices, ctx.options, *needs
+        grad, rows, cols, kept, list(queries), list(keys), temperature, *indices, ctx.options, *needs, need_t
     )
     return (
         [d if need else None for d, need in zip(dq, need_q, strict=True)],

@@ -31,7 +31,8 @@ class Options:
 
     terms: (position in queries, position in keys) of each term. backend: the one that runs, never "auto". widths: the
     leading columns that are compared, ascending, the last one all of them; () for all alone. A term has one loss a
-    width: losses are counted term by term, the widths of one together.
+    width: losses are counted term by term, the widths of one together. keep: the similarities stay in memory from the
+    forward to the backward.
     """
 
     terms: tuple[tuple[int, int], ...]
@@ -39,26 +40,28 @@ class Options:
     symmetric: bool
     backend: str
     widths: tuple[int, ...] = ()
+    keep: bool = False
 
     @property
     def n_losses(self) -> int:
         return len(self.terms) * max(1, len(self.widths))
 
     def encode(self) -> list[float]:
-        """Write the options as integers: [backend, symmetric, margin given, margin, the number of widths, the widths,
-        two positions a term]."""
+        """Write the options as integers: [backend, symmetric, keep, margin given, margin, the number of widths, the
+        widths, two positions a term]."""
         margin = 0.0 if self.margin is None else self.margin
         flat = [len(self.widths), *self.widths, *(position for term in self.terms for position in term)]
-        flags = BACKENDS.index(self.backend), self.symmetric, self.margin is not None
+        flags = BACKENDS.index(self.backend), self.symmetric, self.keep, self.margin is not None
         return [*map(float, flags), margin, *map(float, flat)]
 
     @classmethod
     def decode(cls, numbers: Sequence[float]) -> Options:
         """Read what ``encode`` wrote."""
-        backend, symmetric, masked, margin = numbers[:4]
-        count, *flat = [int(number) for number in numbers[4:]]
+        backend, symmetric, keep, masked, margin = numbers[:5]
+        count, *flat = [int(number) for number in numbers[5:]]
         terms = tuple(zip(flat[count::2], flat[count + 1 :: 2], strict=True))
-        return cls(terms, margin if masked else None, bool(symmetric), BACKENDS[int(backend)], tuple(flat[:count]))
+        rest = bool(symmetric), BACKENDS[int(backend)], tuple(flat[:count]), bool(keep)
+        return cls(terms, margin if masked else None, *rest)
 
 
 class Inputs(NamedTuple):
@@ -325,8 +328,8 @@ def _finite(number: float) -> bool:
 
 def largest_norm(tensors: list[Tensor]) -> Tensor:
     """Compute the largest row norm, 0-d; NaN when a row holds one."""
-    norms = [torch.linalg.vector_norm(t.detach(), dim=1, dtype=accumulation_dtype(t.dtype)).amax() for t in tensors]
-    return torch.stack(norms).amax()
+    norms = [torch.linalg.vector_norm(t.detach(), dim=1, dtype=accumulation_dtype(t.dtype)) for t in tensors]
+    return torch.cat(norms).amax()
 
 
 def require_finite(side: str, tensors: list[Tensor], largest_norm: float) -> None:

@@ -33,6 +33,7 @@ from rime_fast.ops.contrastive.tiles import (
     id_classes,
     pair_similarity,
     scale_by,
+    sized,
     unit_of,
 )
 
@@ -66,6 +67,7 @@ class Schedule:
         self.queries = self.backend.operands(x.queries)
         self.masks = self._masks()
         self.key_weights: Tensor | None = None  # Positives.key_weights over all ranks
+        self.kept: Tensor | None = None  # similarities, see tiles.TileSweep
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute (losses, hit@1 of each; Solved.rows and Solved.cols of each for the backward),
@@ -82,10 +84,16 @@ class Schedule:
         return totals[:losses].clone(), totals[losses:].clone(), solved.rows, solved.cols
 
     def backward(
-        self, grad: Tensor, rows: Tensor, cols: Tensor, need_queries: list[bool], need_keys: list[bool]
+        self,
+        grad: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        need_queries: list[bool],
+        need_keys: list[bool],
+        need_temperature: bool,
     ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor]:
-        """Compute the gradients (dq and dk of each mode in the accumulation dtype, None where not needed; d
-        temperature).
+        """Compute the gradients (dq and dk of each mode in the rows' dtype, None where not needed; d temperature, 0
+        where not needed).
 
         The temperature's gradient comes from dq alone: with no query needed it is 0.
         """
@@ -105,13 +113,18 @@ class Schedule:
         def add(start: int, stop: int, keys: list[Tensor], dk: list[Tensor | None]) -> None:
             sweep = self._sweep(start, stop, keys)
             sweep.gradients(slopes.columns(start, stop), dq, dk)
-            scale_by(unit, dk)
+            if not self.source.alone:  # what travels has its size: the unit is each rank's own
+                scale_by(unit, dk)
             narrower.extend(products.sum() for products in sweep.row_products)
 
         dk = self.source.gradients(add, need_keys)
-        scale_by(unit, dq)
-        extra = torch.stack(narrower).sum()
-        return dq, dk, self._temperature_gradient(dq, extra if unit is None else extra * unit)
+        dtype, dt = self.queries[0].dtype, torch.zeros_like(self.temperature)
+        if need_temperature:
+            extra = torch.stack(narrower).sum()
+            dt = self._temperature_gradient(dq, extra)
+            dt = dt if unit is None else dt * unit.to(dt.dtype)
+        last = unit if self.source.alone else None
+        return [sized(d, unit, dtype) for d in dq], [sized(d, last, dtype) for d in dk], dt
 
     def _merge_columns(self, cols: Tensor) -> None:
         """Log-sum-exps of cols [terms, 3, K] over all ranks' queries, in place, and how much each key weighs."""
@@ -129,7 +142,10 @@ class Schedule:
         masks = [masks.columns(start, stop) for masks in self.masks]
         moved = self.backend.operands(keys)
         widths = self.options.widths
-        return self.backend.sweep(self.queries, moved, self.options.terms, self.scale, masks, self.flag, widths)
+        found = self.backend.sweep(self.queries, moved, self.options.terms, self.scale, masks, self.flag, widths)
+        if self.kept is not None:
+            found.kept = self.kept
+        return found
 
     def _masks(self) -> list[Masks]:
         """One a loss, over all keys. Limits need the positives' similarities, which may lie with any rank."""

@@ -95,7 +95,7 @@ class TritonSweep:
             chosen = [i for i, w in enumerate(widths) if w == width]
             for first in range(0, len(chosen), 15):  # four bits a term and mode in the launch's mode words
                 part = chosen[first : first + 15]
-                with torch.cuda.device_of(self.scale):  # Triton launches on the current device
+                with dispatch.on_device_of(self.scale):  # Triton launches on the current device
                     terms, masks = [self.terms[i] for i in part], [self.masks[i] for i in part]
                     self._statistics(terms, masks, into, part)
 
@@ -160,7 +160,7 @@ class TritonSweep:
 
     def gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         """Add every term's gradient to dq and dk in fp32."""
-        with torch.cuda.device_of(self.scale):
+        with dispatch.on_device_of(self.scale):
             self._gradients(slopes, dq, dk)
 
     def _gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:

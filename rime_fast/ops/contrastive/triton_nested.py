@@ -42,7 +42,7 @@ class NestedTritonSweep:
 
     def statistics(self, into: Statistics) -> None:
         count = len(self.widths)
-        with torch.cuda.device_of(self.scale):  # Triton launches on the current device
+        with dispatch.on_device_of(self.scale):  # Triton launches on the current device
             for term, (qm, km) in enumerate(self.terms):
                 losses = slice(term * count, (term + 1) * count)
                 self._nested_statistics(self.queries[qm], self.keys[km], self.masks[losses], into[losses])
@@ -95,7 +95,7 @@ class NestedTritonSweep:
 
     def gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         count = len(self.widths)
-        with torch.cuda.device_of(self.scale):
+        with dispatch.on_device_of(self.scale):
             for term, (qm, km) in enumerate(self.terms):
                 losses = slice(term * count, (term + 1) * count)
                 sides = parts.dense(self.queries[qm]), parts.dense(self.keys[km])

@@ -58,8 +58,8 @@ def limits_of(masks: list[Masks]) -> tuple[Tensor, Tensor] | None:
 def add_parts(row_part: Tensor, col_part: Tensor, positive: Tensor, into: Statistics, rows: slice) -> None:
     """Add a launch's partial statistics, row_part [L, 3, parts, n] and col_part [L, 2, parts, K] and the positives'
     logits [L, n, P], of these rows to the losses'."""
-    _merge(*row_part[:, :2].unbind(1), into.row_max[:, rows], into.row_sum[:, rows])
-    _merge(*col_part.unbind(1), into.col_max, into.col_sum)
+    _merge(row_part[:, 0], row_part[:, 1], into.row_max[:, rows], into.row_sum[:, rows])
+    _merge(col_part[:, 0], col_part[:, 1], into.col_max, into.col_sum)
     rival, known = into.rival[:, rows], into.positive[:, rows]
     rival.copy_(torch.maximum(rival, row_part[:, 2].amax(1) / LOG2E))
     known.copy_(torch.where(positive != -torch.inf, positive / LOG2E, known))

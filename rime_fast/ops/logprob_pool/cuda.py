@@ -142,9 +142,9 @@ def _merge(parts: list[Statistics]) -> Statistics:
 def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> Gradients:
     """Compute the gradients, that of hidden on top of the read-outs' ``rows``; makes the logits
     again, panel by panel."""
-    work, needs = _Backward(problem, stats, upstream, rows), problem.options.needs
-    order = scored_rows(problem.ignored, problem.options.max_scored).order
+    needs, order = problem.options.needs, scored_rows(problem.ignored, problem.options.max_scored).order
     capacity, itemsize = order.shape[0], problem.hidden.element_size()
+    work = _Backward(problem, stats, upstream, rows, scored=capacity > 0)
     cut = plan(
         capacity, problem.lm_head.shape[1], problem.lm_head.shape[0], itemsize, workspace_limit(problem.lm_head.nbytes)
     )
@@ -177,7 +177,8 @@ def forward_with_gradient(
         stats = merge(stats)
         return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
     stats = new_statistics(problem.hidden, problem.options.entropy, rows + 1)
-    sums, weight = _Backward(problem, stats, Upstream(token_weight.neg(), None), None), None
+    sums = _Backward(problem, stats, Upstream(token_weight.neg(), None), None, scored=order.shape[0] > 0)
+    weight = None
     chunks = F.pad(order, (0, -order.shape[0] % ROWS), value=rows).split(max(size, ROWS)) if size else ()
     buffer = lm_head.new_empty(size * vocabulary, dtype=dtype)
     if needs.lm_head and len(chunks) > 1:
@@ -213,7 +214,10 @@ def forward_with_gradient(
 class _Backward:
     """One backward: what all its panels share, and the sums."""
 
-    def __init__(self, problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> None:
+    def __init__(
+        self, problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None, scored: bool
+    ) -> None:
+        """scored: whether a row may be; then all of dW is written."""
         self.problem, needs = problem, problem.options.needs
         hidden, lm_head = problem.hidden, problem.lm_head
         # The place past the rows: p = exp(z - inf) = 0 and no upstream gradient, so that padding adds exact zeros.
@@ -227,7 +231,8 @@ class _Backward:
             if rows is not None:
                 start_gradient_(self.hidden[:-1], None, rows, problem.spans)
         if needs.lm_head:
-            self.lm_head = torch.zeros_like(lm_head, dtype=gradient_dtype(lm_head.dtype))
+            made = torch.empty_like if scored else torch.zeros_like
+            self.lm_head = made(lm_head, dtype=gradient_dtype(lm_head.dtype))
         if needs.bias:
             self.bias = hidden.new_zeros(lm_head.shape[0], dtype=torch.float32)
         if needs.temperature:
