@@ -161,7 +161,7 @@ def contrastive_loss(
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     total = weights[0] * values[0]
     for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + weight * value
+        total = torch.add(total, value, alpha=weight)
     return total
 
 
@@ -245,20 +245,20 @@ def contrastive(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     options: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss as a custom operator: (loss [terms], hit@1 [terms], and for the backward softmax.Solved: [terms, 2 + P,
-    N] and [terms, 3, K] fp64; the similarities, if they are kept)."""
+    N] and [terms, 3, K] fp64; Schedule.flag; the similarities, if they are kept)."""
     x, decoded = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids), Options.decode(options)
     with on_device_of(queries[0]):
         schedule, kept = of_one_rank(x, decoded), _room(x, decoded)
         schedule.kept = kept if decoded.keep else None
-        return *schedule.forward(), kept
+        return *schedule.forward(), schedule.flag, kept
 
 
 @contrastive.register_fake
 def _(
     queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: Tensor, labels: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = Options.decode(rest[-1])
     terms, like = options.n_losses, queries[0]
     loss = like.new_empty(terms, dtype=accumulation_dtype(like.dtype))
@@ -270,6 +270,7 @@ def _(
         torch.empty_like(loss),
         rows,
         cols,
+        like.new_empty((), dtype=torch.int32),
         _room(Inputs(list(queries), list(keys), temperature, None, None, None), options),
     )
 
@@ -279,6 +280,7 @@ def contrastive_backward(
     grad: Tensor,
     rows: Tensor,
     cols: Tensor,
+    flag: Tensor,
     kept: Tensor,
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -295,7 +297,8 @@ def contrastive_backward(
     needed (a result cannot be None)."""
     x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
     with on_device_of(queries[0]):
-        schedule, decoded = of_one_rank(x, Options.decode(options)), Options.decode(options)
+        decoded = Options.decode(options)
+        schedule = of_one_rank(x, decoded, flag)
         schedule.kept = kept if decoded.keep else None
         dq, dk, dt = schedule.backward(grad, rows, cols, list(need_queries), list(need_keys), need_temperature)
 
@@ -307,7 +310,7 @@ def contrastive_backward(
 
 @contrastive_backward.register_fake
 def _(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    queries, keys, temperature, need_queries, need_keys = *args[4:7], *args[-3:-1]
+    queries, keys, temperature, need_queries, need_keys = *args[5:8], *args[-3:-1]
 
     def like(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
         return [t.new_empty(t.shape) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)]
@@ -324,14 +327,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    rows, cols, kept, temperature, *indices = ctx.saved_tensors[:7]
-    queries, keys = ctx.saved_tensors[7 : 7 + ctx.n_query_modes], ctx.saved_tensors[7 + ctx.n_query_modes :]
+    solved, (temperature, *indices), modes = ctx.saved_tensors[:4], ctx.saved_tensors[4:8], ctx.saved_tensors[8:]
+    queries, keys = modes[: ctx.n_query_modes], modes[ctx.n_query_modes :]
     need_q, need_k, need_t = ctx.needs_input_grad[:3]
     if grad is None:
         return [None] * len(queries), [None] * len(keys), None, None, None, None, None
     needs = [need or need_t for need in need_q], list(need_k)
     dq, dk, dt = torch.ops.rime_fast.contrastive_backward(
-        grad, rows, cols, kept, list(queries), list(keys), temperature, *indices, ctx.options, *needs, need_t
+        grad, *solved, list(queries), list(keys), temperature, *indices, ctx.options, *needs, need_t
     )
     return (
         [d if need else None for d, need in zip(dq, need_q, strict=True)],

@@ -45,20 +45,22 @@ class Schedule:
     is so is known on the host, to a backend that then keeps sums without shifts.
     """
 
-    def __init__(self, x: Inputs, options: Options, source: OwnKeys, bounded: bool | None) -> None:
-        """bounded: whether every |logit| <= BOUNDED; None: found out on the device."""
+    def __init__(self, x: Inputs, options: Options, source: OwnKeys, bounded: bool | Tensor | None) -> None:
+        """bounded: whether every |logit| <= BOUNDED, or the ``flag`` of that; None: found out on the device."""
         self.x, self.options, self.source = x, options, source
         device = x.queries[0].device
         self.backend: Any = triton if options.backend == "triton" else cuda if device.type == "cuda" else cpu
         self.dtype = accumulation_dtype(x.queries[0].dtype)
         self.temperature = positive_temperature(x.temperature.detach())
         self.scale = self.temperature.reciprocal()
-        if bounded is None:
-            logit = largest_norm(x.queries) * largest_norm(source.keys) * self.scale.abs()
-            self.flag = (logit < BOUNDED).to(torch.int32)
+        if isinstance(bounded, Tensor):
+            self.flag = bounded
+        elif bounded is None:
+            logit = largest_norm(x.queries) * largest_norm(source.keys) * self.scale
+            self.flag = torch.lt(logit, BOUNDED, out=torch.empty((), dtype=torch.int32, device=device))
         else:
             self.flag = torch.full((), int(bounded), dtype=torch.int32, device=device)
-        self.shiftless = bool(bounded) and self.backend.SHIFTLESS
+        self.shiftless = self.backend.SHIFTLESS and bool(bounded)
         labels = x.labels
         if labels is None:
             labels = torch.arange(source.first_key, source.first_key + x.n_queries, device=device)
@@ -77,11 +79,14 @@ class Schedule:
         for start, stop, keys in self.source.blocks():
             self._sweep(start, stop, keys).statistics(state.columns(start, stop))
         solved = Solved.of(state, self.positives)
-        if self.options.symmetric:
+        if self.options.symmetric and not self.source.alone:
             self._merge_columns(solved.cols)
-        totals = torch.cat([solved.total(self.positives, self.options.symmetric), state.hits().sum(1)])
-        totals = (self.source.sum_(totals) / self.source.n_queries).to(self.dtype)
-        return totals[:losses].clone(), totals[losses:].clone(), solved.rows, solved.cols
+        totals = torch.stack([solved.total(self.positives, self.options.symmetric), state.hits()])
+        loss, hit = (
+            torch.div(total, self.source.n_queries, out=total.new_empty(losses, dtype=self.dtype))
+            for total in self.source.sum_(totals)
+        )
+        return loss, hit, solved.rows, solved.cols
 
     def backward(
         self,
@@ -99,7 +104,7 @@ class Schedule:
         """
         symmetric, positives = self.options.symmetric, self.positives
         weights = positives.key_weights(self.source.n_keys) if self.key_weights is None else self.key_weights
-        factors = grad.double() * (0.5 if symmetric else 1.0) / (self.temperature.double() * self.source.n_queries)
+        factors = (grad.double() * ((0.5 if symmetric else 1.0) / self.source.n_queries)).div_(self.temperature)
         unit = unit_of(factors, self.queries[0].dtype)
         factors = factors if unit is None else factors / unit
         slopes = Slopes.of(Solved(rows, cols), positives, weights, factors, symmetric, self.shiftless, self.dtype)
@@ -108,20 +113,20 @@ class Schedule:
             for q, need in zip(self.queries, need_queries, strict=True)
         ]
 
-        narrower = [torch.zeros((), dtype=torch.float64, device=self.scale.device)]
+        narrower: list[Tensor] = []
 
         def add(start: int, stop: int, keys: list[Tensor], dk: list[Tensor | None]) -> None:
             sweep = self._sweep(start, stop, keys)
             sweep.gradients(slopes.columns(start, stop), dq, dk)
             if not self.source.alone:  # what travels has its size: the unit is each rank's own
                 scale_by(unit, dk)
-            narrower.extend(products.sum() for products in sweep.row_products)
+            if need_temperature:
+                narrower.extend(products.sum() for products in sweep.row_products)
 
         dk = self.source.gradients(add, need_keys)
         dtype, dt = self.queries[0].dtype, torch.zeros_like(self.temperature)
         if need_temperature:
-            extra = torch.stack(narrower).sum()
-            dt = self._temperature_gradient(dq, extra)
+            dt = self._temperature_gradient(dq, narrower)
             dt = dt if unit is None else dt * unit.to(dt.dtype)
         last = unit if self.source.alone else None
         return [sized(d, unit, dtype) for d in dq], [sized(d, last, dtype) for d in dk], dt
@@ -129,17 +134,16 @@ class Schedule:
     def _merge_columns(self, cols: Tensor) -> None:
         """Log-sum-exps of cols [terms, 3, K] over all ranks' queries, in place, and how much each key weighs."""
         weights = self.positives.key_weights(self.source.n_keys)
-        if not self.source.alone:
-            local = cols[:, 1:]
-            best = self.source.max_(local.clone())
-            shift = torch.where(best == -torch.inf, 0, best)
-            merged = self.source.sum_(torch.cat([(local - shift).exp().flatten(0, 1), weights[None]]))
-            cols[:, 1:] = shift + merged[:-1].view_as(shift).log()
-            weights = merged[-1]
-        self.key_weights = weights
+        local = cols[:, 1:]
+        best = self.source.max_(local.clone())
+        shift = torch.where(best == -torch.inf, 0, best)
+        merged = self.source.sum_(torch.cat([(local - shift).exp().flatten(0, 1), weights[None]]))
+        cols[:, 1:] = shift + merged[:-1].view_as(shift).log()
+        self.key_weights = merged[-1]
 
     def _sweep(self, start: int, stop: int, keys: list[Tensor]) -> TileSweep | triton.TritonSweep:
-        masks = [masks.columns(start, stop) for masks in self.masks]
+        labels = self.positives.labels - start if start else self.positives.labels
+        masks = [masks.columns(start, stop, labels) for masks in self.masks]
         moved = self.backend.operands(keys)
         widths = self.options.widths
         found = self.backend.sweep(self.queries, moved, self.options.terms, self.scale, masks, self.flag, widths)
@@ -178,20 +182,26 @@ class Schedule:
                 known.copy_(torch.where(here, pair_similarity(query, key, at), known))
         return found
 
-    def _temperature_gradient(self, dq: list[Tensor | None], narrower: Tensor) -> Tensor:
+    def _temperature_gradient(self, dq: list[Tensor | None], narrower: list[Tensor]) -> Tensor:
         """-(1/t) sum_i dq_i . q_i over all modes, since every logit is q.k / t.
 
-        narrower: sum of G S over the widths below the widest, whose logits do not change with the length of a row.
+        narrower: sums of G S over the widths below the widest, whose logits do not change with the length of a row.
         """
-        total = -narrower
-        for d, q in zip(dq, self.queries, strict=True):
-            if d is not None:
-                total = total - (d * q.to(d.dtype)).sum(1).double().sum()
-        return (total / self.temperature.double()).to(self.temperature.dtype)
+        parts = [
+            (d * q).sum(1).sum(dtype=torch.float64) for d, q in zip(dq, self.queries, strict=True) if d is not None
+        ]
+        if not parts:
+            return torch.zeros_like(self.temperature)
+        return (torch.stack([*parts, *narrower]).sum() / -self.temperature.double()).to(self.temperature.dtype)
 
 
-def of_one_rank(x: Inputs, options: Options) -> Schedule:
-    """The schedule of one process alone, its values checked (on an accelerator: as far as nothing is read back)."""
+def of_one_rank(x: Inputs, options: Options, flag: Tensor | None = None) -> Schedule:
+    """The schedule of one process alone, its values checked (on an accelerator: as far as nothing is read back).
+
+    flag: that of an earlier schedule of the same inputs, which need no second look.
+    """
+    if flag is not None:
+        return Schedule(x, options, OwnKeys(x.keys, x.n_queries), flag)
     if x.labels is not None:
         check_labels(x.labels, x.n_keys)
     bounded = None

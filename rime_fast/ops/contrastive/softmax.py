@@ -40,6 +40,11 @@ class Positives:
     weight: Tensor
     first: int | None = None
 
+    @property
+    def single(self) -> bool:
+        """Whether every query has exactly one positive, of weight 1."""
+        return self.labels.shape[1] == 1
+
     @classmethod
     def of(cls, labels: Tensor) -> Positives:
         """Make them from labels [N] or [N, P]; values are checked elsewhere (``problem.check_labels``)."""
@@ -51,11 +56,12 @@ class Positives:
         return cls(labels, labels.clamp_min(0), there.double() / there.sum(1, keepdim=True))
 
     def lse_by_key(self, logits: Tensor, n_keys: int) -> Tensor:
-        """Sum up by key: the log-sum-exp [L, K] fp64 of the positive logits [L, N, P] (-inf for a missing one) of each
+        """Sum up by key: the log-sum-exp [L, K] of the positive logits [L, N, P] (-inf for a missing one) of each
         key; -inf without one."""
-        logits = logits.double().flatten(1)
+        logits = logits.flatten(1)
         if self.first is not None:
             return self._placed(logits, n_keys)
+        logits = logits.double()
         at = self.at.flatten().expand_as(logits)
         best = logits.new_full((len(logits), n_keys), -torch.inf).scatter_reduce(1, at, logits, "amax")
         part = (logits - best.gather(1, at)).exp()
@@ -142,18 +148,22 @@ class Statistics(_OfLosses):
     def empty(cls, losses: int, labels: Tensor, n_keys: int, shiftless: bool, dtype: torch.dtype) -> Statistics:
         """Make the statistics from before the first tile. labels [N, P]."""
 
-        def full(size: int, value: float, of: torch.dtype = dtype) -> Tensor:
-            return torch.full((losses, size), value, dtype=of, device=labels.device)
-
-        n_queries, start = labels.shape[0], 0.0 if shiftless else -torch.inf
+        # Cut from one piece of each dtype: two fills for all.
+        n_queries, sizes = len(labels), [losses * size for size in (len(labels), n_keys, len(labels), labels.numel())]
+        sums = torch.zeros(sum(sizes[:2]), dtype=torch.float64, device=labels.device).split(sizes[:2])
+        row_max, col_max, rival, positive = torch.full(
+            (sum(sizes),), -torch.inf, dtype=dtype, device=labels.device
+        ).split(sizes)
+        if shiftless:
+            row_max.zero_(), col_max.zero_()
         return cls(
             shiftless=shiftless,
-            row_max=full(n_queries, start),
-            row_sum=full(n_queries, 0.0, torch.float64),
-            col_max=full(n_keys, start),
-            col_sum=full(n_keys, 0.0, torch.float64),
-            positive=torch.full((losses, *labels.shape), -torch.inf, dtype=dtype, device=labels.device),
-            rival=full(n_queries, -torch.inf),
+            row_max=row_max.view(losses, n_queries),
+            row_sum=sums[0].view(losses, n_queries),
+            col_max=col_max.view(losses, n_keys),
+            col_sum=sums[1].view(losses, n_keys),
+            positive=positive.view(losses, *labels.shape),
+            rival=rival.view(losses, n_queries),
         )
 
     def columns(self, start: int, stop: int) -> Statistics:
@@ -161,9 +171,10 @@ class Statistics(_OfLosses):
         return replace(self, col_max=self.col_max[..., start:stop], col_sum=self.col_sum[..., start:stop])
 
     def hits(self) -> Tensor:
-        """Say which queries hit, [L, N] fp64: 1 where the best positive beats every rival; a row with NaN in any
-        candidate is no hit."""
-        return ((self.positive.amax(2) > self.rival) & ~self.row_sum.isnan()).double()
+        """Count the queries that hit, [L] fp64: whose best positive beats every rival; a row with NaN in any candidate
+        is no hit."""
+        best = self.positive[:, :, 0] if self.positive.shape[2] == 1 else self.positive.amax(2)
+        return ((best > self.rival) & (self.row_sum == self.row_sum)).sum(1, dtype=torch.float64)
 
 
 @dataclass
@@ -182,13 +193,14 @@ class Solved:
     @classmethod
     def of(cls, state: Statistics, positives: Positives) -> Solved:
         """Put the positives back into the statistics."""
-        row_max, col_max = state.row_max.double(), state.col_max.double()
-        rivals = torch.stack([row_max, row_max + state.row_sum.log()], dim=1)
-        by_key = positives.lse_by_key(state.positive, col_max.shape[1])
-        return cls(
-            torch.cat([rivals, state.positive.mT.double()], dim=1),
-            torch.stack([col_max, col_max + state.col_sum.log(), by_key], dim=1),
-        )
+        (losses, n_queries, each), n_keys = state.positive.shape, state.col_max.shape[1]
+        rows, cols = (state.row_sum.new_empty(losses, *size) for size in ((2 + each, n_queries), (3, n_keys)))
+        rows[:, 2:] = state.positive.mT
+        cols[:, 2] = positives.lse_by_key(state.positive, n_keys)
+        for to, top, total in ((rows, state.row_max, state.row_sum), (cols, state.col_max, state.col_sum)):
+            to[:, 0] = top
+            torch.add(total.log(), top, out=to[:, 1])
+        return cls(rows, cols)
 
     def row_positives(self) -> Tensor:
         """The log-sum-exp of each row's positives, [L, N]."""
@@ -214,8 +226,8 @@ class Solved:
         """Each loss summed over queries, each the mean over its positives, [L]."""
         loss = self.row_loss(positives)
         if symmetric:
-            loss = 0.5 * (loss + self.col_loss(positives))
-        return (positives.weight * loss).sum((1, 2))
+            loss = loss.add_(self.col_loss(positives)).mul_(0.5)
+        return (loss if positives.single else loss.mul_(positives.weight)).sum((1, 2))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -256,17 +268,24 @@ class Slopes(_OfLosses):
         factor: [L], the gradient to one direction's summed loss / temperature.
         """
         # Each softmax's share at a positive, weight e^-loss - (the pair's weight), written so that nothing cancels.
-        slope = torch.expm1(-solved.row_loss(positives)) + (1 - positives.weight)
+        slope = solved.row_loss(positives).neg_().expm1_()
+        if not positives.single:
+            slope = slope.add_(1 - positives.weight)
         if symmetric:
-            col_loss, weight = solved.col_loss(positives), positives.weight
-            slope = slope + weight * torch.expm1(-col_loss)
+            col_loss, weight = solved.col_loss(positives).neg_(), positives.weight
             if positives.first is None:  # else each key's column is its one pair's
-                slope = slope + (positives.of_keys(key_weights) - weight) * (-col_loss).exp()
+                slope = slope + (positives.of_keys(key_weights) - weight) * col_loss.exp()
+                slope = slope.add_(col_loss.expm1_().mul_(weight))
+            else:
+                slope = slope.add_(col_loss.expm1_())
         rows, cols = solved.rows.unbind(1), solved.cols.unbind(1)
-        col_weights = key_weights if symmetric else torch.zeros_like(key_weights)
-        by_row = _shift_and_coefficient(rows[0], rows[1], solved.row_positives(), torch.ones_like(rows[0]), shiftless)
-        by_col = _shift_and_coefficient(cols[0], cols[1], cols[2], col_weights, shiftless)
-        return cls(shiftless, *(t.to(dtype) for t in (*by_row, *by_col, slope.contiguous(), factor)))
+        by_row = _shift_and_coefficient(rows[0], rows[1], solved.row_positives(), None, shiftless, dtype)
+        if symmetric:
+            by_col = _shift_and_coefficient(cols[0], cols[1], cols[2], key_weights, shiftless, dtype)
+        else:
+            shift = torch.full_like(cols[0], 0.0 if shiftless else torch.inf, dtype=dtype)
+            by_col = shift, torch.zeros_like(shift)
+        return cls(shiftless, *by_row, *by_col, slope.contiguous().to(dtype), factor.to(dtype))
 
     def columns(self, start: int, stop: int) -> Slopes:
         """The same rows against keys start .. stop - 1 only."""
@@ -278,12 +297,21 @@ def _kept(pairs: Tensor, positives: Positives) -> Tensor:
 
 
 def _shift_and_coefficient(
-    shift: Tensor, rivals: Tensor, positives: Tensor, weight: Tensor, shiftless: bool
+    shift: Tensor, rivals: Tensor, positives: Tensor, weight: Tensor | None, shiftless: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """weight exp(s - lse) as coefficient exp(s - shift), with the shift that the sums were taken with."""
-    coefficient = torch.where(weight > 0, weight * (shift - torch.logaddexp(rivals, positives)).exp(), 0)
-    if shiftless:
-        return shift, coefficient
-    # Without a rival the shift is -inf; nothing is kept there, and a shift of +inf makes that exact zeros.
-    empty = (shift == -torch.inf) | (weight == 0)
-    return torch.where(empty, torch.inf, shift), torch.where(empty, 0, coefficient)
+    """weight exp(s - lse) as coefficient exp(s - shift), with the shift that the sums were taken with.
+
+    weight: None for 1. Without a rival the shift is -inf; nothing is kept there, and a shift of +inf makes that exact
+    zeros.
+    """
+    lse = torch.logaddexp(rivals, positives)
+    coefficient = torch.sub(shift, lse, out=lse).exp_()
+    shift = shift.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not shiftless:
+        shift.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+    if weight is not None:
+        none = weight == 0
+        coefficient.mul_(weight).masked_fill_(none, 0)
+        if not shiftless:
+            shift.masked_fill_(none, torch.inf)
+    return shift, coefficient.to(dtype)

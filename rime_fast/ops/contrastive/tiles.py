@@ -37,11 +37,11 @@ class Masks:
     row_limit: Tensor | None = None
     col_limit: Tensor | None = None
 
-    def columns(self, start: int, stop: int) -> Masks:
-        """The same rows against keys start .. stop - 1 only."""
+    def columns(self, start: int, stop: int, labels: Tensor) -> Masks:
+        """The same rows against keys start .. stop - 1 only; labels: those of the rows from key ``start`` on."""
         return replace(
             self,
-            labels=self.labels - start,
+            labels=labels,
             col_ids=None if self.col_ids is None else self.col_ids[start:stop],
             col_limit=None if self.col_limit is None else self.col_limit[start:stop],
         )
