@@ -70,7 +70,7 @@ class Shape:
 SHAPES = {
     "tiny": [Shape("tiny-sharp", 1, 32, 6, 3, (8, 8)), Shape("tiny-sharp", 2, 32, 6, 3, (8, 8))],
     "cpu": [Shape("30M", 1, 512, 48, 8, (32, 40))],
-    "cuda": [Shape(), Shape(rollout=256)],
+    "cuda": [Shape(prompts=2), Shape(prompts=2, rollout=256), Shape()],  # of the last, plain needs more than 80 GB
 }
 
 
@@ -295,14 +295,15 @@ def measure(
         "dtype": dtype_name(dtype),
     }
     rows = compare(BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds, results=results)
-    (loss, gradients), (expected, wanted) = found["ours"], found[PLAIN]
-    bound = (1e-5 if dtype == torch.float32 else 2e-2) * abs(expected)
-    assert abs(loss - expected) < bound, (loss, expected)
-    rows["ours"].error_fp64 = gradient_difference(gradients, wanted)
-    base = rows[PLAIN].median_ms
+    if PLAIN in rows:  # it may not fit the memory
+        (loss, gradients), (expected, wanted) = found["ours"], found[PLAIN]
+        bound = (1e-5 if dtype == torch.float32 else 2e-2) * abs(expected)
+        assert abs(loss - expected) < bound, (loss, expected)
+        rows["ours"].error_fp64 = gradient_difference(gradients, wanted)
     for name, row in rows.items():
-        row.note = f"{base / row.median_ms:.2f}x; {tokens[name]} tokens a forward, the ideal is {shape.tokens_ideal}"
+        faster = f"{rows[PLAIN].median_ms / row.median_ms:.2f}x; " if PLAIN in rows else ""
+        row.note = f"{faster}{tokens[name]} tokens a forward, the ideal is {shape.tokens_ideal}"
     if results is not None:
-        for name, step in steps.items():
-            add_parts(results, BENCH, str(shape), name, breakdown(s.clock, {}, step, 1), sizes)
+        for name in rows:
+            add_parts(results, BENCH, str(shape), name, breakdown(s.clock, {}, steps[name], 1), sizes)
     return rows

@@ -30,6 +30,29 @@ struct Numbers {
     return static_cast<double>(static_cast<const int32_t*>(data)[i]);
   }
 
+  // Sum of x_i y_i over every kWarp-th feature from this lane's on, y from `start`, four in flight; kind known at once.
+  template <class T, class F>
+  __device__ static double part(const float* x, const T* y, int64_t n, F wide) {
+    double sums[4] = {};
+    int64_t i = threadIdx.x % kWarp;
+    for (; i + 3 * kWarp < n; i += 4 * kWarp)
+RIME_UNROLL
+      for (int t = 0; t < 4; ++t) sums[t] += static_cast<double>(x[i + t * kWarp]) * wide(y[i + t * kWarp]);
+    for (; i < n; i += kWarp) sums[0] += static_cast<double>(x[i]) * wide(y[i]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+  __device__ double part(const float* x, int64_t start, int64_t n) const {
+    if (kind == kFloat)
+      return part(x, static_cast<const float*>(data) + start, n, [](float v) { return static_cast<double>(v); });
+    const auto* bits = static_cast<const uint16_t*>(data) + start;  // a tile is fp32, bf16 or fp16
+    if (kind == kBrain)
+      return part(x, bits, n, [](uint16_t v) {
+        return static_cast<double>(as_bits<float>(static_cast<uint32_t>(v) << 16));
+      });
+    return part(x, bits, n, [](uint16_t v) { return static_cast<double>(from_half(v)); });
+  }
+
   __device__ static float from_half(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, power = (half >> 10) & 31u, rest = half & 0x3ffu;
     if (power == 0) return (sign != 0 ? -0x1p-24f : 0x1p-24f) * static_cast<float>(rest);
@@ -39,9 +62,7 @@ struct Numbers {
 
 // Sum of x_i y_i in fp64 by one warp, on every lane; y begins at `start`.
 __device__ double warp_dot(const float* x, const Numbers& y, int64_t start, int64_t n) {
-  double total = 0.0;
-  for (int64_t i = threadIdx.x % kWarp; i < n; i += kWarp) total += static_cast<double>(x[i]) * y[start + i];
-  return warp_reduce(total, Add{});
+  return warp_reduce(y.part(x, start, n), Add{});
 }
 
 __global__ void own_kernel(const float* gen, const float* own_anchors, double* own, float* norms, int64_t rows,

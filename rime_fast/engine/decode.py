@@ -37,6 +37,7 @@ DECODERS = ("auto", "eager", "graph", "compile")
 _FIRST_CAPACITY = 64
 
 Outputs = tuple[Tensor, Tensor]  # hidden [N, H], logits [N, V] fp32
+_Recorded = tuple[tuple[Tensor, Tensor], Outputs, Callable[[], None]]
 
 
 class PrefillRecorder:
@@ -223,7 +224,8 @@ class DecodeStep:
         self.compiled = compiled_forward() if decoder == "compile" else None
         self.recording = decoder == "graph" or (decoder == "compile" and cache.rows.is_cuda)
         self.pool: Any = None
-        self.recorded: tuple[tuple[Tensor, Tensor], Outputs, Callable[[], None]] | None = None
+        self.recorded: _Recorded | None = None
+        self.void: _Recorded | None = None
 
     def logits(self) -> Tensor:
         """Make the logits of each row's next token, [N, V] fp32."""
@@ -245,7 +247,9 @@ class DecodeStep:
     def keep(self, kept: Tensor) -> None:
         """Go on with the rows ``kept`` of the cache; what was recorded is void."""
         self._logits = None if self._logits is None else self._logits.index_select(0, kept)
-        self.hidden, self.recorded = self.hidden.index_select(0, kept), None
+        self.hidden = self.hidden.index_select(0, kept)
+        # The old graph lives until there is a new one: a memory pool that no graph uses is gone.
+        self.void, self.recorded = self.recorded or self.void, None
 
     def _replayed(self, token: Tensor, position: Tensor) -> Outputs:
         if self.recorded is None:
@@ -273,7 +277,7 @@ class DecodeStep:
             self.recording = False
             return step()
         replay()
-        self.recorded = (inputs, outputs, replay)
+        self.recorded, self.void = (inputs, outputs, replay), None
         return outputs
 
 

@@ -252,7 +252,8 @@ def test_nothing_waits_for_the_gpu(backend: str, max_scored: int | None) -> None
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 @pytest.mark.parametrize("rows", [2048, 20_000])
 def test_peak_memory_on_the_gpu(backend: str, rows: int) -> None:
-    """Beyond inputs, results and gradients a step allocates no more than the workspace limit (and T-sized vectors)."""
+    """Beyond inputs, results and gradients a step allocates no more than the workspace limit (and T-sized vectors);
+    where the logits come in several chunks also the head's gradient in fp32."""
     hidden = torch.randn(rows, 2048, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     lm_head = torch.randn(151_936, 2048, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     targets = torch.randint(0, 151_936, (rows,), device="cuda")
@@ -263,4 +264,7 @@ def test_peak_memory_on_the_gpu(backend: str, rows: int) -> None:
         grads = torch.autograd.grad(loss, (hidden, lm_head))
         peak = torch.cuda.max_memory_allocated() - before
         del loss, grads
-    assert peak <= hidden.nbytes + lm_head.nbytes + workspace_limit() + 100 * rows + (32 << 20)
+    limit = workspace_limit(lm_head.nbytes)
+    chunks = backend == "chunked" and 2 * rows * len(lm_head) > limit
+    allowed = hidden.nbytes + lm_head.nbytes + limit + 2 * chunks * lm_head.nbytes
+    assert peak <= allowed + 100 * rows + (32 << 20)

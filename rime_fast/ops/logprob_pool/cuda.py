@@ -39,7 +39,7 @@ from rime_fast.ops.logprob_pool.problem import (
     gradient_dtype,
     logits_dtype,
     new_statistics,
-    scored_rows,
+    scored_order,
     share_of_part,
     whole_of_parts,
     workspace_limit,
@@ -107,7 +107,7 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
     rows = hidden.shape[0]
     stats = new_statistics(hidden, options.entropy, rows + 1)  # the last place takes what the padding gives
     columns = forward_columns(vocabulary, workspace_limit(problem.lm_head.nbytes))
-    order = scored_rows(problem.ignored, options.max_scored).order
+    order = scored_order(problem.ignored, options.max_scored)
     order = F.pad(order, (0, -order.shape[0] % ROWS), value=rows)
     buffer = hidden.new_empty(ROWS * columns if order.shape[0] else 0, dtype=torch.float32)
     for block in order.split(ROWS):
@@ -142,7 +142,7 @@ def _merge(parts: list[Statistics]) -> Statistics:
 def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> Gradients:
     """Compute the gradients, that of hidden on top of the read-outs' ``rows``; makes the logits
     again, panel by panel."""
-    needs, order = problem.options.needs, scored_rows(problem.ignored, problem.options.max_scored).order
+    needs, order = problem.options.needs, scored_order(problem.ignored, problem.options.max_scored)
     capacity, itemsize = order.shape[0], problem.hidden.element_size()
     work = _Backward(problem, stats, upstream, rows, scored=capacity > 0)
     cut = plan(
@@ -170,15 +170,15 @@ def forward_with_gradient(
     lm_head, dtype = problem.lm_head, logits_dtype(problem.hidden.dtype)
     vocabulary, width = lm_head.shape
     rows, needs = problem.hidden.shape[0], problem.options.needs
-    order = scored_rows(problem.ignored, problem.options.max_scored).order
+    order = scored_order(problem.ignored, problem.options.max_scored)
     size = whole_rows(order.shape[0], vocabulary, dtype.itemsize, workspace_limit(lm_head.nbytes))
     if not any(needs) or (order.shape[0] and not size):
         stats, found = forward(problem)
         stats = merge(stats)
         return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
     stats = new_statistics(problem.hidden, problem.options.entropy, rows + 1)
-    sums = _Backward(problem, stats, Upstream(token_weight.neg(), None), None, scored=order.shape[0] > 0)
-    weight = None
+    sums, weight = _Sums(problem, None, scored=order.shape[0] > 0), None
+    slope = F.pad(token_weight.float().neg(), (0, 1))
     chunks = F.pad(order, (0, -order.shape[0] % ROWS), value=rows).split(max(size, ROWS)) if size else ()
     buffer = lm_head.new_empty(size * vocabulary, dtype=dtype)
     if needs.lm_head and len(chunks) > 1:
@@ -192,7 +192,7 @@ def forward_with_gradient(
         for whole, part in zip(stats, own, strict=True):
             if whole.numel():
                 whole.index_copy_(-1, chunk, part)
-        above = Upstream(sums.upstream[0][chunk], None)  # type: ignore[index]
+        above = Upstream(slope[chunk], None)
         narrow = dtype if dtype != torch.float32 or not x.is_cuda else x.dtype
         dlogits, products = rows_backward_(logits, targets, problem.scoring, own, above, narrow)
         if sums.hidden is not None:
@@ -211,20 +211,13 @@ def forward_with_gradient(
     return stats, _read_outs(problem), sums.finish()
 
 
-class _Backward:
-    """One backward: what all its panels share, and the sums."""
+class _Sums:
+    """The gradients of one call as they add up."""
 
-    def __init__(
-        self, problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None, scored: bool
-    ) -> None:
-        """scored: whether a row may be; then all of dW is written."""
+    def __init__(self, problem: Problem, rows: Tensor | None, scored: bool) -> None:
+        """rows: the read-outs' gradient. scored: whether a row of the head's may be; then all of dW is written."""
         self.problem, needs = problem, problem.options.needs
         hidden, lm_head = problem.hidden, problem.lm_head
-        # The place past the rows: p = exp(z - inf) = 0 and no upstream gradient, so that padding adds exact zeros.
-        lse = F.pad(stats.lse, (0, 1), value=torch.inf)
-        lse[1, -1] = 0.0
-        self.stats = Statistics(lse, F.pad(stats.target_logit, (0, 1)), F.pad(stats.entropy, (0, 1)))
-        self.upstream = [None if t is None else F.pad(t.float(), (0, 1)) for t in upstream]
         self.hidden = self.lm_head = self.bias = self.products = None
         if needs.hidden:  # and one row more, for the padding
             self.hidden = hidden.new_zeros(hidden.shape[0] + 1, hidden.shape[1], dtype=gradient_dtype(hidden.dtype))
@@ -243,6 +236,20 @@ class _Backward:
         if d_temperature is not None:
             d_temperature = (-d_temperature / self.problem.scoring.temperature.double()).float()
         return Gradients(None if self.hidden is None else self.hidden[:-1], self.lm_head, self.bias, d_temperature)
+
+
+class _Backward(_Sums):
+    """One backward that makes the logits again: what all its panels share."""
+
+    def __init__(
+        self, problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None, scored: bool
+    ) -> None:
+        super().__init__(problem, rows, scored)
+        # The place past the rows: p = exp(z - inf) = 0 and no upstream gradient, so that padding adds exact zeros.
+        lse = F.pad(stats.lse, (0, 1), value=torch.inf)
+        lse[1, -1:].zero_()  # an assignment would wait for the number
+        self.stats = Statistics(lse, F.pad(stats.target_logit, (0, 1)), F.pad(stats.entropy, (0, 1)))
+        self.upstream = [None if t is None else F.pad(t.float(), (0, 1)) for t in upstream]
 
     def sweep(self, groups: list[Tensor], cut: Plan, needs: Needs) -> None:
         """Every panel of columns with every group of rows; dX only with a single group."""

@@ -175,7 +175,13 @@ class Scored(NamedTuple):
 
 
 def scored_rows(ignored: Tensor, max_scored: int = -1) -> Scored:
-    """Find the scored rows by a prefix sum, which the host does not wait for: every one is written
+    """Find the scored rows and count them."""
+    order = scored_order(ignored, max_scored)
+    return Scored(order, (~ignored).sum().clamp(max=order.shape[0]).to(torch.int32))
+
+
+def scored_order(ignored: Tensor, max_scored: int = -1) -> Tensor:
+    """Find the scored rows (``Scored.order``) by a prefix sum, which the host does not wait for: every one is written
     to its rank's place."""
     rows = ignored.shape[0]
     capacity = rows if max_scored < 0 else min(max_scored, rows)
@@ -185,7 +191,7 @@ def scored_rows(ignored: Tensor, max_scored: int = -1) -> Scored:
     place = torch.where(scored, place, capacity).clamp_(max=capacity)
     order = torch.full((capacity + 1,), rows, dtype=torch.int64, device=ignored.device)
     order.scatter_(0, place, torch.arange(rows, device=ignored.device))
-    return Scored(order[:capacity], scored.sum().clamp(max=capacity).to(torch.int32))
+    return order[:capacity]
 
 
 def workspace_limit(least: int = 0) -> int:
