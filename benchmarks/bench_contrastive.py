@@ -13,15 +13,20 @@ _SIZES = {
     "tiny": [(64, 16, 1), (64, 16, 4)],
     "cpu": [(1024, 256, 1), (4096, 256, 1), (4096, 256, 4)],
     "cuda": [
-        (4096, 1536, 1),
         (16_384, 1536, 1),
+        (4096, 1536, 4),
         (16_384, 1536, 4),
         (16_384, 3584, 1),
         (65_536, 1536, 1),
+        (4096, 1536, 1),
+        (4096, 3584, 4),
+        (16_384, 3584, 4),
+        (65_536, 3584, 1),
+        (65_536, 1536, 4),
         (65_536, 3584, 4),
     ],
 }
-SHAPES = {size: [Shape(*one, peaked=p) for one in table for p in (False, True)] for size, table in _SIZES.items()}
+SHAPES = {size: [Shape(*one, peaked=p) for p in (False, True) for one in table] for size, table in _SIZES.items()}
 SHAPES["cpu"] = [shape for shape in SHAPES["cpu"] if shape.pairs == 1024 or shape.peaked == (shape.terms == 4)]
 # measured alone, against N
 GROWTH = {

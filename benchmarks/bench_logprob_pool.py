@@ -19,8 +19,9 @@ SHAPES = {
     ],
     # The shapes that targets are set for come first; a run with a deadline leaves out the last.
     "cuda": [
-        *(Shape(8192, 4096, V, ignored) for V in (151_936, 248_320) for ignored in (0.0, 0.9)),
-        *(Shape(8192, H, 151_936, ignored) for H in (1536, 2048, 2560, 3584) for ignored in (0.0, 0.9)),
+        *(Shape(8192, H, 151_936, ignored) for ignored in (0.0, 0.9) for H in (4096, 1536)),
+        *(Shape(8192, 4096, 248_320, ignored) for ignored in (0.0, 0.9)),
+        *(Shape(8192, H, 151_936, ignored) for H in (2048, 2560, 3584) for ignored in (0.0, 0.9)),
         Shape(16_384, 4096, 151_936, 0.0),
         Shape(8192, 4096, 151_936, 0.5),
         Shape(8192, 4096, 151_936, 0.97),

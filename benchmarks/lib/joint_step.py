@@ -9,13 +9,14 @@ GradCache's two passes as its paper describes them (arXiv 2101.06983), the cross
 "plain, lean first pass" is the same without logits and hidden states in the first pass, which more careful scripts do.
 
 The vision tower's trunk is frozen and its merger trained, as in UME-R1. The learning rate is 0: the optimizer does its
-whole work, and every round is the same step.
+whole work, and every round is the same step (on a GPU one of VARIANTS batches, whose lengths differ, for all in turn).
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,8 @@ from rime_fast.model.tiny_batch import tiny_batch
 from rime_fast.recipe.joint import JointWeights, joint_loss, scored_tokens, token_weights
 
 TAU = 0.02
+VARIANTS = 5  # batches that take turns on a GPU
+BATCH = ("batch", "tokens", "n", "query_rows", "chunks", "padded_tokens", "micro_tokens")  # what differs between them
 BENCH = "joint_step"
 PLAIN = "plain (stock parts)"
 MODELS: dict[str, dict[str, Any]] = {
@@ -118,12 +121,20 @@ class Setting:
         trained = [p for p in self.stock.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=device == "cuda")
         self.weights = JointWeights()
-        self._make_batch(dtype)
         self.clock = PartClock(device)
+        self.variants: list[dict[str, Any]] = []
+        for seed in range(1, 1 + (VARIANTS if device == "cuda" else 1)):
+            self._make_batch(dtype, seed)
+            self.variants.append({name: getattr(self, name) for name in BATCH})
+        self.use(0)
 
-    def _make_batch(self, dtype: torch.dtype) -> None:
+    def use(self, number: int) -> None:
+        """Take the batch of this turn: on a GPU lengths are new in every step, as in training."""
+        vars(self).update(self.variants[number % len(self.variants)])
+
+    def _make_batch(self, dtype: torch.dtype, seed: int) -> None:
         """The packed batch, and the plain recipe's padded micro-batches of the same sequences."""
-        shape, draw = self.shape, torch.Generator().manual_seed(1)
+        shape, draw = self.shape, torch.Generator().manual_seed(seed)
 
         def about(mean: int) -> int:
             return int(torch.randint(math.ceil(0.75 * mean), math.floor(1.25 * mean) + 1, (1,), generator=draw))
@@ -330,9 +341,12 @@ def measure(
     """
     s = Setting(shape, device, dtype)
     first: dict[str, tuple[float, list[Tensor]]] = {}
+    turns: Counter[str] = Counter()
 
     def checked(name: str, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def call() -> Tensor:
+            s.use(turns[name])
+            turns[name] += 1
             loss = step()
             if name not in first:
                 first[name] = float(loss), s.gradients()

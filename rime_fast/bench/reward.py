@@ -1,7 +1,7 @@
 """Rewards and advantages in place, against the bare similarity product and eager torch.
 
-The floor is the fp32 product rollouts x bank into a ready buffer. "ours_*" differ in the negatives' statistic and in
-the bank's mask. Errors: largest difference of an advantage from the fp64 reference.
+The floor is the product rollouts x bank with an fp32 result, into a ready buffer. "ours_*" differ in the negatives'
+statistic and in the bank's mask. Errors: largest difference of an advantage from the fp64 reference.
 """
 
 from __future__ import annotations
@@ -69,9 +69,12 @@ def make(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Input
 
 
 def floor(inputs: Inputs) -> Callable[[], Tensor]:
-    """Make the floor of the comparison: the similarities alone, in fp32."""
-    rows, bank = inputs["gen"].flatten(0, 1).float(), inputs["anchors"].float()
+    """Make the floor of the comparison: the similarities alone, in fp32 (on a GPU from operands of their own dtype)."""
+    rows, bank = inputs["gen"].flatten(0, 1), inputs["anchors"]
     out = torch.empty(rows.shape[0], bank.shape[0], device=rows.device)
+    if rows.is_cuda and rows.dtype != torch.float32:
+        return lambda: torch.mm(rows, bank.T, out_dtype=torch.float32, out=out)
+    rows, bank = rows.float(), bank.float()
     return lambda: library_product(rows, bank.T, out)
 
 
@@ -143,7 +146,7 @@ def compare_rewards(
     sizes = {"rows": shape.rows, "group": shape.group, "anchors": shape.anchors, "width": shape.width}
     return compare(
         bench,
-        str(shape),
+        str(shape) if dtype == torch.float32 else f"{shape}-{dtype_name(dtype)}",
         impls,
         shape=sizes | {"dtype": dtype_name(dtype)},
         device=device,
