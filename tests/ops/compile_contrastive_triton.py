@@ -1,7 +1,7 @@
 """Cross-compiles the contrastive loss's Triton kernels and prints one JSON line a kernel; needs no GPU.
 
 Run by test_contrastive_triton.py in a process of its own, without TRITON_INTERPRET:
-    python tests/ops/compile_contrastive_triton.py 90 bf16 00,10,11 [pointers | nested]
+    python tests/ops/compile_contrastive_triton.py 90 bf16 00,10,11 [pointers | nested | merge]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rime_fast.ops.contrastive import triton_kernels, triton_nested_kernels
 from rime_fast.ops.contrastive.triton import tiles_for
 from rime_fast.ops.contrastive.triton_nested import nested_tiles
+from rime_fast.ops.contrastive.triton_parts import MERGED
 from tests.ops.compile_logprob_triton import DTYPES, resources
 
 OPERANDS = {"q", "k", "panel"}
@@ -105,8 +106,25 @@ def compile_kernel(name: str, constants: dict[str, Any], capability: int, operan
     }
 
 
+def compile_merge(planes: int, capability: int) -> dict[str, Any]:
+    """Compile the merge of rows (three planes) or of keys."""
+    kernel = triton_kernels.merge_kernel
+    types = {"running_sum": "*fp64", "PLANES": "constexpr", "BLOCK": "constexpr"}
+    types |= dict.fromkeys(("n_parts", "size", "positives", "stride", "stride_known"), "i32")
+    signature = {argument: types.get(argument, "*fp32") for argument in kernel.arg_names}
+    constants = {"PLANES": planes, "BLOCK": MERGED}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(a),): v for a, v in constants.items()})
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    found = {"kernel": "merge_kernel", "shared": built.metadata.shared}
+    return {**found, **resources(built.asm["cubin"]), "log 2 in fp64": "0d3FE62E42FEFA39EF" in built.asm["ptx"]}
+
+
 if __name__ == "__main__":
     chip, dtype = int(sys.argv[1]), sys.argv[2]
+    if "merge" in sys.argv:
+        for planes in (2, 3):
+            print(json.dumps(compile_merge(planes, chip)))
+        sys.exit()
     variants = [tuple(flag == "1" for flag in word) for word in sys.argv[3].split(",")]  # ids and margin of each
     for ids, margin in variants:
         flags = {"IDS": ids, "MARGIN": margin}

@@ -154,6 +154,13 @@ def test_widths_cross_compile_for_hopper(tmp_path: Path) -> None:
     assert [kernel["wgmma"] for kernel in kernels] == [True] * 3
 
 
+def test_the_merge_cross_compiles_with_exact_constants(tmp_path: Path) -> None:
+    """A factor rounded to fp32 would cost the digits that the merge keeps in fp64."""
+    kernels = compiled(90, "fp32", "00", "merge", folder=tmp_path)
+    check_resources(kernels, 90)
+    assert [kernel["log 2 in fp64"] for kernel in kernels] == [True] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", ["bf16 00,10,11", "fp16 11", "fp32 11", "bf16 11 pointers", "bf16 00,11 nested", "fp32 11 nested"]

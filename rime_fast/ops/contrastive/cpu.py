@@ -18,6 +18,7 @@ TILE = (512, 2048)
 NESTED_TILE = (512, 1024)  # of each width: products of few columns want long rows, more than they want the cache
 MOST_WIDTHS = 16  # that the kernels of several take (csrc/cpu)
 SHIFTLESS = True  # statistics are kept without shifts when no logit leaves the bound (softmax.Statistics)
+BASE2 = False
 
 
 def operands(tensors: list[Tensor]) -> list[Tensor]:

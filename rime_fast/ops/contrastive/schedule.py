@@ -51,7 +51,9 @@ class Schedule:
         device = x.queries[0].device
         self.backend: Any = triton if options.backend == "triton" else cuda if device.type == "cuda" else cpu
         self.dtype = accumulation_dtype(x.queries[0].dtype)
-        self.temperature = positive_temperature(x.temperature.detach())
+        self.temperature = x.temperature.detach()
+        if not isinstance(bounded, Tensor):  # else the forward has solved with NaN, and all slopes are
+            self.temperature = positive_temperature(self.temperature)
         self.scale = self.temperature.reciprocal()
         if isinstance(bounded, Tensor):
             self.flag = bounded
@@ -103,11 +105,14 @@ class Schedule:
         The temperature's gradient comes from dq alone: with no query needed it is 0.
         """
         symmetric, positives = self.options.symmetric, self.positives
-        weights = positives.key_weights(self.source.n_keys) if self.key_weights is None else self.key_weights
+        weights = self.key_weights
+        if weights is None and not positives.covers(self.source.n_keys):
+            weights = positives.key_weights(self.source.n_keys)
         factors = (grad.double() * ((0.5 if symmetric else 1.0) / self.source.n_queries)).div_(self.temperature)
         unit = unit_of(factors, self.queries[0].dtype)
         factors = factors if unit is None else factors / unit
-        slopes = Slopes.of(Solved(rows, cols), positives, weights, factors, symmetric, self.shiftless, self.dtype)
+        form = self.shiftless, self.dtype, self.backend.BASE2
+        slopes = Slopes.of(Solved(rows, cols), positives, weights, factors, symmetric, *form)
         dq = [
             torch.zeros_like(q, dtype=self.dtype) if need else None
             for q, need in zip(self.queries, need_queries, strict=True)

@@ -13,6 +13,7 @@ computed in fp32 would be rounding noise. With one positive q is p, and the slop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,32 +26,45 @@ BOUNDED = 60.0
 # Sums that several queries may reach are taken in fixed point on an accelerator, where float atomics would make the
 # last bits depend on chance: terms lie in [0, 1], so 2^20 of them fit beside 42 bits of fraction.
 FRACTION = float(1 << 42)
+LOG2E = math.log2(math.e)
 
 
 @dataclass
 class Positives:
     """The positives of each query among the keys at hand: labels [N, P] int64, anything outside their range for none.
 
-    at [N, P]: labels with a key in place of a missing one, to index with. weight [N, P] fp64: 1 / (positives of the
-    query), 0 for a missing one. first: where query i's one positive is key first + i; None where labels say it.
+    at [N, P]: labels with a key in place of a missing one, to index with. shares [N, P] fp64: ``weight``, None until
+    it is asked for where each query has one. first: where query i's one positive is key first + i; None where labels
+    say it.
     """
 
     labels: Tensor
     at: Tensor
-    weight: Tensor
+    shares: Tensor | None = None
     first: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The share of each pair in its query, [N, P] fp64: 1 / (positives of the query), 0 for a missing one."""
+        if self.shares is None:
+            self.shares = torch.ones_like(self.labels, dtype=torch.float64)
+        return self.shares
 
     @property
     def single(self) -> bool:
         """Whether every query has exactly one positive, of weight 1."""
         return self.labels.shape[1] == 1
 
+    def covers(self, n_keys: int) -> bool:
+        """Whether each of the keys is the positive of one query, known without a look at labels."""
+        return self.first is not None and len(self.labels) == n_keys
+
     @classmethod
     def of(cls, labels: Tensor) -> Positives:
         """Make them from labels [N] or [N, P]; values are checked elsewhere (``problem.check_labels``)."""
         if labels.dim() == 1 or labels.shape[1] == 1:
             labels = labels.contiguous().view(-1, 1)
-            return cls(labels, labels, torch.ones_like(labels, dtype=torch.float64))
+            return cls(labels, labels)
         labels = labels.contiguous()
         there = labels >= 0
         return cls(labels, labels.clamp_min(0), there.double() / there.sum(1, keepdim=True))
@@ -96,7 +110,9 @@ class Positives:
 
     def _placed(self, values: Tensor, n_keys: int) -> Tensor:
         """Values [L, N] of the one positive each at their keys [L, K], -inf elsewhere."""
-        return torch.nn.functional.pad(values, self._around(n_keys), value=-torch.inf)
+        return (
+            values if self.covers(n_keys) else torch.nn.functional.pad(values, self._around(n_keys), value=-torch.inf)
+        )
 
 
 def sum_by_key(values: Tensor, at: Tensor, n_keys: int) -> Tensor:
@@ -256,15 +272,17 @@ class Slopes(_OfLosses):
         cls,
         solved: Solved,
         positives: Positives,
-        key_weights: Tensor,
+        key_weights: Tensor | None,
         factor: Tensor,
         symmetric: bool,
         shiftless: bool,
         dtype: torch.dtype,
+        base2: bool = False,
     ) -> Slopes:
         """Compute the coefficients of the losses' gradients.
 
-        key_weights [K]: how much each key's column softmax counts, over all ranks (Positives.key_weights).
+        key_weights [K]: how much each key's column softmax counts, over all ranks (Positives.key_weights); None for 1.
+        base2: shifts are for exponentials to base 2 of logits in base 2.
         factor: [L], the gradient to one direction's summed loss / temperature.
         """
         # Each softmax's share at a positive, weight e^-loss - (the pair's weight), written so that nothing cancels.
@@ -272,16 +290,17 @@ class Slopes(_OfLosses):
         if not positives.single:
             slope = slope.add_(1 - positives.weight)
         if symmetric:
-            col_loss, weight = solved.col_loss(positives).neg_(), positives.weight
-            if positives.first is None:  # else each key's column is its one pair's
+            col_loss = solved.col_loss(positives).neg_()
+            if positives.first is None and key_weights is not None:  # else each key's column is its one pair's
+                weight = positives.weight
                 slope = slope + (positives.of_keys(key_weights) - weight) * col_loss.exp()
                 slope = slope.add_(col_loss.expm1_().mul_(weight))
             else:
                 slope = slope.add_(col_loss.expm1_())
         rows, cols = solved.rows.unbind(1), solved.cols.unbind(1)
-        by_row = _shift_and_coefficient(rows[0], rows[1], solved.row_positives(), None, shiftless, dtype)
+        by_row = _shift_and_coefficient(rows[0], rows[1], solved.row_positives(), None, shiftless, dtype, base2)
         if symmetric:
-            by_col = _shift_and_coefficient(cols[0], cols[1], cols[2], key_weights, shiftless, dtype)
+            by_col = _shift_and_coefficient(cols[0], cols[1], cols[2], key_weights, shiftless, dtype, base2)
         else:
             shift = torch.full_like(cols[0], 0.0 if shiftless else torch.inf, dtype=dtype)
             by_col = shift, torch.zeros_like(shift)
@@ -297,7 +316,13 @@ def _kept(pairs: Tensor, positives: Positives) -> Tensor:
 
 
 def _shift_and_coefficient(
-    shift: Tensor, rivals: Tensor, positives: Tensor, weight: Tensor | None, shiftless: bool, dtype: torch.dtype
+    shift: Tensor,
+    rivals: Tensor,
+    positives: Tensor,
+    weight: Tensor | None,
+    shiftless: bool,
+    dtype: torch.dtype,
+    base2: bool,
 ) -> tuple[Tensor, Tensor]:
     """weight exp(s - lse) as coefficient exp(s - shift), with the shift that the sums were taken with.
 
@@ -305,8 +330,11 @@ def _shift_and_coefficient(
     zeros.
     """
     lse = torch.logaddexp(rivals, positives)
-    coefficient = torch.sub(shift, lse, out=lse).exp_()
-    shift = shift.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    exact = shift  # as ``dtype`` holds it, in base e
+    shift = (shift * LOG2E if base2 else shift).to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if base2:
+        exact = shift.double().div_(LOG2E)
+    coefficient = torch.sub(exact, lse, out=lse).exp_()
     if not shiftless:
         shift.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
     if weight is not None:

@@ -19,19 +19,19 @@ from rime_fast.ops.contrastive.softmax import Slopes, Statistics
 from rime_fast.ops.contrastive.tiles import Masks, add_product
 from rime_fast.ops.contrastive.triton_nested import NestedTritonSweep
 from rime_fast.ops.contrastive.triton_parts import (
-    LOG2E,
     Tiles,
     add_parts,
-    base2,
     dense,
     label_range,
     limits_of,
     panel_shape,
+    scale_base2,
     superblock,
 )
 
 INTERPRETER_TMA = True  # descriptors where a GPU would take them; tests compare both
 SHIFTLESS = False  # softmax.py always gets the shifts, also where they are 0
+BASE2 = True  # the exponentials of the gradient
 
 
 def why_not(tensor: Tensor) -> str | None:
@@ -107,7 +107,7 @@ class TritonSweep:
         q_modes, k_modes = list(dict.fromkeys(q for q, _ in terms)), list(dict.fromkeys(k for _, k in terms))
         q, k = _stacked([self.queries[m] for m in q_modes]), _stacked([self.keys[m] for m in k_modes])  # [modes x N, D]
         plane, n_keys, width = self.queries[q_modes[0]].shape[0], self.keys[k_modes[0]].shape[0], q.shape[1]
-        scale2, first, limits = self._scale2(), masks[0], limits_of(masks)
+        scale2, first, limits = scale_base2(self.scale), masks[0], limits_of(masks)
         tma = uses_descriptors(q, k)
         light = _tiles("statistics_kernel", q, tma, heavy=limits is not None)
         words = _word(q_modes.index(m) for m, _ in terms), _word(k_modes.index(m) for _, m in terms)
@@ -119,14 +119,16 @@ class TritonSweep:
             row_part = q.new_empty(len(terms), 3, b_blocks, n, dtype=torch.float32)
             col_part = q.new_empty(len(terms), 2, a_blocks, n_keys, dtype=torch.float32)
             positive = q.new_full((len(terms), *labels.shape), -torch.inf, dtype=torch.float32)
+            heavy = _tiles("statistics_kernel", q, tma, heavy=True)
+            ranges = {height: label_range(labels, height) for height in {light.BM, heavy.BM}}
             # Two kernels, of which the flag on the device lets one run: each holds fewer registers than both in one.
             for bounded in (True, False):
-                tiles = light if bounded else _tiles("statistics_kernel", q, tma, heavy=True)
+                tiles = light if bounded else heavy
                 statistics_kernel[(len(terms) * a_blocks * b_blocks,)](
                     _operand(q, tma, tiles.BM, tiles.BK),
                     _operand(k, tma, tiles.BN, tiles.BK),
                     labels,
-                    label_range(labels, tiles.BM),
+                    ranges[tiles.BM],
                     _part(first.row_ids, rows),
                     first.col_ids,
                     None if limits is None else limits[0][:, rows].contiguous(),
@@ -166,9 +168,7 @@ class TritonSweep:
     def _gradients(self, slopes: Slopes, dq: list[Tensor | None], dk: list[Tensor | None]) -> None:
         from rime_fast.ops.contrastive.triton_kernels import gradient_kernel
 
-        scale2, factors, positive_slopes = self._scale2(), slopes.factor.float(), slopes.positive_slope.float()
-        row_shifts, row_coefs = base2(slopes.row_shift, slopes.row_coef)
-        col_shifts, col_coefs = base2(slopes.col_shift, slopes.col_coef)
+        scale2 = scale_base2(self.scale)
         for term, ((qm, km), masks) in enumerate(zip(self.terms, self.masks, strict=True)):
             q, k = dense(self.queries[qm]), dense(self.keys[km])
             tma = uses_descriptors(q, k)
@@ -192,12 +192,12 @@ class TritonSweep:
                         masks.col_limit,
                         scale2,
                         self.flag,
-                        factors[term],
-                        row_shifts[term],
-                        row_coefs[term],
-                        col_shifts[term],
-                        col_coefs[term],
-                        positive_slopes[term],
+                        slopes.factor[term],
+                        slopes.row_shift[term],
+                        slopes.row_coef[term],
+                        slopes.col_shift[term],
+                        slopes.col_coef[term],
+                        slopes.positive_slope[term],
                         panel,
                         row,
                         col,
@@ -212,9 +212,6 @@ class TritonSweep:
                     g = panel[: rows.stop - row, : cols.stop - col]
                     add_product(dq[qm], rows, g, k[cols])
                     add_product(dk[km], cols, g.T, q[rows])
-
-    def _scale2(self) -> Tensor:
-        return (self.scale.double() * LOG2E).float()
 
     def _options(self, q: Tensor, tiles: Tiles, tma: bool, margin: bool) -> dict[str, object]:
         tf32 = q.dtype == torch.float32 and q.is_cuda and dispatch.tf32_allowed()

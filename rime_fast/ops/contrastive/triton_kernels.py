@@ -3,9 +3,9 @@
 statistics_kernel  program = one term x one superblock of SM queries x SN keys, walked in BM x BN tiles, down the rows
                    first. Column statistics (rivals' maximum and sum) live in registers down a column of tiles and are
                    stored once a superblock; row statistics, of which a thread holds far fewer, live in the program's
-                   own slice of a partial array, read and written once a tile. The host merges partials in a fixed
-                   order: no atomics, the same bits always. The term varies fastest, so the programs that run together
-                   share tiles of q and k in L2.
+                   own slice of a partial array, read and written once a tile. The term varies fastest, so the
+                   programs that run together share tiles of q and k in L2.
+merge_kernel       those partials to running statistics in fp64, in a fixed order: no atomics, the same bits always
 gradient_kernel    program = one BM x BN tile of a panel: the similarities again, turned into G in the operands' dtype.
                    Library GEMMs then add G k to dq and G^T q to dk (triton.py).
 FLOP: 2 N K D each, a term; with the two GEMMs 8 N K D. Bytes: q and k once per superblock through L2; per tile BM + BN
@@ -20,8 +20,12 @@ operands to fp32, as its bf16 dot is wrong.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+LN2 = tl.constexpr(math.log(2))  # a plain number bound to a name in a kernel would be fp32
 
 
 @triton.jit
@@ -284,3 +288,57 @@ def gradient_kernel(
         g = tl.where(tl.arange(0, BN)[None, :] == label[:, None], slope[:, None], g)
     at = panel + (rows - row_first).to(tl.int64)[:, None] * stride_panel + (cols - col_first)[None, :]
     tl.store(at, g.to(panel.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit
+def merge_kernel(
+    parts,
+    positive,
+    running_max,
+    running_sum,
+    rival,
+    known,
+    n_parts,
+    size,
+    positives,
+    stride,
+    stride_known,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add partial statistics in base 2, parts [losses, PLANES, n_parts, size], to running ones in base e [losses, size]
+    of row stride ``stride``, in fp64 and in a fixed order.
+
+    Planes: the maximum, the sum below it, and of rows the largest rival. Of rows also positive [losses, size,
+    positives] in base 2, -inf where none was met, goes to ``known``, whose losses lie ``stride_known`` apart.
+    """
+    loss, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < size
+    top_at = parts + loss * PLANES * n_parts * size + at
+    sum_at, rival_at = top_at + n_parts * size, top_at + 2 * n_parts * size
+    into = loss * stride + at
+    old = tl.load(running_max + into, mask=live, other=0.0).to(tl.float64)
+    best = old
+    for part in range(n_parts):
+        top = tl.load(top_at + part * size, mask=live, other=0.0).to(tl.float64) * LN2
+        best = tl.where((top > best) | (top != top), top, best)  # NaN stays
+    none = best == float("-inf")
+    shift = tl.where(none, 0.0, best).to(running_max.dtype.element_ty)  # what later steps will subtract
+    exact = shift.to(tl.float64)
+    total = tl.load(running_sum + into, mask=live, other=0.0) * tl.exp(old - exact)
+    for part in range(n_parts):
+        top = tl.load(top_at + part * size, mask=live, other=0.0).to(tl.float64) * LN2
+        total += tl.load(sum_at + part * size, mask=live, other=0.0).to(tl.float64) * tl.exp(top - exact)
+    tl.store(running_sum + into, total, mask=live)
+    tl.store(running_max + into, tl.where(none, float("-inf"), shift), mask=live)
+    if PLANES == 3:
+        most = tl.load(rival + into, mask=live, other=0.0)
+        for part in range(n_parts):
+            other = (tl.load(rival_at + part * size, mask=live, other=0.0).to(tl.float64) * LN2).to(tl.float32)
+            most = tl.where((other > most) | (other != other), other, most)
+        tl.store(rival + into, most, mask=live)
+        for p in range(positives):
+            place = at.to(tl.int64) * positives + p
+            found = tl.load(positive + loss * size * positives + place, mask=live, other=0.0)
+            met = live & (found != float("-inf"))
+            tl.store(known + loss * stride_known + place, (found.to(tl.float64) * LN2).to(tl.float32), mask=met)

@@ -51,12 +51,13 @@ class NestedTritonSweep:
         from rime_fast.ops.contrastive.triton_nested_kernels import nested_statistics_kernel
 
         q, k, edges, first, limits = parts.dense(q), parts.dense(k), self._edges(), masks[0], parts.limits_of(masks)
-        scale2 = (self.scale.double() * parts.LOG2E).float()
+        scale2 = parts.scale_base2(self.scale)
         norms = torch.stack(all_inverse_norms(q, self.widths)), torch.stack(all_inverse_norms(k, self.widths))
         tiles, n_keys, count = self._tiles(q), k.shape[0], len(self.widths)
         for row in range(0, q.shape[0], parts.STRIPE):
             rows = slice(row, min(row + parts.STRIPE, q.shape[0]))
             part, labels = q[rows], first.labels[rows]
+            ranges = parts.label_range(labels, tiles.BM)
             n, side = part.shape[0], parts.superblock(part.shape[0], n_keys, 1, max(tiles.BM, tiles.BN))
             a_blocks, b_blocks = -(-n // side), -(-n_keys // side)
             row_part = q.new_empty(count, 3, b_blocks, n, dtype=torch.float32)
@@ -70,7 +71,7 @@ class NestedTritonSweep:
                     norms[0][:, rows].contiguous(),
                     norms[1],
                     labels,
-                    parts.label_range(labels, tiles.BM),
+                    ranges,
                     None if first.row_ids is None else first.row_ids[rows],
                     first.col_ids,
                     None if limits is None else limits[0][:, rows].contiguous(),
@@ -107,18 +108,13 @@ class NestedTritonSweep:
         from rime_fast.ops.contrastive.triton_nested_kernels import nested_gradient_kernel
 
         tiles, count, first, limits = self._tiles(q), len(self.widths), masks[0], parts.limits_of(masks)
-        scale2 = (self.scale.double() * parts.LOG2E).float()
+        scale2 = parts.scale_base2(self.scale)
         norms = all_inverse_norms(q, self.widths), all_inverse_norms(k, self.widths)
-        by_side = [parts.base2(slopes.row_shift, slopes.row_coef), parts.base2(slopes.col_shift, slopes.col_coef)]
         # tensors live as long as the kernels that read them are queued: nothing here is made anew a panel
         fixed = (self._edges(), torch.stack(norms[0]), torch.stack(norms[1]), first.labels, first.labels.shape[1])
         masked = (first.row_ids, first.col_ids, *((None, None) if limits is None else limits))
-        weights = (
-            slopes.factor.float(),
-            *by_side[0],
-            *by_side[1],
-            slopes.positive_slope.float(),
-        )
+        by_side = slopes.row_shift, slopes.row_coef, slopes.col_shift, slopes.col_coef
+        weights = slopes.factor, *by_side, slopes.positive_slope
         narrow = q.element_size() < 4  # with fp32 scratch beside it
         width, height = parts.panel_shape(q, k, tiles, count * (q.element_size() + 4 * narrow))
         panel = q.new_empty(count, height, width)

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rime_fast.ops.contrastive.softmax import Statistics
+from rime_fast.ops.contrastive.softmax import LOG2E, Statistics
 from rime_fast.ops.contrastive.tiles import Masks
 
 PANEL_BYTES = 128 << 20
+MERGED = 128  # rows or keys that a program merges
 STRIPE = 65_536  # queries a launch of the forward; bounds the partial statistics
-LOG2E = math.log2(math.e)
 
 
 class Tiles(NamedTuple):
@@ -38,9 +38,14 @@ def superblock(n: int, n_keys: int, terms: int, tile: int) -> int:
 def label_range(labels: Tensor, rows: int) -> Tensor:
     """Find [tiles of rows, 2]: the smallest label (of those there are) and the largest in each."""
     tiles = -(-labels.shape[0] // rows)
-    padded = torch.nn.functional.pad(labels, (0, 0, 0, tiles * rows - labels.shape[0]), value=-1).view(tiles, -1)
-    none = torch.iinfo(torch.int64).max
-    return torch.stack([torch.where(padded < 0, none, padded).amin(1), padded.amax(1)], dim=1)
+    lowest = highest = labels
+    if labels.shape[1] > 1 or labels.shape[0] % rows:
+        padded = torch.nn.functional.pad(labels, (0, 0, 0, tiles * rows - labels.shape[0]), value=-1)
+        lowest, highest = torch.where(padded < 0, torch.iinfo(torch.int64).max, padded), padded
+    found = labels.new_empty(2, tiles)
+    torch.amin(lowest.view(tiles, -1), 1, out=found[0])
+    torch.amax(highest.view(tiles, -1), 1, out=found[1])
+    return found.T.contiguous()
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -58,28 +63,32 @@ def limits_of(masks: list[Masks]) -> tuple[Tensor, Tensor] | None:
 def add_parts(row_part: Tensor, col_part: Tensor, positive: Tensor, into: Statistics, rows: slice) -> None:
     """Add a launch's partial statistics, row_part [L, 3, parts, n] and col_part [L, 2, parts, K] and the positives'
     logits [L, n, P], of these rows to the losses'."""
-    _merge(row_part[:, 0], row_part[:, 1], into.row_max[:, rows], into.row_sum[:, rows])
-    _merge(col_part[:, 0], col_part[:, 1], into.col_max, into.col_sum)
-    rival, known = into.rival[:, rows], into.positive[:, rows]
-    rival.copy_(torch.maximum(rival, row_part[:, 2].amax(1) / LOG2E))
-    known.copy_(torch.where(positive != -torch.inf, positive / LOG2E, known))
+    from rime_fast.ops.contrastive.triton_kernels import merge_kernel
+
+    by_row = into.row_max[:, rows], into.row_sum[:, rows], into.rival[:, rows], into.positive[:, rows]
+    by_col = into.col_max, into.col_sum, None, None
+    for parts, (top, total, rival, known) in ((row_part, by_row), (col_part, by_col)):
+        losses, planes, n_parts, size = parts.shape
+        merge_kernel[(-(-size // MERGED), losses)](
+            parts,
+            positive,
+            top,
+            total,
+            rival,
+            known,
+            n_parts,
+            size,
+            positive.shape[2],
+            top.stride(0),
+            0 if known is None else known.stride(0),
+            PLANES=planes,
+            BLOCK=MERGED,
+        )
 
 
-def _merge(top2: Tensor, total: Tensor, running_max: Tensor, running_sum: Tensor) -> None:
-    """Partial statistics [L, parts, size] in base 2 into running ones in base e, in fp64 and in a fixed order."""
-    top = top2.double() / LOG2E
-    best = torch.maximum(top.amax(1), running_max.double())
-    shift = torch.where(best == -torch.inf, 0, best).to(running_max.dtype)  # what later steps will subtract
-    added = (total.double() * (top - shift.double()[:, None]).exp()).sum(1)
-    running_sum.mul_((running_max.double() - shift.double()).exp()).add_(added)
-    running_max.copy_(torch.where(best == -torch.inf, best.to(shift.dtype), shift))
-
-
-def base2(shift: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn exp(s - shift) coefficient into 2^(s2 - shift2) coefficient2, shift2 exact in fp32."""
-    shift2 = (shift.double() * LOG2E).float()
-    change = torch.where(shift2.isfinite(), shift2.double() / LOG2E - shift.double(), 0).exp()
-    return shift2, (coefficient.double() * change).float()
+def scale_base2(scale: Tensor) -> Tensor:
+    """Give the scale of logits in base 2, 0-d fp32."""
+    return torch.mul(scale.double(), LOG2E, out=torch.empty_like(scale, dtype=torch.float32))
 
 
 def panel_shape(q: Tensor, k: Tensor, tiles: Tiles, element_bytes: int) -> tuple[int, int]:
