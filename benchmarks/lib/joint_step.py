@@ -33,6 +33,7 @@ from rime_fast.engine.grad_cache import GradCache
 from rime_fast.engine.packed_batch import PackedEncoder, part_tokens
 from rime_fast.engine.wrappers import GradSync
 from rime_fast.model.dual_mode import DualModeModel
+from rime_fast.model.liger import apply_liger
 from rime_fast.model.tiny import tiny_config
 from rime_fast.model.tiny_batch import tiny_batch
 from rime_fast.recipe.joint import JointWeights, joint_loss, scored_tokens, token_weights
@@ -83,16 +84,22 @@ class Shape:
     prompt: int = field(default=48, metadata={"help": "Mean text tokens of a prompt."})
     rewrite: int = field(default=64, metadata={"help": "Mean tokens of a rewrite."})
     images: tuple[tuple[int, int], ...] = ((32, 32), (32, 48))  # in patches
+    liger: bool = False  # ours with Liger's norms, rotation and gated product; its rotation reaches the plain recipe
 
     def __str__(self) -> str:
         micro = f"-micro{self.micro}" if self.micro else ""
-        return f"{self.model}-n{self.pairs}{micro}-rewrite{self.rewrite}"
+        return f"{self.model}-n{self.pairs}{micro}-rewrite{self.rewrite}" + ("-liger" if self.liger else "")
 
 
 SHAPES = {
     "tiny": [Shape("tiny", 4, 2, 8, 8, ((4, 4), (4, 8))), Shape("tiny", 3, 0, 8, 8, ((4, 4), (4, 8)))],
     "cpu": [Shape("14M", 6, 3, 24, 64, ((16, 16), (16, 24)))],
-    "cuda": [Shape(pairs=8, micro=0), Shape(), Shape(pairs=16, micro=4, rewrite=480)],
+    "cuda": [
+        Shape(pairs=8, micro=0),
+        Shape(pairs=8, micro=0, liger=True),
+        Shape(),
+        Shape(pairs=16, micro=4, rewrite=480),
+    ],
 }
 
 
@@ -118,6 +125,8 @@ class Setting:
             parameter.requires_grad_("merger" in name)
         shared = {id(parameter): parameter for parameter in self.stock.parameters()}
         self.model: Any = DualModeModel.from_model(copy.deepcopy(self.stock, shared))
+        if shape.liger:
+            apply_liger(self.model)
         trained = [p for p in self.stock.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=device == "cuda")
         self.weights = JointWeights()
