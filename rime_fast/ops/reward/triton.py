@@ -53,7 +53,7 @@ class Engine:
         n_rows, width = rows.shape
         exact = sims.dtype == torch.float64
         slack = 0.0 if exact else 1.01 * (width + 16) * 2.0**-24  # csrc/rime/reward.h, similarity_band
-        with torch.cuda.device_of(sims):  # Triton launches on the current device
+        with dispatch.on_device_of(sims):  # Triton launches on the current device
             rank_tile_kernel[(n_rows,)](
                 sims,
                 rows,
