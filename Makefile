@@ -1,7 +1,7 @@
 # One command each, from a fresh machine:
 #   make demo      set up, train, evaluate, refine, evaluate, report  -> runs/demo/report.html
 #   make test      set up, lint, all tests
-#   make bench     the CPU benchmarks        make gpu   GPU tests and benchmarks (on a machine with a GPU)
+#   make bench     the CPU benchmarks        make gpu   GPU tests and benchmarks (PART=tests,kernels: some of it)
 #   make wheel     sdist, and a manylinux wheel with the kernels: dist/ (CUDA=1: the CUDA kernels too)
 #   make fuzz      the operators on 10^5 random inputs (START=40000 COUNT=1000: a part of them)
 #   make soak      200 runs killed at random moments and resumed (30 minutes a call, goes on where it was)
@@ -82,8 +82,9 @@ bench: setup
 	$(PY) -m pytest benchmarks --rime-seconds 4 --rime-deadline 166 --rime-json benchmarks/results/cpu/bench.json
 
 # Installs nothing: runs on a plain source tree with whatever torch, triton and peers are there.
+PART ?= build,tests,first-minute,kernels,steps,sanitizer
 gpu:
-	$(PYTHON) benchmarks/run_gpu.py
+	$(PYTHON) benchmarks/run_gpu.py --part $(PART)
 
 # The wheel is made from the sdist. torch's libraries stay outside: `import torch` has loaded them before ours.
 wheel: setup

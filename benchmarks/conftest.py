@@ -4,6 +4,7 @@
     pytest benchmarks --rime-device cuda ...          GPU sizes
     pytest benchmarks --rime-tiny                     a few seconds: proves that every case runs (CI)
     pytest benchmarks --rime-deadline 160             cases that would begin later are left out, by name
+    pytest benchmarks --rime-first 1                  the first case of every file
 
 The JSON is written after every case, so a run that is cut off leaves what it had.
 """
@@ -30,6 +31,7 @@ def pytest_addoption(parser):
     group.addoption("--rime-seconds", type=float, default=math.inf, help="time limit of one comparison")
     group.addoption("--rime-deadline", type=float, default=math.inf, help="seconds after which no case begins")
     group.addoption("--rime-tiny", action="store_true", help="tiny sizes, one round: a smoke run")
+    group.addoption("--rime-first", type=int, default=None, help="only so many cases of every file")
 
 
 def pytest_configure(config):
@@ -77,14 +79,16 @@ def tiny(request) -> bool:
     return request.config.getoption("--rime-tiny")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Every file's first case, then every file's second: what a deadline leaves out is spread over all."""
-    seen = Counter()
+    seen, most = Counter(), config.getoption("--rime-first")
     order = {}
     for item in items:
         order[item] = seen[item.path]
         seen[item.path] += 1
     items.sort(key=order.__getitem__)
+    if most is not None:
+        items[:] = [item for item in items if order[item] < most]
 
 
 def pytest_runtest_setup(item):

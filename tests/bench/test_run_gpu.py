@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +42,11 @@ def test_shares_are_the_whole_time_and_leftovers_move_on(run_gpu, tmp_path, monk
     both = run_gpu.SHARES["build"] + run_gpu.SHARES["tests"]
     assert session.limit("tests") == pytest.approx(both * 480 - 10)
     assert session.limit("sanitizer") == pytest.approx(470)
+    clock[0] = 100.0
+    session = run_gpu.Session(tmp_path, minutes=2, chosen=["kernels", "ncu"])  # who is asked for shares the time
+    share = run_gpu.SHARES["kernels"] / (run_gpu.SHARES["kernels"] + run_gpu.EXTRA["ncu"])
+    assert session.limit("kernels") == pytest.approx(120 * share)
+    assert session.limit("ncu") == pytest.approx(120)
 
 
 def test_a_slow_part_is_cut_off_and_the_next_one_runs(run_gpu, tmp_path, capsys, monkeypatch):
@@ -64,12 +72,60 @@ def test_without_a_device_every_gpu_part_says_so(run_gpu, tmp_path, capsys, monk
     monkeypatch.setattr(sys, "argv", ["run_gpu.py", "--output", str(tmp_path)])
     assert run_gpu.main() == 0
     text = capsys.readouterr().out
-    for part in ("tests", "kernels", "steps", "sanitizer"):
+    for part in ("tests", "first-minute", "kernels", "steps", "sanitizer"):
         assert f"{part}: skipped: no device" in text
+    assert "op cpu_tiny" in text[text.index("summary:") :]  # the table comes last
     assert load(tmp_path / "bench.json").rows[0].impl == "ours"
     assert (tmp_path / "bench_memory.png").is_file()
     parts = json.loads((tmp_path / "summary.json").read_text())["parts"]
-    assert [part["part"] for part in parts] == ["build", "tests", "kernels", "steps", "sanitizer", "cpu_tiny"]
+    assert [part["part"] for part in parts] == [*run_gpu.SHARES, "cpu_tiny"]
+    with tarfile.open(tmp_path / "gpu.tar.gz") as archive:
+        assert {"bench.json", "summary.json", "bench_memory.png"} <= set(archive.getnames())
+    monkeypatch.setattr(sys, "argv", ["run_gpu.py", "--part", "tests,kernel"])
+    with pytest.raises(SystemExit):
+        run_gpu.main()
+    assert "no part is called kernel" in capsys.readouterr().err
+
+
+def test_on_a_card_each_part_runs_its_own(run_gpu, tmp_path, monkeypatch):
+    """The commands that a device would get; none of them is run here."""
+    session, commands = run_gpu.Session(tmp_path, 8, [*run_gpu.SHARES, "ncu"]), {}
+    monkeypatch.setattr(session, "run", lambda name, command, **env: commands.setdefault(name, " ".join(command)))
+    monkeypatch.setattr(run_gpu.shutil, "which", lambda tool: tool)
+    for part in [*run_gpu.SHARES, "ncu"][1:]:
+        run_gpu.on_card(session, part)
+    assert list(commands) == ["tests", "first-minute", "kernels", "steps", "sanitizer", "ncu"]
+    for word in ("tests/gpu/test_steps.py", "benchmarks.lib.failures"):
+        assert word in commands["tests"]
+    assert "--rime-first 1" in commands["first-minute"]
+    assert "--rime-first" not in commands["kernels"]
+    assert commands["steps"].endswith(f"-k {run_gpu.STEPS}")
+    assert commands["sanitizer"].startswith("compute-sanitizer")
+    assert commands["sanitizer"].endswith("test_smoke")
+    assert "--clock-control none" in commands["ncu"]
+
+
+def test_a_failing_test_is_told_at_once(tmp_path):
+    """Also where the run is cut off before its summary."""
+    (tmp_path / "test_it.py").write_text(
+        "def test_wrong():\n    assert 1 == 2\n\n\ndef test_long():\n    raise KeyboardInterrupt\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.lib.failures",
+        "test_it.py",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert "FAILED test_it.py::test_wrong" in done.stderr
+    assert "assert 1 == 2" in done.stderr
 
 
 def test_every_operator_and_step_has_gpu_tests_and_a_smoke(run_gpu):
