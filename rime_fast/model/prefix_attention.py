@@ -95,11 +95,7 @@ class PrefixAttention(torch.autograd.Function):
         prefix, own = (_varlen_prefix, _varlen_own) if query.is_cuda else (_cpu_prefix, _cpu_own)
         out_1, lse_1 = prefix(query, prompt_key, prompt_value, bounds, scale)
         out_2, lse_2 = own(query, key, value, bounds, scale)
-        lse = torch.logaddexp(lse_1, lse_2)
-        out_1, out_2 = (
-            out.to(lse.dtype) * (part - lse).exp_()[..., None] for out, part in ((out_1, lse_1), (out_2, lse_2))
-        )
-        out = (out_1 + out_2).to(query.dtype)
+        out, lse = (_merge if query.device.type == "cpu" else _merge_on_gpu)(out_1, lse_1, out_2, lse_2)
         ctx.save_for_backward(query, key, value, prompt_key, prompt_value, out, lse)
         ctx.bounds, ctx.scale = bounds, scale
         return out
@@ -117,6 +113,20 @@ class PrefixAttention(torch.autograd.Function):
         d_query, d_prompt_key, d_prompt_value = prefix(grad, Pass(query, prompt_key, prompt_value, *merged), *rest)
         d_own, d_key, d_value = own(grad, Pass(query, key, value, *merged), *rest)
         return d_query + d_own, d_key, d_value, d_prompt_key, d_prompt_value, None, None
+
+
+def _merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(lse_1, lse_2)
+    first, second = (
+        out.to(lse.dtype) * (part - lse).exp_()[..., None] for out, part in ((out_1, lse_1), (out_2, lse_2))
+    )
+    return (first + second).to(out_1.dtype), lse
+
+
+def _merge_on_gpu(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
+    from rime_fast.model.triton_prefix import merge_passes
+
+    return merge_passes(out_1, lse_1, out_2, lse_2)
 
 
 def flash_serves(tensor: Tensor) -> bool:

@@ -265,7 +265,15 @@ def reward(rows: int, anchors: int, width: int) -> None:
         op._score_rewrites._init_fn(*out, [], [], *given, ok, None, None, None, numbers, "", "triton")
 
 
-RUNS = {"head": head, "contrast": contrast, "decode": decode, "reward": reward}
+def merge(rows: int, heads: int, width: int) -> None:
+    """The two passes of a shared prefix."""
+    from rime_fast.model.triton_prefix import merge_passes
+
+    lse = empty(heads, rows, dtype=torch.float32).T
+    merge_passes(empty(rows, heads, width), lse, empty(rows, heads, width), lse)
+
+
+RUNS = {"merge": merge, "head": head, "contrast": contrast, "decode": decode, "reward": reward}
 
 
 def main() -> None:

@@ -57,12 +57,14 @@ def test_the_contrast(tmp_path: Path) -> None:
 
 def test_a_decode_step(tmp_path: Path) -> None:
     """A layer is 13 launches: seven products, two norms, attention and its merge, the gated product; and one norm."""
-    two, normed = dry(
+    merged, two, normed = dry(
         tmp_path,
+        ("merge", [1000, 28, 128], {}),
         ("decode", [4, 8, 12, 2, 128, 1024], {}),
         ("decode", [3, 5, 4, 2, 32, 77], {"normed": True}),
     )
     ours = {"add_norm_kernel": 3, "attention_kernel": 1, "gated_kernel": 1, "merge_kernel": 1}
+    assert merged["launches"] == 1
     for found in (two, normed):
         assert found["kernels"] == ours
         assert sum(found["kernels"].values()) - 1 + 7 <= 15

@@ -332,3 +332,16 @@ def test_errors_are_named():
     with pytest.raises(ValueError, match="query has shape"):
         layout.attention(None, query[:, :, 1:], key, value, scale=None, dropout=0.0)
     assert packed_layout([3], torch.device("cpu")).total == 3
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 16), (3, 7, 24), (1, 1, 128)])
+def test_passes_are_merged_by_one_kernel(shape):
+    """What runs on a GPU, in Triton's interpreter: rows that only one pass sees much of, and some of both."""
+    from rime_fast.model.prefix_attention import _merge
+    from rime_fast.model.triton_prefix import merge_passes
+
+    out = [torch.randn(shape) for _ in range(2)]
+    lse = [30 * torch.randn(shape[:2]) for _ in range(2)]
+    wanted, found = _merge(out[0], lse[0], out[1], lse[1]), merge_passes(out[0], lse[0], out[1], lse[1])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
