@@ -17,6 +17,7 @@ from rime_fast.model.token_names import MODES
 
 if TYPE_CHECKING:
     from rime_fast.data.records import Side
+    from rime_fast.eval.embedder import Encoded
 
 
 @dataclass
@@ -31,6 +32,13 @@ class EmbedOptions:
     mode: str = field(
         default="disc",
         metadata={"help": "'disc' (one prefill), 'gen' (decodes a rewrite), 'both', or 'latent' (one prefill)."},
+    )
+    reasoner: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mode gen by two models (Think-Then-Embed): this one writes the rewrites, --model embeds them. "
+            "'data': the items' own field `rewrite`."
+        },
     )
     dims: int | None = field(
         default=None, metadata={"help": "Keep the first so many numbers, normalised again (Matryoshka)."}
@@ -51,6 +59,11 @@ def run(values: dict[str, Any]) -> int:
     if options.mode not in (*MODES, "both"):
         raise UsageError(f"--mode is {options.mode!r}; expected {', '.join(MODES)}, both")
     model_exists(options.model)
+    if options.reasoner is not None:
+        if options.mode != "gen" or options.anchors is not None:
+            raise UsageError("--reasoner goes with --mode gen, and without --anchors")
+        if options.reasoner != "data":
+            model_exists(options.reasoner)
     if options.anchors is not None:
         if options.dims is not None:
             raise UsageError("--dims goes without --anchors: a bank is whole, and refine --anchor_dims cuts it")
@@ -61,13 +74,18 @@ def run(values: dict[str, Any]) -> int:
 
     from rime_fast.cli.bars import bars
     from rime_fast.eval.index import truncated
+    from rime_fast.eval.think import embed_thought
 
     items = read_items(options.data, loading.image_root, loading.allow_outside)
+    thought = None if options.reasoner is None else _reasoned(options.reasoner, items, options.data, loading)
     embedder = load_embedder(options.model, loading)
     if options.dims is not None:
         embedder.check_widths([options.dims])
     with bars() as progress:
-        one = embedder.encode_items(items, options.mode, progress=partial(progress, options.mode))
+        if thought is None:
+            one = embedder.encode_items(items, options.mode, progress=partial(progress, options.mode))
+        else:
+            one = embed_thought(embedder, items, thought)
     encoded = {"disc": one.without_decoding(), "gen": one} if options.mode == "both" else {options.mode: one}
     directory = Path(options.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -94,6 +112,20 @@ def run(values: dict[str, Any]) -> int:
         )
     print(f"written: {directory / 'embeddings.safetensors'}, {directory / 'items.jsonl'}")
     return 0
+
+
+def _reasoned(reasoner: str, items: list[Side], path: str, loading: EmbedderOptions) -> Encoded:
+    """What the reasoner says of every item; its model is gone afterwards."""
+    from rime_fast.eval.think import given_rewrites
+
+    if reasoner == "data":
+        if missing := [item.name for item in items if item.rewrite is None]:
+            raise UsageError(f"--reasoner data: {missing[0]} of {path} has no rewrite")
+        return given_rewrites([item.rewrite or "" for item in items])
+    from rime_fast.cli.bars import bars
+
+    with bars() as progress:
+        return load_embedder(reasoner, loading).encode_items(items, "gen", progress=partial(progress, "reasoner"))
 
 
 def read_items(path: str, image_root: str | None, allow_outside: bool = False) -> list[Side]:

@@ -14,7 +14,7 @@ class EmbedderOptions:
     """How a model is loaded and run."""
 
     template: str = field(
-        default="rewrite", metadata={"help": "'rewrite' or 'cot': the one the model was trained with."}
+        default="rewrite", metadata={"help": "'rewrite', 'cot' or 'tte': the one the model was trained with."}
     )
     token_budget: int = field(default=16384, metadata={"help": "Tokens of a batch; less needs less memory."})
     max_new_tokens: int = field(

@@ -6,7 +6,7 @@ A batch is a plain dict. N sequences, T rows in all:
     lengths, prompt_lengths: list[int] of N (host); a sequence is its prompt, then its response
     targets [T] int64: the token scored AT row t, which stands at t + 1; -100 where none is; scored: list[int] of N
     disc_index, gen_index [N] int64: row of the embedding token; gen_index is -1 for a sequence without a response,
-        and the key is absent when none has one (as `targets` is)
+        and the key is absent when none has one (as `targets` is), disc_index where the template has no ``<disc_emb>``
     pixel_values, image_grid_thw, image_grids (host); pixel_values_videos, video_grid_thw, video_grids: when there are;
         with them image_counts / video_counts: list[int] of N, how many each sequence has
     Of latent rewrites: latent_index [N, K]; in training branches and condensed (rime_fast/model/latent.py)
@@ -88,14 +88,14 @@ class Collator:
         self.vision = VisionInputs(processor.image_processor, max_decoded=max_image_pixels)
         self.rope = RopeIndexer(config)
         self.disc_id, self.gen_id = embedding_token_ids(tokenizer)
+        self.gen_id = int(tokenizer.convert_tokens_to_ids(self.template.read_out))
         self.latent_ids = latent_token_ids(tokenizer)
         self.image_id: int = config.image_token_id
         self.video_id: int = config.video_token_id
         for name, text, given in (("image", "<|image_pad|>", self.image_id), ("video", "<|video_pad|>", self.video_id)):
-            if tokenizer.convert_tokens_to_ids(text) != given:
+            if (at := tokenizer.convert_tokens_to_ids(text)) != given:
                 raise ValueError(
-                    f"config.{name}_token_id is {given}, but the tokenizer has {text} at "
-                    f"{tokenizer.convert_tokens_to_ids(text)}; model and tokenizer do not belong together"
+                    f"config.{name}_token_id is {given}, but the tokenizer, of another model, has {text} at {at}"
                 )
         if self.vision.merge_size != self.rope.merge_size:
             raise ValueError(
@@ -112,8 +112,7 @@ class Collator:
         all of them prompts up to ``<disc_emb>``, for contrast of the discriminative embeddings alone. latents: every
         sequence with its latent branch.
         """
-        pairs = list(pairs)
-        dropped: list[str] = []
+        pairs, dropped = list(pairs), list[str]()
         if self.max_length is not None and self.on_too_long == "drop":
             pairs, dropped = self._drop_long(pairs)
         if not pairs:
@@ -361,8 +360,9 @@ class Collator:
             if f"{kind}_grids" in visual:
                 batch[f"{kind}_counts"] = [len(getattr(side, f"{kind}s")) for side in sides]
         starts = np.cumsum([0, *lengths])
-        disc = [s + _last(p, self.disc_id) for s, p in zip(starts.tolist(), prompts, strict=False)]
-        batch["disc_index"] = torch.tensor(disc)
+        if self.template.with_disc:
+            disc = [s + _last(p, self.disc_id) for s, p in zip(starts.tolist(), prompts, strict=False)]
+            batch["disc_index"] = torch.tensor(disc)
         if any(given):
             limit = len(sides) if scored is None else scored
             batch |= self._response_rows(ids, starts, prompt_lengths, given, limit)

@@ -11,6 +11,9 @@
 [known] (UME-R1): the user turn, where it ends for an embedding without decoding (after `<disc_emb>` and a newline), the
 whole of template ``cot``. [ours]: the assistant turn and the instruction of template ``rewrite``; RIME's own wording
 is not published.
+
+Template ``tte`` is Think-Then-Embed's (arXiv 2510.05014): no embedding tokens; the assistant turn is the reasoning
+trace, and the embedding (mode "gen") the state of the chat's last token, `<|im_end|>` [known; ours: the wording].
 """
 
 from __future__ import annotations
@@ -42,6 +45,12 @@ REWRITE_INSTRUCTION = (
     f"Rewrite the input above as a short text for retrieval between {REWRITE_OPEN} and {REWRITE_CLOSE}, "
     "keeping what identifies its match, then embed it."
 )
+# [ours] Think-Then-Embed's own prompts differ by task; a set's task text says what is asked for.
+TTE_INSTRUCTION = (
+    "Represent the input above for retrieval. Think first, in one to three sentences between <think> and </think>: "
+    "what tells it from others like it, and what its match must have. Then write one line: Answer: and what it comes "
+    "down to."
+)
 # [known] UME-R1's prompt, to the letter: its checkpoints were trained on it. It names the token itself, so `<gen_emb>`
 # also stands in the user turn; the read-out is at the LAST occurrence.
 COT_INSTRUCTION = (
@@ -65,6 +74,8 @@ class Template:
 
     open, close: what stands around the rewrite in the assistant turn. end_of_turn: what follows ``<gen_emb>`` in
     training ("" ends the sequence there). well_formed: regular expression of a whole response up to ``<gen_emb>``.
+    read_out: the token whose state is the generative embedding; generation ends there. with_disc: whether the prompt
+    holds a discriminative one.
     filler: the control experiment's hook: this text (or what the function makes of the side) stands in every response
     in place of the side's own rewrite. special_text: what to do with a user's text that looks like a control token.
     """
@@ -78,6 +89,8 @@ class Template:
     system: str | None = QWEN_SYSTEM
     filler: str | Callable[[Side], str] | None = None
     special_text: Literal["error", "escape"] = "error"
+    read_out: str = GEN_TOKEN
+    with_disc: bool = True
 
     def render_vision(self, side: Side) -> str:
         """Write the placeholders of a side's pictures: one per image, then one per video."""
@@ -92,12 +105,18 @@ class Template:
     def render_disc(self, side: Side) -> str:
         """Write the shortest text that holds the discriminative embedding: it ends with
         ``<disc_emb>`` and a newline."""
-        system = "" if self.system is None else f"{IM_START}system\n{self.system}{IM_END}\n"
-        return f"{system}{IM_START}user\n{self.render_user(side)}\n{DISC_TOKEN}\n"
+        if not self.with_disc:
+            raise ValueError(f"template {self.name!r} has no discriminative embedding; its mode is 'gen'")
+        return f"{self._render_input(side)}{DISC_TOKEN}\n"
 
     def render_prompt(self, side: Side) -> str:
         """Write everything before the assistant's first token."""
-        return f"{self.render_disc(side)}{self.instruction}{IM_END}\n{IM_START}assistant\n"
+        user = self.render_disc(side) if self.with_disc else self._render_input(side)
+        return f"{user}{self.instruction}{IM_END}\n{IM_START}assistant\n"
+
+    def _render_input(self, side: Side) -> str:
+        system = "" if self.system is None else f"{IM_START}system\n{self.system}{IM_END}\n"
+        return f"{system}{IM_START}user\n{self.render_user(side)}\n"
 
     def render_response(self, side: Side) -> str:
         """Write the assistant turn. Raises ValueError where the side has no rewrite (and the template no filler)."""
@@ -110,12 +129,14 @@ class Template:
         rewrite = self._user_text(rewrite, "rewrite", side, CONTROL)
         if self.open:
             rewrite = self._user_text(rewrite, "rewrite", side, TAGS)
+        if self.read_out != GEN_TOKEN:
+            return f"{rewrite}{self.read_out}"
         return f"{self.open}{rewrite}{self.close}\n{GEN_TOKEN}{self.end_of_turn}"
 
     def parse_response(self, text: str) -> ParsedResponse:
-        """Read a generated response, decoded WITH its special tokens. What follows the first ``<gen_emb>`` is ignored;
-        without one, format_ok is False."""
-        body, found, _ = text.partition(GEN_TOKEN)
+        """Read a generated response, decoded WITH its special tokens. What follows the first ``<gen_emb>``
+        (``read_out``) is ignored; without one, format_ok is False."""
+        body, found, _ = text.partition(self.read_out)
         format_ok = bool(found) and re.fullmatch(self.well_formed, body, re.DOTALL) is not None
         body = body.removesuffix("\n")
         if self.open:
@@ -161,11 +182,22 @@ _COT = Template(
     well_formed=r"<think>(?:(?!</?think>|<\|[A-Za-z0-9_]+\|>).)+</think>\s*<answer>(?=.*\S)(?:(?!</?think>|<answer>).)+\n",
     end_of_turn=IM_END,
 )
-TEMPLATES = {template.name: template for template in (_REWRITE, _COT)}
+_TTE = Template(
+    name="tte",
+    instruction=TTE_INSTRUCTION,
+    open="",
+    close="",
+    well_formed=r"<think>(?:(?!</?think>|<\|[A-Za-z0-9_]+\|>).)+</think>\s*"
+    r"(?=.*\S)(?:(?!</?think>|<\|[A-Za-z0-9_]+\|>).)+",
+    read_out=IM_END,
+    with_disc=False,
+)
+TEMPLATES = {template.name: template for template in (_REWRITE, _COT, _TTE)}
 
 
 def get_template(name: str | Template = "rewrite", **changes: Any) -> Template:
-    """The template of that name: ``rewrite`` (default) or ``cot`` (UME-R1's chain of thought).
+    """The template of that name: ``rewrite`` (default), ``cot`` (UME-R1's chain of thought) or ``tte``
+    (Think-Then-Embed's reasoning trace).
 
     ``changes`` replace fields, for instance ``system=None`` (Qwen3-VL), ``instruction="..."``, ``filler="..."`` or
     ``special_text="escape"``. A Template is taken as it is. Raises ValueError for an unknown name.

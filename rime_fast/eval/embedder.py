@@ -110,7 +110,6 @@ class RimeEmbedder:
     processor: anything with ``tokenizer`` and ``image_processor``. template: the one the model was trained with.
     token_budget: tokens of a batch, padding counted; prompt and ``max_new_tokens`` together in mode gen.
     max_new_tokens: cap of a rewrite; one that has no ``<gen_emb>`` by then is counted in ``stats.missing_gen``.
-
         embedder = RimeEmbedder.from_pretrained("runs/sft")
         d = embedder.encode(["a red shoe", Image.open("shoe.png")])
         g, rewrites = embedder.encode([{"text": "which shoe?", "image": "shoe.png"}], mode="gen", return_rewrites=True)
@@ -173,8 +172,8 @@ class RimeEmbedder:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The embeddings this model gives: "latent" where it has latent tokens."""
-        return MODES if self.collator.latent_ids else MODES[:2]
+        """The embeddings this model gives: "latent" where it has latent tokens, "gen" alone without ``<disc_emb>``."""
+        return (MODES if self.collator.latent_ids else MODES[:2]) if self.collator.template.with_disc else ("gen",)
 
     @property
     def width(self) -> int:
@@ -263,6 +262,8 @@ class RimeEmbedder:
         """
         if mode not in (*MODES, "both", "auto"):
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(map(repr, (*MODES, 'both', 'auto')))}")
+        if mode != "gen" and not (template := self.collator.template).with_disc:
+            raise ValueError(f"mode is {mode!r}; template {template.name!r} has no disc embedding, expected 'gen'")
         if mode == "auto":
             return self._auto(items, check_auto(index, self.width, threshold), threshold, progress)
         if index is not None:
@@ -361,10 +362,10 @@ class RimeEmbedder:
             )
         finally:
             hook.remove()
-        assert rollout.disc_states is not None
-        states, discs = (
-            torch.nn.functional.normalize(s, dim=1).cpu() for s in (rollout.gen_states, rollout.disc_states)
-        )
+        states = torch.nn.functional.normalize(rollout.gen_states, dim=1).cpu()
+        discs: Any = [None] * len(states)
+        if rollout.disc_states is not None:
+            discs = torch.nn.functional.normalize(rollout.disc_states, dim=1).cpu()
         counts, reached = rollout.lengths.tolist(), rollout.finished.tolist()
         rows = []
         for state, disc, ids, count, ok in zip(states, discs, rollout.tokens.tolist(), counts, reached, strict=True):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from rime_fast.ops.contrastive import contrastive_loss
 
 IGNORE = -100
+OBJECTIVES = ("joint", "sft", "contrastive")
 Term = tuple[str, str, float]
 FIXED = "disc (no gradient)"
 
@@ -61,6 +62,14 @@ class JointWeights:
             value = getattr(self, one.name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"JointWeights.{one.name} is {value!r}; expected a finite number >= 0")
+
+    def of(self, objective: str, with_disc: bool = True) -> JointWeights:
+        """Leave out what an objective of OBJECTIVES does not train: "sft" every contrast, "contrastive" every
+        cross-entropy; without ``with_disc`` what reads a discriminative embedding."""
+        discriminative, entropies = ("disc", "cross", "same_item"), ("ce_query", "ce_target", "latent_ce")
+        off = {"joint": (), "sft": (*discriminative, "gen", "latent"), "contrastive": entropies}[objective]
+        left = (*off, *(() if with_disc else discriminative))
+        return replace(self, **dict.fromkeys(left, 0.0))
 
     def modes(self) -> tuple[str, ...]:
         """The embeddings that the contrastive terms read, a subset of ("disc", "gen", "latent")."""

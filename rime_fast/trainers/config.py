@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from rime_fast.engine.launch import deepspeed_config, start_alone
 from rime_fast.ops.reward import RewardWeights
-from rime_fast.recipe.joint import JointWeights
+from rime_fast.recipe.joint import OBJECTIVES, JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
 from rime_fast.recipe.settings import ContrastSettings, DistillSettings, LatentSettings, in_range, one_of, option
 
@@ -41,8 +41,8 @@ class CommonConfig(TrainingArguments):
 
     template: str = option(
         "rewrite",
-        "Prompt and response format: 'rewrite' (<rewrite>TEXT</rewrite>, [ours]) or 'cot' (<think>..</think>"
-        "<answer>.., [known, UME-R1]). See rime_fast/data/templates.py.",
+        "Prompt and response format: 'rewrite' (<rewrite>TEXT</rewrite>, [ours]), 'cot' (<think>..</think><answer>.., "
+        "[known, UME-R1]) or 'tte' (a reasoning trace, no embedding tokens, [known, Think-Then-Embed]).",
     )
     max_length: int | None = option(
         12288, "Longest sequence in tokens, prompt and response; a longer row is a bad row. [known, UME-R1]"
@@ -175,6 +175,11 @@ class RimeConfig(LatentSettings, DistillSettings, ContrastSettings, CommonConfig
     The batch of a step (all ranks) is the set of in-batch negatives: make it as large as memory allows.
     """
 
+    objective: str = option(
+        "joint",
+        "'joint': cross-entropy and contrast, by the weights below; 'sft': cross-entropy alone (a reasoner); "
+        "'contrastive': contrast alone (an embedder). Template 'tte' contrasts g-g alone. [known, Think-Then-Embed]",
+    )
     ce_query_weight: float = option(1.0, "Next-token loss of the query's rewrite. [known: 1]")
     ce_target_weight: float = option(1.0, "Next-token loss of the target's rewrite. [known: 1]")
     disc_weight: float = option(1.0, "Contrast d-d, discriminative mode. [known, UME-R1: 1]")
@@ -222,6 +227,9 @@ class RimeConfig(LatentSettings, DistillSettings, ContrastSettings, CommonConfig
     per_device_train_batch_size: int = option(8, "Pairs per device and step.")
 
     def __post_init__(self) -> None:
+        one_of("objective", self.objective, OBJECTIVES)
+        if self.template == "tte" and self.latent_tokens:
+            raise ValueError("latent_tokens stand behind <disc_emb>; template 'tte' has none")
         self.check_latents()
         self.check_distillation()
         self.weights()  # raises, naming the weight
@@ -257,8 +265,8 @@ class RimeConfig(LatentSettings, DistillSettings, ContrastSettings, CommonConfig
             self.micro_batch_tokens = 16384
 
     def weights(self) -> JointWeights:
-        """The loss weights as the recipe takes them."""
-        return JointWeights(
+        """The loss weights as the recipe takes them; those that the objective or the template leaves out are 0."""
+        given = JointWeights(
             ce_query=self.ce_query_weight,
             ce_target=self.ce_target_weight,
             disc=self.disc_weight,
@@ -268,6 +276,7 @@ class RimeConfig(LatentSettings, DistillSettings, ContrastSettings, CommonConfig
             latent=self.latent_weight if self.latent_tokens else 0.0,
             latent_ce=self.latent_ce_weight if self.latent_tokens else 0.0,
         )
+        return given.of(self.objective, with_disc=self.template != "tte")
 
 
 @dataclass
@@ -362,6 +371,8 @@ class RefineConfig(CommonConfig):
     per_device_train_batch_size: int = option(8, "Pairs per device and step.")
 
     def __post_init__(self) -> None:
+        if self.template == "tte":
+            raise ValueError("template is 'tte', which has no <disc_emb>; Refine-RL's anchors are its embeddings")
         self._take_old_name("negatives", "anchor_pool")
         self._take_old_name("negative", "negative_reduction")
         one_of("trained_sides", self.trained_sides, SIDES)

@@ -90,6 +90,11 @@ class RimeTrainer(DualModeTrainer):
             config.is_matryoshka, config.matryoshka_dimensions = True, self.widths[0]
         chosen, ids = args.template if template is None else template, args.mask_false_negatives or args.teacher_bank
         self.collator = make_collator(processor, chosen, model.config, args, ids=bool(ids))
+        if "disc" in args.weights().modes() and not self.collator.template.with_disc:
+            raise ValueError(
+                f"template {self.collator.template.name!r} has no <disc_emb>; set disc_weight, cross_weight and "
+                "same_item_weight to 0, or args.template to 'tte'"
+            )
         # without a term that trains or reads rewrites, prompts up to <disc_emb> are all that is needed
         answers = args.weights().scores_tokens() or {"gen", "latent"} & set(args.weights().modes())
         rewrites = bool(answers) and self.collator.template.filler is None
