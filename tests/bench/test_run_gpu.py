@@ -110,20 +110,10 @@ def test_a_failing_test_is_told_at_once(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "def test_wrong():\n    assert 1 == 2\n\n\ndef test_long():\n    raise KeyboardInterrupt\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "benchmarks.lib.failures",
-        "test_it.py",
-    ]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    plugins = ["-p", "no:cacheprovider", "-p", "benchmarks.lib.failures"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "test_it.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "FAILED test_it.py::test_wrong" in done.stderr
     assert "assert 1 == 2" in done.stderr
 

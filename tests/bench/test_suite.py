@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_contrastive, bench_logprob_pool, bench_reward
-from benchmarks.lib import growth, joint_step, peers, refine_step, ume_r1, widths
+from benchmarks import bench_attention, bench_contrastive, bench_logprob_pool, bench_reward
+from benchmarks.lib import decode_step, growth, joint_step, peers, refine_step, ume_r1, widths
 from benchmarks.lib.stored import load
 from rime_fast.bench import ceiling, contrastive, logprob, reward
 from rime_fast.bench.harness import FLOOR, Results, compare
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 HEAD, CONTRAST, REWARD = bench_logprob_pool.SHAPES, bench_contrastive.SHAPES, bench_reward.SHAPES
 UME = bench_reward.UME_SHAPES
 SUITE = {
+    "attention": (bench_attention.measure, bench_attention.SHAPES["tiny"][0], {"ours"}, 0.0),
+    "decode_step": (decode_step.measure, decode_step.SHAPES["tiny"][0], {FLOOR, "ours"}, 0.0),
     "ceiling": (ceiling.measure, ceiling.SHAPES["tiny"][0], {"copy", "gemm"}, 0.0),
     "logprob": (
         logprob.measure,
@@ -116,4 +119,5 @@ def test_without_a_checkout_torchs_own_forms_remain(monkeypatch, tmp_path):
     assert set(bench_micro.third_party("logprob", shape)["peers"]) == set(peers.logprob(shape))
     monkeypatch.setattr(bench_micro, "PEERS", tmp_path / "peers.py")
     assert bench_micro.third_party("logprob", shape) == {}
-    assert {"eager", "compile", "F.linear_cross_entropy"} < set(logprob.losses(shape, False))
+    assert {"eager", "F.linear_cross_entropy"} < set(logprob.losses(shape, False))
+    assert "compile" in logprob.losses(replace(shape, peaked=True), False)

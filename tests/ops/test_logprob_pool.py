@@ -45,7 +45,7 @@ def test_reference_keeps_the_rule(dtype: torch.dtype) -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 70),
-    width=st.integers(1, 40),
+    width=st.integers(2, 40),  # one number of unit norm has no gradient but rounding
     vocabulary=st.integers(1, 300),
     scored=st.sampled_from(["all", "some", "one", "none"]),
     bias=st.booleans(),
