@@ -25,8 +25,8 @@ from transformers.utils import logging
 from rime_fast.data.collate import Collator, token_budget_batches
 from rime_fast.data.records import Side, side_from_json
 from rime_fast.data.templates import Template
-from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.engine.wrappers import dual_mode_of
+from rime_fast.eval.head_embedding import generated
 from rime_fast.eval.index import THRESHOLD, EmbeddingIndex, check_auto
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
@@ -352,7 +352,7 @@ class RimeEmbedder:
         ended: list[float] = []
         hook = dual_mode_of(self.model).lm_head.register_forward_pre_hook(lambda *_: self._clock(ended))
         try:
-            rollout = generate_rollouts(
+            rollout, embedded = generated(
                 self.model,
                 packed,
                 gen_id=self.collator.gen_id,
@@ -362,7 +362,7 @@ class RimeEmbedder:
             )
         finally:
             hook.remove()
-        states = torch.nn.functional.normalize(rollout.gen_states, dim=1).cpu()
+        states = embedded.cpu()
         discs: Any = [None] * len(states)
         if rollout.disc_states is not None:
             discs = torch.nn.functional.normalize(rollout.disc_states, dim=1).cpu()

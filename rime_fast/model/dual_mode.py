@@ -22,9 +22,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rime_fast.model.adapter import is_adapter, merged_adapter
+from rime_fast.model.embedding_head import make_head, read_by_head
 from rime_fast.model.head import ScoringHead, make_scoring
 from rime_fast.model.outputs import DualModeOutput
 from rime_fast.model.packing import PACKED_SDPA, AttentionLayout, packed_layout
+from rime_fast.model.state_cache import StateCache
 from rime_fast.model.token_names import MODES
 from rime_fast.model.vision import host_grids, segment_attention, vision_features, visual_input
 from rime_fast.model.vision_cache import VisionCache
@@ -53,10 +55,13 @@ class DualModeModel:
     config: Any
     model: Any
     lm_head: Any
+    state_cache: StateCache | None = None  # where the states that a head reads are kept
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self._make_dual()
+        if (head := getattr(config, "embedding_head", None)) is not None:
+            self.attach_head(head)
 
     @classmethod
     def from_pretrained(
@@ -155,6 +160,10 @@ class DualModeModel:
         text = self.model.language_model
         if isinstance(text, transformers.Qwen3VLTextModel):
             text.__class__ = Qwen3VLTextModel
+
+    def attach_head(self, text: str) -> None:
+        """Give the model a head that makes its gen embedding (embedding_head.py), saved and loaded with it."""
+        self.embedding_head, self.config.embedding_head = make_head(text, self), text
 
     def encode_hidden(
         self,
@@ -337,18 +346,14 @@ class DualModeModel:
             raise ValueError(f"lengths (a packed batch) was given together with {', '.join(both)}; expected only one")
         if token_weight is not None and targets is None:
             raise ValueError("token_weight was given without targets")
-        hidden = self.encode_hidden(
-            input_ids,
-            lengths,
-            **vision,
-            image_grids=image_grids,
-            video_grids=video_grids,
-            layout=layout,
-            vision_cache=vision_cache,
-        )
+        inputs: dict[str, Any] = {"input_ids": input_ids, "lengths": lengths, **vision, "layout": layout}
+        inputs |= {"image_grids": image_grids, "video_grids": video_grids, "vision_cache": vision_cache}
         if pools is None:
             by_mode = zip(MODES, (disc_index, gen_index, latent_index), strict=True)
             pools = {mode: index for mode, index in by_mode if index is not None}
+        if hasattr(self, "embedding_head") and "gen" in pools and targets is None:
+            return DualModeOutput(embeddings={"gen": read_by_head(self, inputs, pools["gen"])})
+        hidden = self.encode_hidden(**inputs)
         if not (pools or targets is not None):
             return DualModeOutput(embeddings={}, hidden=hidden)
         head = self._scoring_head()

@@ -31,7 +31,6 @@ from torch import Tensor
 from rime_fast.ops.contrastive import contrastive_loss
 
 IGNORE = -100
-OBJECTIVES = ("joint", "sft", "contrastive")
 Term = tuple[str, str, float]
 FIXED = "disc (no gradient)"
 
@@ -64,7 +63,7 @@ class JointWeights:
                 raise ValueError(f"JointWeights.{one.name} is {value!r}; expected a finite number >= 0")
 
     def of(self, objective: str, with_disc: bool = True) -> JointWeights:
-        """Leave out what an objective of OBJECTIVES does not train: "sft" every contrast, "contrastive" every
+        """Leave out what an objective does not train: "joint" nothing, "sft" every contrast, "contrastive" every
         cross-entropy; without ``with_disc`` what reads a discriminative embedding."""
         discriminative, entropies = ("disc", "cross", "same_item"), ("ce_query", "ce_target", "latent_ce")
         off = {"joint": (), "sft": (*discriminative, "gen", "latent"), "contrastive": entropies}[objective]

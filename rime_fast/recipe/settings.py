@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+OBJECTIVES = ("joint", "sft", "contrastive")
+
 
 def option(default: Any, text: str) -> Any:
     """Declare a dataclass field with its help text."""
@@ -120,6 +122,43 @@ class DistillSettings:
             in_range("distill_temperature", self.distill_temperature, 0, open_low=True)
         if self.teacher_bank is not None and self.distill_weight == 0:
             raise ValueError("teacher_bank is set and distill_weight is 0; expected a weight above 0")
+
+
+@dataclass
+class ObjectiveSettings:
+    """What is trained of the recipe, and Think-Then-Embed's head on a frozen backbone
+    (``rime_fast/model/embedding_head.py``): a part of ``RimeConfig``."""
+
+    objective: str = option(
+        "joint",
+        "'joint': cross-entropy and contrast, by the weights below; 'sft': cross-entropy alone (a reasoner); "
+        "'contrastive': contrast alone (an embedder). Template 'tte' contrasts g-g alone. [known, Think-Then-Embed]",
+    )
+    head: str | None = option(
+        None,
+        "Train a head on the states of a frozen backbone: 'self:8' (copies of its last 8 layers), 'qformer:64x8', "
+        "'attention:4' or 'latent:512'. Needs freeze_backbone and objective 'contrastive'. [known, Think-Then-Embed]",
+    )
+    freeze_backbone: bool = option(False, "Train the head alone. [known, Think-Then-Embed]")
+    head_lr: float | None = option(None, "Peak learning rate of the head; None: learning_rate.")
+    state_cache: str | None = option(
+        None, "Folder where the states that the head reads are kept, one file a sequence; None: made anew each time."
+    )
+
+    def check_objective(self) -> None:
+        """Raise ValueError for an unknown objective, or a head that cannot be trained so, naming the field."""
+        one_of("objective", self.objective, OBJECTIVES)
+        if self.head is None:
+            for name in ("freeze_backbone", "head_lr", "state_cache"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}, but there is no head; set head")
+            return
+        if not self.freeze_backbone:
+            raise ValueError(f"head is {self.head!r}, which reads a frozen backbone; set freeze_backbone")
+        if self.objective != "contrastive":
+            raise ValueError(f"objective is {self.objective!r}; a head ({self.head!r}) is trained by 'contrastive'")
+        if self.head_lr is not None:
+            in_range("head_lr", self.head_lr, 0)
 
 
 @dataclass

@@ -15,9 +15,10 @@ from transformers import TrainingArguments
 
 from rime_fast.engine.launch import deepspeed_config, start_alone
 from rime_fast.ops.reward import RewardWeights
-from rime_fast.recipe.joint import OBJECTIVES, JointWeights
+from rime_fast.recipe import settings as parts
+from rime_fast.recipe.joint import JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
-from rime_fast.recipe.settings import ContrastSettings, DistillSettings, LatentSettings, in_range, one_of, option
+from rime_fast.recipe.settings import in_range, one_of, option
 
 ON_BAD_ROW = ON_NONFINITE = ("stop", "skip")
 PROGRESS = ("rich", "plain", "none")
@@ -169,17 +170,14 @@ def _other_accelerator() -> bool:
 
 
 @dataclass
-class RimeConfig(LatentSettings, DistillSettings, ContrastSettings, CommonConfig):
+class RimeConfig(
+    parts.ObjectiveSettings, parts.LatentSettings, parts.DistillSettings, parts.ContrastSettings, CommonConfig
+):
     """The settings of joint training (SFT): cross-entropy on both sides, contrast in both modes, Cross-Mode Alignment.
 
     The batch of a step (all ranks) is the set of in-batch negatives: make it as large as memory allows.
     """
 
-    objective: str = option(
-        "joint",
-        "'joint': cross-entropy and contrast, by the weights below; 'sft': cross-entropy alone (a reasoner); "
-        "'contrastive': contrast alone (an embedder). Template 'tte' contrasts g-g alone. [known, Think-Then-Embed]",
-    )
     ce_query_weight: float = option(1.0, "Next-token loss of the query's rewrite. [known: 1]")
     ce_target_weight: float = option(1.0, "Next-token loss of the target's rewrite. [known: 1]")
     disc_weight: float = option(1.0, "Contrast d-d, discriminative mode. [known, UME-R1: 1]")
@@ -227,9 +225,9 @@ class RimeConfig(LatentSettings, DistillSettings, ContrastSettings, CommonConfig
     per_device_train_batch_size: int = option(8, "Pairs per device and step.")
 
     def __post_init__(self) -> None:
-        one_of("objective", self.objective, OBJECTIVES)
         if self.template == "tte" and self.latent_tokens:
             raise ValueError("latent_tokens stand behind <disc_emb>; template 'tte' has none")
+        self.check_objective()
         self.check_latents()
         self.check_distillation()
         self.weights()  # raises, naming the weight
@@ -276,7 +274,7 @@ class RimeConfig(LatentSettings, DistillSettings, ContrastSettings, CommonConfig
             latent=self.latent_weight if self.latent_tokens else 0.0,
             latent_ce=self.latent_ce_weight if self.latent_tokens else 0.0,
         )
-        return given.of(self.objective, with_disc=self.template != "tte")
+        return given.of(self.objective, with_disc=self.template != "tte" and self.head is None)
 
 
 @dataclass

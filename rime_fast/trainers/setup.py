@@ -20,6 +20,7 @@ from rime_fast.data.mixture import MixtureSet, mixture_sets, open_mixture
 from rime_fast.engine.wrappers import vision_tower
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
+from rime_fast.model.state_cache import StateCache
 from rime_fast.model.tokens import EmbeddingTokens, add_embedding_tokens, latent_token_ids
 from rime_fast.trainers.config import CommonConfig
 
@@ -60,6 +61,10 @@ def prepare_model(
     tokens = add_embedding_tokens(base, processor.tokenizer, latents)
     if args.freeze_vision:
         freeze_vision(base)
+    if getattr(args, "head", None) is not None:
+        if adapted or peft_config is not None:
+            raise ValueError("head is set beside a peft adapter; the backbone below a head is frozen")
+        give_head(base, args)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -70,6 +75,25 @@ def prepare_model(
         set_seed(args.seed)  # of the adapter's first values; the Trainer's own comes too late for them
         model = get_peft_model(model, peft_config)
     return model, processor, tokens
+
+
+def give_head(model: Any, args: Any) -> None:
+    """Give the model the head of ``args.head``, unless it has it, with everything else frozen. Raises ValueError for
+    another one."""
+    found = getattr(model.config, "embedding_head", None)
+    if found not in (None, args.head):
+        raise ValueError(f"head is {args.head!r}; the model has {found!r}")
+    set_seed(args.seed)  # of the head's first values
+    if found is None:
+        model.attach_head(args.head)
+    model.requires_grad_(False)
+    model.embedding_head.requires_grad_(True)
+    args.learning_rate = args.learning_rate if args.head_lr is None else args.head_lr  # nothing else is trained
+    if args.state_cache is not None:
+        sums = [
+            float(p.double().sum()) for name, p in model.named_parameters() if not name.startswith("embedding_head")
+        ]
+        model.state_cache = StateCache(args.state_cache, f"{args.head} {sums}")
 
 
 def loading_dtype(args: CommonConfig) -> torch.dtype:

@@ -150,3 +150,44 @@ def test_objectives_leave_out_what_they_do_not_train():
 )
 def test_a_trace_has_a_form(text, ok, rewrite):
     assert TTE.parse_response(text) == (rewrite, ok)
+
+
+@pytest.mark.parametrize("head", ["self:1", "qformer:4x2", "attention:4", "latent:8"])
+def test_a_head_on_the_frozen_reasoner(head, tiny, tmp_path):
+    """TTE_u: trained on cached states, saved, loaded; one rollout whose states feed the head, as good as a second
+    pass over what it wrote; retrieval of the training pairs."""
+    pairs = start(tiny, tmp_path / "start")
+    train(tmp_path / "start", tmp_path / "reasoner", pairs, "sft", max_steps=60, learning_rate=5e-3)
+    more = {"head": head, "freeze_backbone": True, "head_lr": 5e-3, "state_cache": str(tmp_path / "states")}
+    log = train(tmp_path / "reasoner", tmp_path / "unified", pairs, "contrastive", max_steps=40, **more)
+    assert {name for name in log[-1] if name.startswith(("contrast", "ce"))} == {"contrast/gen-gen"}
+    assert log[-1]["contrast/gen-gen"] < 0.5 * log[0]["contrast/gen-gen"]
+    kept = list((tmp_path / "states").iterdir())
+    assert len(kept) == len({(pair.target.text, pair.target.rewrite) for pair in pairs}) + len(pairs)
+    embedder = RimeEmbedder.from_pretrained(tmp_path / "unified", template="tte", max_new_tokens=24)
+    reasoner = RimeEmbedder.from_pretrained(tmp_path / "reasoner", template="tte", max_new_tokens=24)
+    found = []
+    for name in ("query", "target"):
+        sides = [replace(getattr(pair, name), rewrite=None) for pair in pairs]
+        made, said = (one.encode_items(sides, "gen") for one in (embedder, reasoner))
+        assert made.rewrites == said.rewrites
+        again = embed_thought(embedder, sides, made).embeddings
+        good = torch.tensor(made.well_formed)
+        torch.testing.assert_close(made.embeddings[good], again[good], rtol=1e-4, atol=1e-4)
+        found.append(made.embeddings)
+    hits = (found[0] @ found[1].T).argmax(1) == torch.arange(len(pairs))
+    assert hits.float().mean() > 0.6
+
+
+def test_what_a_head_needs(tiny, tmp_path):
+    start(tiny, tmp_path)
+    settings = {"output_dir": str(tmp_path), "template": "tte"}
+    with pytest.raises(ValueError, match="set freeze_backbone"):
+        RimeConfig(**settings, head="self:1", objective="contrastive")
+    with pytest.raises(ValueError, match="is trained by 'contrastive'"):
+        RimeConfig(**settings, head="self:1", freeze_backbone=True)
+    with pytest.raises(ValueError, match=r"head_lr is 0\.1, but there is no head"):
+        RimeConfig(**settings, head_lr=0.1)
+    args = RimeConfig(**settings, head="self:9", freeze_backbone=True, objective="contrastive", progress="none")
+    with pytest.raises(ValueError, match="head is 'self:9'; the model has 2 layers"):
+        RimeTrainer(str(tmp_path), args, traces(tiny, 4))
