@@ -38,6 +38,10 @@ COMMAND = Command(
             "a larger model as teacher",
             "rime-fast train --config sft.yaml --teacher_bank runs/teacher --distill_weight 1",
         ),
+        (
+            "a head on the states of a frozen model (Think-Then-Embed)",
+            "rime-fast train --config examples/think_then_embed.yaml --lora_rank 0 --freeze_backbone --head self:8",
+        ),
         ("embeddings that can be cut", "rime-fast train --config sft.yaml --matryoshka_dims 64 128 256 512 1024"),
     ),
     run=run,
@@ -45,6 +49,7 @@ COMMAND = Command(
         "RimeConfig",
         "The recipe (joint training)",
         Group("Its contrast", "rime_fast.recipe.settings", "ContrastSettings"),
+        Group("Its objective, and Think-Then-Embed's head", "rime_fast.recipe.settings", "ObjectiveSettings"),
         Group("A teacher", "rime_fast.recipe.settings", "DistillSettings"),
         Group("Latent rewrites", "rime_fast.recipe.settings", "LatentSettings"),
     ),

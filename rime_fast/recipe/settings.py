@@ -140,9 +140,10 @@ class ObjectiveSettings:
         "'attention:4' or 'latent:512'. Needs freeze_backbone and objective 'contrastive'. [known, Think-Then-Embed]",
     )
     freeze_backbone: bool = option(False, "Train the head alone. [known, Think-Then-Embed]")
-    head_lr: float | None = option(None, "Peak learning rate of the head; None: learning_rate.")
+    head_lr: float | None = option(None, "Peak learning rate of the head; None: learning_rate. [ours]")
     state_cache: str | None = option(
-        None, "Folder where the states that the head reads are kept, one file a sequence; None: made anew each time."
+        None,
+        "Folder where the states that the head reads are kept, one file a sequence; None: made anew each time. [ours]",
     )
 
     def check_objective(self) -> None:

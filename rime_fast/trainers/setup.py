@@ -17,6 +17,7 @@ from rime_fast.data.check import CheckRules
 from rime_fast.data.collate import Collator
 from rime_fast.data.datasets import PairDataset, open_pairs
 from rime_fast.data.mixture import MixtureSet, mixture_sets, open_mixture
+from rime_fast.engine.anchor_bank import model_fingerprint
 from rime_fast.engine.wrappers import vision_tower
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
@@ -90,10 +91,8 @@ def give_head(model: Any, args: Any) -> None:
     model.embedding_head.requires_grad_(True)
     args.learning_rate = args.learning_rate if args.head_lr is None else args.head_lr  # nothing else is trained
     if args.state_cache is not None:
-        sums = [
-            float(p.double().sum()) for name, p in model.named_parameters() if not name.startswith("embedding_head")
-        ]
-        model.state_cache = StateCache(args.state_cache, f"{args.head} {sums}")
+        about = f"{args.head} {model_fingerprint(model.model)}"  # below the head
+        model.state_cache = StateCache(args.state_cache, about)
 
 
 def loading_dtype(args: CommonConfig) -> torch.dtype:

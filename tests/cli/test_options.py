@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, Literal
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
 import pytest
 
 from rime_fast.cli.options import Group, UsageError, parse_arguments, read_fields, read_yaml
+from rime_fast.cli.training import TrainingOptions
 from rime_fast.cli.values import build, coerce
+from rime_fast.trainers import config as configs
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 class Colour(Enum):
@@ -189,21 +195,24 @@ def test_group_with_a_choice_of_fields():
     assert list(group.options()) == ["report", "model"]
 
 
-@pytest.mark.parametrize(("name", "config"), [("train", "sft.yaml"), ("refine", "refine.yaml")])
-def test_example_files_are_options_that_fit(name, config):
-    """Every key of examples/*.yaml exists and its value has the declared type (tests/trainers builds the configs)."""
-    from importlib import import_module
-    from pathlib import Path
-    from typing import get_type_hints
-
-    from rime_fast.cli.training import TrainingOptions
-    from rime_fast.trainers import config as configs
-
-    values = import_module(f"rime_fast.cli.{name}").COMMAND.read(
-        ["--config", str(Path(__file__).parents[2] / "examples" / config)]
-    )
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_example_files_are_options_that_fit(path):
+    """Every key of examples/*.yaml is an option of its command and its value has the declared type (tests/trainers
+    builds the configs)."""
+    name = "refine" if path.stem.startswith("refine") else "train"
+    values = import_module(f"rime_fast.cli.{name}").COMMAND.read(["--config", str(path)])
     assert build(TrainingOptions, values).train_data
     hints = get_type_hints(configs.RimeConfig if name == "train" else configs.RefineConfig)
     for key, value in values.items():
         if key in hints:
             coerce(value, hints[key], key)
+
+
+@pytest.mark.parametrize(("name", "config"), [("train", configs.RimeConfig), ("refine", configs.RefineConfig)])
+def test_every_field_of_a_config_is_an_option(name, config):
+    """The command line reads fields from source, part by part: a part that it is not given would be refused there."""
+    from transformers import TrainingArguments
+
+    command = import_module(f"rime_fast.cli.{name}").COMMAND
+    ours = {f.name for f in fields(config)} - {f.name for f in fields(TrainingArguments)}
+    assert ours <= {option for group in command.groups for option in group.options()}
