@@ -31,7 +31,7 @@ from rime_fast.data.records import Pair, Side
 from rime_fast.data.retrieval import RetrievalSet
 
 Split = Literal["train", "val", "test"]
-Style = Literal["rewrite", "cot", "control"]
+Style = Literal["rewrite", "cot", "trace", "control"]
 Kind = Literal["whole", "wordy", "vague"]
 
 SIDE = 8  # pixels of a scan
@@ -129,6 +129,8 @@ def query_side(chain: Chain, style: Style = "rewrite", *, kind: Kind = "whole", 
         response = {"whole": values, "wordy": f"{values} and so {chain.answer}", "vague": f"{values[:2]} and so"}[kind]
     elif style == "control":
         response = CONTROL_TEXTS[0]
+    elif style == "trace":
+        response = f"<think>{values}</think>{chain.answer}"
     else:
         steps = zip(values, chain.operators, chain.digits[1:], values[1:], strict=False)
         equations = "".join(f";{before}{op}{digit}={after}" for before, op, digit, after in steps)
@@ -142,6 +144,7 @@ def target_side(answer: str, style: Style = "rewrite") -> Side:
         "rewrite": answer,
         "control": CONTROL_TEXTS[1],
         "cot": f"<think>{answer}</think><answer>{answer}</answer>",
+        "trace": f"<think>{answer}</think>{answer}",
     }
     return Side(text=answer, rewrite=responses[style])
 

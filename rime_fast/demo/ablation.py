@@ -32,7 +32,17 @@ from typing import Any
 
 from rime_fast.data.digits import Style
 from rime_fast.demo.arms import ARMS, best_of, run_arm
-from rime_fast.demo.phases import FAST, FULL, TEST_SEED, Sizes, Teacher, joint_training, measure, query_tokens
+from rime_fast.demo.phases import (
+    FAST,
+    FULL,
+    TEST_SEED,
+    Sizes,
+    Teacher,
+    joint_training,
+    measure,
+    measure_thought,
+    query_tokens,
+)
 from rime_fast.demo.task import demo_model
 
 SEEDS = (0, 1, 2)
@@ -40,6 +50,11 @@ JOINT = ("noisy", "cot", "whole", "clean", "no_cma", "control")
 FROM_NOISY = (*ARMS, "best_of_8")
 CELLS = (*JOINT, *FROM_NOISY)
 LATENT = {f"latent_{k}": k for k in (1, 4, 8, 16)}  # of `python -m rime_fast.demo.latent`
+HEADS = {"self": "self:2", "qformer": "qformer:8x4", "attention": "attention:4", "latents": "latent:32"}
+THINK = ("reasoner", "embedder", *HEADS)  # of `python -m rime_fast.demo.think`
+# Cell -> the one whose model it begins with (the embedder: whose traces it embeds).
+STARTS = dict.fromkeys(FROM_NOISY, "noisy") | dict.fromkeys(THINK[1:], "reasoner")
+ALL = (*CELLS, *LATENT, *THINK)
 WORKERS = 2
 
 Cells = dict[tuple[str, int], dict[str, Any]]
@@ -78,7 +93,7 @@ def run_cells(out: Path, names: Sequence[str], *, seeds: Sequence[int], fast: bo
     (out / "cells").mkdir(parents=True, exist_ok=True)
     sizes = FAST if fast else FULL
     jobs = [(name, seed) for seed in seeds for name in names]
-    starts = [job for job in jobs if job[0] == "noisy"]
+    starts = [job for job in jobs if job[0] in STARTS.values()]
     for wave in (starts, [job for job in jobs if job not in starts]):
         waiting = [job for job in wave if _done(out, *job, sizes) is None]
         print(f"{len(wave) - len(waiting)} of {len(wave)} cells are there; running {len(waiting)}", flush=True)
@@ -92,18 +107,19 @@ def run_cells(out: Path, names: Sequence[str], *, seeds: Sequence[int], fast: bo
 
 def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
     """Run one cell in this process. Returns and writes hit@1, tokens, seconds, the log and, of an arm, its curve."""
-    if name not in (*CELLS, *LATENT):
-        raise ValueError(f"name is {name!r}; expected one of {', '.join((*CELLS, *LATENT))}")
-    styles: dict[str, Style] = {"cot": "cot", "control": "control"}
+    if name not in ALL:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(ALL)}")
+    styles: dict[str, Style] = {"cot": "cot", "control": "control"} | dict.fromkeys(THINK, "trace")
     style = styles.get(name, "rewrite")
     result: dict[str, Any] = {"cell": name, "seed": seed, "settings": sizes.as_dict(), "seconds": {}}
     work = out / "work" / f"{name}-{seed}"
-    model, processor = _start(out, seed) if name in FROM_NOISY else demo_model(seed)
+    fresh = name not in STARTS or name == "embedder"
+    model, processor = demo_model(seed) if fresh else _start(out, name, seed)
     if name in ARMS:
         arm = run_arm(name, model, processor, work, seed=seed, sizes=sizes)
         result |= {"points": arm["points"], "log": arm["log"]}
         result["seconds"]["train"] = arm["seconds"]
-    elif name in (*JOINT, *LATENT):
+    elif name in (*JOINT, *LATENT, *THINK):
         begin = time.perf_counter()
         teacher: Teacher = "noisy" if name == "noisy" else "whole" if name == "whole" or name in LATENT else "clean"
         result["log"] = joint_training(
@@ -116,6 +132,9 @@ def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
             teacher=teacher,
             cross_modes=name != "no_cma",
             latent_tokens=LATENT.get(name, 0),
+            objective="joint" if name not in THINK else "sft" if name == "reasoner" else "contrastive",
+            head=HEADS.get(name),
+            more=name in HEADS,
         )
         result["seconds"]["train"] = round(time.perf_counter() - begin, 2)
     begin = time.perf_counter()
@@ -123,27 +142,30 @@ def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
         found = best_of(model, processor, sizes=sizes, seed=seed)
         result |= {"hit@1": {"gen-gen": found["hit@1"]}, "query_tokens": found["query_tokens"], "format_errors": 0}
         result["first_hit@1"] = found["first_hit@1"]
+    elif name == "embedder":
+        hits, tokens, errors = measure_thought(_start(out, name, seed)[0], model, processor, sizes=sizes)
+        result |= {"hit@1": hits, "query_tokens": tokens, "format_errors": errors}
     else:
         table = measure(model, processor, sizes=sizes, style=style)
         result |= {"hit@1": table.hit_at_1(), "query_tokens": query_tokens(table), "cost": table.cost}
         result["format_errors"] = table.format_errors["query"]
     result["seconds"]["eval"] = round(time.perf_counter() - begin, 2)
-    if name == "noisy":
-        model.save_pretrained(_folder(out, seed))
+    if name in STARTS.values():
+        model.save_pretrained(_folder(out, name, seed))
     path = _path(out, name, seed)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
-def _start(out: Path, seed: int) -> tuple[Any, Any]:
-    """The noisy teacher's model of that seed, which its cell has left, and its processor."""
+def _start(out: Path, name: str, seed: int) -> tuple[Any, Any]:
+    """The model that the cell begins with, which another cell has left, and its processor."""
     from rime_fast.model.dual_mode import DualModeModel
 
-    return DualModeModel.from_pretrained(_folder(out, seed)), demo_model(seed)[1]
+    return DualModeModel.from_pretrained(_folder(out, STARTS[name], seed)), demo_model(seed)[1]
 
 
-def _folder(out: Path, seed: int) -> Path:
-    return out / "starts" / str(seed)
+def _folder(out: Path, name: str, seed: int) -> Path:
+    return out / "starts" / f"{name}-{seed}"
 
 
 def _path(out: Path, name: str, seed: int) -> Path:
@@ -194,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rime_fast.demo.ablation", description="The demo's claims over 3 seeds.")
     parser.add_argument("--output_dir", default="runs/ablation")
     parser.add_argument("--fast", action="store_true", help="a smoke run: a dozen steps a cell, nothing is learned")
-    parser.add_argument("--cell", choices=[*CELLS, *LATENT], help="run this one cell only, in this process")
+    parser.add_argument("--cell", choices=ALL, help="run this one cell only, in this process")
     parser.add_argument("--seed", type=int, default=0, help="of --cell")
     options = parser.parse_args(argv)
     out = Path(options.output_dir)

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from rime_fast.data.digits import Split, Style
 from rime_fast.demo.task import DIGITS, Task
 from rime_fast.eval.embedder import RimeEmbedder
-from rime_fast.eval.mutual import MutualResult, evaluate_mutual
+from rime_fast.eval.mutual import MutualResult, evaluate_mutual, mutual_table
+from rime_fast.eval.think import embed_thought, given_rewrites
 from rime_fast.recipe.group_rewards import Rewarder
 from rime_fast.trainers.config import RefineConfig, RimeConfig
 from rime_fast.trainers.joint import RimeTrainer
@@ -75,11 +76,13 @@ def joint_training(
     cross_modes: bool = True,
     more: bool = False,
     latent_tokens: int = 0,
+    objective: str = "joint",
+    head: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place on the task's training rows; returns the log. teacher: who wrote the rewrites (of style
     "rewrite"). cross_modes: with Cross-Mode Alignment. more: go on with a trained model, on rows it has not seen.
-    latent_tokens: K of latent rewrites.
+    latent_tokens: K of latent rewrites. objective, head: Think-Then-Embed's (of style "trace").
 
     The contrastive terms weigh 0.05 each, not 1: a million fresh weights have to learn to see and to reckon first,
     and the discriminative terms, which they can never satisfy, would drown the cross-entropy's gradient.
@@ -97,11 +100,14 @@ def joint_training(
         warmup_steps=min(50, steps // 4),
         adam_beta2=0.98,
         temperature=0.05,
-        disc_weight=0.05,
+        disc_weight=0.0 if style == "trace" else 0.05,
         gen_weight=0.05,
-        cross_weight=0.05 if cross_modes else 0.0,
+        cross_weight=0.05 if cross_modes and style != "trace" else 0.0,
         latent_tokens=latent_tokens,
         latent_weight=0.05,
+        objective=objective,
+        head=head,
+        freeze_backbone=head is not None,
         **_common(steps),
     )
     shares = TEACHERS[teacher] if style == "rewrite" else {"vague": 0.0, "wordy": 0.0}
@@ -180,6 +186,27 @@ def measure(
     model.eval()
     data = task.retrieval(split, sizes.n_test, TEST_SEED, style)
     return evaluate_mutual(demo_embedder(model, processor, task, style), data, n_examples=n_examples)
+
+
+def measure_thought(
+    reasoner: Any, model: Any, processor: Any, *, sizes: Sizes, task: Task = DIGITS
+) -> tuple[dict[str, float], float, int]:
+    """Measure an embedder of traces as ``measure`` does: hit@1 with the reasoner's traces ("gen-gen") and with the
+    right ones ("given"); decoded tokens of a query; queries whose trace does not parse."""
+    data = task.retrieval("test", sizes.n_test, TEST_SEED, "trace")
+    thinker, embedder = (demo_embedder(one.eval(), processor, task, "trace") for one in (reasoner, model))
+    thought = {
+        "query": thinker.encode_items(data.queries, "gen"),
+        "target": thinker.encode_items(data.candidates, "gen"),
+    }
+    hits = {}
+    for name in ("gen-gen", "given"):
+        rows = []
+        for side, items in (("query", data.queries), ("target", data.candidates)):
+            traces = thought[side] if name == "gen-gen" else given_rewrites([str(item.rewrite) for item in items])
+            rows.append({"gen": embed_thought(embedder, items, traces).embeddings})
+        hits[name] = mutual_table(rows[0], rows[1], data.correct)["gen-gen"].metrics["hit@1"]
+    return hits, thought["query"].mean_tokens, thought["query"].format_errors
 
 
 def demo_embedder(model: Any, processor: Any, task: Task = DIGITS, style: Style = "rewrite") -> RimeEmbedder:

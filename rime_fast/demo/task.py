@@ -32,13 +32,13 @@ from rime_fast.model.processor import RimeProcessor
 from rime_fast.model.tiny import tiny_config, tiny_processor, tiny_tokenizer
 from rime_fast.model.tokens import add_embedding_tokens
 
-STYLES: tuple[Style, ...] = ("rewrite", "cot", "control")
+STYLES: tuple[Style, ...] = ("rewrite", "cot", "control", "trace")
 # Tokens of a whole rewrite, tags, newline and <gen_emb> included: what is free of the length penalty.
 TERSE_TOKENS = 9
 # Decoded tokens of the longest well-formed response, with room for a slip: tags, values, newline, <gen_emb>.
-MAX_NEW_TOKENS: dict[Style, int] = {"rewrite": 16, "control": 16, "cot": 48}
+MAX_NEW_TOKENS: dict[Style, int] = {"rewrite": 16, "control": 16, "cot": 48, "trace": 16}
 # A tiny model has no use for a sentence of instructions: one word each.
-_INSTRUCTIONS: dict[Style, str] = {"rewrite": "rewrite", "control": "rewrite", "cot": "think"}
+_INSTRUCTIONS: dict[Style, str] = {"rewrite": "rewrite", "control": "rewrite", "cot": "think", "trace": "think"}
 
 
 class Rows(Protocol):
@@ -70,7 +70,7 @@ class Task:
 
 def demo_template(style: Style = "rewrite") -> Template:
     """The package's own templates without the system turn and with one word of instruction."""
-    name = "cot" if style == "cot" else "rewrite"
+    name = {"cot": "cot", "trace": "tte"}.get(style, "rewrite")
     return get_template(name, system=None, instruction=_INSTRUCTIONS[style], end_of_turn="")
 
 
@@ -80,7 +80,8 @@ def demo_tokenizer() -> Any:
     A digit after a blank is two tokens (the blank, the digit): a digit has one token wherever it stands.
     """
     texts = [*CONTROL_TEXTS, OPERATORS, " and so"]
-    for style, template in ((style, demo_template(style)) for style in STYLES):
+    for style in STYLES[:-1]:  # a trace has no word of its own, and the most frequent words have the first ids
+        template = demo_template(style)
         sides = [query_side(make_chain("train", 0, 0), style), target_side("00", style)]
         texts += [template.render_prompt(side) + template.render_response(side) for side in sides]
     return tiny_tokenizer(texts)

@@ -389,9 +389,10 @@ class RimeEmbedder:
         self.stats.add(mode, encoded)
         if encoded.missing_gen:
             logger.warning(
-                "%d of %d generations never reached <gen_emb> within %d tokens; their last state stands in",
+                "%d of %d generations never reached %s within %d tokens; their last state stands in",
                 encoded.missing_gen,
                 len(encoded.tokens),
+                self.collator.template.read_out,
                 self.max_new_tokens,
             )
 
