@@ -109,8 +109,8 @@ def run_cell(name: str, seed: int, out: Path, sizes: Sizes) -> dict[str, Any]:
     """Run one cell in this process. Returns and writes hit@1, tokens, seconds, the log and, of an arm, its curve."""
     if name not in ALL:
         raise ValueError(f"name is {name!r}; expected one of {', '.join(ALL)}")
-    styles: dict[str, Style] = {"cot": "cot", "control": "control"} | dict.fromkeys(THINK, "trace")
-    style = styles.get(name, "rewrite")
+    styles: dict[str, Style] = {"cot": "cot", "control": "control"}
+    style: Style = "trace" if name in THINK else styles.get(name, "rewrite")
     result: dict[str, Any] = {"cell": name, "seed": seed, "settings": sizes.as_dict(), "seconds": {}}
     work = out / "work" / f"{name}-{seed}"
     fresh = name not in STARTS or name == "embedder"

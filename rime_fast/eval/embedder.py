@@ -390,10 +390,7 @@ class RimeEmbedder:
         if encoded.missing_gen:
             logger.warning(
                 "%d of %d generations never reached %s within %d tokens; their last state stands in",
-                encoded.missing_gen,
-                len(encoded.tokens),
-                self.collator.template.read_out,
-                self.max_new_tokens,
+                *(encoded.missing_gen, len(encoded.tokens), self.collator.template.read_out, self.max_new_tokens),
             )
 
 
