@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers.trainer_utils import rotate_checkpoints
 
 from rime_fast.data.records import Pair, stable_hash
 
@@ -185,12 +186,20 @@ def check_writable(output_dir: str) -> None:
         raise ValueError(f"output_dir {output_dir!r} cannot be written: {error}") from error
 
 
-def place_best(state: Any, partial: Path, run: Path) -> None:
-    """A trainer's state names the best checkpoint by where it will lie."""
+def place_best(state: Any, partial: Path, run: Path, write: bool) -> None:
+    """A trainer's state names the best checkpoint by where it will lie, on every rank; one of them writes it."""
     best = state.best_model_checkpoint
     if best is not None and Path(best).parent == partial:
         state.best_model_checkpoint = str(run / Path(best).name)
-        state.save_to_json(str(partial / Path(best).name / "trainer_state.json"))
+        if write:
+            state.save_to_json(str(partial / Path(best).name / "trainer_state.json"))
+
+
+def publish(partial: Path, final: Path, facts: Mapping[str, Any], limit: int | None, best: str | None) -> None:
+    """Commit the checkpoint of ``final``'s name that lies in ``partial``, and remove older ones above ``limit``."""
+    commit(partial / final.name, final, facts)
+    remove(partial)
+    rotate_checkpoints(str(final.parent), limit, best, use_mtime=True)
 
 
 def remove(folder: Path) -> None:

@@ -48,6 +48,17 @@ def start_alone() -> str:
     return "deepspeed without a launcher: this process trains alone; torchrun --nproc_per_node=N uses N devices"
 
 
+def shard_checkpoints(plugin: dict[str, Any] | None) -> None:
+    """Have each rank write its own shards of a checkpoint, by accelerate's FSDP settings ``plugin``. Raises ValueError
+    where they are not FSDP2's."""
+    if plugin is None or plugin["fsdp_version"] != 2:
+        raise ValueError(
+            "async_save is True, but FSDP2 does not shard this model: without shards every rank would write all of it, "
+            "and DeepSpeed writes its own. Expected fsdp=True (version 2), or async_save=False"
+        )
+    plugin["state_dict_type"] = "SHARDED_STATE_DICT"
+
+
 # --- a rank that fails -----------------------------------------------------------------------------------------------
 
 _FAILED = "rime_fast/failed"

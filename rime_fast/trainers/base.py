@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, LEFT_OUT, GuardedRows
 from rime_fast.engine import checkpoint
+from rime_fast.engine.background_save import ShardedCheckpoints
 from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite, describe_step
 from rime_fast.engine.launch import pass_on
 from rime_fast.engine.wrappers import GradSync, grad_sync
@@ -44,7 +46,7 @@ RATES = ("learning_rate", "temperature_learning_rate")
 LENGTHS = ("max_steps", "num_train_epochs")
 
 
-class DualModeTrainer(Trainer):
+class DualModeTrainer(ShardedCheckpoints):
     """The base of both trainers: transformers' Trainer over a DualModeModel and packed batches; subclasses give
     ``step`` and ``compute_loss``.
 
@@ -73,7 +75,7 @@ class DualModeTrainer(Trainer):
         # our loss is a mean over its micro-batch: the Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
         self._replace_progress()
-        self.interrupt = InterruptCallback()
+        self.interrupt = InterruptCallback(lambda: self.background.pending)
         self.add_callback(self.interrupt)
         self.add_callback(ShortRunCallback())
         self._parameter_count: int | None = None
@@ -193,6 +195,7 @@ class DualModeTrainer(Trainer):
         finite, and older ones go when it is complete."""
         with self.clock.paused():
             self._settle()
+            self.background.finish()
             if not all_finite(self.model.parameters(), self.group):
                 raise NonFiniteError(
                     f"the weights are not finite after step {self.state.global_step}; no checkpoint of them was written"
@@ -208,13 +211,12 @@ class DualModeTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self._partial = None
                 self.accelerator.wait_for_everyone()
+                checkpoint.place_best(self.state, partial, run, self.args.should_save)
+                work = None
                 if self.args.should_save:
-                    checkpoint.place_best(self.state, partial, run)
-                    checkpoint.commit(partial / name, run / name, self.run_facts())
-                    checkpoint.remove(partial)
-                    best = self.state.best_model_checkpoint
-                    rotate_checkpoints(str(run), self.args.save_total_limit, best, use_mtime=True)
-                self.accelerator.wait_for_everyone()
+                    how = self.run_facts(), self.args.save_total_limit, self.state.best_model_checkpoint
+                    work = bind(checkpoint.publish, partial, run / name, *how)
+                self.publish(work)
             finally:
                 self.interrupt.saving, self._partial = False, None
 
@@ -308,6 +310,7 @@ class DualModeTrainer(Trainer):
         bad = self._look_at_rows(batches, self.sums)
         if bad:
             self._settle()
+            self.background.finish()
             step = self.state.global_step
             place = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
             if step > 0 and not place.is_dir():

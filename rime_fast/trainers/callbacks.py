@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 import threading
@@ -137,15 +139,16 @@ class InterruptCallback(TrainerCallback):
     """Ctrl-C (SIGINT) and SIGTERM end training after the current step, with a checkpoint.
 
     Further signals within ``PATIENCE`` seconds count as the same one (srun and torchrun both send one; so does a
-    scheduler to the whole group), and while a checkpoint is written (``saving``) none ends the run; later ones do at
-    once. Several ranks agree at every step, over the host: the signal may reach them in different steps.
+    scheduler to the whole group), also where they come after the run's end: the process keeps its exit code. While a
+    checkpoint is written (``saving``, ``writing()``) none ends the run; later ones do at once. Several ranks agree at
+    every step, over the host: the signal may reach them in different steps.
     """
 
     PATIENCE = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, writing: Callable[[], bool]) -> None:
         self.requested = self.stopped = self.saving = False
-        self.since = 0.0
+        self.since, self.writing = 0.0, writing
         self.hosts: dist.ProcessGroup | None = None
 
     @contextmanager
@@ -154,11 +157,11 @@ class InterruptCallback(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, frame: Any) -> None:
             if self.requested:
-                if self.saving or time.monotonic() - self.since < self.PATIENCE:
+                if self.saving or self.writing() or self._same():
                     return
                 raise KeyboardInterrupt
             self.requested, self.since = True, time.monotonic()
@@ -170,8 +173,29 @@ class InterruptCallback(TrainerCallback):
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._give_back(before)
+
+    def _same(self) -> bool:
+        """Whether a signal that comes now counts as the one that was heard."""
+        return time.monotonic() - self.since < self.PATIENCE
+
+    def _give_back(self, before: Mapping[int, Any]) -> None:
+        """Let signals go where they went; after a request only from when another one is meant."""
+
+        def late(number: int, frame: Any) -> None:
+            if not self._same():
+                signal.signal(number, before[number])
+                os.kill(os.getpid(), number)
+
+        def shut() -> None:  # a Python handler does not live through the interpreter's end, this does
+            for number in before:
+                if signal.getsignal(number) is late and self._same():
+                    signal.signal(number, signal.SIG_IGN)
+
+        for number, handler in before.items():
+            signal.signal(number, late if self.requested else handler)
+        if self.requested:
+            atexit.register(shut)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1 and self.hosts is None:
@@ -340,7 +364,7 @@ def settings_of(args: CommonConfig) -> dict[str, Any]:
 # settings that change how a run is computed or told, not what it learns; and those that may change while resuming
 _FREE = {"micro_batch_tokens", "kept_graphs_gib", "vision_features_on_host", "bank_storage", "anchor_bank"}
 _FREE |= {"rollout_batch", "check_data", "on_bad_row", "attn_implementation", "model_dtype", "on_nonfinite"}
-_FREE |= {"peak_tflops", "overwrite_output_dir", "accept_changes", "trust_checkpoint", "learning_rate"}
+_FREE |= {"peak_tflops", "overwrite_output_dir", "accept_changes", "trust_checkpoint", "learning_rate", "async_save"}
 _FREE |= {"temperature_learning_rate", "num_train_epochs", "max_steps", "negatives", "negative", *_LEFT_OUT}
 _COUNTS: tuple[str, ...] = (
     "seed",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import TrainingArguments
 
-from rime_fast.engine.launch import deepspeed_config, start_alone
+from rime_fast.engine.launch import deepspeed_config, shard_checkpoints, start_alone
 from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe import settings as parts
 from rime_fast.recipe.joint import JointWeights
@@ -83,6 +83,11 @@ class CommonConfig(TrainingArguments):
     )
     trust_checkpoint: bool = option(
         False, "Resume from pickles (DeepSpeed's, sharded ones) that lie outside of output_dir: they can run any code."
+    )
+    async_save: bool = option(
+        False,
+        "FSDP2: each rank writes its shards of a checkpoint while training goes on (torch.distributed.checkpoint). The "
+        "model at the end is whole.",
     )
     freeze_vision: bool = option(True, "Freeze the vision tower, train the merger and the LLM. [known, UME-R1]")
     attn_implementation: str = option(
@@ -160,6 +165,10 @@ class CommonConfig(TrainingArguments):
         # our own bar replaces tqdm's; transformers' printer is replaced as well (trainers/callbacks.py)
         self.disable_tqdm = True
         super().__post_init__()
+        if self.async_save:
+            shard_checkpoints(self.fsdp_plugin_args)
+            if self.push_to_hub and self.hub_strategy != "end":
+                raise ValueError(f"hub_strategy is {self.hub_strategy!r}; expected 'end' with async_save")
         if self.use_cpu:
             self.dataloader_pin_memory = False
 

@@ -24,6 +24,7 @@ from rime_fast.trainers.joint import RimeTrainer
 from rime_fast.trainers.refine import RefineRLTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+from cached_ranks_worker import shard_on_the_cpu
 from conftest import TEMPLATE, WORDS, make_model, make_pairs, make_processor
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -74,6 +75,8 @@ def prepare(folder: Path, kinds: list[str]) -> None:
 def joint(start: Path, folder: Path, *, model: str = "start", plan: dict[str, Any] | None = None) -> None:
     own = {"learnable_temperature": True, "ddp_backend": "gloo" if dist.is_initialized() else None}
     args = RimeConfig(output_dir=str(folder / "out"), **(SHARED | own | (plan or {})))
+    if args.fsdp:
+        shard_on_the_cpu()
     run = RimeTrainer(str(start / model), args, make_pairs(12, negatives=1), template=TEMPLATE)
     run.train(resume_from_checkpoint="last")
     run.save_model(str(folder / "final"))
@@ -113,6 +116,7 @@ KINDS = {
     "bank": Kind(bank, "final/anchors-target.safetensors", partial="final/.*.partial"),
     "ddp": Kind(joint, MODEL, ranks=2),
     "fsdp2": Kind(partial(joint, plan={"fsdp": True}), MODEL, ranks=2),
+    "fsdp2-async": Kind(partial(joint, plan={"fsdp": True, "async_save": True}), MODEL, ranks=2),
     "zero2": Kind(zero(2), MODEL, ranks=2),
     "zero3": Kind(zero(3), MODEL, ranks=2),
 }

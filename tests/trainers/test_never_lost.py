@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from rime_fast.data.row_guard import GuardedRows
 from rime_fast.engine import checkpoint
 from rime_fast.engine.finite import NonFiniteError
+from rime_fast.trainers.callbacks import InterruptCallback
 from rime_fast.trainers.config import RefineConfig, RimeConfig
 from rime_fast.trainers.joint import RimeTrainer
 from rime_fast.trainers.refine import RefineRLTrainer
@@ -266,6 +272,64 @@ def test_a_second_signal_does_not_cancel_the_saving(tiny, tmp_path, monkeypatch)
     with pytest.raises(SystemExit):
         run.train()
     assert checkpoint.newest(tmp_path) == (tmp_path / "checkpoint-2", {})
+
+
+def test_a_signal_that_comes_after_the_run_counts_as_the_one_before():
+    """As late as the interpreter's end: the exit code stays the run's."""
+    interrupt, heard = InterruptCallback(lambda: False), []
+    before = signal.signal(signal.SIGTERM, lambda *args: heard.append("before"))
+    try:
+        with mock.patch("atexit.register", heard.append), interrupt.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        (shut,) = heard
+        interrupt.since -= 60
+        shut()  # too late for it
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard[1:] == ["before"]
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with interrupt.listening():  # nothing was asked for in this one
+            interrupt.requested = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard[1:] == ["before"] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+PRESSED = """
+import atexit, os, signal
+from rime_fast.trainers.callbacks import InterruptCallback
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+interrupt = InterruptCallback(lambda: False)
+with interrupt.listening():
+    os.kill(os.getpid(), signal.SIGTERM)
+raise SystemExit(130)
+"""
+
+
+@pytest.mark.slow
+def test_no_signal_changes_the_exit_code():
+    done = subprocess.run([sys.executable, "-c", PRESSED], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 130, done.stderr
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_alive():
+    """A worker that died of it would end the run before its checkpoint; its parent's word still ends it."""
+    loader = DataLoader(GuardedRows(list(range(9)), list, skip=False), num_workers=1, collate_fn=list)
+    rows = iter(loader)
+    first = next(rows)
+    (worker,) = rows._workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        subprocess.run(["bash", "-c", f"kill -{number.value} {worker.pid}"], check=True)
+    assert [first, *rows] == [[(i, i)] for i in range(9)]
+    again = iter(loader)
+    next(again)
+    (worker,) = again._workers
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 # --- starts that cannot go well --------------------------------------------------------------------------------------
