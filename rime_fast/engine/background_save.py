@@ -91,7 +91,7 @@ class BackgroundSave:
 
 
 class ShardedCheckpoints(Trainer):
-    """transformers' Trainer, whose checkpoints are written by ``BackgroundSave`` where accelerate's state dicts are
+    """The Trainer of transformers, whose checkpoints are written by ``BackgroundSave`` where accelerate's state dicts are
     sharded, which ``args.async_save`` sets.
 
     A checkpoint of either form, whole or sharded, is resumed from. ``save_model`` writes one whole model. Raises

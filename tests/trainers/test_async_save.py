@@ -59,5 +59,5 @@ def test_both_forms_adapters_the_best_and_another_number_of_ranks(tmp_path):
 def test_without_fsdp2_it_is_refused(tmp_path, config, settings):
     with pytest.raises(ValueError, match=r"async_save is True, but FSDP2 does not shard .* Expected fsdp=True"):
         config(output_dir=str(tmp_path), async_save=True, **settings)
-    with pytest.raises(ValueError, match="hub_strategy is .*every_save.*; expected 'end'"):
+    with pytest.raises(ValueError, match=r"hub_strategy is .*every_save.*; expected 'end'"):
         config(output_dir=str(tmp_path), async_save=True, fsdp=True, push_to_hub=True)
