@@ -91,8 +91,8 @@ class BackgroundSave:
 
 
 class ShardedCheckpoints(Trainer):
-    """The Trainer of transformers, whose checkpoints are written by ``BackgroundSave`` where accelerate's state dicts are
-    sharded, which ``args.async_save`` sets.
+    """The Trainer of transformers, with checkpoints by ``BackgroundSave`` where accelerate's state dicts are sharded,
+    which ``args.async_save`` sets.
 
     A checkpoint of either form, whole or sharded, is resumed from. ``save_model`` writes one whole model. Raises
     ValueError where accelerate does not shard, though FSDP was asked for.

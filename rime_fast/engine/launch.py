@@ -48,14 +48,22 @@ def start_alone() -> str:
     return "deepspeed without a launcher: this process trains alone; torchrun --nproc_per_node=N uses N devices"
 
 
-def shard_checkpoints(plugin: dict[str, Any] | None) -> None:
+def other_accelerator() -> bool:
+    """Whether there is a device to train on that is not CUDA's."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator is not None and accelerator.type not in ("cpu", "mps")
+
+
+def shard_checkpoints(plugin: dict[str, Any] | None, pushed: str | None) -> None:
     """Have each rank write its own shards of a checkpoint, by accelerate's FSDP settings ``plugin``. Raises ValueError
-    where they are not FSDP2's."""
+    where they are not FSDP2's, or checkpoints are ``pushed`` before they are whole."""
     if plugin is None or plugin["fsdp_version"] != 2:
         raise ValueError(
             "async_save is True, but FSDP2 does not shard this model: without shards every rank would write all of it, "
             "and DeepSpeed writes its own. Expected fsdp=True (version 2), or async_save=False"
         )
+    if pushed not in (None, "end"):
+        raise ValueError(f"hub_strategy is {pushed!r}; expected 'end' with async_save")
     plugin["state_dict_type"] = "SHARDED_STATE_DICT"
 
 

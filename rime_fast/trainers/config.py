@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import TrainingArguments
 
-from rime_fast.engine.launch import deepspeed_config, shard_checkpoints, start_alone
+from rime_fast.engine.launch import deepspeed_config, other_accelerator, shard_checkpoints, start_alone
 from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe import settings as parts
 from rime_fast.recipe.joint import JointWeights
@@ -85,9 +85,7 @@ class CommonConfig(TrainingArguments):
         False, "Resume from pickles (DeepSpeed's, sharded ones) that lie outside of output_dir: they can run any code."
     )
     async_save: bool = option(
-        False,
-        "FSDP2: each rank writes its shards of a checkpoint while training goes on (torch.distributed.checkpoint). The "
-        "model at the end is whole.",
+        False, "FSDP2: each rank writes its shards of a checkpoint while training goes on; the final model is whole."
     )
     freeze_vision: bool = option(True, "Freeze the vision tower, train the merger and the LLM. [known, UME-R1]")
     attn_implementation: str = option(
@@ -113,7 +111,7 @@ class CommonConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if not self.use_cpu and not torch.cuda.is_available() and not _other_accelerator():
+        if not self.use_cpu and not torch.cuda.is_available() and not other_accelerator():
             self.use_cpu = True
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns is True; this trainer's collator needs the raw rows, leave it off")
@@ -166,16 +164,9 @@ class CommonConfig(TrainingArguments):
         self.disable_tqdm = True
         super().__post_init__()
         if self.async_save:
-            shard_checkpoints(self.fsdp_plugin_args)
-            if self.push_to_hub and self.hub_strategy != "end":
-                raise ValueError(f"hub_strategy is {self.hub_strategy!r}; expected 'end' with async_save")
+            shard_checkpoints(self.fsdp_plugin_args, self.hub_strategy if self.push_to_hub else None)
         if self.use_cpu:
             self.dataloader_pin_memory = False
-
-
-def _other_accelerator() -> bool:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator is not None and accelerator.type not in ("cpu", "mps")
 
 
 @dataclass
