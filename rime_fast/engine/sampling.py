@@ -21,18 +21,30 @@ def filter_logits(logits: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
     probability ``top_p``.
 
     The order and the rules of transformers' warpers: ties at the k-th value stay in, and the token that carries the
-    sum across ``top_p`` stays in.
+    sum across ``top_p`` stays in, here with all that are as likely.
     """
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1.0:
-        values, order = logits.sort(dim=-1, descending=True)
-        probs = values.softmax(dim=-1)
-        outside = probs.cumsum(dim=-1) - probs >= top_p
-        outside[:, 0] = False
-        logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
+        lowest = _floor_by_kernel(logits, top_p) if logits.is_cuda else _floor_by_sort(logits, top_p)
+        logits = logits.masked_fill(logits < lowest[:, None], float("-inf"))
     return logits
+
+
+def _floor_by_kernel(logits: Tensor, top_p: float) -> Tensor:
+    from rime_fast.engine.triton_nucleus import nucleus_floor
+
+    return nucleus_floor(logits, top_p)
+
+
+def _floor_by_sort(logits: Tensor, top_p: float) -> Tensor:
+    """The smallest logit of the smallest set of probability ``top_p``, [N]."""
+    values = logits.sort(dim=-1, descending=True).values
+    probs = values.softmax(dim=-1)
+    outside = probs.cumsum(dim=-1) - probs >= top_p
+    outside[:, 0] = False
+    return values.masked_fill(outside, float("inf")).amin(dim=-1)
 
 
 def draw_tokens(

@@ -10,6 +10,7 @@ import rime_fast.engine.sampling as sampling
 from rime_fast.engine.decode import DecodeCache
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.engine.sampling import draw_tokens, filter_logits
+from rime_fast.engine.triton_nucleus import nucleus_floor
 from rime_fast.engine.wrappers import dual_mode_of
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.shared_prefix import shared_prefix_batch
@@ -273,6 +274,23 @@ def test_draws_follow_the_distribution(temperature, top_p, top_k, way, monkeypat
     assert chi_square(counts, probs, n) < 4
     wrong = (exact / 1.15).softmax(-1)[0].double()
     assert chi_square(counts, wrong, n) > 8
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (2, 5000), (4, 1)])
+@pytest.mark.parametrize("top_p", [1e-9, 0.5, 0.95, 0.9999])
+def test_a_nucleus_without_a_sort(shape, top_p):
+    """What runs on a GPU, in Triton's interpreter, against fp64: where sums of fp32 may differ from it, either set."""
+    logits = 3 * torch.randn(shape)
+    logits[0, : shape[1] // 3] = float("-inf")  # as top-k leaves them
+    logits[-1] = logits[-1].round()  # ties stay in together
+    lowest = nucleus_floor(logits, top_p)
+    probs = logits.double().softmax(-1)
+    for row, p, x in zip(lowest, probs, logits, strict=True):
+        assert (x == row).any()
+        assert p[x > row].sum() < top_p + 1e-6
+        assert p[x >= row].sum() >= top_p - 1e-6
+    if shape[1] < 100:  # where no token's share is as small as rounding
+        assert torch.equal(sampling._floor_by_sort(logits, top_p), lowest)
 
 
 def test_what_has_no_probability_is_never_drawn():

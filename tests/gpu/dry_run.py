@@ -273,7 +273,14 @@ def merge(rows: int, heads: int, width: int) -> None:
     merge_passes(empty(rows, heads, width), lse, empty(rows, heads, width), lse)
 
 
-RUNS = {"merge": merge, "head": head, "contrast": contrast, "decode": decode, "reward": reward}
+def nucleus(rows: int, columns: int, dtype: str) -> None:
+    """The smallest logit that stays in."""
+    from rime_fast.engine.sampling import filter_logits
+
+    filter_logits(empty(rows, columns, dtype=getattr(torch, dtype)), 0.9)
+
+
+RUNS = {"nucleus": nucleus, "merge": merge, "head": head, "contrast": contrast, "decode": decode, "reward": reward}
 
 
 def main() -> None:

@@ -77,5 +77,6 @@ def test_everything_else(tmp_path: Path) -> None:
              ("float32", "float16", "bfloat16")]  # fmt: skip
     runs += [("contrast", ["triton", 130, width], {"margin": True}) for width in (64, 60)]
     runs += [("contrast", ["triton", 130, 64], {"widths": True, "margin": margin}) for margin in (False, True)]
+    runs += [("nucleus", [64, columns, dtype], {}) for columns in (151_936, 1001) for dtype in ("float32", "bfloat16")]
     runs += [("decode", [16, 8, 28, 4, 128, 300], {}), ("decode", [2, 64, 28, 4, 128, 300], {"normed": True})]
     assert all(found["launches"] for found in dry(tmp_path, *runs))
