@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rime_fast.data.cache import replacing
 from rime_fast.ops.checks import describe
+from rime_fast.ops.reward.stream import norm_bound
 
 FORMAT = "rime-anchor-bank/1"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -127,6 +128,10 @@ class AnchorBank:
             raise ValueError(f"{self.total} anchors cannot be shared by {world} ranks")
         first, last = (self.total * part // world for part in (rank, rank + 1))
         return replace(self, anchors=self.anchors[first:last], ids=self.ids[first:last], offset=first)
+
+    def largest_norm(self) -> Tensor:
+        """Measure the longest anchor, [1] fp32, for ``score_rewrites_``: one pass over the rows where they lie."""
+        return torch.stack([norm_bound(part) for part in self.anchors.split(1 << 16)]).amax(0)
 
     def to(self, device: torch.device | str) -> AnchorBank:
         """Read the bank into the memory of ``device``."""

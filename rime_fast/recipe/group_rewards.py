@@ -40,7 +40,7 @@ class SideAnchors:
     rows: [A, D], on the rollouts' device, or in (pinned) host memory from which they stream; with ``group`` this rank's
     part of a bank sharded over it. positive: [B] int64, each item's own anchor in the whole bank. own: [B, D], these
     anchors, for the refine term; None leaves it out. mask: [B, whole bank] bool, see ``negatives_mask``; None: none is
-    left out.
+    left out. largest_norm: see ``score_rewrites_``.
     """
 
     rows: Tensor
@@ -48,6 +48,7 @@ class SideAnchors:
     own: Tensor | None = None
     mask: Tensor | None = None
     group: dist.ProcessGroup | None = None
+    largest_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Rewarder:
             lengths=lengths,
             disc_similarity=similarity,
             negatives_mask=None if anchors.mask is None else anchors.mask[items],
+            largest_norm=anchors.largest_norm,
             weights=self.weights,
             group=anchors.group,
             terms={name: buffer[rows] for name, buffer in into.terms.items()},

@@ -37,6 +37,7 @@ class AnchorSource:
         self.args, self.trained, self.collator, self.group = args, trained, collator, group
         self.banks: dict[tuple[str, str], AnchorBank] = {}
         self._ids: dict[tuple[str, str], Tensor] = {}  # of the whole bank, on the device
+        self._norms: dict[tuple[str, str], Tensor] = {}  # of the longest anchor, there too
         self.from_bank = args.reward_mode == "anchor" and args.anchors == "sft"
         self.sharded = self.from_bank and args.bank_storage == "sharded" and group is not None
         own = args.reward_mode == "anchor" and args.anchors == "policy" and len(trained) == 2
@@ -64,6 +65,7 @@ class AnchorSource:
                 pairs.anchorless[i] = f"{name}, row {number}: its {side} could not be opened when anchors were made"
             self.banks[key] = self._placed(bank)
             self._ids[key] = bank.ids.to(self.args.device)
+            self._norms[key] = self.banks[key].largest_norm().to(self.args.device)
 
     def _own_bank(
         self, model: Any, policy: Any, pairs: IndexedPairs, ids: Tensor, side: str, resuming: bool, sharded_model: bool
@@ -155,7 +157,7 @@ class AnchorSource:
         ids, index = self._ids[key], inputs["index"]
         mask = negatives_mask(ids.index_select(0, index), ids)
         group = self.group if self.sharded else None
-        return SideAnchors(self.banks[key].anchors, index, self._own(inputs, side), mask, group)
+        return SideAnchors(self.banks[key].anchors, index, self._own(inputs, side), mask, group, self._norms[key])
 
     def _in_batch(self, own: Tensor, ids: Tensor) -> SideAnchors:
         """All ranks' own anchors of this batch."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rime_fast.engine.anchor_bank import AnchorBank
 from rime_fast.ops.reward import RewardWeights, stream
 from rime_fast.ops.reward import triton as on_triton
 from tests.ops.reward_cases import assert_same, make_case, score
@@ -47,6 +48,21 @@ def test_tiles_and_bf16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(2, 3, 24, 600, positives=weights.positives, dtype=torch.bfloat16)
     case["positive"] = torch.tensor([255, 511])
     assert_same(score(case, weights, backend="triton"), score(case, weights, backend="reference"))
+
+
+def test_a_norm_that_is_known_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anchors that only the second, exact look tells apart: the same bits with the bank's own norm."""
+    monkeypatch.setattr(stream, "EXACT_ANCHORS", 0)
+    case = make_case(2, 3, 24, 300)
+    centre = case["anchors"][0]
+    case["anchors"] = centre + 1e-7 * torch.randn(300, 24)
+    case["gen"] = torch.nn.functional.normalize(centre + 1e-3 * torch.randn(2, 3, 24), dim=-1)
+    found = score(case, WEIGHTS["max"], backend="triton")
+    assert_same(found, score(case, WEIGHTS["max"], backend="reference"), 1e-6)
+    norm = AnchorBank(case["anchors"], torch.zeros(300, 2), 0, 300, "", "", "target").largest_norm()
+    monkeypatch.setattr(stream, "norm_bound", None)
+    again = score(case | {"largest_norm": norm}, WEIGHTS["max"], backend="triton")
+    assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -41,6 +41,7 @@ def score_rewrites_(
     lengths: Tensor | None = None,
     disc_similarity: Tensor | None = None,
     negatives_mask: Tensor | None = None,
+    largest_norm: Tensor | None = None,
     weights: RewardWeights = RewardWeights(),  # noqa: B008 (frozen)
     group: dist.ProcessGroup | None = None,
     terms: Mapping[str, Tensor] | None = None,
@@ -62,6 +63,8 @@ def score_rewrites_(
         refine term out.
     negatives_mask: [B, A] bool, True where an anchor may be a negative of the item (False for equal ids or texts);
         A is the size of the whole bank. The own anchors never are.
+    largest_norm: [1] fp32 on gen's device, no anchor of ``anchors`` is longer: similarities are compared anew, exactly,
+        within a band of this width. None: measured, one more read of the bank (``AnchorBank.largest_norm`` keeps it).
     group: a torch.distributed group over which the bank is sharded: ``anchors`` is this rank's part, the bank is all
         parts in rank order, ``positive`` and ``negatives_mask`` speak of the whole bank, everything else is local.
         B, G, D and ``weights`` must be the same on every rank.
@@ -80,6 +83,8 @@ def score_rewrites_(
         if negatives_mask is not None:
             shape = (gen.shape[0], n_columns)
             check_tensor("negatives_mask", negatives_mask, shape=shape, dtypes=(torch.bool,), device=gen.device)
+        if largest_norm is not None:
+            check_tensor("largest_norm", largest_norm, shape=(1,), dtypes=(torch.float32,), device=gen.device)
         if not isinstance(weights, RewardWeights):
             raise TypeError(f"weights: expected RewardWeights, got {describe(weights)}")
     except (TypeError, ValueError) as error:
@@ -100,6 +105,7 @@ def score_rewrites_(
         lengths,
         per_item,
         negatives_mask,
+        largest_norm,
         weights.encode(),
         "" if group is None or group.size() == 1 else group.group_name,
         backend,
@@ -119,6 +125,7 @@ def _score_rewrites(
     lengths: Tensor | None,
     disc_similarity: Tensor | None,
     negatives_mask: Tensor | None,
+    largest_norm: Tensor | None,
     numbers: Sequence[float],
     group_name: str,
     backend: str,
@@ -159,7 +166,7 @@ def _score_rewrites(
     else:
         call = gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights, group
         with on_device_of(gen):
-            values = list(stream.score(ENGINES[chosen], *call))
+            values = list(stream.score(ENGINES[chosen], *call, largest_norm=largest_norm))
     rewards.copy_(values[0])
     advantages.copy_(values[1])
     for buffer, plane in zip(terms, planes, strict=True):

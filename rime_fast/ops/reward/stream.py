@@ -69,6 +69,8 @@ def score(
     negatives_mask: Tensor | None,
     weights: RewardWeights,
     group: dist.ProcessGroup | None = None,
+    *,
+    largest_norm: Tensor | None = None,
 ) -> Tensor:
     """Compute reward, advantage and the terms, [12, B, G] fp32 in the order of ``PLANES``; arguments as in
     score_rewrites_."""
@@ -87,7 +89,8 @@ def score(
     # what is exact in bf16 or fp16 needs fewer parts
     parts = parts_of(gen.dtype), parts_of(anchors.dtype)
     exact = total <= EXACT_ANCHORS
-    state = scan(engine, rows, norms, own, anchors, positive, negatives_mask, weights, exact=exact, parts=parts)
+    how: dict[str, Any] = {"exact": exact, "parts": parts, "largest_norm": largest_norm}
+    state = scan(engine, rows, norms, own, anchors, positive, negatives_mask, weights, **how)
     if group is not None:
         received = torch.empty_like(state)
         dist.all_to_all_single(received, state, group=group)
@@ -123,11 +126,13 @@ def scan(
     *,
     exact: bool,
     parts: tuple[int, int] = (3, 3),
+    largest_norm: Tensor | None = None,
 ) -> Tensor:
     """Compute the state [R, 4 + P] fp64 of rows [R, D] over anchors [A, D], tile by tile; ``positive`` counts from
     their first.
 
-    exact: multiply in fp64. parts: how many bf16 numbers make one of the rows, one of the anchors.
+    exact: multiply in fp64. parts: how many bf16 numbers make one of the rows, one of the anchors. largest_norm: as
+    for score_rewrites_.
     """
     state = initial_state(rows, weights)
     if negatives_mask is not None and negatives_mask.stride(1) != 1:
@@ -151,10 +156,15 @@ def scan(
         else:
             multiply(factors, split(tile, parts[1]), sims)
         mask = None if negatives_mask is None else negatives_mask[:, first : first + tile.shape[0]]
-        norm = torch.linalg.vector_norm(tile, dim=1, dtype=torch.float32).nan_to_num_(0.0, 0.0).amax(0, keepdim=True)
+        norm = norm_bound(tile) if largest_norm is None else largest_norm
         norm = norm if exact else PARTS_BAND * norm  # the kernel looks again at what is this close
         engine.add_tile(sims, rows, tile, norm, norms, own, positive, mask, first, weights, state)
     return state
+
+
+def norm_bound(rows: Tensor) -> Tensor:
+    """The largest norm of the finite rows [n, D], [1] fp32."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).nan_to_num_(0.0, 0.0).amax(0, keepdim=True)
 
 
 def parts_of(dtype: torch.dtype) -> int:
