@@ -6,12 +6,14 @@ replaced by fixed samples, since two samplers draw differently), and must reach 
 cache) on every prompt repeated G times, a reference and a policy forward over B G whole sequences with full logits, a
 forward of the backbone alone for the embeddings, rewards row by row in Python.
 
-The learning rate is 0: the optimizer does its whole work, and every round is the same step.
+The learning rate is 0: the optimizer does its whole work, and every round is the same step (on a GPU one of VARIANTS
+batches, whose prompts differ in length, for all in turn).
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.lib.joint_step import MODELS, gradient_difference, stock_model
+from benchmarks.lib.joint_step import MODELS, VARIANTS, gradient_difference, stock_model
 from benchmarks.lib.parts import PartClock, breakdown
 from rime_fast.bench.harness import Results, Row, add_parts, compare, dtype_name
 from rime_fast.engine.rollout import generate_rollouts
@@ -78,6 +80,10 @@ SHAPES = {
 class Setting:
     """Policy and reference of both sides over one set of parameters each, and everything a step begins with."""
 
+    batch: dict[str, Any]
+    prompt: int  # tokens of each of the batch's prompts
+    offsets: Tensor  # where they begin
+
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         self.shape, self.clock = shape, PartClock(device)
         self.stock = stock_model(shape.model, device, dtype).eval()
@@ -90,15 +96,13 @@ class Setting:
         cells = shape.image[0] * shape.image[1] // 4
         if shape.prompt < cells + 8:
             raise ValueError(f"prompt is {shape.prompt}; expected at least {cells + 8} with an image of {shape.image}")
-        sequence: list[Any] = [4, ("image", *shape.image), shape.prompt - cells - 6]
-        made = tiny_batch(self.stock.config, [sequence] * shape.prompts, seed=2)
-        made = {k: v for k, v in made.items() if k not in ("targets", "gen_index")}
-        self.batch = {
-            k: (v.to(device, dtype) if v.is_floating_point() else v.to(device)) if isinstance(v, Tensor) else v
-            for k, v in made.items()
-        }
-        self.batch["image_grids"] = made["image_grid_thw"].tolist()
-        self.offsets = torch.arange(shape.prompts, device=device) * shape.prompt
+        # P first, then up to a quarter less
+        step = max(1, (shape.prompt - cells - 8) // (4 * VARIANTS))
+        self.variants = [
+            self._batch(shape.prompt - step * i, cells, device, dtype)
+            for i in range(VARIANTS if device == "cuda" else 1)
+        ]
+        self.use(0)
         width, vocab = self.stock.config.text_config.hidden_size, self.stock.config.text_config.vocab_size
         count = shape.prompts * shape.group
         self.vocab = vocab
@@ -108,6 +112,22 @@ class Setting:
         self.format_ok = (torch.arange(count, device=device) % 3 > 0).view(shape.prompts, shape.group)
         self.weights = RewardWeights()
         self.optimizer = torch.optim.AdamW(self.stock.parameters(), lr=0.0, weight_decay=0.0, fused=device == "cuda")
+
+    def _batch(self, prompt: int, cells: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+        """Prompts of that length: what ``use`` sets."""
+        count, image = self.shape.prompts, self.shape.image
+        made = tiny_batch(self.stock.config, [[4, ("image", *image), prompt - cells - 6]] * count, seed=2)
+        made = {k: v for k, v in made.items() if k not in ("targets", "gen_index")}
+        batch = {
+            k: (v.to(device, dtype) if v.is_floating_point() else v.to(device)) if isinstance(v, Tensor) else v
+            for k, v in made.items()
+        }
+        batch["image_grids"] = made["image_grid_thw"].tolist()
+        return {"batch": batch, "prompt": prompt, "offsets": torch.arange(count, device=device) * prompt}
+
+    def use(self, turn: int) -> None:
+        """Take the batch of this turn: on a GPU lengths are new in every step, as in training."""
+        vars(self).update(self.variants[turn % len(self.variants)])
 
     def modules(self, model: Any) -> dict[str, Any]:
         """What the clock watches in a policy forward."""
@@ -215,7 +235,7 @@ def plain(s: Setting) -> Tensor:
     }
 
     def logp(model: Any) -> Tensor:
-        logits = model(**full, use_cache=False).logits[:, shape.prompt - 1 : -1].float()
+        logits = model(**full, use_cache=False).logits[:, s.prompt - 1 : -1].float()
         return logits.log_softmax(-1).gather(2, s.samples[..., None])[..., 0]
 
     with s.clock.part("reference"), torch.no_grad():
@@ -269,9 +289,12 @@ def measure(
     """
     s = Setting(shape, device, dtype)
     found: dict[str, tuple[float, list[Tensor]]] = {}
+    turns: Counter[str] = Counter()
 
     def checked(name: str, step: Callable[[Setting], Tensor]) -> Callable[[], Tensor]:
         def call() -> Tensor:
+            s.use(turns[name])
+            turns[name] += 1
             loss = step(s)
             if name not in found:
                 found[name] = float(loss), s.gradients()

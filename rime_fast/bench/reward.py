@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rime_fast.bench.harness import FLOOR, Results, Row, compare, dtype_name, fast_fp64, library_product, max_error
 from rime_fast.ops.reward import RewardWeights, score_rewrites_
+from rime_fast.ops.reward.stream import norm_bound
 
 # similarities up to which fp64 is run for the errors (its reference makes the whole matrix); GPUs with fast fp64
 EXACT, EXACT_FAST = 1 << 24, 1 << 27
@@ -120,9 +121,10 @@ def measure(
 ) -> dict[str, Row]:
     """Rows of the floor, ours and the eager form."""
     inputs = make(shape, device, dtype)
-    impls = {FLOOR: floor(inputs), **{name: ours(inputs, weights) for name, weights in KINDS.items()}}
+    known = {"largest_norm": norm_bound(inputs["anchors"])}  # as the trainer's bank keeps it
+    impls = {FLOOR: floor(inputs), **{name: ours(inputs, weights, **known) for name, weights in KINDS.items()}}
     mask = torch.ones(shape.items, shape.anchors, dtype=torch.bool, device=device)
-    impls["ours_masked"] = ours(inputs, RewardWeights(), mask)
+    impls["ours_masked"] = ours(inputs, RewardWeights(), mask, **known)
     impls["eager"] = eager(inputs)
     truth = {}
     if shape.rows * shape.anchors <= (EXACT_FAST if fast_fp64(device) else EXACT):
