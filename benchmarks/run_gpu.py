@@ -71,7 +71,7 @@ class Session:
         print(f"{name} (at most {limit:.0f} s): {' '.join(command)}", flush=True)
         start, log = time.monotonic(), self.output / f"{name}.log"
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        with log.open("w") as stream:
+        with log.open("a") as stream:  # a part may be several commands
             try:
                 code = subprocess.run(
                     command,
@@ -192,7 +192,7 @@ def main() -> int:
     cuda = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if cuda else "none"
     print(f"device: {name}; torch {torch.__version__}; CUDA {torch.version.cuda}", flush=True)
-    for old in session.output.glob("*.json"):
+    for old in (*session.output.glob("*.json"), *session.output.glob("*.log")):
         old.unlink()  # of an earlier run: they would be merged
     if "build" in chosen:
         build(session, torch.cuda.get_device_capability() if cuda else None)
