@@ -25,18 +25,22 @@ class EvalOptions:
     )
     dims: list[str] = field(
         default_factory=list,
-        metadata={"help": "Also score embeddings cut to so many numbers: 64,256,full (full always is)."},
+        metadata={"help": "Also score embeddings cut to so many numbers, or rounded to int8: 64,256,int8,full (full always is)."},
     )
     limit: int | None = field(default=None, metadata={"help": "Only the first so many queries."})
     top_k: int = field(default=5, metadata={"help": "Candidates shown per example."})
     examples: int = field(default=24, metadata={"help": "Examples in the report, evenly spaced over the queries."})
     title: str | None = field(default=None, metadata={"help": "Title of the report."})
 
+    def int8(self) -> bool:
+        """Whether ``dims`` names int8."""
+        return "int8" in split(self.dims)
+
     def widths(self) -> list[int]:
-        """The widths of ``dims``, ascending, without the whole, which is always scored."""
-        words = [one for one in split(self.dims) if one != "full"]
+        """The widths of ``dims``, ascending, without the whole, which is always scored, and int8."""
+        words = [one for one in split(self.dims) if one not in ("full", "int8")]
         if not all(word.isdigit() and int(word) > 0 for word in words):
-            raise UsageError(f"--dims is {','.join(self.dims)!r}; expected widths from 1, or 'full'")
+            raise UsageError(f"--dims is {','.join(self.dims)!r}; expected widths from 1, 'int8' or 'full'")
         return sorted({int(word) for word in words})
 
 

@@ -40,8 +40,10 @@ def run(values: dict[str, Any]) -> int:
     model_exists(*options.model)
     from rime_fast.cli.bars import bars
     from rime_fast.data.retrieval import RetrievalSet
+    from rime_fast.engine.wrappers import dual_mode_of
     from rime_fast.eval.mutual import evaluate_mutual
     from rime_fast.eval.report import write_report
+    from rime_fast.recipe.int8 import trained_step
 
     data = RetrievalSet.from_file(
         str(options.data), image_root=loading.image_root, allow_outside=loading.allow_outside, images="head"
@@ -61,6 +63,7 @@ def run(values: dict[str, Any]) -> int:
                 top_k=options.top_k,
                 n_examples=options.examples,
                 dims=options.widths(),
+                int8_step=trained_step(dual_mode_of(embedder.model).config) if options.int8() else None,
                 progress=progress,
             )
         label = Path(path).name or path
@@ -79,7 +82,7 @@ def run(values: dict[str, Any]) -> int:
     }
     title = options.title or f"Mutual retrieval on {data.name or Path(str(options.data)).name}"
     report: dict[str, Any] = {"title": title, "facts": facts, "phases": phases}
-    if options.widths():
+    if options.widths() or options.int8():
         report["tables"] = [widths_table(phases)]
     paths = write_report(options.output_dir, report)
     print(f"report: {paths[1]}\nnumbers: {paths[0]}")
@@ -124,7 +127,7 @@ def widths_table(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for width, found in phase["mutual"]["dims"].items():
             rows.append([phase["label"], str(width), *(float(found[name]["hit@1"]) for name in cells)])
         rows.append([phase["label"], "full", *(float(whole[name]) for name in cells)])
-    note = "hit@1; rows are cut to so many numbers and normalised again."
+    note = "hit@1; rows are cut to so many numbers and normalised again, or rounded to int8."
     return {"title": "Width", "columns": ["model", "numbers", *cells], "rows": rows, "note": note}
 
 
@@ -163,6 +166,7 @@ COMMAND = Command(
         ("one model", "rime-fast eval --model runs/sft --data test.json --output_dir runs/eval"),
         ("before and after Refine-RL, in one report", "rime-fast eval --model runs/sft runs/refine --data test.json"),
         ("Matryoshka widths, in one pass", "rime-fast eval --model runs/sft --data test.json --dims 64,256,full"),
+        ("what int8 costs", "rime-fast eval --model runs/sft --data test.json --dims int8,full"),
         ("without decoding", "rime-fast eval --model runs/sft --data test.json --modes disc"),
         ("whether a benchmark's files are there", "rime-fast eval --suite mmeb-v2 --root MMEB-V2 --check"),
         ("a published benchmark", "rime-fast eval --suite mmeb-v2 --root MMEB-V2 --model runs/refine"),

@@ -145,8 +145,10 @@ def margins(scores: torch.Tensor) -> torch.Tensor:
 
 
 def truncated(rows: torch.Tensor, dims: int | None) -> torch.Tensor:
-    """Cut embeddings to their first ``dims`` columns, normalised again (Matryoshka); None: as they are. ValueError for
-    too many."""
+    """Cut embeddings to their first ``dims`` columns, normalised again (Matryoshka); None: as they are. Rows of int8
+    (``embed --precision int8``) come out as fp32 unit rows. ValueError for too many."""
+    if rows.dtype == torch.int8:
+        rows = torch.nn.functional.normalize(rows.float(), dim=1)
     if dims is None or dims == rows.shape[1]:
         return rows
     if not 1 <= dims < rows.shape[1]:

@@ -20,6 +20,7 @@ from rime_fast.eval.budget import BudgetCurve, budget_curve
 from rime_fast.eval.index import truncated
 from rime_fast.eval.ranking import Ranking, Rows, rank_candidates
 from rime_fast.eval.sensitivity import Sensitivity, rewrite_sensitivity
+from rime_fast.recipe.int8 import to_int8
 
 if TYPE_CHECKING:
     from rime_fast.data.retrieval import RetrievalSet
@@ -66,7 +67,7 @@ class MutualResult:
     means per item, measured in this run; tokens are all decoded ones, tags and <gen_emb> included (0 for disc).
     missing_gen: side -> generations that never reached <gen_emb>, so that their last state stood in.
     format_errors: side -> rewrites that do not parse. examples: queries with their first candidates, for the report.
-    dims: width -> cell -> metrics, of rows cut to so many numbers and normalised again. budget, sensitivity: against
+    dims: width -> cell -> metrics, of rows cut to so many numbers and normalised again, or "int8". budget, sensitivity: against
     the disc index, where disc and gen ran.
     """
 
@@ -78,7 +79,7 @@ class MutualResult:
     n_candidates: int
     mean_pool: float
     examples: list[dict[str, Any]] = field(default_factory=list)
-    dims: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+    dims: dict[int | str, dict[str, dict[str, float]]] = field(default_factory=dict)
     budget: BudgetCurve | None = None
     sensitivity: Sensitivity | None = None
 
@@ -117,12 +118,14 @@ def evaluate_mutual(
     top_k: int = 5,
     n_examples: int = 24,
     dims: Sequence[int] = (),
+    int8_step: float | None = None,
     progress: Progress | None = None,
 ) -> MutualResult:
     """Embed both sides of ``data`` in each mode, rank, and time it. Candidates with the same content count as one.
 
     modes: some of the model's; None: all of them. n_examples: queries kept for the report, evenly spaced over the
     set (not chosen by outcome). dims: further widths that the embeddings are scored at.
+    int8_step: score them rounded to int8 by this step too, as "int8" of the result's ``dims``.
     progress: called as ``progress("gen query", done, total)``. With disc and gen among the modes the budget curve and
     the rewrites' sensitivity are measured too: a prefill of each query for each kind of rewrite.
     """
@@ -140,10 +143,11 @@ def evaluate_mutual(
             report = None if progress is None else partial(progress, f"{mode} {side}")
             encoded[mode, side] = embedder.encode_items(items, mode, progress=report)
 
-    def table(width: int | None, count: int) -> dict[str, Cell]:
-        query, target = (
-            {mode: truncated(encoded[mode, side].embeddings, width) for mode in modes} for side in ("query", "target")
-        )
+    def table(width: int | None, count: int, step: float | None = None) -> dict[str, Cell]:
+        def cut(rows: torch.Tensor) -> torch.Tensor:
+            return truncated(rows if step is None else to_int8(rows, step), width)
+
+        query, target = ({mode: cut(encoded[mode, side].embeddings) for mode in modes} for side in ("query", "target"))
         return mutual_table(query, target, data.correct, gains=data.gains, lists=data.pools, top_k=count)
 
     cells = table(None, top_k)
@@ -158,6 +162,9 @@ def evaluate_mutual(
         given: dict[str, Any] = {"queries": queries, "targets": encoded["disc", "target"].embeddings}
         budget = budget_curve(embedder, data, **given)
         sensitivity = rewrite_sensitivity(embedder, data, **given)
+    others: dict[int | str, dict[str, Cell]] = {width: table(width, 0) for width in dims}
+    if int8_step is not None:
+        others["int8"] = table(None, 0, int8_step)
     pool = next(iter(cells.values())).ranking.pool
     return MutualResult(
         cells=cells,
@@ -168,7 +175,7 @@ def evaluate_mutual(
         n_candidates=len(data.candidates),
         mean_pool=pool.double().mean().item(),
         examples=_examples(data, cells, gen, n_examples),
-        dims={width: {name: cell.metrics for name, cell in table(width, 0).items()} for width in dims},
+        dims={width: {name: cell.metrics for name, cell in found.items()} for width, found in others.items()},
         budget=budget,
         sensitivity=sensitivity,
     )

@@ -29,9 +29,9 @@ _VLLM = """vllm serve {name} --runner pooling \\
 def write_card(directory: str | Path, facts: Mapping[str, Any], *, exported: bool = False) -> None:
     """Write ``rime_training.json`` and ``README.md`` into ``directory``.
 
-    facts (all optional): "title", "base_model", "template", "matryoshka_dimensions", "step", "epoch", and three
-    mappings of names to plain values: "settings", "data" (rows of each set), "results". exported: the folder is one
-    that sentence-transformers and vLLM read; the card says how.
+    facts (all optional): "title", "base_model", "template", "matryoshka_dimensions", "int8_step", "step",
+    "epoch", and three mappings of names to plain values: "settings", "data" (rows of each set), "results". exported: the
+    folder is one that sentence-transformers and vLLM read; the card says how.
     """
     directory = Path(directory)
     (directory / FACTS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
@@ -61,6 +61,7 @@ def _card(name: str, facts: Mapping[str, Any], exported: bool) -> str:
             ("base_model", "Started from"),
             ("template", "Template"),
             ("matryoshka_dimensions", "Matryoshka dimensions"),
+            ("int8_step", "Step of int8 embeddings"),
             ("step", "Steps"),
             ("epoch", "Epochs"),
         )

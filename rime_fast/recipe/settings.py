@@ -61,11 +61,18 @@ class ContrastSettings:
     matryoshka_weights: list[float] | None = option(  # noqa: RUF009
         None, "A weight for each of matryoshka_dims, then the whole embedding's. None: 1 each. [known: 1]"
     )
+    int8_weight: float = option(
+        0.0,
+        "Above 0, the contrast is added once more, by this weight, of the embeddings rounded to int8 by one learned step "
+        "(LSQ), saved in the model's config for `embed --precision int8`. [known, Qwen3-VL-Embedding: loss on full and "
+        "on quantised vectors; ours: weight, one step for all modes; off in RIME]",
+    )
 
     def check_contrast(self) -> None:
         """Raise ValueError for a value out of its range, naming the field."""
         in_range("temperature", self.temperature, 0, open_low=True)
         in_range("temperature_learning_rate", self.temperature_learning_rate, 0)
+        in_range("int8_weight", self.int8_weight, 0)
         if self.hard_negatives is not None:
             in_range("hard_negatives", self.hard_negatives, 0)
         if self.false_negative_margin is not None:

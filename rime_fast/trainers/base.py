@@ -279,7 +279,7 @@ class DualModeTrainer(ShardedCheckpoints):
             "title": self.title,
             "base_model": getattr(base.config, "_name_or_path", "") or None,
             "template": self.args.template,
-            "matryoshka_dimensions": getattr(base.config, "matryoshka_dimensions", None),
+            **{name: getattr(base.config, name, None) for name in ("matryoshka_dimensions", "int8_step")},
             "step": self.state.global_step,
             "epoch": self.state.epoch,
             "settings": settings_of(self.args) | {"recomputed towers": recomputed(self.model)},

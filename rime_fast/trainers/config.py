@@ -236,8 +236,9 @@ class RimeConfig(
         one_of("contrast_scope", self.contrast_scope, ("global", "block"))
         if self.contrast_scope == "block" and not self.block:
             raise ValueError("contrast_scope is 'block' and block is 0; set how many rows a block has")
-        if self.learnable_temperature and self.fp16:
-            raise ValueError("learnable_temperature with fp16=True: the loss scale would distort it; use bf16")
+        for name in ("learnable_temperature", "int8_weight") if self.fp16 else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} with fp16=True: the loss scale would distort it; use bf16")
         in_range("kept_graphs_gib", self.kept_graphs_gib, 0)
         if self.peak_tflops is not None:
             in_range("peak_tflops", self.peak_tflops, 0, open_low=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from rime_fast.data.row_guard import BAD, GuardedRows
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
 from rime_fast.engine.teacher import TeacherRows
+from rime_fast.engine.wrappers import dual_mode_of
 from rime_fast.model.flops import StepFlops, peak_flops, recomputed
 from rime_fast.model.latent import own_targets
 from rime_fast.recipe.blocks import by_block
 from rime_fast.recipe.distill import bank_distillation, score_distillation
 from rime_fast.recipe.false_negatives import mask_ids
+from rime_fast.recipe.int8 import fake_int8
 from rime_fast.recipe.joint import JointLoss, joint_loss, scored_tokens, side_cross_entropy, token_weights
 from rime_fast.recipe.set_scores import set_scores
 from rime_fast.trainers.anchors import bank_file
@@ -32,7 +35,7 @@ from rime_fast.trainers.callbacks import On
 from rime_fast.trainers.config import RimeConfig
 from rime_fast.trainers.policy import use_packed_attention
 from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
-from rime_fast.trainers.temperature import LearnableTemperature
+from rime_fast.trainers.temperature import Int8Step, LearnableScalar, LearnableTemperature
 
 # Batch entries that are for the loss, not for the model.
 LOSS_KEYS = (
@@ -122,10 +125,18 @@ class RimeTrainer(DualModeTrainer):
         self.weights = args.weights()
         self.flops, known = StepFlops(model), peak_flops(args.device)
         self.peak = known if args.peak_tflops is None else args.peak_tflops * 1e12
+        self.scalars: list[LearnableScalar] = []
         self.temperature: LearnableTemperature | None = None
         if args.learnable_temperature:
             self.temperature = LearnableTemperature(args.temperature, args.temperature_learning_rate, args.device)
-            self.add_callback(On(on_optimizer_step=self._step_temperature))
+            self.scalars.append(self.temperature)
+        self.int8: Int8Step | None = None
+        if args.int8_weight > 0 and self.weights.modes():
+            width, before = config.get_text_config().hidden_size, getattr(config, "int8_step", None)
+            self.int8 = Int8Step(width, args.device, before)
+            self.scalars.append(self.int8)
+        if self.scalars:
+            self.add_callback(On(on_optimizer_step=self._step_scalars))
         self.teacher: dict[str, TeacherRows] | None = None
         if args.teacher_bank is not None:
             self.teacher = {
@@ -232,7 +243,7 @@ class RimeTrainer(DualModeTrainer):
                 keys["gen"] = torch.where((inputs["gen_index"][n:] >= 0)[:, None], keys["gen"], keys["disc"])
             ids = _mask_ids(inputs, group) if args.mask_false_negatives else None
 
-            def joint_of(own: Tensor | slice, among: Tensor | slice) -> JointLoss:
+            def joint_of(queries: Rows, keys: Rows, own: Tensor | slice, among: Tensor | slice) -> JointLoss:
                 return joint_loss(
                     torch.zeros((), device=device),
                     {mode: x[own] for mode, x in queries.items()},
@@ -249,18 +260,28 @@ class RimeTrainer(DualModeTrainer):
                     group=group,
                 )
 
-            with self.compute_loss_context_manager():
-                if args.contrast_scope == "block" and "blocks" in inputs:
-                    owners = inputs["negative_of"].tolist() if hard else []
-                    joint = by_block(inputs["blocks"], owners, joint_of, device)
-                else:
-                    joint = joint_of(slice(None), slice(None))
+            def compare(queries: Rows, keys: Rows) -> JointLoss:
+                of = partial(joint_of, queries, keys)
+                with self.compute_loss_context_manager():
+                    if args.contrast_scope == "block" and "blocks" in inputs:
+                        owners = inputs["negative_of"].tolist() if hard else []
+                        return by_block(inputs["blocks"], owners, of, device)
+                    return of(slice(None), slice(None))
+
+            joint = compare(queries, keys)
             if self.mixture is not None and "sets" in inputs and self.model.training:
                 self._score_sets(inputs, queries, keys, tau, ids)
             metrics.update({f"contrast/{name}": value for name, value in joint.terms.items()})
             metrics.update({f"hit@1/{name}": value for name, value in joint.accuracy.items()})
             metrics.update({f"contrast/all@{width}": value for width, value in joint.per_dim.items()})
-            return joint.total + self._distilled(inputs, queries, keys, tau, metrics)
+            total = joint.total
+            if self.int8 is not None:
+                step = self.int8.value()
+                rounded = compare(*({mode: fake_int8(x, step) for mode, x in side.items()} for side in (queries, keys)))
+                total = total + args.int8_weight * rounded.total
+                metrics.update({"int8_step": step, "contrast/all@int8": rounded.total.detach()})
+                metrics.update({f"hit@1/{name}@int8": value for name, value in rounded.accuracy.items()})
+            return total + self._distilled(inputs, queries, keys, tau, metrics)
 
         encoder = PackedEncoder(
             model,
@@ -336,25 +357,31 @@ class RimeTrainer(DualModeTrainer):
     def _observe(self, inputs: dict[str, Any], metrics: Rows) -> None:
         self.observe(metrics, samples=_sizes(inputs)[0], tokens=inputs["input_ids"].shape[0])
 
-    # --- the temperature ---------------------------------------------------------------------------------------------
+    # --- learnable scalars of the loss -------------------------------------------------------------------------------
 
-    def _step_temperature(self) -> None:
-        """With the model's optimizer, at the schedule's share of its own learning rate."""
-        assert self.temperature is not None
+    def _step_scalars(self) -> None:
+        """With the model's optimizer, at the schedule's share of their own learning rates."""
         peak = self.args.learning_rate
-        self.temperature.step(self._get_learning_rate() / peak if peak > 0 else 1.0, self.group)
+        for scalar in self.scalars:
+            scalar.step(self._get_learning_rate() / peak if peak > 0 else 1.0, self.group)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As transformers', with the step of int8 in the model's config."""
+        if self.int8 is not None:
+            dual_mode_of(self.model).config.int8_step = self.int8.value().item()
+        super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.temperature is not None and self.args.should_save:
-            self.temperature.save(output_dir)
+        for scalar in self.scalars if self.args.should_save else []:
+            scalar.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(folder)
-        if self.temperature is not None and folder is not None:
-            self.temperature.load(Path(folder))
-            for name in RATES:  # both rates' changes, as the model's own is scaled
-                self.temperature.learning_rate *= self.rate_change(folder, name)
+        for scalar in self.scalars if folder is not None else []:
+            scalar.load(Path(folder))
+            for name in RATES if scalar is self.temperature else RATES[:1]:  # as the model's own is scaled
+                scalar.learning_rate *= self.rate_change(folder, name)
 
     def check_start(self) -> None:
         super().check_start()

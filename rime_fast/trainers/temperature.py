@@ -1,7 +1,7 @@
-"""A learnable contrast temperature with an optimizer of its own.
+"""Learnable scalars of the loss with optimizers of their own: the contrast's temperature, the step of int8 embeddings.
 
-The scalar belongs to the loss, not to the model: kept apart, the model directory stays what stock transformers loads,
-and DDP, FSDP, DeepSpeed (every ZeRO stage) and peft see the model they know. It follows the trainer's LR schedule.
+They belong to the loss, not to the model: kept apart, the model directory stays what stock transformers loads,
+and DDP, FSDP, DeepSpeed (every ZeRO stage) and peft see the model they know. They follow the trainer's LR schedule.
 """
 
 from __future__ import annotations
@@ -14,34 +14,36 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FILE = "contrast_temperature.safetensors"
-LOWEST, HIGHEST = 0.005, 1.0
+from rime_fast.recipe.int8 import first_step
 
 
-class LearnableTemperature:
-    """The learnable temperature tau = exp(log_tau), trained by AdamW without decay, kept within [0.005, 1] (CLIP clamps
-    likewise).
+class LearnableScalar:
+    """A positive number of the loss, exp(log), trained by AdamW without decay and kept within ``bounds``.
 
     Call ``value()`` for the loss, ``step(factor)`` once per optimizer step, ``save`` / ``load`` with a checkpoint.
     """
 
+    file: str  # in a checkpoint's folder
+    off: str  # the setting of a run that has none
+    bounds: tuple[float, float]
+
     def __init__(self, initial: float, learning_rate: float, device: torch.device) -> None:
-        self.log_tau = nn.Parameter(torch.tensor(math.log(initial), dtype=torch.float32, device=device))
+        self.log = nn.Parameter(torch.tensor(math.log(initial), dtype=torch.float32, device=device))
         self.learning_rate = learning_rate
-        self.optimizer = torch.optim.AdamW([self.log_tau], lr=learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([self.log], lr=learning_rate, weight_decay=0.0)
 
     def value(self) -> Tensor:
-        """The temperature tau, 0-d fp32, with gradient."""
-        return self.log_tau.exp()
+        """The number, 0-d fp32, with gradient."""
+        return self.log.exp()
 
     def step(self, factor: float, group: dist.ProcessGroup | None = None) -> None:
         """Make one update at ``factor`` times the peak learning rate; the gradient is averaged over ``group`` first.
         Where that is not finite the value stays."""
-        gradient = self.log_tau.grad
+        gradient = self.log.grad
         if gradient is not None and group is not None:
             dist.all_reduce(gradient, group=group)
             gradient /= dist.get_world_size(group)
-        kept = self.log_tau.detach().clone()
+        kept = self.log.detach().clone()
         finite = torch.ones((), dtype=torch.bool, device=kept.device)
         if gradient is not None:
             finite = gradient.isfinite()
@@ -50,30 +52,49 @@ class LearnableTemperature:
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            self.log_tau.clamp_(math.log(LOWEST), math.log(HIGHEST))
-            self.log_tau.copy_(torch.where(finite, self.log_tau, kept))
+            self.log.clamp_(*map(math.log, self.bounds))
+            self.log.copy_(torch.where(finite, self.log, kept))
 
     def save(self, folder: str | Path) -> None:
         """Write value and optimizer state into a checkpoint folder."""
-        state = self.optimizer.state.get(self.log_tau, {})
+        state = self.optimizer.state.get(self.log, {})
         peak = torch.tensor(self.learning_rate, dtype=torch.float64)
         tensors = {
-            "log_tau": self.log_tau.detach(),
+            "log": self.log.detach(),
             "learning_rate": peak,
             **{name: torch.as_tensor(value) for name, value in state.items()},
         }
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, Path(folder) / FILE)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, Path(folder) / self.file)
 
     def load(self, folder: str | Path) -> None:
-        """Read what ``save`` wrote. Raises FileNotFoundError: the checkpoint was made with a fixed temperature."""
-        path = Path(folder) / FILE
+        """Read what ``save`` wrote. Raises FileNotFoundError: the checkpoint was made without this number."""
+        path = Path(folder) / self.file
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: this checkpoint was trained with learnable_temperature=False")
+            raise FileNotFoundError(f"{path} is missing: this checkpoint was trained with {self.off}")
         tensors = load_file(path)
         with torch.no_grad():
-            self.log_tau.copy_(tensors.pop("log_tau"))
+            self.log.copy_(tensors.pop("log"))
         self.learning_rate = float(tensors.pop("learning_rate", self.learning_rate))
         # AdamW keeps its step counter on the host
-        self.optimizer.state[self.log_tau] = {
-            name: tensor if name == "step" else tensor.to(self.log_tau.device) for name, tensor in tensors.items()
+        self.optimizer.state[self.log] = {
+            name: tensor if name == "step" else tensor.to(self.log.device) for name, tensor in tensors.items()
         }
+
+
+class LearnableTemperature(LearnableScalar):
+    """The contrast's temperature, within [0.005, 1] (CLIP clamps likewise)."""
+
+    file, off, bounds = "contrast_temperature.safetensors", "learnable_temperature=False", (0.005, 1.0)
+
+
+class Int8Step(LearnableScalar):
+    """The step of int8 embeddings of ``width`` numbers (rime_fast/recipe/int8.py). By its logarithm it moves in shares
+    of its own size and stays above 0; up to 2 / sqrt(width) no unit row rounds to 0 whole."""
+
+    file, off = "int8_step.safetensors", "int8_weight=0"
+    learning_rate = 1e-2  # peak, of the logarithm [ours]: a few hundred steps settle it
+
+    def __init__(self, width: int, device: torch.device, initial: float | None = None) -> None:
+        first = first_step(width)
+        self.bounds = first / 100, first * 10
+        super().__init__(initial or first, self.learning_rate, device)

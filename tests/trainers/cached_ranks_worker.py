@@ -32,6 +32,7 @@ SAME: dict[str, Any] = {
     "progress": "none",
     "learnable_temperature": True,
     "temperature_learning_rate": 0.05,
+    "int8_weight": 0.5,
     "use_cpu": True,
     "seed": 3,
 }

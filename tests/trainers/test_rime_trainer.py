@@ -93,6 +93,7 @@ def test_drop_in_by_path_saves_what_stock_transformers_loads(tiny, tmp_path):
 def test_resume_reproduces_the_uninterrupted_run_to_the_bit(tiny, tmp_path, lora):
     """12 pairs, 4 a step: the checkpoint at step 5 lies inside the second epoch. LoRA's dropout draws numbers."""
     settings = {"max_steps": 9, "save_strategy": "steps", "save_steps": 5, "learnable_temperature": True, "seed": 3}
+    settings["int8_weight"] = 0.5
 
     def fresh(folder: Path) -> RimeTrainer:
         more = {}
@@ -107,7 +108,8 @@ def test_resume_reproduces_the_uninterrupted_run_to_the_bit(tiny, tmp_path, lora
     resumed = fresh(tmp_path / "b")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
     assert curve(resumed)[:-1] == curve(straight)[:-1]
-    assert len({entry["temperature"] for entry in curve(straight)[:-1]}) == 9
+    for learnt in ("temperature", "int8_step"):
+        assert len({entry[learnt] for entry in curve(straight)[:-1]}) == 9
     other = dict(resumed.model.named_parameters())
     for name, parameter in straight.model.named_parameters():
         assert torch.equal(parameter, other[name]), name
