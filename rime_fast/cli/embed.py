@@ -118,9 +118,8 @@ def run(values: dict[str, Any]) -> int:
     save_file(tensors, str(directory / "embeddings.safetensors"), metadata=metadata)
     for mode, one in encoded.items():
         shape = " x ".join(map(str, tensors[mode].shape))
-        print(
-            f"{mode}: {shape} {options.precision}, {one.seconds / len(items):.4f} s and {one.mean_tokens:.1f} decoded tokens an item"
-        )
+        cost = f"{one.seconds / len(items):.4f} s and {one.mean_tokens:.1f} decoded tokens an item"
+        print(f"{mode}: {shape} {options.precision}, {cost}")
     if embedder.stats.missing_gen:
         print(
             f"{embedder.stats.missing_gen} generations never reached <gen_emb>: reached_gen_emb is false in items.jsonl"

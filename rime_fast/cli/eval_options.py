@@ -25,7 +25,7 @@ class EvalOptions:
     )
     dims: list[str] = field(
         default_factory=list,
-        metadata={"help": "Also score embeddings cut to so many numbers, or rounded to int8: 64,256,int8,full (full always is)."},
+        metadata={"help": "Also score embeddings cut, or rounded to int8: 64,256,int8,full (full always is)."},
     )
     limit: int | None = field(default=None, metadata={"help": "Only the first so many queries."})
     top_k: int = field(default=5, metadata={"help": "Candidates shown per example."})

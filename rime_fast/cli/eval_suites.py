@@ -99,8 +99,6 @@ def _evaluate(suite: Suite, options: SuiteOptions, values: dict[str, Any], model
 
         loading.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
     modes = split(shared.modes) or None
-    if shared.int8():
-        raise UsageError("--dims int8 goes with --data")
     if options.leaderboard and shared.limit is not None:
         raise UsageError("--leaderboard needs all queries; leave --limit out")
     loading.template = suite_template(loading.template)  # type: ignore[assignment]

@@ -24,6 +24,8 @@ def run(values: dict[str, Any]) -> int:
     if values.get("suite"):
         from rime_fast.cli.eval_suites import run_suite
 
+        if "int8" in split(values.get("dims") or []):
+            raise UsageError("--dims int8 goes with --data")
         return run_suite(values)
     if values.get("mteb"):
         from rime_fast.cli.eval_mteb import run_mteb

@@ -43,6 +43,7 @@ COMMAND = Command(
             "rime-fast train --config examples/think_then_embed.yaml --lora_rank 0 --freeze_backbone --head self:8",
         ),
         ("embeddings that can be cut", "rime-fast train --config sft.yaml --matryoshka_dims 64 128 256 512 1024"),
+        ("embeddings that can be kept as int8", "rime-fast train --config sft.yaml --int8_weight 1"),
     ),
     run=run,
     groups=groups(

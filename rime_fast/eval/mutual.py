@@ -67,8 +67,8 @@ class MutualResult:
     means per item, measured in this run; tokens are all decoded ones, tags and <gen_emb> included (0 for disc).
     missing_gen: side -> generations that never reached <gen_emb>, so that their last state stood in.
     format_errors: side -> rewrites that do not parse. examples: queries with their first candidates, for the report.
-    dims: width -> cell -> metrics, of rows cut to so many numbers and normalised again, or "int8". budget, sensitivity: against
-    the disc index, where disc and gen ran.
+    dims: width -> cell -> metrics, of rows cut to so many numbers and normalised again, or "int8". budget,
+    sensitivity: against the disc index, where disc and gen ran.
     """
 
     cells: dict[str, Cell]

@@ -30,8 +30,8 @@ def write_card(directory: str | Path, facts: Mapping[str, Any], *, exported: boo
     """Write ``rime_training.json`` and ``README.md`` into ``directory``.
 
     facts (all optional): "title", "base_model", "template", "matryoshka_dimensions", "int8_step", "step",
-    "epoch", and three mappings of names to plain values: "settings", "data" (rows of each set), "results". exported: the
-    folder is one that sentence-transformers and vLLM read; the card says how.
+    "epoch", and three mappings of names to plain values: "settings", "data" (rows of each set), "results". exported:
+    the folder is one that sentence-transformers and vLLM read; the card says how.
     """
     directory = Path(directory)
     (directory / FACTS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")

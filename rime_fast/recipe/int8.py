@@ -1,5 +1,5 @@
-"""Embeddings of int8 by learned step size (LSQ, arXiv 1902.08153): one step s for all modes, so that any of them searches
-any other.
+"""Embeddings of int8 by learned step size (LSQ, arXiv 1902.08153): one step s for all modes, so that any of them
+searches any other.
 
     q = clamp(round(x / s), -128, 127),   trained as y = s q:   dy/dx = 1 inside the range, 0 beyond,
     dy/ds = round(x / s) - x / s inside, -128 or 127 beyond,   dL/ds times 1 / sqrt(127 D)

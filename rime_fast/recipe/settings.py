@@ -63,8 +63,8 @@ class ContrastSettings:
     )
     int8_weight: float = option(
         0.0,
-        "Above 0, the contrast is added once more, by this weight, of the embeddings rounded to int8 by one learned step "
-        "(LSQ), saved in the model's config for `embed --precision int8`. [known, Qwen3-VL-Embedding: loss on full and "
+        "Above 0: the contrast once more, by this weight, of the embeddings rounded to int8 by one learned step (LSQ), "
+        "saved in the model's config for `embed --precision int8`. [known, Qwen3-VL-Embedding: loss on full and "
         "on quantised vectors; ours: weight, one step for all modes; off in RIME]",
     )
 

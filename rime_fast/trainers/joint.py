@@ -378,7 +378,9 @@ class RimeTrainer(DualModeTrainer):
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(folder)
-        for scalar in self.scalars if folder is not None else []:
+        for scalar in self.scalars:
+            if folder is None:
+                break
             scalar.load(Path(folder))
             for name in RATES if scalar is self.temperature else RATES[:1]:  # as the model's own is scaled
                 scalar.learning_rate *= self.rate_change(folder, name)

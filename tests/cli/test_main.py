@@ -87,6 +87,15 @@ def test_every_commands_help_imports_nothing_heavy():
             ["embed", "--model", "x", "--data", "y.txt", "--mode", "fast"],
             "--mode is 'fast'; expected disc, gen, latent, both",
         ),
+        (
+            ["embed", "--model", "x", "--data", "y", "--precision", "int4"],
+            "--precision is 'int4'; expected float32, int8",
+        ),
+        (
+            ["embed", "--model", "/", "--data", "y", "--precision", "int8", "--anchors", "both"],
+            "--precision goes without",
+        ),
+        (["eval", "--suite", "beir", "--root", "/", "--model", "/", "--dims", "int8"], "--dims int8 goes with --data"),
         (["train", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["doctor", "extra"], "unexpected 'extra'"),
         (["data", "check", "--images", "head"], "--files is required"),

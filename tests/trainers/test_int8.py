@@ -83,7 +83,7 @@ def test_it_is_trained_beside_widths_saved_and_used(tiny, tmp_path, capsys):
     assert report["phases"][0]["mutual"]["dims"]["int8"]["disc-disc"]["hit@1"] == 1.0
 
 
-def test_cached_steps_equal_the_plain_step_and_without_it_nothing_changes(tiny, tmp_path):
+def test_cached_steps_equal_the_plain_step_and_without_it_nothing_changes(tiny, tmp_path, capsys):
     settings = {"int8_weight": 2.0, "max_steps": 1, "optim": "sgd", "learning_rate": 0.05}
     plain = trained(tiny, tmp_path / "plain", **settings)
     cached = trained(tiny, tmp_path / "cached", micro_batch_tokens=48, **settings)
@@ -94,6 +94,11 @@ def test_cached_steps_equal_the_plain_step_and_without_it_nothing_changes(tiny, 
     assert off.int8 is None
     assert not hasattr(off.model.config, "int8_step")
     assert not [name for name in off.state.log_history[0] if "int8" in name]
+    off.save_model(str(tmp_path / "off"))
+    (tmp_path / "items.txt").write_text("a red shoe\n")
+    words = ["embed", "--model", tmp_path / "off", "--data", tmp_path / "items.txt", "--precision", "int8"]
+    assert main([*map(str, words), "--output_dir", str(tmp_path / "none")]) == 1
+    assert "the model has no int8_step in its config" in capsys.readouterr().err
 
 
 def test_bad_settings_are_named(tmp_path):
