@@ -5,6 +5,7 @@
 #   make wheel     sdist, and a manylinux wheel with the kernels: dist/ (CUDA=1: the CUDA kernels too)
 #   make fuzz      the operators on 10^5 random inputs (START=40000 COUNT=1000: a part of them)
 #   make soak      200 runs killed at random moments and resumed (30 minutes a call, goes on where it was)
+#   make gates     what can be proven of the GPU code without a GPU: headers, both Tritons, machine code, sanitizers
 #   make matrix    the tests at both ends of the declared versions, each in an environment of its own
 #   make ablation  the demo's claims over 3 seeds   make curves  Refine-RL step by step   make lint   ruff and mypy
 PYTHON ?= python3
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 CUDA ?= 0
 TORCH_LIBS := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so
 
-.PHONY: setup demo test fuzz soak matrix bench gpu lint wheel ablation curves clean
+.PHONY: setup demo test fuzz soak gates matrix bench gpu lint wheel ablation curves clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -71,6 +72,25 @@ endef
 matrix:
 	$(call at_one_end,oldest,$(OLDEST_PYTHON),$(OLDEST))
 	$(call at_one_end,newest,$(NEWEST_PYTHON),$(NEWEST))
+
+# csrc/cuda against the headers of both torches, every Triton kernel by both Tritons, gates on the machine code, the dry
+# run of the real call sites, docs/kernels.md, and all of csrc/cuda on the CPU under sanitizers against fp64. Needs nvcc.
+OLDEST_HEADERS ?= build/torch-oldest/torch/include
+OLDEST_TRITON ?= build/triton-oldest
+TRITON_GATES := tests/gpu/test_dry_run.py tests/gpu/test_kernels.py $(wildcard tests/ops/test_*_triton.py)
+gates: setup $(OLDEST_HEADERS) $(OLDEST_TRITON)
+	OMP_NUM_THREADS=1 RIME_TEST_TORCH_HEADERS=$(abspath $(OLDEST_HEADERS)) $(PY) -m pytest -n $(WORKERS) --dist loadfile \
+		-m "not gpu" tests/ops/test_cuda_build.py tests/ops/test_reward_on_host.py tests/bench/test_gpu_model.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m "not gpu" -k "$(GATES)" $(TRITON_GATES)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OLDEST_TRITON)) $(PY) -m pytest -n $(WORKERS) -m "not gpu" -k "$(GATES)" \
+		$(TRITON_GATES)
+GATES := dry_run or test_kernels or compile
+$(OLDEST_HEADERS):
+	$(PIP) download -q --no-deps -d build/torch-oldest "torch==2.11.*"
+	cd build/torch-oldest && $(abspath $(PY)) -c "import glob, zipfile; z = zipfile.ZipFile(glob.glob('*.whl')[0]); \
+		z.extractall(members=[name for name in z.namelist() if name.startswith('torch/include/')])" && rm *.whl
+$(OLDEST_TRITON):
+	$(PIP) install -q --no-deps --target $@ "triton==3.6.*"
 
 KILLS ?= 200
 MINUTES ?= 30

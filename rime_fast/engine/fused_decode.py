@@ -105,6 +105,7 @@ def _attention(module: Any, cache: Any, x: Tensor, cos: Tensor, sin: Tensor) -> 
     block = min(64, max(16, 1 << (together - 1).bit_length()))
     row_blocks = -(-together // block)
     splits = min(-(-longest // (2 * BLOCK)), max(1, PROGRAMS // (prompts * kv * row_blocks)), 15)
+    splits = (1 << (splits + 1).bit_length() - 1) - 1  # 1, 3, 7 or 15: few binaries, and with the own part 2^k slots
     partial = x.new_empty(n, heads, 1 + splits, width, dtype=torch.float32)
     peaks, totals = partial.new_empty(2, n, heads, 1 + splits).unbind()
     out = x.new_empty(n, heads * width, dtype=own_keys.dtype)
@@ -128,8 +129,5 @@ def _attention(module: Any, cache: Any, x: Tensor, cos: Tensor, sin: Tensor) -> 
         BO=max(16, 1 << (heads // kv - 1).bit_length()),
         BN=BLOCK,
     )
-    slots = 1 + splits
-    merge_kernel[(n * heads,)](
-        partial, peaks, totals, out, SLOTS=slots, BLOCK=1 << (slots - 1).bit_length(), D=width, num_warps=2
-    )
+    merge_kernel[(n * heads,)](partial, peaks, totals, out, SLOTS=1 + splits, D=width, num_warps=2)
     return out

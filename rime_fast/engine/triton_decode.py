@@ -129,7 +129,7 @@ def _to_own(
     tl.store(totals + slot, total, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompt_programs", "longest", "capacity", "stretch"])
 def attention_kernel(
     q, k, v, cos, sin, q_weight, k_weight, eps, prompt_keys, prompt_values, lengths, own_keys, own_values, at, partial,
     peaks, totals, scale, prompt_programs, longest, capacity, stretch, GROUP: tl.constexpr, SHARED: tl.constexpr,
@@ -155,16 +155,15 @@ def attention_kernel(
 
 
 @triton.jit
-def merge_kernel(partial, peaks, totals, out, SLOTS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):
+def merge_kernel(partial, peaks, totals, out, SLOTS: tl.constexpr, D: tl.constexpr):
     """Merge partial [.., SLOTS, D] into out [.., D], one program a row and head."""
     head = tl.program_id(0).to(tl.int64)
-    slot, wide = tl.arange(0, BLOCK), tl.arange(0, D)
-    live = slot < SLOTS
-    peak = tl.load(peaks + head * SLOTS + slot, mask=live, other=-1e30)
+    slot, wide = tl.arange(0, SLOTS), tl.arange(0, D)
+    peak = tl.load(peaks + head * SLOTS + slot)
     share = tl.exp(peak - tl.max(peak, axis=0))
-    total = tl.sum(share * tl.load(totals + head * SLOTS + slot, mask=live, other=0.0), axis=0)
+    total = tl.sum(share * tl.load(totals + head * SLOTS + slot), axis=0)
     place = partial + (head * SLOTS + slot)[:, None] * D + wide[None, :]
-    acc = tl.sum(share[:, None] * tl.load(place, mask=live[:, None], other=0.0), axis=0)
+    acc = tl.sum(share[:, None] * tl.load(place), axis=0)
     tl.store(out + head * D + wide, (acc / total).to(out.dtype.element_ty))
 
 

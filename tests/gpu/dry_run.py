@@ -36,18 +36,23 @@ LAUNCHES: Counter[str] = Counter()  # by kernel: what is compiled outlives a car
 
 
 class _Driver:
-    """What Triton asks a driver. binaries: how many of each kernel were made."""
+    """What Triton asks a driver. binaries: how many of each kernel were made. made: (metadata, machine code) of
+    each."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("cuda", capability, 32)
         self.binaries: Counter[str] = Counter()
+        self.newest: Any = None
+        self.made: list[tuple[Any, bytes]] = []
         self.utils = self
+        driver = self
 
         class Launcher:
             def __init__(self, src: Any, metadata: Any) -> None:
                 self.name = metadata.name
+                driver.newest = metadata
 
             def __call__(self, *args: Any, **options: Any) -> None:
                 LAUNCHES[self.name] += 1
@@ -56,6 +61,7 @@ class _Driver:
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         self.binaries[name] += 1
+        self.made.append((self.newest, kernel))  # the launcher is made just before
         return 1, 1, 128, 0, 1024
 
     def unload_module(self, module: int) -> None: ...
@@ -99,10 +105,11 @@ class _Launches(TorchDispatchMode):
 
 
 class Card:
-    """binaries: distinct kernels made for it, by name. operations: torch's own launches by name."""
+    """binaries: distinct kernels made for it, by name; made: each with its machine code. operations: torch's own
+    launches by name."""
 
     def __init__(self, driver: _Driver, operations: _Launches) -> None:
-        self.binaries, self.operations = driver.binaries, operations.count
+        self.binaries, self.made, self.operations = driver.binaries, driver.made, operations.count
         LAUNCHES.clear()
 
     @property
@@ -289,6 +296,11 @@ def main() -> None:
         with dry_card() as card:
             RUNS[name](*arguments, **options)
             found = {"launches": card.launches, "kernels": dict(LAUNCHES), "operations": dict(card.operations)}
+        for metadata, code in card.made if "RIME_DRY_CODE" in os.environ else ():
+            one = {"name": metadata.name, "warps": metadata.num_warps, "shared": metadata.shared}
+            path = Path(os.environ["RIME_DRY_CODE"]) / f"{metadata.hash}.cubin"
+            path.write_bytes(code)
+            found.setdefault("made", []).append(one | {"operator": name, "code": str(path)})
         print(json.dumps(found | {"binaries": sum(card.binaries.values())}), flush=True)
 
 

@@ -105,7 +105,7 @@ def test_states_of_parts_merge_into_the_whole(kind: str) -> None:
 @pytest.mark.parametrize("capability", [90, *(pytest.param(sm, marks=pytest.mark.slow) for sm in (80, 100))])
 def test_compiles_without_spills(capability: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/ops/compile_reward_triton.py"), str(capability)],
         capture_output=True,

@@ -290,7 +290,7 @@ def gradient_kernel(
     tl.store(at, g.to(panel.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_parts", "size", "stride", "stride_known"])
 def merge_kernel(
     parts,
     positive,

@@ -104,24 +104,19 @@ def scale_(out: Tensor, factor: Tensor | None) -> None:
 def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
     """Compute the rows' statistics (2MHV FLOP) and the read-outs."""
     hidden, vocabulary, options = problem.hidden, problem.lm_head.shape[0], problem.options
-    rows = hidden.shape[0]
-    stats = new_statistics(hidden, options.entropy, rows + 1)  # the last place takes what the padding gives
     columns = forward_columns(vocabulary, workspace_limit(problem.lm_head.nbytes))
-    order = scored_order(problem.ignored, options.max_scored)
-    order = F.pad(order, (0, -order.shape[0] % ROWS), value=rows)
-    buffer = hidden.new_empty(ROWS * columns if order.shape[0] else 0, dtype=torch.float32)
-    for block in order.split(ROWS):
-        x, targets = _gather(hidden, problem.targets, block)
+    places = _Places(problem, scored_order(problem.ignored, options.max_scored), ROWS)
+    buffer = hidden.new_empty(ROWS * columns if len(places.order) else 0, dtype=torch.float32)
+    made = []
+    for first_row in range(0, len(places.order), ROWS):
+        x, targets = places.take(first_row, ROWS)
         parts = []
         for first in range(0, vocabulary, columns):
             part = slice(first, min(first + columns, vocabulary))
             logits = _product(x, problem.lm_head[part].t(), buffer)
-            parts.append(rows_forward(logits, targets - first, problem.scoring.part(part), options.entropy))
-        for whole, found in zip(stats, _merge(parts), strict=True):
-            if whole.numel():
-                whole.index_copy_(-1, block, found)
-    stats = Statistics(*(s[..., :rows].contiguous() for s in stats))
-    return stats, _read_outs(problem)
+            parts.append(rows_forward(logits, _within(targets, first), problem.scoring.part(part), options.entropy))
+        made.append(_merge(parts))
+    return places.spread(made), _read_outs(problem)
 
 
 def _read_outs(problem: Problem) -> ReadOuts:
@@ -169,36 +164,34 @@ def forward_with_gradient(
     """
     lm_head, dtype = problem.lm_head, logits_dtype(problem.hidden.dtype)
     vocabulary, width = lm_head.shape
-    rows, needs = problem.hidden.shape[0], problem.options.needs
+    needs = problem.options.needs
     order = scored_order(problem.ignored, problem.options.max_scored)
     size = whole_rows(order.shape[0], vocabulary, dtype.itemsize, workspace_limit(lm_head.nbytes))
     if not any(needs) or (order.shape[0] and not size):
         stats, found = forward(problem)
         stats = merge(stats)
         return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
-    stats = new_statistics(problem.hidden, problem.options.entropy, rows + 1)
-    sums, weight = _Sums(problem, None, scored=order.shape[0] > 0), None
-    slope = F.pad(token_weight.float().neg(), (0, 1))
-    chunks = F.pad(order, (0, -order.shape[0] % ROWS), value=rows).split(max(size, ROWS)) if size else ()
+    sums, weight, made = _Sums(problem, None, scored=order.shape[0] > 0), None, []
+    places = _Places(problem, order, ROWS)
+    slope = places.pick(token_weight.float().neg())
     buffer = lm_head.new_empty(size * vocabulary, dtype=dtype)
-    if needs.lm_head and len(chunks) > 1:
+    if needs.lm_head and len(places.order) > size:
         weight = lm_head.new_empty(vocabulary, width, dtype=torch.float32)
-    for i, chunk in enumerate(chunks):
-        x, targets = _gather(problem.hidden, problem.targets, chunk)
-        logits = buffer[: chunk.shape[0] * vocabulary].view(-1, vocabulary)
+    for first in range(0, len(places.order), max(size, 1)):
+        x, targets = places.take(first, size)
+        logits = buffer[: x.shape[0] * vocabulary].view(-1, vocabulary)
         for part, out in zip(x.split(ROWS), logits.split(ROWS), strict=True):
             _product_into(out, part, lm_head.t())
         own = merge(rows_forward(logits, targets, problem.scoring, problem.options.entropy))
-        for whole, part in zip(stats, own, strict=True):
-            if whole.numel():
-                whole.index_copy_(-1, chunk, part)
-        above = Upstream(slope[chunk], None)
+        made.append(own)
+        above = Upstream(slope[first : first + size], None)
         narrow = dtype if dtype != torch.float32 or not x.is_cuda else x.dtype
         dlogits, products = rows_backward_(logits, targets, problem.scoring, own, above, narrow)
         if sums.hidden is not None:
-            sums.hidden.index_copy_(0, chunk, _product_into(sums.hidden.new_empty(x.shape), dlogits, lm_head))
+            dx = _product_into(sums.hidden.new_empty(x.shape), dlogits, lm_head)
+            sums.hidden.index_copy_(0, places.order[first : first + size], dx)
         if weight is not None:
-            _add_product(weight, dlogits.t(), x, fresh=i == 0)
+            _add_product(weight, dlogits.t(), x, fresh=first == 0)
         elif sums.lm_head is not None:
             _product_into(sums.lm_head, dlogits.t(), x)
         if sums.bias is not None:
@@ -207,8 +200,39 @@ def forward_with_gradient(
             sums.products.add_(products.sum(dtype=torch.float64))
     if weight is not None and sums.lm_head is not None:
         sums.lm_head.copy_(weight)
-    stats = Statistics(*(s[..., :rows].contiguous() for s in stats))
-    return stats, _read_outs(problem), sums.finish()
+    return places.spread(made), _read_outs(problem), sums.finish()
+
+
+class _Places:
+    """The scored rows in order, padded to a multiple with places past the rows: what is small is gathered for
+    all of them at once, so that a chunk is few launches. A place past the rows gives a zero row, whatever is in the
+    rows, and no target."""
+
+    def __init__(self, problem: Problem, order: Tensor, multiple: int) -> None:
+        self.problem, self.rows = problem, problem.hidden.shape[0]
+        self.order = F.pad(order, (0, -order.shape[0] % multiple), value=self.rows)
+        self.at = self.order.clamp(max=self.rows - 1)
+        self.past = self.order == self.rows
+        self.targets = problem.targets.index_select(0, self.at).masked_fill_(self.past, -1)
+
+    def take(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Take the rows and targets of places [first, first + count)."""
+        part = slice(first, first + count)
+        x = self.problem.hidden.index_select(0, self.at[part])
+        return x.masked_fill_(self.past[part].unsqueeze(1), 0.0), self.targets[part]
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Pick ``values`` [T] at all places, 0 past the rows."""
+        return values.index_select(0, self.at).masked_fill_(self.past, 0.0)
+
+    def spread(self, made: list[Statistics]) -> Statistics:
+        """Put the places' statistics, chunk after chunk, at their rows, 0 elsewhere."""
+        # one row more, which takes what the padding gives
+        stats = new_statistics(self.problem.hidden, self.problem.options.entropy, self.rows + 1)
+        for whole, parts in zip(stats, zip(*made, strict=True), strict=True) if made else ():
+            if whole.numel():
+                whole.index_copy_(-1, self.order, torch.cat(parts, -1) if len(parts) > 1 else parts[0])
+        return Statistics(*(s[..., : self.rows].contiguous() for s in stats))
 
 
 class _Sums:
@@ -263,12 +287,20 @@ class _Backward(_Sums):
         head = self.lm_head if needs.lm_head else None
         wide = head is None or head.dtype == torch.float32
         scratch = None if wide else hidden.new_empty(cut.columns, width, dtype=torch.float32)
-        single = _gather(hidden, self.problem.targets, groups[0]) if len(groups) == 1 else None
+        places = [_Places(self.problem, group, 1) for group in groups]
+        single = places[0].take(0, rows) if len(groups) == 1 else None
+        known = [
+            (
+                Statistics(*(t[..., group] if t.shape[-1] > 1 else t for t in self.stats)),
+                Upstream(*(None if t is None else t[group] for t in self.upstream)),  # type: ignore[arg-type]
+            )
+            for group in groups
+        ]
         for first in range(0, vocabulary, cut.columns):
             part = slice(first, min(first + cut.columns, vocabulary))
             for i, group in enumerate(groups):
-                x, targets = single or _gather(hidden, self.problem.targets, group)
-                dlogits, products = self.dlogits(x, targets - first, group, part, buffer)
+                x, targets = single or places[i].take(0, group.shape[0])
+                dlogits, products = self.dlogits(x, _within(targets, first), *known[i], part, buffer)
                 if dx is not None:
                     _add_product(dx, dlogits, lm_head[part], fresh=False)
                 if head is not None:
@@ -284,22 +316,18 @@ class _Backward(_Sums):
             for rows_part, dx_part in zip(groups[0].split(ROWS), dx.split(ROWS), strict=True):  # no second dX at once
                 self.hidden.index_copy_(0, rows_part, dx_part.to(self.hidden.dtype))
 
-    def dlogits(self, x: Tensor, targets: Tensor, group: Tensor, part: slice, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    def dlogits(
+        self, x: Tensor, targets: Tensor, stats: Statistics, upstream: Upstream, part: slice, buffer: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One panel: (its gradient [m, P] in the operands' dtype, sum_v dz (z - z[target]) [m])."""
         logits = _product(x, self.problem.lm_head[part].t(), buffer)
-        stats = Statistics(*(t[..., group] if t.shape[-1] > 1 else t for t in self.stats))
-        upstream = Upstream(*(None if t is None else t[group] for t in self.upstream))  # type: ignore[arg-type]
         dtype = x.dtype if x.is_cuda else torch.float32
         return rows_backward_(logits, targets, self.problem.scoring.part(part), stats, upstream, dtype)
 
 
-def _gather(hidden: Tensor, targets: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and targets at ``order``; a place past the rows gives a zero row, whatever is in the rows, and no target."""
-    rows = hidden.shape[0]
-    past = order == rows
-    at = order.clamp(max=rows - 1)
-    x = hidden.index_select(0, at).masked_fill_(past.unsqueeze(1), 0.0)
-    return x, targets.index_select(0, at).masked_fill_(past, -1)
+def _within(targets: Tensor, first: int) -> Tensor:
+    """Targets as columns of a panel that begins with column ``first``."""
+    return targets if first == 0 else targets - first
 
 
 def _product(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
