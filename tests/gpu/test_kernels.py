@@ -88,6 +88,6 @@ def test_every_kernel_has_a_line() -> None:
         for path in package.rglob("triton*.py")
         for name in re.findall(r"@triton\.jit\S*\ndef (\w+_kernel)\(", path.read_text())
     ]
-    assert len(names) > 15
+    assert len(names) >= 15
     for name in names:
         assert f"`{name}`" in text, name

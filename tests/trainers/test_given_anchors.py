@@ -104,7 +104,7 @@ def test_a_bank_of_something_else_is_an_error(work):
 def test_embeddings_are_cut_and_normalised_again(work, capsys):
     (work / "pairs.jsonl").write_text("".join(json.dumps({"text": f"red {i}"}) + "\n" for i in range(5)))
     assert embed(work, "--dims", 8) == 0
-    assert "disc: 5 x 8 fp32" in capsys.readouterr().out
+    assert "disc: 5 x 8 float32" in capsys.readouterr().out
     rows = load_file(work / "bank" / "embeddings.safetensors")["disc"]
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
     assert embed(work, "--dims", 33) == 1
