@@ -7,7 +7,7 @@ knows nothing but text generation will do."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from rime_fast.engine.packed_batch import PackedBatch
 from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.sampling import LoopGuard, check_sampling, draw_tokens
 from rime_fast.engine.wrappers import dual_mode_of, is_gathered
+from rime_fast.model.compiled import is_compiled
 from rime_fast.model.packing import PACKED_SDPA
 from rime_fast.model.vision import vision_features
 
@@ -102,7 +103,11 @@ def generate_rollouts(
     policy = dual_mode_of(model)
     if stop_ids is None:
         stop_ids = _end_ids(policy)
-    with _decoding(policy), _frozen_weights_cast_once(policy, prompt_batch["input_ids"].device):
+    with (
+        _decoding(policy),
+        _layers_as_written(policy, decode),
+        _frozen_weights_cast_once(policy, prompt_batch["input_ids"].device),
+    ):
         if out is None:
             out = buffer_for(policy, prompt_batch, group_size, max_new_tokens, pad_id)
         else:
@@ -177,6 +182,12 @@ def _decoding(policy: Any) -> Iterator[None]:
         config._attn_implementation = attention
         for module in training:
             module.training = True
+
+
+def _layers_as_written(policy: Any, decode: str) -> AbstractContextManager[None]:
+    """Leave layers that were compiled for training alone: a decode step has shapes and a cache of its own."""
+    stays = decode == "compile" or not is_compiled(policy)
+    return nullcontext() if stays else torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rime_fast.model.adapter import is_adapter, merged_adapter
+from rime_fast.model.compiled import layout_kwargs
 from rime_fast.model.embedding_head import make_head, read_by_head
 from rime_fast.model.head import ScoringHead, make_scoring
 from rime_fast.model.outputs import DualModeOutput
@@ -220,7 +221,7 @@ class DualModeModel:
     ) -> dict[str, Any]:
         attention = self.model.language_model.config._attn_implementation
         if attention == PACKED_SDPA:
-            return {"rime_layout": layout or packed_layout(lengths, device)}
+            return layout_kwargs(self, layout or packed_layout(lengths, device))
         if "flash" in attention and layout is None:
             return packed_layout(lengths, device).flash_kwargs()
         raise ValueError(

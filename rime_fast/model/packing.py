@@ -256,23 +256,36 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     rime_layout: AttentionLayout | None = None,
+    rime_handle: Tensor | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Serve transformers as its attention function: the layout's own when one is passed down, plain SDPA otherwise.
 
     query [N, heads, Q, D], key and value [N, kv heads, Q, D] -> [N, Q, heads, D]; packed rows have N = 1, Q = T.
+    rime_handle: the layout's in compiled layers (rime_fast/model/compiled.py).
     """
+    if rime_handle is not None:
+        if dropout:
+            raise ValueError(f"attention_dropout is {dropout}; compiled layers attend without dropout")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window = sliding_window or 0
+        return torch.ops.rime_fast.layout_attention(query, key, value, rime_handle, scale, window)[0], None
     if rime_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
-    if sliding_window is not None and rime_layout.longest > sliding_window:
+    check_window(rime_layout, sliding_window)
+    return rime_layout.attention(module, query, key, value, scale=scaling, dropout=dropout), None
+
+
+def check_window(layout: AttentionLayout, window: int | None) -> None:
+    """Raise ValueError where a sequence is longer than the sliding window that the model attends in."""
+    if window is not None and layout.longest > window:
         raise ValueError(
-            f"a sequence of {rime_layout.longest} tokens exceeds sliding_window {sliding_window}; packed SDPA "
+            f"a sequence of {layout.longest} tokens exceeds sliding_window {window}; packed SDPA "
             "has no window: load the model with attn_implementation='flash_attention_2' or shorten max_length"
         )
-    return rime_layout.attention(module, query, key, value, scale=scaling, dropout=dropout), None
 
 
 AttentionInterface.register(PACKED_SDPA, packed_attention)

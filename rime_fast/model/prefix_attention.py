@@ -92,10 +92,7 @@ class PrefixAttention(torch.autograd.Function):
         bounds: PrefixBounds,
         scale: float,
     ) -> Tensor:
-        prefix, own = (_varlen_prefix, _varlen_own) if query.is_cuda else (_cpu_prefix, _cpu_own)
-        out_1, lse_1 = prefix(query, prompt_key, prompt_value, bounds, scale)
-        out_2, lse_2 = own(query, key, value, bounds, scale)
-        out, lse = (_merge if query.device.type == "cpu" else _merge_on_gpu)(out_1, lse_1, out_2, lse_2)
+        out, lse = prefix_forward(query, key, value, prompt_key, prompt_value, bounds, scale)
         ctx.save_for_backward(query, key, value, prompt_key, prompt_value, out, lse)
         ctx.bounds, ctx.scale = bounds, scale
         return out
@@ -104,15 +101,46 @@ class PrefixAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         query, key, value, prompt_key, prompt_value, *merged = ctx.saved_tensors
-        prefix, own = (
-            (_varlen_prefix_backward, _varlen_own_backward)
-            if query.is_cuda
-            else (_cpu_prefix_backward, _cpu_own_backward)
-        )
-        grad, rest = grads[0].contiguous(), (ctx.bounds, ctx.scale)
-        d_query, d_prompt_key, d_prompt_value = prefix(grad, Pass(query, prompt_key, prompt_value, *merged), *rest)
-        d_own, d_key, d_value = own(grad, Pass(query, key, value, *merged), *rest)
-        return d_query + d_own, d_key, d_value, d_prompt_key, d_prompt_value, None, None
+        keys, done = (prompt_key, prompt_value), Pass(query, key, value, *merged)
+        return *prefix_backward(grads[0], done, *keys, ctx.bounds, ctx.scale), None, None
+
+
+def prefix_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    bounds: PrefixBounds,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend as ``PrefixAttention``, without autograd: (out [rows, heads, D], lse [rows, heads] fp32)."""
+    prefix = _varlen_prefix if query.is_cuda else _cpu_prefix
+    out_1, lse_1 = prefix(query, prompt_key, prompt_value, bounds, scale)
+    out_2, lse_2 = own_forward(query, key, value, bounds, scale)
+    return (_merge if query.device.type == "cpu" else _merge_on_gpu)(out_1, lse_1, out_2, lse_2)
+
+
+def prefix_backward(
+    grad: Tensor, done: Pass, prompt_key: Tensor, prompt_value: Tensor, bounds: PrefixBounds, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of ``prefix_forward``'s five tensors; ``done``: the rollouts' rows and its results."""
+    prefix, grad = _varlen_prefix_backward if grad.is_cuda else _cpu_prefix_backward, grad.contiguous()
+    shared = done._replace(key=prompt_key, value=prompt_value)
+    d_query, d_prompt_key, d_prompt_value = prefix(grad, shared, bounds, scale)
+    d_own, d_key, d_value = own_backward(grad, done, bounds, scale)
+    return d_query + d_own, d_key, d_value, d_prompt_key, d_prompt_value
+
+
+def own_forward(query: Tensor, key: Tensor, value: Tensor, bounds: PrefixBounds, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend inside each sequence of ``bounds.own``, causally and without autograd: (out [rows, heads, D], lse [rows,
+    heads])."""
+    return (_varlen_own if query.is_cuda else _cpu_own)(query, key, value, bounds, scale)
+
+
+def own_backward(grad: Tensor, done: Pass, bounds: PrefixBounds, scale: float) -> Grads:
+    """Compute the gradients of ``own_forward``'s query, key and value."""
+    return (_varlen_own_backward if grad.is_cuda else _cpu_own_backward)(grad, done, bounds, scale)
 
 
 def _merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:

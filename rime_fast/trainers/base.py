@@ -72,6 +72,7 @@ class DualModeTrainer(ShardedCheckpoints):
             checkpoint.check_writable(str(args.output_dir))
         self.sums, self.eval_sums, self.clock = MetricSums(), MetricSums(), StepClock()
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
+        self.accelerator.state.dynamo_plugin.backend = "NO"  # prepare_model has compiled the layers
         # our loss is a mean over its micro-batch: the Trainer divides it by the accumulation steps
         self.model_accepts_loss_kwargs = False
         self._replace_progress()
@@ -201,7 +202,6 @@ class DualModeTrainer(ShardedCheckpoints):
                     f"the weights are not finite after step {self.state.global_step}; no checkpoint of them was written"
                 )
             run = Path(self._get_output_dir(trial))
-            name = f"checkpoint-{self.state.global_step}"
             partial = run / checkpoint.PARTIAL
             if self.args.should_save:
                 checkpoint.remove(partial)
@@ -215,7 +215,7 @@ class DualModeTrainer(ShardedCheckpoints):
                 work = None
                 if self.args.should_save:
                     how = self.run_facts(), self.args.save_total_limit, self.state.best_model_checkpoint
-                    work = bind(checkpoint.publish, partial, run / name, *how)
+                    work = bind(checkpoint.publish, partial, run / f"checkpoint-{self.state.global_step}", *how)
                 self.publish(work)
             finally:
                 self.interrupt.saving, self._partial = False, None

@@ -19,7 +19,9 @@ from rime_fast.data.datasets import PairDataset, open_pairs
 from rime_fast.data.mixture import MixtureSet, mixture_sets, open_mixture
 from rime_fast.engine.anchor_bank import model_fingerprint
 from rime_fast.engine.wrappers import vision_tower
-from rime_fast.model.dual_mode import DualModeModel
+from rime_fast.model.compiled import compile_layers
+from rime_fast.model.dual_mode import DualModeModel, resolve_attention
+from rime_fast.model.packing import PACKED_SDPA
 from rime_fast.model.processor import RimeProcessor
 from rime_fast.model.state_cache import StateCache
 from rime_fast.model.tokens import EmbeddingTokens, add_embedding_tokens, latent_token_ids
@@ -40,7 +42,7 @@ def prepare_model(
         trained beside it.
 
     Adds the embedding tokens (and ``args.latent_tokens``) where they are missing, freezes the vision tower
-    (``args.freeze_vision``) and applies ``args.max_pixels``.
+    (``args.freeze_vision``), applies ``args.max_pixels`` and compiles the decoder layers (``args.torch_compile``).
     """
     if not isinstance(model, (str, Path, nn.Module)):
         raise TypeError(f"model is {type(model).__name__}; expected a path, a transformers model or a DualModeModel")
@@ -66,6 +68,9 @@ def prepare_model(
         if adapted or peft_config is not None:
             raise ValueError("head is set beside a peft adapter; the backbone below a head is frozen")
         give_head(base, args)
+    if args.torch_compile:
+        check_compile(args)
+        compile_layers(base, args.torch_compile_backend or "inductor", args.torch_compile_mode)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -76,6 +81,19 @@ def prepare_model(
         set_seed(args.seed)  # of the adapter's first values; the Trainer's own comes too late for them
         model = get_peft_model(model, peft_config)
     return model, processor, tokens
+
+
+def check_compile(args: CommonConfig) -> None:
+    """Raise ValueError for settings that no graph of a layer can hold."""
+    if getattr(args, "head", None) is not None:
+        raise ValueError("torch_compile is set beside head, which reads states between layers; leave it out")
+    if resolve_attention(args.attn_implementation) != PACKED_SDPA:
+        raise ValueError("torch_compile is set, with flash-attention's package; set attn_implementation to 'sdpa'")
+    plan = getattr(args, "hf_deepspeed_config", None)
+    if plan is not None and plan.is_zero3():
+        raise ValueError(
+            "torch_compile is set beside ZeRO-3, whose hooks gather parameters inside each layer; use FSDP2"
+        )
 
 
 def give_head(model: Any, args: Any) -> None:

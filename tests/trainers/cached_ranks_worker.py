@@ -40,6 +40,7 @@ SAME: dict[str, Any] = {
 CACHED: dict[str, Any] = {"contrastive_batch_size": PAIRS, "micro_batch_tokens": 40}
 TWICE: dict[str, Any] = {"gradient_accumulation_steps": 2}
 FSDP: dict[str, Any] = {"fsdp": True}  # a unit for each decoder layer and each block of the vision tower
+COMPILED: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 LORA: dict[str, Any] = {"lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
 
 
@@ -56,6 +57,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "fsdp-lora": FSDP | CACHED | LORA,
     "ddp-kept-once": CACHED | {"kept_graphs_gib": 1.0},
     "fsdp-kept-once": FSDP | CACHED | {"kept_graphs_gib": 1.0},
+    "ddp-compiled-lora": CACHED | LORA | COMPILED,
+    "fsdp-compiled-twice": FSDP | CACHED | TWICE | COMPILED,
+    "zero2-compiled-twice": zero(2) | CACHED | TWICE | COMPILED,
     "zero1-twice": zero(1) | CACHED | TWICE,
     "zero2-twice": zero(2) | CACHED | TWICE,
     "zero3-twice": zero(3) | CACHED | TWICE,
