@@ -79,11 +79,12 @@ def fast_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply a [M, K] b [K, N] into a new tensor, by oneDNN in parts of K where it serves, else by ``torch.mm``."""
+    """Multiply a [M, K] b [K, N] into a new tensor, by oneDNN where it serves (in parts of K where a's rows are not
+    contiguous), else by ``torch.mm``."""
     if not fast_products(a, b):
         return torch.mm(a, b)
     total: Tensor | None = None
-    size = _part(a.shape[0], b.shape[1])
+    size = a.shape[1] if a.is_contiguous() else _part(a.shape[0], b.shape[1])
     for left, right in zip(a.split(size, dim=1), b.split(size), strict=True):
         found = fast_product(left, right)
         total = found if total is None else total.add_(found)
@@ -108,16 +109,31 @@ def set_or_add_product(into: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         target.copy_(found) if first else target.add_(found)
 
 
+def logits_of(x: Tensor, head: Tensor) -> Tensor:
+    """Make logits x [R, K] head [N, K]^T in a new tensor, with the bits of ``set_logits``."""
+    layer = _row_layer()
+    if layer is not None:
+        return layer(x, head, None, "none", [], "")
+    into = x.new_empty(x.shape[0], head.shape[0])
+    set_logits(into, x, head)
+    return into
+
+
 def set_logits(into: Tensor, x: Tensor, head: Tensor) -> None:
     """Make logits, into [R, N] = x [R, K] head [N, K]^T, fp32, R a multiple of ROWS: a row's bits depend on no other
     row."""
-    layer = _linear() if platform.machine().lower() in ("x86_64", "amd64") else None
+    layer = _row_layer()
     for target, weight in zip(into.split(COLUMNS, dim=1), head.split(COLUMNS), strict=True):
         if layer is not None:
             target.copy_(layer(x, weight, None, "none", [], ""))
             continue
         for rows, out in zip(x.split(ROWS), target.split(ROWS), strict=True):  # one size of product: one order
             torch.mm(rows, weight.t(), out=out)
+
+
+def _row_layer() -> Any:
+    """oneDNN's linear layer where a row's bits were seen to depend on no other row: on x86."""
+    return _linear() if platform.machine().lower() in ("x86_64", "amd64") else None
 
 
 def _part(*widths: int) -> int:

@@ -88,6 +88,7 @@ def test_logits_of_a_row_whatever_is_beside_it(onednn: bool, monkeypatch: pytest
     x, head = torch.randn(80, 512), torch.randn(cpu_products.COLUMNS + 123, 512)
     whole = torch.full((80, head.shape[0]), float("nan"))
     cpu_products.set_logits(whole, x, head)
+    assert torch.equal(cpu_products.logits_of(x, head), whole)
     truth = x.double() @ head.double().t()
     assert relative(whole, truth) < 2 * relative(x @ head.t(), truth) + 1e-6
     for rows in (slice(16, 32), slice(32, 64)):

@@ -16,8 +16,16 @@ from rime_fast.trainers.config import RefineConfig, RimeConfig
 from rime_fast.trainers.joint import RimeTrainer
 from rime_fast.trainers.refine import RefineRLTrainer
 
-SETTINGS = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "learning_rate": 5e-3, "warmup_steps": 0,
-            "temperature": 0.1, "max_steps": 4, "per_device_train_batch_size": 4}  # fmt: skip
+SETTINGS = {
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "progress": "none",
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "temperature": 0.1,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +83,17 @@ def test_refine_decodes_as_written(tiny, tmp_path):
     for more in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         processor = tiny.processor()
         args = RefineConfig(
-            output_dir=str(tmp_path / str(len(more))), max_steps=2, per_device_train_batch_size=2, num_generations=2,
-            max_completion_length=6, save_strategy="no", logging_steps=1, progress="none", learning_rate=1e-3, **more,
-        )  # fmt: skip
+            output_dir=str(tmp_path / str(len(more))),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            num_generations=2,
+            max_completion_length=6,
+            save_strategy="no",
+            logging_steps=1,
+            progress="none",
+            learning_rate=1e-3,
+            **more,
+        )
         model = tiny.model(processor)
         run = RefineRLTrainer(model, args, tiny.pairs(8), processor=processor, template=tiny.template)
         run.train()

@@ -1,6 +1,6 @@
-"""The chunked backend on the CPU: library products over blocks of scored rows, one bounded, reused buffer of logits.
+"""The chunked backend on the CPU: library products over bounded blocks of scored rows.
 
-The scored rows are taken out of ``hidden`` a block at a time; a block's logits [R, V] (fp32) live in one buffer, the
+The scored rows are taken out of ``hidden`` a block at a time; the blocks' logits [R, V] (fp32) share one buffer, the
 row kernel (rows.py) reads them once for the statistics and once more, in place, for their gradient. Their product
 (``set_logits``) gives a row the same bits whatever else is in the batch. dW is accumulated in fp32. Memory beside the
 outputs: the block (at most 48 MiB, or 16 rows), its rows, and what the product makes at a time (at most 8 MiB).
@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rime_fast.ops.cpu_products import ROWS, product, set_logits, set_or_add_product
+from rime_fast.ops.cpu_products import ROWS, logits_of, product, set_logits, set_or_add_product
 from rime_fast.ops.logprob_pool.problem import (
     Gradients,
     Problem,
@@ -85,8 +85,10 @@ class Blocks:
         self.vocabulary, self.width = problem.lm_head.shape
         self.scored = (~problem.ignored).nonzero().squeeze(1)  # counting them costs nothing here
         self.block = block_rows(self.vocabulary)
-        rows = min(self.block, _padded(self.scored.shape[0]))
-        self.buffer = torch.empty(rows, self.vocabulary, dtype=torch.float32)
+        rows = _padded(self.scored.shape[0])
+        self.buffer: Tensor | None = None  # one block, a head in fp32: nothing would be reused, so nothing is copied
+        if rows > self.block or problem.lm_head.dtype != torch.float32:
+            self.buffer = torch.empty(min(rows, self.block), self.vocabulary, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         for rows in self.scored.split(self.block):
@@ -99,7 +101,9 @@ class Blocks:
             yield rows, self.logits(x), targets, x[:count]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Make the logits x W^T in the buffer."""
+        """Make the logits x W^T, in the buffer where there is one."""
+        if self.buffer is None:
+            return logits_of(x, self.problem.lm_head)
         out = self.buffer[: x.shape[0]]
         for part, head in head_panels(self.problem.lm_head):
             set_logits(out[:, part], x, head)
