@@ -82,13 +82,28 @@ def machine_code(cubin: Path) -> dict[str, list[tuple[str, str]]]:
 
 def loops(code: list[tuple[str, str]]) -> list[list[str]]:
     """The operations of every loop: from a label to a branch back to it."""
+    return [[name for name, _ in code[first:last]] for first, last in _loops(code)]
+
+
+def product_loops(code: list[tuple[str, str]]) -> list[list[str]]:
+    """The innermost loops with matrix products: by tensor cores, or of many multiply-adds in fp32."""
+    found = []
+    for first, last in _loops(code):
+        names = [name for name, _ in code[first:last]]
+        if any(re.match(r"HG?MMA|UTC\w*MMA", name) for name in names) or sum(n == "FFMA" for n in names) >= 64:
+            found.append((first, last))
+    inner = [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    return [[name for name, _ in code[first:last]] for first, last in inner]
+
+
+def _loops(code: list[tuple[str, str]]) -> list[tuple[int, int]]:
     at = {name: i for i, (operation, name) in enumerate(code) if operation == "label"}
     found = []
     for i, (operation, operands) in enumerate(code):
         target = re.search(r"\((\.L_x_\d+)\)", operands)
         if operation.startswith("BRA") and target and at.get(target[1], i) < i:
-            found.append([name for name, _ in code[at[target[1]] : i]])
-    return [loop for loop in found if len(loop) > 1]
+            found.append((at[target[1]], i))
+    return [(first, last) for first, last in found if last - first > 1]
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc not found")

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool, read_outs, triton
 from rime_fast.ops.logprob_pool.problem import Spans, workspace_limit
 from rime_fast.ops.logprob_pool.triton_tiles import FORWARD_ROWS, SPLIT_COLUMNS, Plan, interpreted, plan
+from tests.ops.compile_logprob_triton import check_local
 from tests.ops.logprob_cases import Case, assert_close_to_truth, relative
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +175,7 @@ def _check_compiled(operand: str, which: str, *capabilities: int) -> None:
         described = {b["kernel"] for b in built if b["capability"] == capability and b["descriptors"]}
         assert described == (set() if operand == "fp32" or capability == 80 else paths)
     for kernel in built:
-        assert kernel["local"] == kernel["stack"] == 0, kernel
+        check_local(kernel, kernel["capability"])
         assert kernel["shared"] <= SHARED_LIMIT[kernel["capability"]], kernel
         assert not (kernel["kernel"].startswith("row_") and kernel["scalar_stores"]), kernel
         assert kernel["tma"] == bool(kernel["descriptors"]), kernel
