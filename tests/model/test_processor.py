@@ -88,7 +88,10 @@ def test_stock_processors_make_the_same_pixels(family, tmp_path):
     else:
         print("without torchvision stock AutoProcessor refuses these families; AutoImageProcessor is what it would use")
     for loader in loaders:
-        stock = loader.from_pretrained(tmp_path, use_fast=False)  # PIL: torchvision's resize rounds its own way
+        try:
+            stock = loader.from_pretrained(tmp_path, use_fast=False)  # PIL: torchvision's resize rounds its own way
+        except ImportError as error:  # transformers 5.17 refuses AutoImageProcessor too
+            pytest.skip(str(error).strip().splitlines()[0])
         found = getattr(stock, "image_processor", stock)(images, return_tensors="pt")
         pixels, grids = VisionInputs(processor.image_processor).images(images)
         assert torch.equal(found["image_grid_thw"], grids)
