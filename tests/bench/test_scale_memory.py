@@ -16,6 +16,7 @@ from rime_fast.engine.grad_cache import measured_graph
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.tiny import FAMILIES, tiny_config, tiny_model
 from rime_fast.model.tiny_batch import tiny_batch
+from rime_fast.ops import cpu_products
 from rime_fast.ops.contrastive import contrastive_loss
 from rime_fast.ops.contrastive.cpu import TILE
 from rime_fast.ops.cpu_products import COLUMNS, PART_BYTES, prefers_onednn
@@ -67,10 +68,12 @@ def test_contrast(n: int) -> None:
     assert peak(call) == pytest.approx(want, rel=0.05)
 
 
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("tokens", [512, 4096])
-def test_head(tokens: int) -> None:
+def test_head(tokens: int, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 5 %; on the CPU the workspace is one block of logits and, where several share its memory, as many columns
-    as one product gives; else what a part of the head's gradient takes: its operand's copy and its result."""
+    as one product gives; else what oneDNN takes for a part of dW: its operand's copy and its result."""
+    monkeypatch.setattr(cpu_products, "prefers_onednn", lambda: onednn)
     text = shape_of(tiny_config("qwen2_vl", vocab_size=8192, hidden=128)).text
     hidden, table = torch.randn(tokens, 128, requires_grad=True), torch.randn(8192, 128, requires_grad=True)
     targets = torch.randint(0, 8192, (tokens,))
@@ -81,7 +84,8 @@ def test_head(tokens: int) -> None:
     call()
     hidden.grad = table.grad = None
     block = block_rows(8192)
-    workspace = 4.0 * block * 8192 + (4.0 * block * COLUMNS if tokens > block else 1.5 * PART_BYTES)
+    more = 4.0 * block * COLUMNS if tokens > block else 1.5 * PART_BYTES * onednn
+    workspace = 4.0 * block * 8192 + more
     want = memory.head(text, tokens, element=4, workspace=workspace)
     assert peak(call) == pytest.approx(want, rel=0.05)
 
