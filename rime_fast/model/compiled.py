@@ -145,7 +145,9 @@ layout_attention.register_autograd(_back, setup_context=_keep)
 def _layout(handle: Tensor) -> Any:
     layout = _LAYOUTS.get(int(handle))
     if layout is None:
-        raise RuntimeError(f"more than {KEPT} packed batches were run between a forward and its backward")
+        raise RuntimeError(
+            f"more than {KEPT} packed batches were run between a forward and its backward; lower kept_graphs_gib"
+        )
     return layout
 
 

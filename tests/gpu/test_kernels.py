@@ -33,10 +33,11 @@ def test_what_the_loops_hold(compiled: list[Kernel]) -> None:
     seen = set()
     for kernel in compiled:
         for loop in product_loops(code_of(kernel)):
-            if any(name.startswith("HGMMA") for name in loop):
-                seen.add(kernel.name)
             assert not [name for name in loop if name.startswith(("LDL", "STL"))], kernel
         for loop in loops(code_of(kernel)):
+            if any(name.startswith("HGMMA") for name in loop) and not any("STG" in name for name in loop):
+                seen.add(kernel.name)
+                assert not [name for name in loop if name.startswith(("LDL", "STL"))], kernel
             if kernel.name == "merge_kernel":
                 assert not [name for name in loop if name.startswith("STG")], kernel
     assert seen >= {"forward_kernel", "dlogits_kernel", "dhead_kernel", "dhidden_kernel", "gradient_kernel"}, seen
@@ -50,6 +51,8 @@ def test_pipelines_have_their_stages(compiled: list[Kernel]) -> None:
     for kernel in found:
         stages, size = STAGE[kernel.name]
         assert kernel.shared >= stages * size, kernel
+    wide = max(kernel.shared for kernel in found if kernel.name == "gradient_kernel")  # a margin takes the smaller tile
+    assert wide >= 3 * (32 << 10)
 
 
 @pytest.mark.slow
