@@ -70,8 +70,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
   // gen [R, D], own_anchors [B, P, D] -> own [R, P] fp64, norms [R]
   m.def("rank_own(Tensor gen, Tensor own_anchors, Tensor(a!) own, Tensor(b!) norms) -> ()");
   // CPU. anchors [n, D] -> state [R, 4 + P]; mask [B, n]; first: the anchors' place in the bank
-  m.def("rank_scan(Tensor gen, Tensor anchors, Tensor norms, Tensor own, Tensor positive, Tensor? mask, int first, "
-        "int negative, float tau, Tensor(a!) state) -> ()");
+  m.def("rank_scan(Tensor gen, Tensor anchors, Tensor norms, Tensor own, Tensor positive, Tensor? mask, "
+        "Tensor? largest_norm, int first, int negative, float tau, Tensor(a!) state) -> ()");
   // The same from their products: sims [R, n] fp64 (CUDA: or fp32), tile [n, D], tile_norm [1] the largest norm in it
   m.def("rank_tile(Tensor sims, Tensor gen, Tensor tile, Tensor tile_norm, Tensor norms, Tensor own, "
         "Tensor positive, Tensor? mask, int first, int negative, float tau, Tensor(a!) state) -> ()");

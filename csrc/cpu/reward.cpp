@@ -9,7 +9,8 @@
 // rank_scan: rollouts are packed once into panels of 32, feature by feature; anchors stay as they lie in the bank. A
 // task takes four panels and a segment of the bank, block by block: a block's similarities to a panel, at most 24 KiB,
 // are used up while they are in L1 (reward_kernels.h). A task owns its states, tasks merge in their order, and which
-// tasks there are depends on the shapes alone: the bits are the same for any number of threads.
+// tasks there are depends on the shapes alone: the bits are the same for any number of threads. There are enough of
+// them to keep threads busy where a few rollouts meet a bank (64 x 4,096 was one task, and had one thread).
 //
 // The rank is exact although the product is fp32: only a similarity within the product's own error bound of the
 // threshold can be on the wrong side, and those few (about one in 10^4) are formed again as fp64 dot products.
@@ -20,6 +21,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -30,13 +33,25 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int kPanel = 32;            // rollouts of a panel
 constexpr int64_t kTaskPanels = 4;        // panels of a task: each block of anchors is read from memory once for them
-constexpr int64_t kSegment = 4096;    // anchors a task has at least
+constexpr int64_t kSegment = 512;     // anchors a task has at least
 constexpr int64_t kTasks = 64;        // as many as that, more only for more rollouts
-constexpr int64_t kBlock = 192;       // anchors of a block at most, a multiple of every kStep
+constexpr int64_t kSteps = 24;        // a multiple of every kStep (reward_kernels.h)
+constexpr int64_t kBlock = 192;       // anchors of a block at most, whole kSteps
 constexpr int64_t kBlockFloats = 65536;  // and no more than 256 KiB of them: they stay in L2 for the task's panels
 
 // The exact similarity of two fp32 vectors, one function for all of this file: equal vectors give equal bits.
 double exact_dot(const float* x, const float* y, int64_t n);
+
+// Memory that begins with a cache line: a vector load that lies across two of them takes the time of two.
+constexpr std::align_val_t kLine{64};
+struct FreeLines {
+  void operator()(float* p) const { ::operator delete[](p, kLine); }
+};
+using Lines = std::unique_ptr<float[], FreeLines>;
+
+Lines lines(int64_t count) {
+  return Lines(static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float), kLine)));
+}
 
 struct Block {
   const float* anchors;
@@ -125,6 +140,7 @@ struct Scan {
   int64_t rows, columns, width, group_size, positives, first, mask_stride;
   int negative;
   double inverse_tau;
+  float largest_norm;
   const Kernels& kernels;
 };
 
@@ -147,16 +163,26 @@ void open_lanes(const Scan& s, const Panel& panel, int64_t begin, int64_t size, 
   }
 }
 
-float largest_norm(const Scan& s, const Block& block) {
-  const float square = s.kernels.largest_square(block.anchors, block.size, s.width);
-  if (square <= kLargest) return std::sqrt(square);
-  double largest = 0.0;  // past fp32, or an anchor that is not finite: anchor by anchor
-  for (int64_t j = 0; j < block.size; ++j) {
-    const float* anchor = block.anchors + j * s.width;
-    const double exact = exact_dot(anchor, anchor, s.width);
-    if (is_finite(exact)) largest = std::max(largest, exact);
-  }
-  return static_cast<float>(std::sqrt(largest));
+// The largest norm of n finite anchors, each part of them by a thread.
+float largest_norm(const float* anchors, int64_t n, int64_t width) {
+  constexpr int64_t kPart = 256;
+  std::vector<float> norms(static_cast<size_t>((n + kPart - 1) / kPart));
+  torch::stable::parallel_for(0, static_cast<int64_t>(norms.size()), 1, [&](int64_t from, int64_t to) {
+    for (int64_t part = from; part < to; ++part) {
+      const float* first = anchors + part * kPart * width;
+      const int64_t size = std::min(kPart, n - part * kPart);
+      const float square = RIME_FOR_CPU(kernels).largest_square(first, size, width);
+      norms[part] = std::sqrt(square);
+      if (square <= kLargest) continue;
+      double largest = 0.0;  // past fp32, or an anchor that is not finite: anchor by anchor
+      for (int64_t j = 0; j < size; ++j) {
+        const double exact = exact_dot(first + j * width, first + j * width, width);
+        if (is_finite(exact)) largest = std::max(largest, exact);
+      }
+      norms[part] = static_cast<float>(std::sqrt(largest));
+    }
+  });
+  return *std::max_element(norms.begin(), norms.end());
 }
 
 // The states [rows of the task][kRanks + positives] of up to kTaskPanels panels over one segment.
@@ -168,38 +194,38 @@ void run_task(const Scan& s, int64_t first_panel, int64_t begin, int64_t end, do
                 s.positives, s.negative, s.inverse_tau, std::vector<float>(slots), std::vector<float>(slots),
                 std::vector<int32_t>(slots), std::vector<double>(slots), {}, {}};
     std::fill(panel.top, panel.top + kPanel, -HUGE_VAL);
+    panel.set_bands(s.largest_norm);
     panels.push_back(std::move(panel));
   }
-  const int64_t room = std::clamp<int64_t>(kBlockFloats / s.width / 24 * 24, 24, kBlock);
-  std::vector<float> sims(static_cast<size_t>(room * kPanel));
+  const int64_t room = std::clamp<int64_t>(kBlockFloats / s.width / kSteps * kSteps, kSteps, kBlock);
+  const Lines sims = lines(room * kPanel);
   std::vector<uint32_t> open(static_cast<size_t>(room));
-  float norm = -1.0f;
   for (int64_t at = begin; at < end; at += room) {
     const Block block{s.anchors + at * s.width, std::min(room, end - at)};
-    const float found = largest_norm(s, block);
-    if (found > norm) {
-      norm = found;
-      for (Panel& panel : panels) panel.set_bands(norm);
-    }
     for (Panel& panel : panels) {
       open_lanes(s, panel, at, block.size, open.data());
-      s.kernels.meet(panel, block, open.data(), sims.data());
+      s.kernels.meet(panel, block, open.data(), sims.get());
     }
   }
   for (const Panel& panel : panels) panel.write(states + (panel.row - first_panel * kPanel) * (kRanks + s.positives));
 }
 
 // [rows, width] -> [panels][width][kPanel]; lanes without a rollout are 0.
-std::vector<float> packed(const float* gen, int64_t rows, int64_t width) {
+constexpr int64_t kTurn = 64;
+Lines packed(const float* gen, int64_t rows, int64_t width) {
   const int64_t panels = (rows + kPanel - 1) / kPanel;
-  std::vector<float> out(static_cast<size_t>(panels * kPanel * width));
+  Lines out = lines(panels * kPanel * width);
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      float* to = out.data() + panel * kPanel * width;
+      float* to = out.get() + panel * kPanel * width;
       const int64_t lanes = std::min<int64_t>(kPanel, rows - panel * kPanel);
-      for (int64_t l = 0; l < lanes; ++l) {
-        const float* from = gen + (panel * kPanel + l) * width;
-        for (int64_t k = 0; k < width; ++k) to[k * kPanel + l] = from[k];
+      if (lanes < kPanel) std::fill(to, to + kPanel * width, 0.0f);
+      for (int64_t first = 0; first < width; first += kTurn) {  // so much of the panel stays in L1
+        const int64_t last = std::min(width, first + kTurn);
+        for (int64_t l = 0; l < lanes; ++l) {
+          const float* from = gen + (panel * kPanel + l) * width;
+          for (int64_t k = first; k < last; ++k) to[k * kPanel + l] = from[k];
+        }
       }
     }
   });
@@ -207,17 +233,17 @@ std::vector<float> packed(const float* gen, int64_t rows, int64_t width) {
 }
 
 void rank_scan(const Tensor& gen, const Tensor& anchors, const Tensor& norms, const Tensor& own,
-               const Tensor& positive, std::optional<Tensor> mask, int64_t first, int64_t negative, double tau,
-               Tensor state) {
+               const Tensor& positive, std::optional<Tensor> mask, std::optional<Tensor> norm, int64_t first,
+               int64_t negative, double tau, Tensor state) {
   const int64_t rows = gen.size(0), width = gen.size(1), columns = anchors.size(0), positives = own.size(1);
-  const std::vector<float> panels = packed(gen.const_data_ptr<float>(), rows, width);
+  const Lines panels = packed(gen.const_data_ptr<float>(), rows, width);
   const Scan s{gen.const_data_ptr<float>(),
                anchors.const_data_ptr<float>(),
                norms.const_data_ptr<float>(),
                own.const_data_ptr<double>(),
                positive.const_data_ptr<int64_t>(),
                mask.has_value() ? reinterpret_cast<const uint8_t*>(mask->const_data_ptr<bool>()) : nullptr,
-               panels.data(),
+               panels.get(),
                rows,
                columns,
                width,
@@ -227,16 +253,19 @@ void rank_scan(const Tensor& gen, const Tensor& anchors, const Tensor& norms, co
                mask.has_value() ? mask->stride(0) : 0,
                static_cast<int>(negative),
                1.0 / tau,
+               norm.has_value() ? *norm->const_data_ptr<float>()
+                                : largest_norm(anchors.const_data_ptr<float>(), columns, width),
                RIME_FOR_CPU(kernels)};
   const int64_t stripe = kTaskPanels * kPanel, stripes = (rows + stripe - 1) / stripe;
   const int64_t wanted = std::max<int64_t>(1, kTasks / stripes);
   const int64_t segments = std::min(wanted, (columns + kSegment - 1) / kSegment);
-  const int64_t length = (columns + segments - 1) / segments, size = kRanks + positives;
+  const int64_t steps = (columns + kSteps - 1) / kSteps, size = kRanks + positives;
+  const int64_t length = (steps + segments - 1) / segments * kSteps;  // whole steps: no slower rest in each task
   std::vector<double> states(static_cast<size_t>(segments * rows * size));
   torch::stable::parallel_for(0, stripes * segments, 1, [&](int64_t from, int64_t to) {
     for (int64_t task = from; task < to; ++task) {
       const int64_t segment = task / stripes, row = task % stripes * stripe;
-      run_task(s, row / kPanel, segment * length, std::min(columns, (segment + 1) * length),
+      run_task(s, row / kPanel, std::min(columns, segment * length), std::min(columns, (segment + 1) * length),
                states.data() + (segment * rows + row) * size);
     }
   });

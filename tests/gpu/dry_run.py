@@ -269,7 +269,7 @@ def reward(rows: int, anchors: int, width: int) -> None:
         out = empty(rows // 8, 8, dtype=torch.float32), empty(rows // 8, 8, dtype=torch.float32)
         given = empty(rows // 8, 8, width), empty(anchors, width), index(rows // 8)
         ok = empty(rows // 8, 8, dtype=torch.bool)
-        op._score_rewrites._init_fn(*out, [], [], *given, ok, None, None, None, None, numbers, "", "triton")
+        op._score_rewrites(*out, [], [], *given, ok, None, None, None, None, numbers, "", "triton")
 
 
 def merge(rows: int, heads: int, width: int) -> None:

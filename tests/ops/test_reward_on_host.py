@@ -243,7 +243,7 @@ def test_merge_kernel(kernels: ctypes.CDLL, kind: str) -> None:
     case["positive"] = torch.tensor([10, 310])
     case["negatives_mask"][0, 300:600] = False
     rows = case["gen"].flatten(0, 1)
-    own, norms = stream.own_similarities(engine, rows, case["anchors"], case["positive"], weights)
+    own, norms = stream.own_similarities(engine, rows, case["anchors"], case["positive"], weights, False)
     parts = [
         stream.scan(
             engine,

@@ -156,4 +156,4 @@ def test_weights_survive_the_operators_schema() -> None:
         RewardWeights.ume_r1(8, w_fmt=0.5),
         RewardWeights(rank_reward="hit", hit_k=5, negative="max", normalize_std=False, length_limit=64, eps=1e-3),
     ):
-        assert RewardWeights.decode(weights.encode()) == weights
+        assert RewardWeights.decode(tuple(weights.encode())) == weights

@@ -75,7 +75,7 @@ def test_states_of_parts_merge_into_the_whole(kind: str) -> None:
     want = score(case, weights, backend="reference")
 
     rows = case["gen"].flatten(0, 1)
-    similarities, norms = stream.own_similarities(ENGINE, rows, case["anchors"], case["positive"], weights)
+    similarities, norms = stream.own_similarities(ENGINE, rows, case["anchors"], case["positive"], weights, False)
     parts = []
     for first in (0, 300, 600):
         part = slice(first, first + 300)

@@ -51,13 +51,14 @@ class Compiled:
         own: Tensor,
         positive: Tensor,
         mask: Tensor | None,
+        largest_norm: Tensor | None,
         first: int,
         weights: RewardWeights,
         state: Tensor,
     ) -> None:
         """Add the negatives among contiguous fp32 anchors [n, D] to ``state``; see ``add_tile``."""
         kind = weights.negative_code, weights.softmax_temperature
-        torch.ops.rime_fast_C.rank_scan(rows, anchors, norms, own, positive, mask, first, *kind, state)
+        torch.ops.rime_fast_C.rank_scan(rows, anchors, norms, own, positive, mask, largest_norm, first, *kind, state)
 
     def add_tile(
         self,

@@ -83,7 +83,8 @@ def score(
             require_range("positive", positive, 0, total - weights.positives + 1)
         positive = positive - bank.offset
         negatives_mask = None if negatives_mask is None else _mask_columns(negatives_mask, bank, group)
-    own, norms = own_similarities(engine, rows, anchors, positive, weights)
+    inside = group is None and positive.device.type == "cpu"  # the operator has looked
+    own, norms = own_similarities(engine, rows, anchors, positive, weights, inside)
     if group is not None:
         own = _own_from_holders(own, positive, anchors.shape[0], weights, group)
     # what is exact in bf16 or fp16 needs fewer parts
@@ -101,16 +102,19 @@ def score(
 
 
 def own_similarities(
-    engine: Engine, rows: Tensor, anchors: Tensor, positive: Tensor, weights: RewardWeights
+    engine: Engine, rows: Tensor, anchors: Tensor, positive: Tensor, weights: RewardWeights, inside: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute fp64 similarities [R, P] to each item's own anchors, NaN where one lies outside the bank; norms [R] of
-    rows."""
-    columns = positive[:, None] + torch.arange(weights.positives, device=positive.device)
-    inside = (columns >= 0) & (columns < anchors.shape[0])
-    index = columns.clamp(0, anchors.shape[0] - 1).to(anchors.device)
+    rows. inside: none is known to lie outside."""
+    index = positive[:, None]
+    if weights.positives > 1:
+        index = index + torch.arange(weights.positives, device=positive.device)
+    if inside:
+        return engine.own_similarities(rows, anchors[index].float())
+    missing = (index < 0) | (index >= anchors.shape[0])
+    index = index.clamp(0, anchors.shape[0] - 1).to(anchors.device)
     found, norms = engine.own_similarities(rows, anchors[index].to(rows.device, torch.float32))
-    grouped = found.view(len(positive), -1, weights.positives)
-    grouped.masked_fill_(~inside[:, None, :], torch.nan)
+    found.view(len(positive), -1, weights.positives).masked_fill_(missing[:, None, :], torch.nan)
     return found, norms
 
 
@@ -142,7 +146,7 @@ def scan(
         columns = anchors.shape[0] if whole else max(1, CAST_BYTES // (4 * anchors.shape[1]))
         for first, tile in tiles(anchors, columns, rows.device):
             mask = None if negatives_mask is None else negatives_mask[:, first : first + tile.shape[0]]
-            engine.add_anchors(rows, tile, norms, own, positive, mask, first, weights, state)
+            engine.add_anchors(rows, tile, norms, own, positive, mask, largest_norm, first, weights, state)
         return state
     dtype = torch.float64 if exact else torch.float32
     columns = BUFFER_BYTES[rows.device.type] // (dtype.itemsize * rows.shape[0])

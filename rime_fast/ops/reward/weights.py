@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rime_fast.ops.checks import check_flag, check_int, check_number, check_positive
 
@@ -111,7 +111,8 @@ class RewardWeights:
         ]
 
     @classmethod
-    def decode(cls, numbers: Sequence[float]) -> RewardWeights:
+    @lru_cache(maxsize=64)
+    def decode(cls, numbers: tuple[float, ...]) -> RewardWeights:
         """Read what ``encode`` wrote."""
         w_fmt, w_rank, w_refine, w_len, mode, positives, rank, hit_k, negative, tau, limit, std, eps = numbers
         return cls(
