@@ -175,6 +175,7 @@ void nested_stripe(const Nested& n, int64_t j0, int64_t j1, StripePart* part) {
       const Lanes a = fill(n.row_norm[w][i]);
       Lanes rival = low, sum = zero;
       over_lanes(j0, j1, [&](int64_t j, auto whole) __attribute__((always_inline)) {
+        __builtin_prefetch(row + j + 2 * t.cols);  // a stripe's rows lie on pages of their own
         Lanes total = whole ? load_lanes(row + j) : load_lanes(row + j, j1 - j, w == 0 ? first.hole : 0.0f);
         if (w > 0) total += load_lanes(running + j - j0);
         store_lanes(running + j - j0, total);

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rime_fast.ops import cpu_products
 from rime_fast.ops.contrastive import nested, tiles
 from rime_fast.ops.contrastive.problem import accumulation_dtype
 from rime_fast.ops.contrastive.softmax import Slopes, Statistics
@@ -15,7 +16,8 @@ from rime_fast.ops.contrastive.softmax import Slopes, Statistics
 # 4 MiB of fp32, so that a tile is still in cache when it is read again; the best of 128 to 512 rows by 1024 to 4096
 # columns here (all within 4 %).
 TILE = (512, 2048)
-NESTED_TILE = (512, 4096)  # of each width: products of few columns want long rows, more than they want the cache
+# Of each width: oneDNN's products of few columns want long rows, more than they want the cache; MKL's want the cache.
+NESTED_TILE = (512, 4096) if cpu_products.prefers_onednn() else (1024, 1024)
 MOST_WIDTHS = 16  # that the kernels of several take (csrc/cpu)
 SHIFTLESS = True  # statistics are kept without shifts when no logit leaves the bound (softmax.Statistics)
 BASE2 = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from rime_fast.ops import cpu_products
 from rime_fast.ops.contrastive.problem import accumulation_dtype, inverse_norms
 from rime_fast.ops.contrastive.softmax import Slopes, Statistics
 from rime_fast.ops.contrastive.tiles import TileSweep, add_product, similarities
+
+NARROW = 128  # columns
 
 
 @dataclass
@@ -70,23 +72,36 @@ class NestedSweep(TileSweep):
             by_row = q.new_zeros(len(edges) - 1, q.shape[0], dtype=torch.float64)
             by_col = k.new_zeros(len(edges) - 1, k.shape[0], dtype=torch.float64)
             query_grad, key_grad = dq[qm], dk[km]
-            turned = None if key_grad is None else k.new_zeros(k.shape[1], k.shape[0], dtype=key_grad.dtype)
-            query_turned = [part.T if part.is_cuda else part.T.contiguous() for part in self.query_parts[qm]]
+            turned, query_turned = self._turned(key_grad, qm)
             into = [None if query_grad is None else query_grad[:, start:stop] for start, stop in edges]
+            key_into = [None if key_grad is None else key_grad[:, start:stop] for start, stop in edges]
             for parts, row, col in self.nested(qm, km):
                 rows, cols = slice(row, row + parts[0].shape[0]), slice(col, col + parts[0].shape[1])
                 self.rows.nested_gradient(parts, row, col, norms, self.masks[losses], slopes[losses], by_row, by_col)
                 for at, total in enumerate(parts):
                     part, narrow = slice(*edges[at]), total.to(q.dtype)
                     add_product(into[at], rows, narrow, self.key_parts[km][at][cols])
-                    if turned is not None:  # products of few columns are faster the other way round
+                    if at < len(query_turned):
                         add_product(turned[:, cols], part, query_turned[at][:, rows], narrow)
-            if key_grad is not None and turned is not None:
-                key_grad.add_(turned.T)
+                    else:
+                        add_product(key_into[at], cols, narrow.T, self.query_parts[qm][at][rows])
+            if key_grad is not None and query_turned:
+                key_grad[:, : turned.shape[0]].add_(turned.T)
             for at, (_, width) in enumerate(edges[:-1]):
                 subtract_own(query_grad, by_row[at], norms[0][at], q, width)
                 subtract_own(key_grad, by_col[at], norms[1][at], k, width)
             self.row_products.append(by_row)
+
+    def _turned(self, key_grad: Tensor | None, qm: int) -> tuple[Tensor, list[Tensor]]:
+        """Make room for the keys' gradients to the first parts, turned, and turn the queries' parts for them: products
+        of few columns are faster the other way round, MKL's only of up to NARROW."""
+        parts = self.query_parts[qm]
+        if key_grad is None:
+            return parts[0].new_empty(0, 0), []
+        mkl = not key_grad.is_cuda and not cpu_products.prefers_onednn()
+        first = takewhile(lambda part: not mkl or part.shape[1] <= NARROW, parts)
+        rows = [part.T if part.is_cuda else part.T.contiguous() for part in first]
+        return key_grad.new_zeros(sum(part.shape[0] for part in rows), key_grad.shape[0]), rows
 
 
 def all_inverse_norms(rows: Tensor, widths: Sequence[int]) -> list[Tensor]:
@@ -105,4 +120,4 @@ def subtract_own(into: Tensor | None, products: Tensor, inverse_norm: Tensor, ro
     """Subtract the normalisation's part of a gradient: along each row's own first columns."""
     if into is not None:
         along = (products * inverse_norm.double().square()).to(into.dtype)
-        into[:, :width] -= along[:, None] * rows[:, :width].to(into.dtype)
+        into[:, :width].addcmul_(along[:, None], rows[:, :width].to(into.dtype), value=-1)
