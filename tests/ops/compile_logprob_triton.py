@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rime_fast.ops.logprob_pool import triton_kernels, triton_rows
 from rime_fast.ops.logprob_pool.triton_tiles import (
+    DLOGITS_WIDE,
+    FORWARD_WIDE,
     GROUP,
     SPLIT_COLUMNS,
     Tiles,
@@ -47,14 +49,17 @@ INTS = {
     "read_outs",
     "stride",
     "out_stride",
+    "stride_out",
+    "stride_hidden",
 }
 LONGS = {"targets", "order", "starts", "ends"}
-OPERANDS = {"hidden", "logits", "out", "x", "w", "panel", "dhead", "dhidden", "low"}
+OPERANDS = {"hidden", "logits", "out", "rows_of", "x", "w", "panel", "dhead", "dhidden", "low"}
 
 
 UNFUSED = {"forward_kernel", "dlogits_kernel"}  # as triton.py launches them
 ROW_KERNELS = (  # name, constants, warps
     ("merge_kernel", {"BM": 128, "ENTROPY": True}, 4),
+    ("gather_kernel", {"BR": 32, "BC": 256}, 4),
     ("read_outs_kernel", {"NORMALIZE": True}, 4),
     ("start_gradient_kernel", {"BT": 32, "BC": 256}, 4),
     ("row_statistics_kernel", {"ENTROPY": True, "BLOCK": 4096}, 8),
@@ -77,9 +82,9 @@ def pointer(name: str, operand: str, blocks: dict[str, tuple[int, int]]) -> str:
 def descriptors(name: str, t: Tiles) -> dict[str, tuple[int, int]]:
     """Which operands a kernel takes as descriptors, and their blocks (triton_backend.py)."""
     return {
-        "forward_kernel": {"w": (t.BN, t.BK)},
-        "dlogits_kernel": {"w": (t.BN, t.BK), "panel": (t.BM, t.BN)},
-        "dhead_kernel": {"panel": (t.BK, t.BM)},
+        "forward_kernel": {"x": (t.BM, t.BK), "w": (t.BN, t.BK)},
+        "dlogits_kernel": {"x": (t.BM, t.BK), "w": (t.BN, t.BK), "panel": (t.BM, t.BN)},
+        "dhead_kernel": {"panel": (t.BK, t.BM), "x": (t.BK, t.BN)},
         "dhidden_kernel": {"panel": (t.BM, t.BK), "w": (t.BK, t.BN)},
     }[name]
 
@@ -141,15 +146,14 @@ def resources(cubin: bytes) -> dict:
 
 
 def check_local(kernel: dict, capability: int) -> None:
-    """The newest Triton spills nothing; older ones (3.6) on Hopper outside the loops with products at most, and on
-    other chips little."""
+    """On Hopper nothing spills in the loops with products; elsewhere next to nothing with the newest Triton, and little
+    with older ones (3.6, whose Hopper code may spill outside these loops)."""
     spilled = kernel["local"] + kernel["stack"]
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-        assert spilled == 0, kernel
-    elif capability == 90:
+    newest = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+    if capability == 90:
         assert kernel["local_in_loops"] == 0, kernel
-    else:
-        assert spilled <= 512, kernel
+    if newest or capability != 90:
+        assert spilled <= (64 if newest else 512), kernel
 
 
 def todo(capability: int, operand: str, tma: bool) -> list[tuple[str, dict, int, int]]:
@@ -164,11 +168,12 @@ def todo(capability: int, operand: str, tma: bool) -> list[tuple[str, dict, int,
         found.append((name, {"BM": t.BM, "BN": t.BN, "BK": t.BK, **shared, **constants}, t.warps, t.stages))
 
     dtype, chip = DTYPES[operand], (capability // 10, capability % 10)
-    for heavy, options in ((True, full), (False, light), (False, plain)):
-        t = score_tiles(dtype, chip, heavy, tma)
+    entropy = {**plain, "ENTROPY": True}
+    for heavy, options in ((True, full), (False, light), (False, entropy), (False, plain)):
+        t = score_tiles(dtype, chip, heavy, tma, None if options["HAS_BIAS"] else FORWARD_WIDE)
         add("forward_kernel", t, {"SPLIT": SPLIT_COLUMNS // t.BN, "NORMALIZE": True, **options})
-        if options is not light:
-            add("dlogits_kernel", t, {"PRODUCTS": heavy, **options})
+    for heavy, options in ((True, full), (False, {**plain, "HAS_BIAS": True}), (False, plain)):
+        add("dlogits_kernel", score_tiles(dtype, chip, heavy, tma, DLOGITS_WIDE), {"PRODUCTS": heavy, **options})
     add("dlogits_kernel", score_tiles(dtype, chip, True, tma), {"PRODUCTS": True, **plain})  # temperature is trained
     add("dhead_kernel", head_tiles(dtype, chip), {"BIAS": True})
     add("dhead_kernel", head_tiles(dtype, chip), {"BIAS": False})

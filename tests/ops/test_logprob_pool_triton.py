@@ -166,6 +166,7 @@ def _check_compiled(operand: str, which: str, *capabilities: int) -> None:
     paths = {"forward_kernel", "dlogits_kernel", "dhead_kernel", "dhidden_kernel"}
     for capability in capabilities:
         assert {b["kernel"] for b in built if b["capability"] == capability} == paths | {
+            "gather_kernel",
             "merge_kernel",
             "read_outs_kernel",
             "start_gradient_kernel",
@@ -180,7 +181,7 @@ def _check_compiled(operand: str, which: str, *capabilities: int) -> None:
         assert not (kernel["kernel"].startswith("row_") and kernel["scalar_stores"]), kernel
         assert kernel["tma"] == bool(kernel["descriptors"]), kernel
         if kernel["kernel"] in paths:
-            assert kernel["copies"] or (kernel["kernel"] == "dhidden_kernel" and kernel["tma"]), kernel
+            assert kernel["tma" if kernel["descriptors"] else "copies"], kernel
         if operand != "fp32" and kernel["kernel"] in paths:
             assert kernel[{80: "mma", 90: "wgmma", 100: "tcgen05"}[kernel["capability"]]], kernel
 

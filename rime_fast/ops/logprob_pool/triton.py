@@ -3,7 +3,7 @@
 The backward walks the vocabulary in panels: dlogits of all scored rows for P columns in the operands' dtype, then dW of
 those columns (a sum over all rows in fp32 registers, written once) and the panel's share of dX, added to the gradient
 itself (fp32, or bf16 with the rounding kept beside it), which starts as the read-outs' gradient. The workspace, panel
-and roundings, is within one limit (triton_tiles.plan). The weighted cross-entropy runs forward and backward at once
+and roundings, is within one limit (triton_tiles.plan); the scored rows, gathered once a pass, come on top. The weighted cross-entropy runs forward and backward at once
 with the logits recomputed (8MHV): gradient-in-forward would need a row's whole logits in memory.
 """
 
@@ -30,7 +30,9 @@ from rime_fast.ops.logprob_pool.problem import (
 )
 from rime_fast.ops.logprob_pool.read_outs import ReadOuts
 from rime_fast.ops.logprob_pool.triton_tiles import (
+    DLOGITS_WIDE,
     FORWARD_ROWS,
+    FORWARD_WIDE,
     GROUP,
     INTERPRETER_PROGRAMS,
     SPLIT_COLUMNS,
@@ -84,7 +86,8 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
 
     options, (starts, ends) = problem.options, problem.spans
     scored = scored_rows(problem.ignored, options.max_scored)
-    run = _Launch(problem, heavy=problem.scoring.softcap is not None)
+    wide = FORWARD_WIDE if problem.scoring.bias is None else None
+    run = _Launch(problem, problem.scoring.softcap is not None, wide)
     t = run.tiles
     stats = new_statistics(problem.hidden, options.entropy)
     found = ReadOuts(run.empty(starts.shape[0], run.width), run.empty(starts.shape[0]))
@@ -95,8 +98,10 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
         rows, read = part.order.shape[0], starts.shape[0] if start == 0 else 0
         partial = run.empty(4, splits, rows)
         if rows + read:
+            x = run.gathered(part)
             kernels.forward_kernel[run.programs(max(read, _cdiv(rows, t.BM) * splits))](
                 run.hidden,
+                run.operand(x, t.BM, t.BK),
                 run.operand(run.lm_head, t.BN, t.BK),
                 *problem.scoring,
                 problem.targets,
@@ -110,6 +115,7 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
                 run.width,
                 run.vocabulary,
                 run.hidden.stride(0),
+                x.stride(0),
                 run.lm_head.stride(0),
                 SPLIT=split,
                 ENTROPY=options.entropy,
@@ -194,19 +200,31 @@ def scale_(out: Tensor, factor: Tensor | None) -> None:
 class _Launch:
     """What every kernel of one call shares."""
 
-    def __init__(self, problem: Problem, heavy: bool) -> None:
+    def __init__(self, problem: Problem, heavy: bool, wide: Tiles | None) -> None:
         self.hidden, self.lm_head = _dense(problem.hidden), _dense(problem.lm_head)
         self.length, self.width = self.hidden.shape
         self.vocabulary = self.lm_head.shape[0]
         dtype, chip = self.hidden.dtype, capability_of(self.hidden)
         self.head_tiles, self.hidden_tiles = head_tiles(dtype, chip), hidden_tiles(dtype, chip)
         self.tma = uses_tma(self.lm_head)
-        self.tiles = score_tiles(dtype, chip, heavy, self.tma)
+        self.tiles = score_tiles(dtype, chip, heavy, self.tma, wide)
         scoring = problem.scoring
         self.flags = {"HAS_BIAS": scoring.bias is not None, "HAS_CAP": scoring.softcap is not None}
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
+
+    def gathered(self, scored: Scored) -> Tensor:
+        """The scored rows one after the other, 0 past their number, each from 16 bytes on: [C, H] of whole vectors."""
+        from rime_fast.ops.logprob_pool import triton_rows as kernels
+
+        rows, vector = scored.order.shape[0], 16 // self.hidden.element_size()
+        out = self.hidden.new_empty(rows, _cdiv(self.width, vector) * vector)
+        if rows:
+            kernels.gather_kernel[(_cdiv(rows, 32), _cdiv(self.width, 256))](
+                self.hidden, *scored, out, rows, self.width, self.hidden.stride(0), out.stride(0), BR=32, BC=256
+            )
+        return out[:, : self.width]
 
     def operand(self, tensor: Tensor, rows: int, columns: int) -> Any:
         """Give ``tensor`` as a kernel takes it: a descriptor of blocks [rows, columns], or the pointer."""
@@ -236,7 +254,7 @@ class _Backward:
     ) -> None:
         self.problem, self.stats, self.upstream, needs = problem, stats, upstream, problem.options.needs
         heavy = problem.scoring.softcap is not None or upstream.entropy is not None or needs.temperature
-        self.run = run = _Launch(problem, heavy)
+        self.run = run = _Launch(problem, heavy, DLOGITS_WIDE)
         hidden, lm_head, device = problem.hidden, problem.lm_head, problem.hidden.device
         kind, make = gradient_dtype(hidden.dtype), torch.empty if scored.order.shape[0] else torch.zeros
         self.hidden = torch.empty(hidden.shape, dtype=kind, device=device) if needs.hidden else None
@@ -253,6 +271,7 @@ class _Backward:
 
         run, upstream = self.run, self.upstream
         t, capacity, device = run.tiles, scored.order.shape[0], run.hidden.device
+        x = run.gathered(scored)
         # Zeros: the kernels write the tiles of the rows there are, and torch sums over the whole panel.
         panel = torch.zeros(capacity, columns, dtype=run.hidden.dtype, device=device)
         products = run.empty(_cdiv(columns, t.BN), capacity) if needs.temperature else None
@@ -266,7 +285,7 @@ class _Backward:
             if products is not None:
                 products.zero_()
             kernels.dlogits_kernel[run.programs(_cdiv(capacity, t.BM) * tiles)](
-                run.hidden,
+                run.operand(x, t.BM, t.BK),
                 run.operand(run.lm_head, t.BN, t.BK),
                 *self.problem.scoring,
                 self.problem.targets,
@@ -281,7 +300,7 @@ class _Backward:
                 run.length,
                 run.width,
                 run.vocabulary,
-                run.hidden.stride(0),
+                x.stride(0),
                 run.lm_head.stride(0),
                 columns,
                 ENTROPY=upstream.entropy is not None,
@@ -290,12 +309,14 @@ class _Backward:
                 **run.flags,
                 **run.cut(t),
             )
-            self._add(panel, scored, needs, low, first, here)
+            self._add(panel, x, scored, needs, low, first, here)
             if products is not None and self.products is not None:
                 self.products += products.sum(dtype=torch.float64)
 
-    def _add(self, panel: Tensor, scored: Scored, needs: Needs, low: Tensor, first: int, columns: int) -> None:
-        """One panel: dlogits of ``columns`` columns from ``first``."""
+    def _add(
+        self, panel: Tensor, x: Tensor, scored: Scored, needs: Needs, low: Tensor, first: int, columns: int
+    ) -> None:
+        """One panel: dlogits of ``columns`` columns from ``first``; x: the rows it is of."""
         from rime_fast.ops.logprob_pool import triton_kernels as kernels
 
         run = self.run
@@ -303,15 +324,15 @@ class _Backward:
             t = run.head_tiles
             kernels.dhead_kernel[run.programs(_cdiv(columns, t.BM) * _cdiv(run.width, t.BN))](
                 run.operand(panel, t.BK, t.BM),
-                run.hidden,
-                *scored,
+                run.operand(x, t.BK, t.BN),
+                scored.number,
                 self.head,
                 self.bias,
                 first,
                 columns,
                 run.width,
                 panel.stride(0),
-                run.hidden.stride(0),
+                x.stride(0),
                 self.head.stride(0),
                 BIAS=self.bias is not None,
                 **run.cut(t),

@@ -1,7 +1,8 @@
 """Triton kernels of the log-prob operator: tiles over (scored rows, vocabulary), no logits in memory.
 
-Rows are taken through `order`, the scored rows' numbers, and their number M is read on the device: programs are
-persistent and walk the units of work there are, so the cost follows M without the host knowing it.
+The scored rows of X come gathered (gather_kernel, triton_rows.py), 0 past their number M, which is read on the device:
+programs are persistent and walk the units of work there are, so the cost follows M without the host knowing it. What is
+kept by row of the batch (targets, statistics, gradients) is found through `order`, the scored rows' numbers.
 
 forward_kernel     unit = BM rows x one split (SPLIT tiles of BN columns): X W^T tile by tile in fp32, an online
                    max / sum / entropy sum and the target's logit; one partial result per row and split,
@@ -19,9 +20,8 @@ for 128 x 256, which dhead takes on sm_90 (accumulator: 128 registers a thread o
 the other kernels spill at that size (measured by the cross-compiler, triton_tiles.py) and keep 128 x 128. Shared
 memory: stages x BK (BM + BN) x 2 bytes.
 
-TMA (sm_90 on, 16-bit operands, rows that start on 16 bytes): W and the panel come through tensor descriptors, made
-by the host; X comes by asynchronous copies in either case, as the scored rows lie scattered. The plain path (sm_80)
-loads all through pointers; both run the same products in the same order.
+TMA (sm_90 on, 16-bit operands, rows that start on 16 bytes): X, W and the panel come through tensor descriptors, made
+by the host. The plain path (sm_80) loads all through pointers; both run the same products in the same order.
 
 Forward and dlogits are launched with enable_fp_fusion off: in a fused multiply-add, z - lse would keep what
 the rounding of z lost, which at |z| of 1e9 is more than the logarithm of any float.
@@ -52,7 +52,7 @@ def _scores(
     x,
     w,
     bias,
-    at,
+    row,
     live,
     first,
     width,
@@ -69,18 +69,19 @@ def _scores(
     WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """z [BM, BN] fp32 of rows ``at`` and BN columns from ``first``; those past the vocabulary come out as -inf."""
+    """z [BM, BN] fp32 of BM scored rows from ``row`` and BN columns from ``first``; those past the vocabulary come out
+    as -inf."""
     columns = first + tl.arange(0, BN)
     inside = columns < vocabulary
     depth = tl.arange(0, BK)
-    x_at = x + at[:, None] * stride_x + depth[None, :]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, width, BK):
-        deep = depth < width - k
-        a = tl.load(x_at + k, mask=live[:, None] & deep[None, :], other=0.0)
         if TMA:
-            b = w.load([first, k]).T
+            a, b = x.load([row, k]), w.load([first, k]).T
         else:
+            deep = depth < width - k
+            x_at = x + (row + tl.arange(0, BM)).to(tl.int64)[:, None] * stride_x + depth[None, :]
+            a = tl.load(x_at + k, mask=live[:, None] & deep[None, :], other=0.0)
             w_at = w + columns.to(tl.int64)[None, :] * stride_w + depth[:, None]
             b = tl.load(w_at + k, mask=inside[None, :] & deep[:, None], other=0.0)
         if WIDEN:
@@ -96,6 +97,7 @@ def _scores(
 
 @triton.jit(do_not_specialize=["read_outs", "capacity"])
 def forward_kernel(
+    hidden,
     x,
     w,
     bias,
@@ -113,6 +115,7 @@ def forward_kernel(
     capacity,
     width,
     vocabulary,
+    stride_hidden,
     stride_x,
     stride_w,
     BM: tl.constexpr,
@@ -133,7 +136,7 @@ def forward_kernel(
     embeddings [read_outs, H], inv_norm [read_outs]: see read_out.
     """
     for k in range(tl.program_id(0), read_outs, tl.num_programs(0)):
-        read_out(k, x, starts, ends, embeddings, inv_norm, width, stride_x, NORMALIZE)
+        read_out(k, hidden, starts, ends, embeddings, inv_norm, width, stride_hidden, NORMALIZE)
     rows_live = tl.load(count)
     inv_temperature = 1.0 / tl.load(temperature)
     row_blocks = tl.cdiv(rows_live, BM)
@@ -155,7 +158,7 @@ def forward_kernel(
                 x,
                 w,
                 bias,
-                at,
+                block * BM,
                 live,
                 first,
                 width,
@@ -249,7 +252,7 @@ def dlogits_kernel(
             x,
             w,
             bias,
-            at,
+            block * BM,
             live,
             first + tile * BN,
             width,
@@ -298,7 +301,6 @@ def dlogits_kernel(
 def dhead_kernel(
     panel,
     x,
-    order,
     count,
     dhead,
     dbias,
@@ -316,7 +318,7 @@ def dhead_kernel(
     WIDEN: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Multiply a panel into the head's gradient: dW[first + v, h] = sum_r panel[r, v] x[order[r], h]; dbias[first + v]
+    """Multiply a panel into the head's gradient: dW[first + v, h] = sum_r panel[r, v] x[r, h]; dbias[first + v]
     = sum_r panel[r, v]."""
     rows_live = tl.load(count)
     v_blocks = tl.cdiv(columns_in_panel, BM)
@@ -329,15 +331,15 @@ def dhead_kernel(
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         column = tl.zeros((BM,), dtype=tl.float32)
         for r in range(0, rows_live, BK):
-            rows = r + tl.arange(0, BK)
-            live = rows < rows_live
-            at = tl.load(order + rows, mask=live, other=0)
             if TMA:
-                a = panel.load([r, v_block * BM]).T
+                a, b = panel.load([r, v_block * BM]).T, x.load([r, h_block * BN])
             else:
+                rows = r + tl.arange(0, BK)
+                live = rows < rows_live
                 a_at = panel + rows.to(tl.int64)[None, :] * stride_panel + local[:, None]
+                b_at = x + rows.to(tl.int64)[:, None] * stride_x + h[None, :]
                 a = tl.load(a_at, mask=v_in[:, None] & live[None, :], other=0.0)
-            b = tl.load(x + at[:, None] * stride_x + h[None, :], mask=live[:, None] & h_in[None, :], other=0.0)
+                b = tl.load(b_at, mask=live[:, None] & h_in[None, :], other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b, acc, input_precision="ieee")

@@ -25,6 +25,12 @@ class Tiles(NamedTuple):
     stages: int
 
 
+# 85 FLOP for a byte out of L2, where 128 x 128 does 64. Their 128 accumulators a thread leave room for the softmax of
+# logits without a bias, and for their plain gradient.
+FORWARD_WIDE = Tiles(128, 256, 64, 8, 3)
+DLOGITS_WIDE = Tiles(256, 128, 64, 8, 3)
+
+
 class Plan(NamedTuple):
     """How the backward is cut: rows of a group, columns of a panel, bytes in use at most."""
 
@@ -43,13 +49,16 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
 
 
-def score_tiles(dtype: torch.dtype, capability: tuple[int, int], heavy: bool, tma: bool) -> Tiles:
+def score_tiles(
+    dtype: torch.dtype, capability: tuple[int, int], heavy: bool, tma: bool, wide: Tiles | None = None
+) -> Tiles:
     """Choose the tiles where logits are made. heavy: the kernel makes more of a tile than its softmax (soft cap, the
-    gradient of the entropy or temperature); half the columns then keep it in registers.
+    gradient of the entropy or temperature); half the columns then keep it in registers. wide: what it takes where both
+    operands come by descriptors on sm_90, if it is not heavy.
 
-    Chosen as the largest that tests/ops/test_logprob_pool_triton.py compiles without a spill; 8.6, 8.9 and 12.0, whose
-    shared memory is 100 KB, take the sizes of 8.0. The forward is heavy by its soft cap only, not by its entropy:
-    logp is the same bits without it.
+    Chosen as the largest that tests/ops/test_logprob_pool_triton.py compiles without a spill in the products' loop; 8.6,
+    8.9 and 12.0, whose shared memory is 100 KB, take the sizes of 8.0. The forward is heavy by its soft cap only, not by
+    its entropy: logp is the same bits without it.
     """
     if capability == (0, 0):
         return Tiles(32, 32, 16, 4, 1)
@@ -57,6 +66,8 @@ def score_tiles(dtype: torch.dtype, capability: tuple[int, int], heavy: bool, tm
         return Tiles(64, 64, 32, 4, 2)
     columns = 64 if heavy else 128
     if capability[0] in (9, 10):
+        if capability[0] == 9 and tma and wide is not None and not heavy:
+            return wide
         return Tiles(128, columns, 64, 8, 4) if tma else Tiles(128, columns, 32, 8, 4)
     return Tiles(128, columns, 64, 8, 3)
 
