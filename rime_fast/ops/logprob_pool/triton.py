@@ -3,8 +3,9 @@
 The backward walks the vocabulary in panels: dlogits of all scored rows for P columns in the operands' dtype, then dW of
 those columns (a sum over all rows in fp32 registers, written once) and the panel's share of dX, added to the gradient
 itself (fp32, or bf16 with the rounding kept beside it), which starts as the read-outs' gradient. The workspace, panel
-and roundings, is within one limit (triton_tiles.plan); the scored rows, gathered once a pass, come on top. The weighted cross-entropy runs forward and backward at once
-with the logits recomputed (8MHV): gradient-in-forward would need a row's whole logits in memory.
+and roundings, is within one limit (triton_tiles.plan); the scored rows, gathered once a pass, come on top. The weighted
+cross-entropy runs forward and backward at once with the logits recomputed (8MHV): gradient-in-forward would need a
+row's whole logits in memory.
 """
 
 from __future__ import annotations

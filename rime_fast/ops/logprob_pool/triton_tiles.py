@@ -56,9 +56,9 @@ def score_tiles(
     gradient of the entropy or temperature); half the columns then keep it in registers. wide: what it takes where both
     operands come by descriptors on sm_90, if it is not heavy.
 
-    Chosen as the largest that tests/ops/test_logprob_pool_triton.py compiles without a spill in the products' loop; 8.6,
-    8.9 and 12.0, whose shared memory is 100 KB, take the sizes of 8.0. The forward is heavy by its soft cap only, not by
-    its entropy: logp is the same bits without it.
+    Chosen as the largest that tests/ops/test_logprob_pool_triton.py compiles without a spill in the products' loop;
+    8.6, 8.9 and 12.0, whose shared memory is 100 KB, take the sizes of 8.0. The forward is heavy by its soft cap only,
+    not by its entropy: logp is the same bits without it.
     """
     if capability == (0, 0):
         return Tiles(32, 32, 16, 4, 1)
