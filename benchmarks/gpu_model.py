@@ -67,7 +67,8 @@ Row = tuple[str, str, str, Work]  # bench, case, impl
 
 
 def head(shape: logprob.Shape) -> Iterator[Row]:
-    """The head: 2MHV FLOP a product; row kernels read bf16 logits twice and write them once, fp32 panels 4 + 4 + 2."""
+    """The head: 2MHV FLOP a product; the row kernel reads bf16 logits from memory once and writes them once, on fp32
+    panels two of them move 4 + 4 + 2."""
     m, h, v = round(shape.tokens * (1 - shape.ignored)), shape.hidden, shape.vocab
     one, name = 2.0 * m * h * v, str(shape)
     yield "logprob_pool", name, FLOOR, Work(3 * one, 0, 3)
@@ -76,7 +77,7 @@ def head(shape: logprob.Shape) -> Iterator[Row]:
         if rows:
             chunks = -(-m // rows)
             head_fp32 = v * h * (4 + 8 * (chunks - 1) + 6) if chunks > 1 else 0  # written, added to, cast
-            yield "logprob_pool", name, impl, Work(3 * one, 6.0 * m * v + head_fp32, 45 + 14 * chunks + -(-m // ROWS))
+            yield "logprob_pool", name, impl, Work(3 * one, 4.0 * m * v + head_fp32, 45 + 13 * chunks + -(-m // ROWS))
     cut = plan(m, h, v, 2, max(256 << 20, 2 * v * h))
     panels = -(-v // cut.columns)
     moved = 10.0 * m * v + 8.0 * m * h * panels + 6.0 * v * h

@@ -4,7 +4,11 @@
 //
 // One block of 512 threads a row; a thread takes 8 columns a trip, in two groups of 4. Forward: every thread keeps an
 // online (top, sum, weighted sum), one exponential a column and one more where its maximum rises, merged through
-// shuffles and shared memory in a fixed order: one read of the row. Backward: one read, one write. The gradient of fp32
+// shuffles and shared memory in a fixed order: one read of the row. Backward: one read, one write. Both at once
+// (both_kernel), where the upstream gradient is known before: one read and one write of memory instead of two reads
+// and one write. A block of 1,024 threads an SM, which walks the rows, keeps the first trips of its row in shared memory
+// (on an H100 114,688 of 151,936 bf16 columns) and reads the rest a second time soon after: 132 rows' rests are 10 MB, in
+// a L2 of 50. Each thread reads back its own columns only. The gradient of fp32
 // logits may be bf16 or fp16, written into the first half of the row's own memory: each trip of 4,096 columns is read by
 // all threads before any of it is written, and a trip's narrow results end before the columns that are still to be read.
 // That of narrow logits has their type and takes their places, each thread its own. Temperature and softcap are read on the device.
@@ -20,10 +24,19 @@
 namespace rime::logprob {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kGroups = 2;  // of 4 columns, a trip
-constexpr int kColumns = 4 * kGroups;
-constexpr int kTrip = kThreads * kColumns;
+// What a block takes of its row at once: every thread kGroups groups of 4 columns.
+template <int kBlock, int kGroupsOfFour>
+struct Trip {
+  static constexpr int kThreads = kBlock, kGroups = kGroupsOfFour, kColumns = 4 * kGroups, kSize = kThreads * kColumns;
+
+  // First of the 4 columns of a group of this thread, `first` being the trip's.
+  static __device__ __forceinline__ int column(int first, int group) {
+    return first + (group * kThreads + static_cast<int>(threadIdx.x)) * 4;
+  }
+};
+
+using Short = Trip<512, 2>;  // of forward_kernel and backward_kernel: several blocks an SM
+using Long = Trip<1024, 4>;  // of both_kernel: one
 
 // What all rows share; bias and softcap may be null.
 struct Head {
@@ -34,11 +47,6 @@ struct Head {
     return make_scale(*temperature, plain || softcap == nullptr ? 0.0f : *softcap);
   }
 };
-
-// First of the 4 columns of a group of this thread, `first` being the trip's.
-__device__ __forceinline__ int group_column(int first, int group) {
-  return first + (group * kThreads + static_cast<int>(threadIdx.x)) * 4;
-}
 
 template <bool kAligned, class L>
 __device__ __forceinline__ void load_four(const L* from, int v, int end, float other, float* x) {
@@ -53,14 +61,16 @@ __device__ __forceinline__ void load_four(const L* from, int v, int end, float o
   }
 }
 
-// A trip's scores; -inf past the row's end.
-template <bool kPlain, bool kAligned, class L>
-__device__ __forceinline__ void load_scores(const L* row, const Head& head, const Scale& scale, int first, float* z) {
+// A trip's scores; -inf past the row's end. Its logits are left in `copy`, a place for a row, where that is not null.
+template <class Trip, bool kPlain, bool kAligned, class L>
+__device__ __forceinline__ void load_scores(
+    const L* row, const Head& head, const Scale& scale, int first, float* z, L* copy = nullptr) {
   RIME_UNROLL
-  for (int group = 0; group < kGroups; ++group) {
-    const int v = group_column(first, group);
+  for (int group = 0; group < Trip::kGroups; ++group) {
+    const int v = Trip::column(first, group);
     float* own = z + 4 * group;
     load_four<kAligned>(row, v, head.vocabulary, -HUGE_VALF, own);
+    if (copy != nullptr) put_four(copy + v, own);
     float b[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (!kPlain && head.bias) load_four<kAligned>(head.bias, v, head.vocabulary, 0.0f, b);
     RIME_UNROLL
@@ -76,7 +86,7 @@ struct Merge {
 };
 
 // Adds kColumns scores to a running Partial.
-template <bool kEntropy>
+template <bool kEntropy, int kColumns>
 __device__ __forceinline__ void add_scores(Partial& mine, const float* z) {
   float top = z[0];
   RIME_UNROLL
@@ -100,24 +110,29 @@ struct Statistics {
   float *lse, *target_logit, *entropy;  // lse [2, R]
 };
 
+// The target's score, 0 where the target is not in the row.
+template <bool kPlain, class L>
+__device__ __forceinline__ float target_score(const L* row, const Head& head, const Scale& scale, int64_t target) {
+  if (target < 0 || target >= head.vocabulary) return 0.0f;
+  const float bias = !kPlain && head.bias ? head.bias[target] : 0.0f;
+  return scale.score(wide(row[target]) + bias);
+}
+
 template <class L, bool kEntropy, bool kPlain, bool kAligned>
-__global__ void __launch_bounds__(kThreads) forward_kernel(
+__global__ void __launch_bounds__(Short::kThreads) forward_kernel(
     const L* logits, int64_t stride, Head head, const int64_t* targets, Statistics out) {
   const int64_t r = blockIdx.x;
   const L* row = logits + r * stride;
   const Scale scale = head.scale(kPlain);
   Partial mine{-HUGE_VALF, 0.0f, 0.0f};
-  for (int first = 0; first < head.vocabulary; first += kTrip) {
-    float z[kColumns];
-    load_scores<kPlain, kAligned>(row, head, scale, first, z);
-    add_scores<kEntropy>(mine, z);
+  for (int first = 0; first < head.vocabulary; first += Short::kSize) {
+    float z[Short::kColumns];
+    load_scores<Short, kPlain, kAligned>(row, head, scale, first, z);
+    add_scores<kEntropy, Short::kColumns>(mine, z);
   }
-  mine = block_reduce<kThreads, true>(mine, Merge{});
+  mine = block_reduce<Short::kThreads, true>(mine, Merge{});
   if (threadIdx.x != 0) return;
-  const int64_t target = targets[r];
-  const bool there = target >= 0 && target < head.vocabulary;
-  const float bias = !kPlain && head.bias && there ? head.bias[target] : 0.0f;
-  out.target_logit[r] = there ? scale.score(wide(row[target]) + bias) : 0.0f;
+  out.target_logit[r] = target_score<kPlain>(row, head, scale, targets[r]);
   const Pair pair = two_sum(mine.top, logf(mine.sum));
   out.lse[r] = pair.high;
   out.lse[gridDim.x + r] = pair.low;
@@ -128,50 +143,109 @@ struct Upstream {
   const float *lse, *target_logit, *entropy, *grad_logp, *grad_entropy;  // the entropies may be null
 };
 
+// What a row's gradient is made from.
+struct Slope {
+  int target;
+  Pair lse;
+  float g, h, centre, entropy;  // h: of the entropy
+};
+
+// Makes a trip's gradient from its scores; returns this thread's sum of dz (z - z[target]).
+template <class Trip, bool kPlain, bool kAligned, class T>
+__device__ __forceinline__ float put_gradient(
+    const Slope& row, const Head& head, const Scale& scale, int first, const float* z, T* results) {
+  float sum = 0.0f;
+  RIME_UNROLL
+  for (int group = 0; group < Trip::kGroups; ++group) {
+    const int v = Trip::column(first, group);
+    float dx[4];
+    RIME_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float score = z[4 * group + i];
+      float dz = kPlain ? exp32((score - row.lse.high) - row.lse.low) * -row.g
+                        : dscore(score, row.lse, row.entropy, row.g, row.h);
+      if (v + i == row.target) dz += row.g;
+      sum += product(dz, score - row.centre);
+      dx[i] = kPlain ? dz * scale.inv_temperature : product(dz, scale.slope(score));
+    }
+    if constexpr (kAligned) {
+      if (v < head.vocabulary) put_four(results + v, dx);
+    } else {
+      RIME_UNROLL
+      for (int i = 0; i < 4; ++i)
+        if (v + i < head.vocabulary) put(results + v + i, dx[i]);
+    }
+  }
+  return sum;
+}
+
+__device__ __forceinline__ int column_of(int64_t target, int vocabulary) {
+  return target >= 0 && target < vocabulary ? static_cast<int>(target) : -1;
+}
+
 // out: `logits`' own memory, out_stride in elements of T. products [R]: sum of dz (z - z[target]).
 template <class L, class T, bool kPlain, bool kAligned>
-__global__ void __launch_bounds__(kThreads) backward_kernel(
+__global__ void __launch_bounds__(Short::kThreads) backward_kernel(
     const L* logits, int64_t stride, Head head, const int64_t* targets, Upstream up, T* out, int64_t out_stride,
     float* products) {
   const int64_t r = blockIdx.x;
   const L* row = logits + r * stride;
-  T* results = out + r * out_stride;
   const Scale scale = head.scale(kPlain);
-  const int64_t wanted = targets[r];
-  const int target = wanted >= 0 && wanted < head.vocabulary ? static_cast<int>(wanted) : -1;
-  const Pair lse{up.lse[r], up.lse[gridDim.x + r]};
-  const float g = up.grad_logp[r], centre = up.target_logit[r];
-  const float h = !kPlain && up.grad_entropy ? up.grad_entropy[r] : 0.0f;
-  const float entropy = !kPlain && up.entropy ? up.entropy[r] : 0.0f;
+  const Slope slope{column_of(targets[r], head.vocabulary), Pair{up.lse[r], up.lse[gridDim.x + r]}, up.grad_logp[r],
+                    !kPlain && up.grad_entropy ? up.grad_entropy[r] : 0.0f, up.target_logit[r],
+                    !kPlain && up.entropy ? up.entropy[r] : 0.0f};
   float sum = 0.0f;
-  for (int first = 0; first < head.vocabulary; first += kTrip) {
-    float z[kColumns];
-    load_scores<kPlain, kAligned>(row, head, scale, first, z);
+  for (int first = 0; first < head.vocabulary; first += Short::kSize) {
+    float z[Short::kColumns];
+    load_scores<Short, kPlain, kAligned>(row, head, scale, first, z);
     // Narrow results overlap columns that other threads read in this trip or in an earlier one.
     if (sizeof(T) < sizeof(L)) __syncthreads();
-    RIME_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
-      const int v = group_column(first, group);
-      float dx[4];
-      RIME_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float score = z[4 * group + i];
-        float dz = kPlain ? exp32((score - lse.high) - lse.low) * -g : dscore(score, lse, entropy, g, h);
-        if (v + i == target) dz += g;
-        sum += product(dz, score - centre);
-        dx[i] = kPlain ? dz * scale.inv_temperature : product(dz, scale.slope(score));
-      }
-      if constexpr (kAligned) {
-        if (v < head.vocabulary) put_four(results + v, dx);
-      } else {
-        RIME_UNROLL
-        for (int i = 0; i < 4; ++i)
-          if (v + i < head.vocabulary) put(results + v + i, dx[i]);
-      }
-    }
+    sum += put_gradient<Short, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride);
   }
-  sum = block_reduce<kThreads, true>(sum, Add{});
+  sum = block_reduce<Short::kThreads, true>(sum, Add{});
   if (threadIdx.x == 0) products[r] = sum;
+}
+
+// forward_kernel, and backward_kernel on what it found, of `rows` rows. kept: the columns, whole trips, that the block's
+// shared memory has room for.
+template <class L, class T, bool kPlain, bool kAligned>
+__global__ void __launch_bounds__(Long::kThreads) both_kernel(
+    const L* logits, int64_t stride, int64_t rows, Head head, const int64_t* targets, const float* grad_logp, int kept,
+    Statistics statistics, T* out, int64_t out_stride, float* products) {
+  RIME_DYNAMIC_SHARED(unsigned char, room);
+  L* copy = reinterpret_cast<L*>(room);
+  const Scale scale = head.scale(kPlain);
+  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+    const L* row = logits + r * stride;
+    float z[Long::kColumns];
+    Partial mine{-HUGE_VALF, 0.0f, 0.0f};
+    for (int first = 0; first < head.vocabulary; first += Long::kSize) {
+      load_scores<Long, kPlain, kAligned>(row, head, scale, first, z, first < kept ? copy : nullptr);
+      if (statistics.entropy != nullptr)
+        add_scores<true, Long::kColumns>(mine, z);
+      else
+        add_scores<false, Long::kColumns>(mine, z);
+    }
+    mine = block_reduce<Long::kThreads>(mine, Merge{});
+    const float centre = target_score<kPlain>(row, head, scale, targets[r]);
+    const Slope slope{column_of(targets[r], head.vocabulary), two_sum(mine.top, logf(mine.sum)), grad_logp[r], 0.0f,
+                      centre, 0.0f};
+    if (threadIdx.x == 0) {
+      statistics.target_logit[r] = centre;
+      statistics.lse[r] = slope.lse.high;
+      statistics.lse[rows + r] = slope.lse.low;
+      if (statistics.entropy != nullptr) statistics.entropy[r] = logf(mine.sum) - mine.weighted / mine.sum;
+    }
+    __syncthreads();  // all have read the target's logit
+    float sum = 0.0f;
+    for (int first = 0; first < head.vocabulary; first += Long::kSize) {
+      load_scores<Long, kPlain, kAligned>(first < kept ? copy : row, head, scale, first, z);
+      if (sizeof(T) < sizeof(L)) __syncthreads();  // see backward_kernel
+      sum += put_gradient<Long, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride);
+    }
+    sum = block_reduce<Long::kThreads, true>(sum, Add{});
+    if (threadIdx.x == 0) products[r] = sum;
+  }
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ void statistics(Case& c, const L* logits, std::vector<float>& lse, std::vector<f
   const Statistics out{lse.data(), hit.data(), entropy.data()};
   const auto rows = static_cast<unsigned>(c.rows);
   const auto run = [&](auto kernel) {
-    cuda_on_host::launch(rows, 1, kThreads, 0, [&] { kernel(logits, c.stride, c.head(), c.targets.data(), out); });
+    cuda_on_host::launch(rows, 1, Short::kThreads, 0, [&] { kernel(logits, c.stride, c.head(), c.targets.data(), out); });
   };
   run(forward_kernel<L, false, kPlain, kAligned>);
   const std::vector<float> before = lse;
@@ -92,18 +92,9 @@ void statistics(Case& c, const L* logits, std::vector<float>& lse, std::vector<f
   }
 }
 
-// logits: c.x, or a copy of the same numbers in T.
-template <class L, class T, bool kPlain, bool kAligned>
-void gradient(const Case& c, L* logits, const std::vector<float>& lse, const std::vector<float>& hit, const std::vector<float>& entropy) {
-  std::vector<float> g(c.rows), h(c.rows), products(c.rows, -1.0f);
-  for (int64_t r = 0; r < c.rows; ++r) g[r] = 0.3f + 0.1f * static_cast<float>(r), h[r] = kPlain ? 0.0f : 0.2f;
-  const Upstream up{lse.data(), hit.data(), entropy.data(), g.data(), kPlain ? nullptr : h.data()};
-  T* out = reinterpret_cast<T*>(logits);
-  const int64_t stride = c.stride * static_cast<int64_t>(sizeof(L) / sizeof(T));
-  cuda_on_host::launch(static_cast<unsigned>(c.rows), 1, kThreads, 0, [&] {
-    backward_kernel<L, T, kPlain, kAligned>(logits, c.stride, c.head(), c.targets.data(), up, out, stride,
-                                         products.data());
-  });
+template <class L, class T>
+void check_gradient(const Case& c, const L* logits, const T* out, int64_t stride, const std::vector<float>& hit,
+                    const std::vector<float>& g, const std::vector<float>& h, const std::vector<float>& products) {
   const double tolerance = sizeof(T) == 4 ? 3e-5 : 8e-3;
   for (int64_t r = 0; r < c.rows; ++r) {
     const Truth truth(c, r);
@@ -122,6 +113,45 @@ void gradient(const Case& c, L* logits, const std::vector<float>& lse, const std
   }
 }
 
+// logits: c.x, or a copy of the same numbers in T.
+template <class L, class T, bool kPlain, bool kAligned>
+void gradient(const Case& c, L* logits, const std::vector<float>& lse, const std::vector<float>& hit, const std::vector<float>& entropy) {
+  std::vector<float> g(c.rows), h(c.rows), products(c.rows, -1.0f);
+  for (int64_t r = 0; r < c.rows; ++r) g[r] = 0.3f + 0.1f * static_cast<float>(r), h[r] = kPlain ? 0.0f : 0.2f;
+  const Upstream up{lse.data(), hit.data(), entropy.data(), g.data(), kPlain ? nullptr : h.data()};
+  T* out = reinterpret_cast<T*>(logits);
+  const int64_t stride = c.stride * static_cast<int64_t>(sizeof(L) / sizeof(T));
+  cuda_on_host::launch(static_cast<unsigned>(c.rows), 1, Short::kThreads, 0, [&] {
+    backward_kernel<L, T, kPlain, kAligned>(logits, c.stride, c.head(), c.targets.data(), up, out, stride,
+                                         products.data());
+  });
+  check_gradient(c, logits, out, stride, hit, g, h, products);
+}
+
+// Both at once, two blocks for all rows; `kept` trips of a row in shared memory.
+template <class L, class T, bool kPlain, bool kAligned>
+void together(const Case& c, const L* given, int kept) {
+  std::vector<L> logits(given, given + c.rows * c.stride);
+  std::vector<float> lse(2 * c.rows, -1.0f), hit(c.rows, -1.0f), entropy(c.rows, -1.0f), none(c.rows, 0.0f);
+  std::vector<float> g(c.rows), products(c.rows, -1.0f);
+  for (int64_t r = 0; r < c.rows; ++r) g[r] = 0.3f + 0.1f * static_cast<float>(r);
+  T* out = reinterpret_cast<T*>(logits.data());
+  const int64_t stride = c.stride * static_cast<int64_t>(sizeof(L) / sizeof(T));
+  const int columns = kept * Long::kSize;
+  cuda_on_host::launch(2, 1, Long::kThreads, sizeof(L) * columns, [&] {
+    both_kernel<L, T, kPlain, kAligned>(logits.data(), c.stride, c.rows, c.head(), c.targets.data(), g.data(), columns,
+                                        Statistics{lse.data(), hit.data(), entropy.data()}, out, stride,
+                                        products.data());
+  });
+  for (int64_t r = 0; r < c.rows; ++r) {
+    const Truth truth(c, r);
+    expect(double(lse[r]) + lse[c.rows + r], truth.lse, 3e-7, 1.0, "lse, both", r);
+    expect(entropy[r], truth.entropy, 2e-5, 1.0, "entropy, both", r);
+    expect(hit[r], c.targets[r] < 0 ? 0.0 : truth.z[c.targets[r]], 1e-6, 1.0, "target logit, both", r);
+  }
+  check_gradient(c, logits.data(), out, stride, hit, g, none, products);
+}
+
 template <bool kPlain, bool kAligned>
 void all(int64_t rows, int vocabulary, int64_t stride) {
   Case c(rows, vocabulary, stride, !kPlain, !kPlain);
@@ -133,12 +163,17 @@ void all(int64_t rows, int vocabulary, int64_t stride) {
   };
   from_fp32(float{});
   from_fp32(__nv_bfloat16{});
+  const int trips = (vocabulary + Long::kSize - 1) / Long::kSize;
+  together<float, float, kPlain, kAligned>(c, c.x.data(), trips);
+  together<float, __nv_bfloat16, kPlain, kAligned>(c, c.x.data(), trips - 1);
   if (kPlain) from_fp32(__half{});
   const auto narrow = [&](auto type) {
     using T = decltype(type);
     Case rounded = c;
     std::vector<T> x = rounded.template rounded<T>();
     statistics<T, kPlain, kAligned>(rounded, x.data(), lse, hit, entropy);
+    together<T, T, kPlain, kAligned>(rounded, x.data(), trips);
+    together<T, T, kPlain, kAligned>(rounded, x.data(), trips - 1);
     gradient<T, T, kPlain, kAligned>(rounded, x.data(), lse, hit, entropy);
   };
   narrow(__nv_bfloat16{});
@@ -160,6 +195,8 @@ int main(int, char** arguments) {
     all<true, false>(4, 8'193, 8'201);
     all<false, true>(3, 8'192, 8'192);
     all<false, false>(3, 5'000, 5'003);
+    all<true, true>(3, 20'000, 20'000);  // two trips of both_kernel
+    all<false, false>(3, 17'001, 17'003);
   }
   std::printf(failures == 0 ? "ok %.2g\n" : "failed %.2g\n", worst);
   return failures != 0;

@@ -50,25 +50,32 @@ def test_close_to_truth_by_tritons_row_kernels(
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 @pytest.mark.parametrize("outside", [False, True])
-def test_row_kernels_alone(narrow: torch.dtype, kernels: str, outside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statistics, gradient in place (narrow too) and products against fp64, over a target that is another rank's."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_row_kernels_alone(
+    narrow: torch.dtype, kernels: str, outside: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics, gradient in place (narrow too) and products against fp64, over a target that is another rank's; five
+    rows, more than the interpreter has programs."""
     monkeypatch.setattr(row_kernels, "_kernels", lambda _: kernels)
-    logits = torch.randn(3, 4500) * 10
+    logits = torch.randn(5, 4500) * 10
     z = (logits.double() / 1.3).requires_grad_()
-    targets = torch.tensor([0, 4499, -5 if outside else 7])
-    g, h = torch.randn(3), torch.randn(3)
+    targets = torch.tensor([0, 4499, -5 if outside else 7, 4000, 1])
+    g, h = torch.randn(5), torch.zeros(5) if at_once else torch.randn(5)
     inside = (targets >= 0).double()
     picked = z.gather(1, targets.clamp(min=0)[:, None])[:, 0] * inside
     lse = z.logsumexp(1)
     entropy = -(z.log_softmax(1).exp() * z.log_softmax(1)).sum(1)
     (dz,) = torch.autograd.grad((g * (picked - lse)).sum() + (h * entropy).sum(), z)
     scoring = Scoring(None, torch.tensor(1.3), None)
-    found = row_kernels.rows_forward(logits, targets, scoring, True)
+    memory = logits.data_ptr()
+    if at_once:
+        found, dlogits, products = row_kernels.rows_both_(logits, targets, scoring, g, True, narrow)
+    else:
+        found = row_kernels.rows_forward(logits, targets, scoring, True)
+        dlogits, products = row_kernels.rows_backward_(logits, targets, scoring, found, Upstream(g, h), narrow)
     torch.testing.assert_close(found.lse.double().sum(0), lse, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.target_logit.double(), picked, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=0)
-    memory = logits.data_ptr()
-    dlogits, products = row_kernels.rows_backward_(logits, targets, scoring, found, Upstream(g, h), narrow)
     assert dlogits.data_ptr() == memory or kernels == "torch"
     torch.testing.assert_close(dlogits.double(), dz / 1.3, rtol=2 * torch.finfo(narrow).eps, atol=3e-6)
     wanted = (dz * (z - picked[:, None])).sum(1)
@@ -104,8 +111,8 @@ def test_gradients_from_the_forwards_logits(chunks: int, dtype: torch.dtype, mon
     monkeypatch.setattr(cuda, "WORTHWHILE", 64)
     case = Case(201, 96, 517, dtype, scored="all", softcap=5.0 if chunks == 1 else None)
     made: list[tuple[int, ...]] = []
-    forward, backward = cuda.rows_forward, cuda.backward
-    monkeypatch.setattr(cuda, "rows_forward", lambda z, *rest: made.append(tuple(z.shape)) or forward(z, *rest))
+    both, backward = cuda.rows_both_, cuda.backward
+    monkeypatch.setattr(cuda, "rows_both_", lambda z, *rest: made.append(tuple(z.shape)) or both(z, *rest))
     monkeypatch.setattr(cuda, "backward", lambda *_: pytest.fail("the logits were made twice"))
     found = case.run("chunked", schedule="forward")
     assert made == ([(224, 517)] if chunks == 1 else [(96, 517), (96, 517), (32, 517)])

@@ -172,6 +172,7 @@ def _check_compiled(operand: str, which: str, *capabilities: int) -> None:
             "start_gradient_kernel",
             "row_statistics_kernel",
             "row_gradient_kernel",
+            "row_both_kernel",
         }
         described = {b["kernel"] for b in built if b["capability"] == capability and b["descriptors"]}
         assert described == (set() if operand == "fp32" or capability == 80 else paths)

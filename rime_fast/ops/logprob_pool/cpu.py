@@ -61,17 +61,18 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 
 
 def forward_with_gradient(
-    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics]
+    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics] | None
 ) -> tuple[Statistics, ReadOuts, Gradients]:
     """Compute the forward, and the gradients of sum_t token_weight_t * (-logp_t) from the same logits: 6MHV FLOP in
     all.
 
-    merge makes a block's statistics those of the whole vocabulary where ``lm_head`` is a part of it.
+    merge makes a block's statistics those of the whole vocabulary where ``lm_head`` is a part of it; None where not.
     """
     blocks, sums = Blocks(problem), Sums(problem, None)
     stats, upstream = new_statistics(problem.hidden, problem.options.entropy), Upstream(-token_weight, None)
     for rows, logits, targets, x in blocks:
-        found = merge(rows_forward(logits, targets, problem.scoring, problem.options.entropy))
+        found = rows_forward(logits, targets, problem.scoring, problem.options.entropy)
+        found = found if merge is None else merge(found)
         blocks.store(stats, rows, found)
         sums.add(rows, x, *rows_backward_(logits, targets, problem.scoring, found, blocks.pick(upstream, rows)))
     return stats, read_outs_forward(problem.hidden, problem.spans, problem.options.normalize), sums.finish()

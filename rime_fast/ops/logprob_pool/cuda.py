@@ -5,10 +5,10 @@ forward    blocks of ROWS scored rows (padded, so a row's logits are the same bi
 backward   panels of columns outside, all scored rows inside: logits of the panel [M, P] fp32, their gradient over them
            in the operands' dtype, then dW of the P columns (one product over all rows, in fp32, cast once), and the
            panel's share of dX, in fp32. 6MHV FLOP: 8MHV with the forward.
-both       (forward_with_gradient) chunks of R whole rows: logits by blocks of ROWS, statistics, gradient in place, dX,
-           dW. 6MHV FLOP in all. The logits have the operands' dtype (rounded once; everything computed from them
-           is fp32), or with RIME_FAST_FP32_LOGITS=1 fp32. One chunk writes dW as it is wanted; more add theirs to a
-           dW in fp32, which is cast once.
+both       (forward_with_gradient) chunks of R whole rows: logits by blocks of ROWS, statistics and gradient in place
+           with one read of them (rows.rows_both_), dX, dW. 6MHV FLOP in all. The logits have the operands' dtype
+           (rounded once; everything computed from them is fp32), or with RIME_FAST_FP32_LOGITS=1 fp32. One chunk
+           writes dW as it is wanted; more add theirs to a dW in fp32, which is cast once.
 
 R is what the workspace holds, and that is at least as large as the head: R = H rows of 16-bit logits. A further chunk
 reads and writes dW in fp32, 8VH bytes, and saves the second 2RVH FLOP of logits: it pays from R = 4 x FLOP per byte of
@@ -45,7 +45,7 @@ from rime_fast.ops.logprob_pool.problem import (
     workspace_limit,
 )
 from rime_fast.ops.logprob_pool.read_outs import ReadOuts
-from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_forward
+from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_both_, rows_forward
 
 ROWS = 512  # of a block of the forward
 WORTHWHILE = 1_180  # rows of a chunk from which on several chunks are faster than making the logits twice
@@ -155,12 +155,12 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 
 
 def forward_with_gradient(
-    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics]
+    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics] | None
 ) -> tuple[Statistics, ReadOuts, Gradients]:
     """Compute the forward, and the gradients of sum_t token_weight_t * (-logp_t), from the same logits where they fit
     (6MHV).
 
-    merge makes a chunk's statistics those of the whole vocabulary where ``lm_head`` is a part of it.
+    merge makes a chunk's statistics those of the whole vocabulary where ``lm_head`` is a part of it; None where not.
     """
     lm_head, dtype = problem.lm_head, logits_dtype(problem.hidden.dtype)
     vocabulary, width = lm_head.shape
@@ -169,7 +169,7 @@ def forward_with_gradient(
     size = whole_rows(order.shape[0], vocabulary, dtype.itemsize, workspace_limit(lm_head.nbytes))
     if not any(needs) or (order.shape[0] and not size):
         stats, found = forward(problem)
-        stats = merge(stats)
+        stats = stats if merge is None else merge(stats)
         return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
     sums, weight, made = _Sums(problem, None, scored=order.shape[0] > 0), None, []
     places = _Places(problem, order, ROWS)
@@ -182,11 +182,14 @@ def forward_with_gradient(
         logits = buffer[: x.shape[0] * vocabulary].view(-1, vocabulary)
         for part, out in zip(x.split(ROWS), logits.split(ROWS), strict=True):
             _product_into(out, part, lm_head.t())
-        own = merge(rows_forward(logits, targets, problem.scoring, problem.options.entropy))
-        made.append(own)
-        above = Upstream(slope[first : first + size], None)
+        above, rows = slope[first : first + size], (logits, targets, problem.scoring)
         narrow = dtype if dtype != torch.float32 or not x.is_cuda else x.dtype
-        dlogits, products = rows_backward_(logits, targets, problem.scoring, own, above, narrow)
+        if merge is None:
+            own, dlogits, products = rows_both_(*rows, above, problem.options.entropy, narrow)
+        else:
+            own = merge(rows_forward(*rows, problem.options.entropy))
+            dlogits, products = rows_backward_(*rows, own, Upstream(above, None), narrow)
+        made.append(own)
         if sums.hidden is not None:
             dx = _product_into(sums.hidden.new_empty(x.shape), dlogits, lm_head)
             sums.hidden.index_copy_(0, places.order[first : first + size], dx)

@@ -356,7 +356,7 @@ def linear_ce(
     d lm_head, d bias, d temperature), upstream 1."""
     known = Options.decode(options)
     problem = _problem(hidden, lm_head, targets, starts, ends, bias, temperature, softcap, known)
-    merge = partial(vocab_parallel.merge, name=group)
+    merge = partial(vocab_parallel.merge, name=group) if group else None
     with _own_settings(hidden):
         schedule = schedule_for(known.backend, hidden)
         stats, read_outs, found = schedule.forward_with_gradient(problem, token_weight, merge)

@@ -29,8 +29,7 @@ def rows_forward(logits: Tensor, targets: Tensor, scoring: Scoring, entropy: boo
     kernels = _kernels(logits)
     if kernels == "torch":
         return _torch_forward(logits, targets, scoring, entropy)
-    rows, like = logits.shape[0], targets.new_empty(0, dtype=torch.float32)
-    found = Statistics(like.new_empty(2, rows), like.new_empty(rows), like.new_empty(rows if entropy else 0))
+    found = _new(targets, entropy)
     if kernels == "triton":
         _triton_forward(logits, targets, scoring, found)
         return found
@@ -64,6 +63,32 @@ def rows_backward_(
         logits, targets, *scoring, found.lse, found.target_logit, entropy, *upstream, dlogits, products
     )
     return dlogits, products
+
+
+def rows_both_(
+    logits: Tensor, targets: Tensor, scoring: Scoring, slope: Tensor, entropy: bool, dtype: torch.dtype
+) -> tuple[Statistics, Tensor, Tensor]:
+    """Compute what ``rows_forward`` does, and from it what ``rows_backward_`` does for the upstream gradient ``slope``
+    [R] of logp alone; on a GPU with one read of the logits from memory."""
+    if not logits.is_cuda and _kernels(logits) != "triton":  # Triton's interpreter
+        found = rows_forward(logits, targets, scoring, entropy)
+        return found, *rows_backward_(logits, targets, scoring, found, Upstream(slope, None), dtype)
+    dlogits = logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
+    found, products = _new(targets, entropy), torch.empty_like(slope)
+    if _kernels(logits) == "triton":
+        _triton_both_(logits, targets, scoring, slope, found, dlogits, products)
+    else:
+        torch.ops.rime_fast_C.row_softmax_both(
+            logits,
+            *(targets, *scoring, slope, found.lse, found.target_logit, found.entropy if entropy else None),
+            *(dlogits, products),
+        )
+    return found, dlogits, products
+
+
+def _new(targets: Tensor, entropy: bool) -> Statistics:
+    rows, like = targets.shape[0], targets.new_empty(0, dtype=torch.float32)
+    return Statistics(like.new_empty(2, rows), like.new_empty(rows), like.new_empty(rows if entropy else 0))
 
 
 def _kernels(logits: Tensor) -> str:
@@ -109,6 +134,23 @@ def _triton_backward_(
             *(rows, logits.stride(0), dlogits.stride(0), vocabulary),
             BLOCK=_block(vocabulary),
             num_warps=8,
+        )
+
+
+def _triton_both_(
+    logits: Tensor, targets: Tensor, scoring: Scoring, slope: Tensor, out: Statistics, dlogits: Tensor, products: Tensor
+) -> None:
+    from rime_fast.ops.logprob_pool.triton_rows import row_both_kernel
+    from rime_fast.ops.logprob_pool.triton_tiles import processors
+
+    rows, vocabulary = logits.shape
+    if rows:
+        row_both_kernel[(min(rows, processors(logits)),)](
+            *(logits, *scoring, targets, slope, *out, dlogits, products),
+            *(rows, logits.stride(0), dlogits.stride(0), vocabulary),
+            ENTROPY=out.entropy.numel() > 0,
+            BLOCK=2 * _block(vocabulary),
+            num_warps=16,
         )
 
 

@@ -35,7 +35,6 @@ from rime_fast.ops.logprob_pool.triton_tiles import (
     FORWARD_ROWS,
     FORWARD_WIDE,
     GROUP,
-    INTERPRETER_PROGRAMS,
     SPLIT_COLUMNS,
     Tiles,
     capability_of,
@@ -43,6 +42,7 @@ from rime_fast.ops.logprob_pool.triton_tiles import (
     hidden_tiles,
     interpreted,
     plan,
+    processors,
     score_tiles,
 )
 
@@ -157,11 +157,11 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 
 
 def forward_with_gradient(
-    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics]
+    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics] | None
 ) -> tuple[Statistics, ReadOuts, Gradients]:
     """Compute the forward and the gradients in one call, the logits recomputed."""
     stats, found = forward(problem)
-    stats = merge(stats)
+    stats = stats if merge is None else merge(stats)
     return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
 
 
@@ -242,9 +242,7 @@ class _Launch:
 
     def programs(self, units: int) -> tuple[int]:
         """Persistent: as many programs as processors, or as units of work if these are fewer."""
-        if not self.hidden.is_cuda:
-            return (max(1, min(INTERPRETER_PROGRAMS, units)),)
-        return (max(1, min(torch.cuda.get_device_properties(self.hidden.device).multi_processor_count, units)),)
+        return (max(1, min(processors(self.hidden), units)),)
 
 
 class _Backward:

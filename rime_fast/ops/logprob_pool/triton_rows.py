@@ -2,6 +2,8 @@
 
 row_statistics_kernel  a row of logits -> lse, target logit, entropy; reads it once
 row_gradient_kernel    a row of logits -> its gradient in the row's own memory; reads and writes it once
+row_both_kernel        the two above, where the upstream gradient does not wait for the statistics; reads the row from
+                       memory once
 merge_kernel           a row's splits in ascending order -> lse, target logit, entropy
 gather_kernel          the scored rows of a matrix one after the other, 0 past their number
 read_out               a span's rows summed in order, then the norm; a part of forward_kernel (triton_kernels.py)
@@ -50,9 +52,10 @@ def _store_lse(lse, row, length, top, log_total, mask):
     tl.store(lse + length + row, (top - (high - part)) + (log_total - part), mask=mask)
 
 
-@triton.jit(do_not_specialize=["length"])
-def row_statistics_kernel(
-    logits,
+@triton.jit
+def _row_statistics(
+    r,
+    row,
     bias,
     temperature,
     softcap,
@@ -61,14 +64,12 @@ def row_statistics_kernel(
     target_logit,
     entropy,
     length,
-    stride,
     vocabulary,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Statistics of rows of logits [length, V], a program a row; every lane has a running sum of its own."""
-    r = tl.program_id(0)
-    row = logits + tl.cast(r, tl.int64) * stride
+    """Store a row's statistics; every lane has a running sum of its own. Returns (top, log of the rest of the sum, the
+    target, its score)."""
     inv_temperature = 1.0 / tl.load(temperature)
     lanes = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -94,10 +95,76 @@ def row_statistics_kernel(
     _store_lse(lse, r, length, highest, log_total, True)
     target = tl.load(targets + r)
     there = (target >= 0) & (target < vocabulary)
-    found = _scores(row, target, there, bias, softcap, inv_temperature)
-    tl.store(target_logit + r, tl.where(there, found, 0.0))
+    found = tl.where(there, _scores(row, target, there, bias, softcap, inv_temperature), 0.0)
+    tl.store(target_logit + r, found)
     if ENTROPY:
         tl.store(entropy + r, log_total - tl.sum(weighted, axis=0) / whole)
+    return highest, log_total, target, found
+
+
+@triton.jit
+def _row_gradient(
+    row,
+    results,
+    bias,
+    temperature,
+    softcap,
+    high,
+    low,
+    target,
+    centre,
+    g,
+    entropy,
+    h,
+    vocabulary,
+    BLOCK: tl.constexpr,
+):
+    """Store a row's gradient; returns sum_v dz_v (z_v - centre). entropy, h: None where none of it goes to the
+    entropy."""
+    inv_temperature = 1.0 / tl.load(temperature)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        columns = first + lanes
+        inside = columns < vocabulary
+        z = _scores(row, columns, inside, bias, softcap, inv_temperature)
+        shifted = (z - high) - low
+        p = tl.exp(shifted)
+        dz = tl.where(columns == target, g, 0.0) - g * p
+        if h is not None:
+            slope = tl.where(p == 0.0, p, p * (shifted + entropy))
+            dz -= h * slope
+        total += tl.where(dz == 0.0, dz, dz * (z - centre))
+        dlogits = dz * inv_temperature
+        if softcap is not None:
+            t = z / (inv_temperature * tl.load(softcap))
+            dlogits *= 1.0 - t * t
+        # Narrow results lie over columns that other threads read in this step or in the one before.
+        tl.debug_barrier()
+        tl.store(results + columns, dlogits.to(results.dtype.element_ty), mask=inside)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["length"])
+def row_statistics_kernel(
+    logits,
+    bias,
+    temperature,
+    softcap,
+    targets,
+    lse,
+    target_logit,
+    entropy,
+    length,
+    stride,
+    vocabulary,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics of rows of logits [length, V], a program a row."""
+    r = tl.program_id(0)
+    row, known = logits + tl.cast(r, tl.int64) * stride, (bias, temperature, softcap, targets)
+    _row_statistics(r, row, *known, lse, target_logit, entropy, length, vocabulary, ENTROPY, BLOCK)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -124,30 +191,53 @@ def row_gradient_kernel(
     one; products [length]: sum_v dz_v (z_v - z[target])."""
     r = tl.program_id(0)
     row, results = logits + tl.cast(r, tl.int64) * stride, out + tl.cast(r, tl.int64) * out_stride
-    inv_temperature = 1.0 / tl.load(temperature)
     target, g, centre = tl.load(targets + r), tl.load(grad_logp + r), tl.load(target_logit + r)
     high, low = tl.load(lse + r), tl.load(lse + length + r)
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        columns = first + lanes
-        inside = columns < vocabulary
-        z = _scores(row, columns, inside, bias, softcap, inv_temperature)
-        shifted = (z - high) - low
-        p = tl.exp(shifted)
-        dz = tl.where(columns == target, g, 0.0) - g * p
-        if grad_entropy is not None:
-            slope = tl.where(p == 0.0, p, p * (shifted + tl.load(entropy + r)))
-            dz -= tl.load(grad_entropy + r) * slope
-        total += tl.where(dz == 0.0, dz, dz * (z - centre))
-        dlogits = dz * inv_temperature
-        if softcap is not None:
-            t = z / (inv_temperature * tl.load(softcap))
-            dlogits *= 1.0 - t * t
-        # Narrow results lie over columns that other threads read in this step or in the one before.
-        tl.debug_barrier()
-        tl.store(results + columns, dlogits.to(out.dtype.element_ty), mask=inside)
-    tl.store(products + r, tl.sum(total, axis=0))
+    mean, h = None, None
+    if grad_entropy is not None:
+        mean, h = tl.load(entropy + r), tl.load(grad_entropy + r)
+    total = _row_gradient(
+        row, results, bias, temperature, softcap, high, low, target, centre, g, mean, h, vocabulary, BLOCK
+    )
+    tl.store(products + r, total)
+
+
+@triton.jit(do_not_specialize=["length"])
+def row_both_kernel(
+    logits,
+    bias,
+    temperature,
+    softcap,
+    targets,
+    grad_logp,
+    lse,
+    target_logit,
+    entropy,
+    out,
+    products,
+    length,
+    stride,
+    out_stride,
+    vocabulary,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics, and the gradient from them. One program a multiprocessor, which walks the rows: what is read a second
+    time was read shortly before, and lies in the L2."""
+    for r in range(tl.program_id(0), length, tl.num_programs(0)):
+        row, results = logits + tl.cast(r, tl.int64) * stride, out + tl.cast(r, tl.int64) * out_stride
+        top, log_total, target, centre = _row_statistics(
+            r, row, bias, temperature, softcap, targets, lse, target_logit, entropy, length, vocabulary, ENTROPY, BLOCK
+        )
+        high = top + log_total  # as _store_lse
+        part = high - top
+        low = (top - (high - part)) + (log_total - part)
+        g = tl.load(grad_logp + r)
+        tl.debug_barrier()  # the target's logit has been read
+        total = _row_gradient(
+            row, results, bias, temperature, softcap, high, low, target, centre, g, None, None, vocabulary, BLOCK
+        )
+        tl.store(products + r, total)
 
 
 @triton.jit(do_not_specialize=["capacity", "length"])

@@ -49,6 +49,13 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
 
 
+def processors(tensor: Tensor) -> int:
+    """How many programs a persistent kernel has at most: one a multiprocessor."""
+    if not tensor.is_cuda:
+        return INTERPRETER_PROGRAMS
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def score_tiles(
     dtype: torch.dtype, capability: tuple[int, int], heavy: bool, tma: bool, wide: Tiles | None = None
 ) -> Tiles:
