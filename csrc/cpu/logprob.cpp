@@ -1,6 +1,6 @@
 // Row kernels of the log-prob operator on the CPU: logits [R, V] fp32 -> statistics per row, and -> their gradient in
 // place. Loops: logprob_kernels.h. Threads take whole rows, so a result depends on neither the thread count nor the
-// other rows. Bytes: 4V a row forward, 8V backward.
+// other rows. Bytes: 4V a row forward, 8V backward; both at once 8V, as a row stays in L2 between them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -87,10 +87,34 @@ void row_softmax_backward(Tensor logits, Tensor targets, std::optional<Tensor> b
   });
 }
 
+void row_softmax_both(Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature,
+                      std::optional<Tensor> softcap, Tensor grad_logp, Tensor lse, Tensor target_logit,
+                      std::optional<Tensor> entropy, Tensor dlogits, Tensor products) {
+  (void)dlogits;
+  const int64_t rows = logits.size(0), stride = logits.stride(0);
+  const Head head = head_of(logits, bias, temperature, softcap);
+  const Kernels run = RIME_FOR_CPU(kernels);
+  auto* x = static_cast<float*>(logits.mutable_data_ptr());
+  const auto* t = static_cast<const int64_t*>(targets.const_data_ptr());
+  const auto* g = static_cast<const float*>(grad_logp.const_data_ptr());
+  auto* l = static_cast<float*>(lse.mutable_data_ptr());
+  auto* hit = static_cast<float*>(target_logit.mutable_data_ptr());
+  auto* ent = entropy.has_value() ? static_cast<float*>(entropy->mutable_data_ptr()) : nullptr;
+  auto* sums = static_cast<float*>(products.mutable_data_ptr());
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      float* row = x + r * stride;
+      run.forward(row, head, t[r], l + r, rows, hit + r, ent ? ent + r : nullptr);
+      sums[r] = run.backward(row, head, t[r], {l[r], l[rows + r], 0.0f, hit[r], g[r], 0.0f});
+    }
+  });
+}
+
 }  // namespace
 }  // namespace rime::logprob
 
 STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CPU, m) {
   m.impl("row_softmax_forward", TORCH_BOX(&rime::logprob::row_softmax_forward));
   m.impl("row_softmax_backward", TORCH_BOX(&rime::logprob::row_softmax_backward));
+  m.impl("row_softmax_both", TORCH_BOX(&rime::logprob::row_softmax_both));
 }

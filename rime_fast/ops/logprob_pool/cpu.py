@@ -27,7 +27,7 @@ from rime_fast.ops.logprob_pool.problem import (
     new_statistics,
 )
 from rime_fast.ops.logprob_pool.read_outs import ReadOuts, read_outs_forward, scale_, start_gradient_
-from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_forward
+from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_both_, rows_forward
 
 __all__ = ["backward", "forward", "forward_with_gradient", "scale_", "start_gradient_"]
 
@@ -71,10 +71,14 @@ def forward_with_gradient(
     blocks, sums = Blocks(problem), Sums(problem, None)
     stats, upstream = new_statistics(problem.hidden, problem.options.entropy), Upstream(-token_weight, None)
     for rows, logits, targets, x in blocks:
-        found = rows_forward(logits, targets, problem.scoring, problem.options.entropy)
-        found = found if merge is None else merge(found)
+        given, above = (logits, targets, problem.scoring), blocks.pick(upstream, rows)
+        if merge is None:
+            found, dlogits, products = rows_both_(*given, above.logp, problem.options.entropy, torch.float32)
+        else:
+            found = merge(rows_forward(*given, problem.options.entropy))
+            dlogits, products = rows_backward_(*given, found, above)
         blocks.store(stats, rows, found)
-        sums.add(rows, x, *rows_backward_(logits, targets, problem.scoring, found, blocks.pick(upstream, rows)))
+        sums.add(rows, x, dlogits, products)
     return stats, read_outs_forward(problem.hidden, problem.spans, problem.options.normalize), sums.finish()
 
 

@@ -69,20 +69,18 @@ def rows_both_(
     logits: Tensor, targets: Tensor, scoring: Scoring, slope: Tensor, entropy: bool, dtype: torch.dtype
 ) -> tuple[Statistics, Tensor, Tensor]:
     """Compute what ``rows_forward`` does, and from it what ``rows_backward_`` does for the upstream gradient ``slope``
-    [R] of logp alone; on a GPU with one read of the logits from memory."""
-    if not logits.is_cuda and _kernels(logits) != "triton":  # Triton's interpreter
+    [R] of logp alone, with one read of the logits from memory."""
+    kernels = _kernels(logits)
+    if kernels == "torch":
         found = rows_forward(logits, targets, scoring, entropy)
         return found, *rows_backward_(logits, targets, scoring, found, Upstream(slope, None), dtype)
     dlogits = logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
     found, products = _new(targets, entropy), torch.empty_like(slope)
-    if _kernels(logits) == "triton":
+    if kernels == "triton":
         _triton_both_(logits, targets, scoring, slope, found, dlogits, products)
-    else:
-        torch.ops.rime_fast_C.row_softmax_both(
-            logits,
-            *(targets, *scoring, slope, found.lse, found.target_logit, found.entropy if entropy else None),
-            *(dlogits, products),
-        )
+        return found, dlogits, products
+    given = logits, targets, *scoring, slope, found.lse, found.target_logit, found.entropy if entropy else None
+    torch.ops.rime_fast_C.row_softmax_both(*given, dlogits, products)
     return found, dlogits, products
 
 
