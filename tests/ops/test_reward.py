@@ -72,6 +72,22 @@ def test_a_small_bank_of_many_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) 
     assert_same(score(case, weights, backend="chunked"), score(case, weights, backend="reference"))
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 24), (9, 4, 7), (40, 1, 130)])
+@pytest.mark.parametrize("anchors", [257, 535, 1029, 1621])
+def test_parts_of_a_bank_and_what_is_left_of_them(shape: tuple[int, int, int], anchors: int) -> None:
+    """Every size of a scan's last steps, in one part of the bank and in several; a norm that is known changes nothing,
+    however long the anchors are."""
+    n_items, group, width = shape
+    case = make_case(n_items, group, width, anchors, ties=True)
+    case["anchors"][3] *= 50
+    for kind in ("mean", "max", "softmax"):
+        found = score(case, WEIGHTS[kind], backend="chunked")
+        assert_same(found, score(case, WEIGHTS[kind], backend="reference"))
+        norm = case["anchors"].norm(dim=1).amax(0, keepdim=True)
+        again = score(case | {"largest_norm": norm}, WEIGHTS[kind], backend="chunked")
+        assert all(torch.equal(found[name], again[name]) for name in found)
+
+
 def test_a_large_bank() -> None:
     case = make_case(2, 4, 16, 100_000, masked=False)
     case["positive"] = torch.tensor([0, 99_999])
