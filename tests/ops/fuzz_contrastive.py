@@ -158,7 +158,7 @@ def _sizes(case: Case) -> dict[str, float]:
     sides = {f"gradient of queries[{m}]": torch.zeros_like(v) for m, v in case.queries.items()}
     sides |= {f"gradient of keys[{m}]": torch.zeros_like(v) for m, v in case.keys.items()}
     # A slope is a difference of shares, each rounded with its logit: where they cancel, their size is what rounds.
-    share = min(abs(weight) for _, _, weight in case.terms) / case.temperature
+    share = min((abs(weight) for _, _, weight in case.terms if weight), default=0.0) / case.temperature
     for one in every:
         slope = one.slope.abs().clamp_min(share / one.slope.numel()) * (1 + largest)
         (q, k), width = one.modes, one.queries.shape[1]
