@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
   m.def(
       "row_softmax_both(Tensor(a!) logits, Tensor targets, Tensor? bias, Tensor temperature, Tensor? softcap, "
       "Tensor grad_logp, Tensor(b!) lse, Tensor(c!) target_logit, Tensor(d!)? entropy, Tensor(e!) dlogits, "
-      "Tensor(f!) products) -> ()");
+      "Tensor(f!)? products) -> ()");
 
   // Contrastive loss (csrc/*/contrastive.*). Both read one tile of similarities q k^T whose corner is (row0, col0) of the
   // whole; row and column arrays are those of the whole; labels, positive and positive_slope are [rows, positives].

@@ -89,7 +89,7 @@ void row_softmax_backward(Tensor logits, Tensor targets, std::optional<Tensor> b
 
 void row_softmax_both(Tensor logits, Tensor targets, std::optional<Tensor> bias, Tensor temperature,
                       std::optional<Tensor> softcap, Tensor grad_logp, Tensor lse, Tensor target_logit,
-                      std::optional<Tensor> entropy, Tensor dlogits, Tensor products) {
+                      std::optional<Tensor> entropy, Tensor dlogits, std::optional<Tensor> products) {
   (void)dlogits;
   const int64_t rows = logits.size(0), stride = logits.stride(0);
   const Head head = head_of(logits, bias, temperature, softcap);
@@ -100,12 +100,13 @@ void row_softmax_both(Tensor logits, Tensor targets, std::optional<Tensor> bias,
   auto* l = static_cast<float*>(lse.mutable_data_ptr());
   auto* hit = static_cast<float*>(target_logit.mutable_data_ptr());
   auto* ent = entropy.has_value() ? static_cast<float*>(entropy->mutable_data_ptr()) : nullptr;
-  auto* sums = static_cast<float*>(products.mutable_data_ptr());
+  auto* sums = products.has_value() ? static_cast<float*>(products->mutable_data_ptr()) : nullptr;
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       float* row = x + r * stride;
       run.forward(row, head, t[r], l + r, rows, hit + r, ent ? ent + r : nullptr);
-      sums[r] = run.backward(row, head, t[r], {l[r], l[rows + r], 0.0f, hit[r], g[r], 0.0f});
+      const float sum = run.backward(row, head, t[r], {l[r], l[rows + r], 0.0f, hit[r], g[r], 0.0f});
+      if (sums != nullptr) sums[r] = sum;
     }
   });
 }

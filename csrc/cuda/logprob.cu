@@ -93,7 +93,7 @@ int device_attribute(const Tensor& tensor, cudaDeviceAttr attribute) {
 
 void row_softmax_both(Tensor logits, Tensor targets, MaybeTensor bias, Tensor temperature, MaybeTensor softcap,
                       Tensor grad_logp, Tensor lse, Tensor target_logit, MaybeTensor entropy, Tensor dlogits,
-                      Tensor products) {
+                      MaybeTensor products) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   const int64_t rows = logits.size(0);
   if (rows == 0) return;

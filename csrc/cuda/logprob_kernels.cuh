@@ -150,8 +150,8 @@ struct Slope {
   float g, h, centre, entropy;  // h: of the entropy
 };
 
-// Makes a trip's gradient from its scores; returns this thread's sum of dz (z - z[target]).
-template <class Trip, bool kPlain, bool kAligned, class T>
+// Makes a trip's gradient from its scores; returns this thread's sum of dz (z - z[target]), with kProducts.
+template <class Trip, bool kPlain, bool kAligned, bool kProducts, class T>
 __device__ __forceinline__ float put_gradient(
     const Slope& row, const Head& head, const Scale& scale, int first, const float* z, T* results) {
   float sum = 0.0f;
@@ -165,7 +165,7 @@ __device__ __forceinline__ float put_gradient(
       float dz = kPlain ? exp32((score - row.lse.high) - row.lse.low) * -row.g
                         : dscore(score, row.lse, row.entropy, row.g, row.h);
       if (v + i == row.target) dz += row.g;
-      sum += product(dz, score - row.centre);
+      if constexpr (kProducts) sum += product(dz, score - row.centre);
       dx[i] = kPlain ? dz * scale.inv_temperature : product(dz, scale.slope(score));
     }
     if constexpr (kAligned) {
@@ -200,14 +200,14 @@ __global__ void __launch_bounds__(Short::kThreads) backward_kernel(
     load_scores<Short, kPlain, kAligned>(row, head, scale, first, z);
     // Narrow results overlap columns that other threads read in this trip or in an earlier one.
     if (sizeof(T) < sizeof(L)) __syncthreads();
-    sum += put_gradient<Short, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride);
+    sum += put_gradient<Short, kPlain, kAligned, true>(slope, head, scale, first, z, out + r * out_stride);
   }
   sum = block_reduce<Short::kThreads, true>(sum, Add{});
   if (threadIdx.x == 0) products[r] = sum;
 }
 
 // forward_kernel, and backward_kernel on what it found, of `rows` rows. kept: the columns, whole trips, that the block's
-// shared memory has room for.
+// shared memory has room for. products: null where nobody needs them (they are a quarter of the gradient's arithmetic).
 template <class L, class T, bool kPlain, bool kAligned>
 __global__ void __launch_bounds__(Long::kThreads) both_kernel(
     const L* logits, int64_t stride, int64_t rows, Head head, const int64_t* targets, const float* grad_logp, int kept,
@@ -241,8 +241,13 @@ __global__ void __launch_bounds__(Long::kThreads) both_kernel(
     for (int first = 0; first < head.vocabulary; first += Long::kSize) {
       load_scores<Long, kPlain, kAligned>(first < kept ? copy : row, head, scale, first, z);
       if (sizeof(T) < sizeof(L)) __syncthreads();  // see backward_kernel
-      sum += put_gradient<Long, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride);
+      T* results = out + r * out_stride;
+      if (products != nullptr)
+        sum += put_gradient<Long, kPlain, kAligned, true>(slope, head, scale, first, z, results);
+      else
+        put_gradient<Long, kPlain, kAligned, false>(slope, head, scale, first, z, results);
     }
+    if (products == nullptr) continue;
     sum = block_reduce<Long::kThreads, true>(sum, Add{});
     if (threadIdx.x == 0) products[r] = sum;
   }

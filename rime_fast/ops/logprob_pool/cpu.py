@@ -73,7 +73,9 @@ def forward_with_gradient(
     for rows, logits, targets, x in blocks:
         given, above = (logits, targets, problem.scoring), blocks.pick(upstream, rows)
         if merge is None:
-            found, dlogits, products = rows_both_(*given, above.logp, problem.options.entropy, torch.float32)
+            found, dlogits, products = rows_both_(
+                *given, above.logp, problem.options.entropy, torch.float32, problem.options.needs.temperature
+            )
         else:
             found = merge(rows_forward(*given, problem.options.entropy))
             dlogits, products = rows_backward_(*given, found, above)
@@ -147,9 +149,9 @@ class Sums:
         self.products = torch.zeros((), dtype=torch.float64) if needs.temperature else None
         self.first = True
 
-    def add(self, rows: Tensor, x: Tensor, dlogits: Tensor, products: Tensor) -> None:
+    def add(self, rows: Tensor, x: Tensor, dlogits: Tensor, products: Tensor | None) -> None:
         """Add one block: its logits' gradient [R, V] and sum_v dz (z - z[target]) [R]. Padding rows are left out."""
-        dlogits, products = dlogits[: rows.shape[0]], products[: rows.shape[0]]
+        dlogits = dlogits[: rows.shape[0]]
         if self.hidden is not None:
             dx = self.hidden[rows].float()
             for part, head in head_panels(self.problem.lm_head):
@@ -159,8 +161,8 @@ class Sums:
             set_or_add_product(self.lm_head, dlogits.t(), x, self.first)
         if self.bias is not None:
             self.bias += dlogits.sum(dim=0, dtype=torch.float32)
-        if self.products is not None:
-            self.products += products.sum(dtype=torch.float64)
+        if self.products is not None and products is not None:
+            self.products += products[: rows.shape[0]].sum(dtype=torch.float64)
         self.first = False
 
     def finish(self) -> Gradients:

@@ -185,7 +185,7 @@ def forward_with_gradient(
         above, rows = slope[first : first + size], (logits, targets, problem.scoring)
         narrow = dtype if dtype != torch.float32 or not x.is_cuda else x.dtype
         if merge is None:
-            own, dlogits, products = rows_both_(*rows, above, problem.options.entropy, narrow)
+            own, dlogits, products = rows_both_(*rows, above, problem.options.entropy, narrow, needs.temperature)
         else:
             own = merge(rows_forward(*rows, problem.options.entropy))
             dlogits, products = rows_backward_(*rows, own, Upstream(above, None), narrow)
@@ -199,7 +199,7 @@ def forward_with_gradient(
             _product_into(sums.lm_head, dlogits.t(), x)
         if sums.bias is not None:
             sums.bias += dlogits.sum(dim=0, dtype=torch.float32)
-        if sums.products is not None:
+        if sums.products is not None and products is not None:
             sums.products.add_(products.sum(dtype=torch.float64))
     if weight is not None and sums.lm_head is not None:
         sums.lm_head.copy_(weight)

@@ -66,16 +66,23 @@ def rows_backward_(
 
 
 def rows_both_(
-    logits: Tensor, targets: Tensor, scoring: Scoring, slope: Tensor, entropy: bool, dtype: torch.dtype
-) -> tuple[Statistics, Tensor, Tensor]:
+    logits: Tensor,
+    targets: Tensor,
+    scoring: Scoring,
+    slope: Tensor,
+    entropy: bool,
+    dtype: torch.dtype,
+    with_products: bool,
+) -> tuple[Statistics, Tensor, Tensor | None]:
     """Compute what ``rows_forward`` does, and from it what ``rows_backward_`` does for the upstream gradient ``slope``
-    [R] of logp alone, with one read of the logits from memory."""
+    [R] of logp alone, with one read of the logits from memory. with_products: the sums for the temperature's gradient
+    too."""
     kernels = _kernels(logits)
     if kernels == "torch":
         found = rows_forward(logits, targets, scoring, entropy)
         return found, *rows_backward_(logits, targets, scoring, found, Upstream(slope, None), dtype)
     dlogits = logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
-    found, products = _new(targets, entropy), torch.empty_like(slope)
+    found, products = _new(targets, entropy), torch.empty_like(slope) if with_products else None
     if kernels == "triton":
         _triton_both_(logits, targets, scoring, slope, found, dlogits, products)
         return found, dlogits, products
@@ -136,7 +143,13 @@ def _triton_backward_(
 
 
 def _triton_both_(
-    logits: Tensor, targets: Tensor, scoring: Scoring, slope: Tensor, out: Statistics, dlogits: Tensor, products: Tensor
+    logits: Tensor,
+    targets: Tensor,
+    scoring: Scoring,
+    slope: Tensor,
+    out: Statistics,
+    dlogits: Tensor,
+    products: Tensor | None,
 ) -> None:
     from rime_fast.ops.logprob_pool.triton_rows import row_both_kernel
     from rime_fast.ops.logprob_pool.triton_tiles import processors

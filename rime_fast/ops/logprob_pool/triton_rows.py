@@ -117,10 +117,11 @@ def _row_gradient(
     entropy,
     h,
     vocabulary,
+    PRODUCTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store a row's gradient; returns sum_v dz_v (z_v - centre). entropy, h: None where none of it goes to the
-    entropy."""
+    """Store a row's gradient; returns sum_v dz_v (z_v - centre), with PRODUCTS. entropy, h: None where none of it goes
+    to the entropy."""
     inv_temperature = 1.0 / tl.load(temperature)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -134,7 +135,8 @@ def _row_gradient(
         if h is not None:
             slope = tl.where(p == 0.0, p, p * (shifted + entropy))
             dz -= h * slope
-        total += tl.where(dz == 0.0, dz, dz * (z - centre))
+        if PRODUCTS:
+            total += tl.where(dz == 0.0, dz, dz * (z - centre))
         dlogits = dz * inv_temperature
         if softcap is not None:
             t = z / (inv_temperature * tl.load(softcap))
@@ -197,7 +199,7 @@ def row_gradient_kernel(
     if grad_entropy is not None:
         mean, h = tl.load(entropy + r), tl.load(grad_entropy + r)
     total = _row_gradient(
-        row, results, bias, temperature, softcap, high, low, target, centre, g, mean, h, vocabulary, BLOCK
+        row, results, bias, temperature, softcap, high, low, target, centre, g, mean, h, vocabulary, True, BLOCK
     )
     tl.store(products + r, total)
 
@@ -234,10 +236,11 @@ def row_both_kernel(
         low = (top - (high - part)) + (log_total - part)
         g = tl.load(grad_logp + r)
         tl.debug_barrier()  # the target's logit has been read
-        total = _row_gradient(
-            row, results, bias, temperature, softcap, high, low, target, centre, g, None, None, vocabulary, BLOCK
-        )
-        tl.store(products + r, total)
+        known, slope = (bias, temperature, softcap), (high, low, target, centre, g, None, None)
+        if products is None:
+            _row_gradient(row, results, *known, *slope, vocabulary, False, BLOCK)
+        else:
+            tl.store(products + r, _row_gradient(row, results, *known, *slope, vocabulary, True, BLOCK))
 
 
 @triton.jit(do_not_specialize=["capacity", "length"])
