@@ -26,8 +26,18 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _tool(name: str) -> str | None:
-    """On PATH, or beside this Python (pip-installed cmake and ninja of a venv that is not activated)."""
-    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    """Beside this Python (what pip installed, also where the venv is not activated), or on PATH: a system's own cmake
+    may be older than its nvcc."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
+def _has_cuda() -> bool:
+    """Whether the CUDA kernels are to be tried."""
+    try:
+        import torch
+    except ImportError:
+        return False  # _cmake says so
+    return torch.version.cuda is not None and os.environ.get("RIME_FAST_CUDA") != "0"
 
 
 class CMakeBuild(build_ext):
@@ -40,14 +50,17 @@ class CMakeBuild(build_ext):
         mode = os.environ.get("RIME_FAST_BUILD", "auto")
         if mode == "0":
             return
-        try:
-            self._cmake(ext)
-        except Exception as error:
-            if mode == "1":
-                raise
-            print(f"rime-fast: compiled kernels not built ({error}); pure torch will be used", file=sys.stderr)
+        for cuda in (True, False) if _has_cuda() else (False,):
+            try:
+                self._cmake(ext, cuda)
+                return
+            except Exception as error:
+                if mode == "1":
+                    raise
+                rest = "once more for the CPU alone" if cuda else "pure torch will be used"
+                print(f"rime-fast: compiled kernels not built ({error}); {rest}", file=sys.stderr)
 
-    def _cmake(self, ext: Extension) -> None:
+    def _cmake(self, ext: Extension, cuda: bool) -> None:
         try:
             import torch
         except ImportError as error:
@@ -69,7 +82,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
             f"-DTORCH_DIR={Path(torch.__file__).parent}",
             f"-DRIME_OUTPUT_DIR={output.parent}",
-            f"-DRIME_CUDA={'OFF' if os.environ.get('RIME_FAST_CUDA') == '0' or torch.version.cuda is None else 'ON'}",
+            f"-DRIME_CUDA={'ON' if cuda else 'OFF'}",
         ]
         if archs := os.environ.get("RIME_FAST_CUDA_ARCHS"):
             configure.append(f"-DRIME_CUDA_ARCHS={archs}")

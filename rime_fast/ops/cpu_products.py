@@ -7,9 +7,10 @@ first). So the processor's maker decides, and not a measurement: a process, and 
 same bits. Both round to fp32 and accumulate in fp32. The layer has no form that writes into given memory: callers take
 the new tensor, or add it.
 
-Logits are made by oneDNN on every x86: it sums a row in one order however many rows there are (16 to 512, at H 64 to
-8192, with 1 to 32 threads and each instruction set), while MKL on Intel's processors takes another order for another
-number of rows, and there oneDNN's time for them is MKL's.
+Logits are made by oneDNN on every x86 from torch 2.13 on: its oneDNN 3.12 sums a row in one order however many rows
+there are (16 to 512, at H 64 to 8192, with 1 to 32 threads and each instruction set), while MKL on Intel's processors
+takes another order for another number of rows, and there oneDNN's time for them is MKL's. Before (3.10, on a Xeon) it
+split K where rows are few: there products of one size, 16 rows, are what keeps a row's bits.
 """
 
 from __future__ import annotations
@@ -132,8 +133,9 @@ def set_logits(into: Tensor, x: Tensor, head: Tensor) -> None:
 
 
 def _row_layer() -> Any:
-    """oneDNN's linear layer where a row's bits were seen to depend on no other row: on x86."""
-    return _linear() if platform.machine().lower() in ("x86_64", "amd64") else None
+    """oneDNN's linear layer where a row's bits were seen to depend on no other row: on x86, from torch 2.13 on."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    return _linear() if version >= (2, 13) and platform.machine().lower() in ("x86_64", "amd64") else None
 
 
 def _part(*widths: int) -> int:
