@@ -222,6 +222,7 @@ void nested_gradient(const Nested& n, int64_t i, float* by_row, float* const* by
       const Lanes left = fill(n.row_norm[w][i]), coef = fill(t.row_coef[i] * t.factor);
       Lanes product = zero;
       over_lanes(j0, j1, [&](int64_t j, auto whole) __attribute__((always_inline)) {
+        __builtin_prefetch(own + j + cols, 1);  // the next row's page, which hardware does not foresee
         Lanes total = whole ? load_lanes(own + j) : load_lanes(own + j, j1 - j, w == 0 ? hole : 0.0f);
         if (w > 0) total += load_lanes(running + j - j0);
         store_lanes(running + j - j0, total);

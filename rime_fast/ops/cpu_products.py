@@ -57,16 +57,14 @@ def has_onednn() -> bool:
     return _linear() is not None
 
 
+def serves(a: Tensor) -> bool:
+    """Whether ``fast_product`` can multiply a by another matrix, be it the faster way or not."""
+    return a.dtype == torch.float32 and a.device.type == "cpu" and has_onednn()
+
+
 def fast_products(a: Tensor, b: Tensor) -> bool:
     """Whether a [M, K] b [K, N] goes to oneDNN: where it is faster, fp32 on the CPU, large enough, a torch with it."""
-    if (
-        not prefers_onednn()
-        or a.dtype != torch.float32
-        or a.device.type != "cpu"
-        or a.shape[0] * a.shape[1] * b.shape[1] < WORTH
-    ):
-        return False
-    return has_onednn()
+    return prefers_onednn() and a.shape[0] * a.shape[1] * b.shape[1] >= WORTH and serves(a)
 
 
 def fast_product(a: Tensor, b: Tensor) -> Tensor:

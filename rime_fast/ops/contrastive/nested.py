@@ -80,7 +80,7 @@ class NestedSweep(TileSweep):
                 self.rows.nested_gradient(parts, row, col, norms, self.masks[losses], slopes[losses], by_row, by_col)
                 for at, total in enumerate(parts):
                     part, narrow = slice(*edges[at]), total.to(q.dtype)
-                    add_product(into[at], rows, narrow, self.key_parts[km][at][cols])
+                    self._add_rows(into[at], rows, narrow, self.key_parts[km][at][cols])
                     if at < len(query_turned):
                         add_product(turned[:, cols], part, query_turned[at][:, rows], narrow)
                     else:
@@ -91,6 +91,13 @@ class NestedSweep(TileSweep):
                 subtract_own(query_grad, by_row[at], norms[0][at], q, width)
                 subtract_own(key_grad, by_col[at], norms[1][at], k, width)
             self.row_products.append(by_row)
+
+    def _add_rows(self, into: Tensor | None, rows: slice, a: Tensor, b: Tensor) -> None:
+        """Add a b to some rows; on the CPU of few columns by oneDNN, which makes these in two thirds of MKL's time."""
+        if into is not None and b.shape[1] <= NARROW and cpu_products.serves(a):
+            into[rows] += cpu_products.fast_product(a, b)
+        else:
+            add_product(into, rows, a, b)
 
     def _turned(self, key_grad: Tensor | None, qm: int) -> tuple[Tensor, list[Tensor]]:
         """Make room for the keys' gradients to the first parts, turned, and turn the queries' parts for them: products
