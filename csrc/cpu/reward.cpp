@@ -34,6 +34,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int kPanel = 32;            // rollouts of a panel
 constexpr int64_t kTaskPanels = 4;        // panels of a task: each block of anchors is read from memory once for them
 constexpr int64_t kSegment = 512;     // anchors a task has at least
+constexpr int64_t kTurn = 64;         // features that are packed at a time: so much of a panel stays in L1
 constexpr int64_t kTasks = 64;        // as many as that, more only for more rollouts
 constexpr int64_t kSteps = 24;        // a multiple of every kStep (reward_kernels.h)
 constexpr int64_t kBlock = 192;       // anchors of a block at most, whole kSteps
@@ -211,7 +212,6 @@ void run_task(const Scan& s, int64_t first_panel, int64_t begin, int64_t end, do
 }
 
 // [rows, width] -> [panels][width][kPanel]; lanes without a rollout are 0.
-constexpr int64_t kTurn = 64;
 Lines packed(const float* gen, int64_t rows, int64_t width) {
   const int64_t panels = (rows + kPanel - 1) / kPanel;
   Lines out = lines(panels * kPanel * width);
@@ -220,7 +220,7 @@ Lines packed(const float* gen, int64_t rows, int64_t width) {
       float* to = out.get() + panel * kPanel * width;
       const int64_t lanes = std::min<int64_t>(kPanel, rows - panel * kPanel);
       if (lanes < kPanel) std::fill(to, to + kPanel * width, 0.0f);
-      for (int64_t first = 0; first < width; first += kTurn) {  // so much of the panel stays in L1
+      for (int64_t first = 0; first < width; first += kTurn) {
         const int64_t last = std::min(width, first + kTurn);
         for (int64_t l = 0; l < lanes; ++l) {
           const float* from = gen + (panel * kPanel + l) * width;

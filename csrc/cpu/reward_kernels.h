@@ -69,6 +69,7 @@ void settle(float* __restrict sims, const uint32_t* __restrict open, int64_t n, 
     for (int l = 0; l < kLanes; ++l) bit[l] = static_cast<int32_t>(1u << (lane + l));
     std::memcpy(&counted, count + lane, sizeof(counted));
     std::memcpy(sums, sum + lane, sizeof(sums));
+    for (Wide& half : sums) half *= 0.25;
     const auto settle_one = [&](int64_t j) __attribute__((always_inline)) {
       float* at = sims + j * kPanel + lane;
       const Lanes v = load_lanes(at);
@@ -86,16 +87,18 @@ void settle(float* __restrict sims, const uint32_t* __restrict open, int64_t n, 
       sums[1] += __builtin_convertvector(halves[1], Wide);
     };
     int64_t j = 0;
-    for (; j + 4 <= n; j += 4) {  // four are added in fp32: their rounding is a product's, and it halves the work
+    // Four are added in fp32, as quarters, which cannot overflow: their rounding is a product's, and it halves the work.
+    for (; j + 4 <= n; j += 4) {
       const Lanes a = settle_one(j), b = settle_one(j + 1), c = settle_one(j + 2), d = settle_one(j + 3);
-      if constexpr (kSum) add((a + b) + (c + d));
+      if constexpr (kSum) add((a * 0.25f + b * 0.25f) + (c * 0.25f + d * 0.25f));
     }
     for (; j < n; ++j) {
       const Lanes one = settle_one(j);
-      if constexpr (kSum) add(one);
+      if constexpr (kSum) add(one * 0.25f);
     }
     store_lanes(peak + lane, top);
     std::memcpy(count + lane, &counted, sizeof(counted));
+    for (Wide& half : sums) half *= 4.0;
     std::memcpy(sum + lane, sums, sizeof(sums));
   }
 }

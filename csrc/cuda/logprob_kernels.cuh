@@ -212,7 +212,7 @@ template <class L, class T, bool kPlain, bool kAligned>
 __global__ void __launch_bounds__(Long::kThreads) both_kernel(
     const L* logits, int64_t stride, int64_t rows, Head head, const int64_t* targets, const float* grad_logp, int kept,
     Statistics statistics, T* out, int64_t out_stride, float* products) {
-  RIME_DYNAMIC_SHARED(unsigned char, room);
+  RIME_DYNAMIC_SHARED(float4, room);  // aligned for loads of 16 bytes
   L* copy = reinterpret_cast<L*>(room);
   const Scale scale = head.scale(kPlain);
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {

@@ -147,15 +147,15 @@ def resources(cubin: bytes) -> dict:
     return {"registers": found["REG"], "local": found["LOCAL"], "stack": found["STACK"], "local_in_loops": inside}
 
 
-def check_local(kernel: dict, capability: int) -> None:
-    """On Hopper nothing spills in the loops with products; elsewhere next to nothing with the newest Triton, and little
-    with older ones (3.6, whose Hopper code may spill outside these loops)."""
+def check_local(kernel: dict, capability: int, newest_at_most: int = 0) -> None:
+    """On Hopper nothing spills in the loops with products; elsewhere nothing, or at most so many bytes, with the newest
+    Triton, and little with older ones (3.6, whose Hopper code may spill outside these loops)."""
     spilled = kernel["local"] + kernel["stack"]
     newest = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
     if capability == 90:
         assert kernel["local_in_loops"] == 0, kernel
     if newest or capability != 90:
-        assert spilled <= (64 if newest else 512), kernel
+        assert spilled <= (newest_at_most if newest else 512), kernel
 
 
 def todo(capability: int, operand: str, tma: bool) -> list[tuple[str, dict, int, int]]:

@@ -88,6 +88,14 @@ def test_parts_of_a_bank_and_what_is_left_of_them(shape: tuple[int, int, int], a
         assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+def test_similarities_near_the_largest_number_have_a_finite_mean() -> None:
+    case = make_case(2, 3, 8, 600)
+    direction = torch.eye(8)[0]
+    case["gen"][:], case["anchors"][:] = 1e19 * direction, 1.5e19 * direction
+    found = score(case, WEIGHTS["mean"], backend="chunked")
+    torch.testing.assert_close(found["negative"], torch.full((2, 3), 1.5e38))
+
+
 def test_a_large_bank() -> None:
     case = make_case(2, 4, 16, 100_000, masked=False)
     case["positive"] = torch.tensor([0, 99_999])

@@ -216,11 +216,12 @@ class _Launch:
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
 
     def gathered(self, scored: Scored) -> Tensor:
-        """The scored rows one after the other, 0 past their number, each from 16 bytes on: [C, H] of whole vectors."""
+        """The scored rows one after the other, 0 past their number, each from 16 bytes on: [C, H] of whole vectors, and
+        never of no rows, which a descriptor cannot be made of."""
         from rime_fast.ops.logprob_pool import triton_rows as kernels
 
         rows, vector = scored.order.shape[0], 16 // self.hidden.element_size()
-        out = self.hidden.new_empty(rows, _cdiv(self.width, vector) * vector)
+        out = self.hidden.new_empty(max(1, rows), _cdiv(self.width, vector) * vector)
         if rows:
             kernels.gather_kernel[(_cdiv(rows, 32), _cdiv(self.width, 256))](
                 self.hidden, *scored, out, rows, self.width, self.hidden.stride(0), out.stride(0), BR=32, BC=256
