@@ -32,7 +32,8 @@ def merge_passes_kernel(
 def merge_passes(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two softmaxes over disjoint keys: out [rows, heads, D] and lse [rows, heads] fp32 of each -> of both."""
     rows, heads, width = out_1.shape
-    out, lse = torch.empty_like(out_1), lse_1.new_empty(heads, rows)
+    # contiguous, as the kernel writes it: flash keeps the order of its queries' strides, and so would empty_like
+    out, lse = out_1.new_empty(out_1.shape), lse_1.new_empty(heads, rows)
     sides = (x.contiguous() for x in (out_1, lse_1.T, out_2, lse_2.T))
     with on_device_of(out):
         merge_passes_kernel[(rows,)](

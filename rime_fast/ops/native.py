@@ -27,11 +27,14 @@ def _load() -> str | None:
     return None
 
 
+# A constant to torch.compile, which cannot trace what touches the disk.
+@torch.compiler.assume_constant_result
 def available(cuda: bool = False) -> bool:
     """Whether the compiled kernels for the CPU (or, with ``cuda``, for CUDA) can be called."""
     return _load() is None and (not cuda or bool(torch.ops.rime_fast_C.build_info() & 2))
 
 
+@torch.compiler.assume_constant_result
 def why_not(cuda: bool = False) -> str | None:
     """The reason the compiled kernels cannot be called, or None."""
     reason = _load()

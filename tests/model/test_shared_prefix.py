@@ -340,7 +340,8 @@ def test_passes_are_merged_by_one_kernel(shape):
     from rime_fast.model.prefix_attention import _merge
     from rime_fast.model.triton_prefix import merge_passes
 
-    out = [torch.randn(shape) for _ in range(2)]
+    # flash gives its output the order of its queries' strides: heads outside
+    out = [torch.randn(shape[1], shape[0], shape[2]).transpose(0, 1) for _ in range(2)]
     lse = [30 * torch.randn(shape[:2]) for _ in range(2)]
     wanted, found = _merge(out[0], lse[0], out[1], lse[1]), merge_passes(out[0], lse[0], out[1], lse[1])
     for a, b in zip(found, wanted, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rime_fast.ops import dispatch
+from rime_fast.ops import dispatch, native
 from rime_fast.ops.dispatch import BackendTable, explain
 
 TABLE = BackendTable(
@@ -91,3 +91,13 @@ def test_the_tensors_device_is_the_current_one_inside(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert dispatch.on_device_of(away).idx == 1
     assert isinstance(dispatch.on_device_of(torch.empty(1)), nullcontext)
+
+
+def test_a_compiled_program_may_ask_for_the_kernels():
+    """What is found on the disk and loaded once is a constant to torch.compile, not code to trace."""
+
+    def ask(x):
+        return x + 1 if native.why_not() is None else x - 1
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(ask, fullgraph=True, backend="eager")(x), ask(x))
