@@ -51,6 +51,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
       "contrast_gradient(Tensor(a!) tile, Tensor scale, int row0, int col0, Tensor labels, Tensor? row_ids, "
       "Tensor? col_ids, Tensor? row_limit, Tensor? col_limit, Tensor bounded, Tensor row_shift, Tensor row_coef, "
       "Tensor col_shift, Tensor col_coef, Tensor positive_slope, Tensor factor, Tensor(b!) out) -> ()");
+  // CUDA, one positive a query, of which query i's is key first + i; what is O(N) in a launch or two each, the formulas of
+  // rime_fast/ops/contrastive/softmax.py. norm: raises largest[side], the bits of a float, to the largest norm of x's rows.
+  m.def("contrast_norm(Tensor x, Tensor(a!) largest, int side) -> ()");
+  m.def(
+      "contrast_begin(Tensor temperature, Tensor norms, Tensor(a!) positive_temperature, Tensor(b!) scale, "
+      "Tensor(c!) bounded) -> ()");
+  m.def(
+      "contrast_solve(Tensor row_max, Tensor row_sum, Tensor col_max, Tensor col_sum, Tensor positive, Tensor rival, "
+      "int first, bool symmetric, Tensor(a!) rows, Tensor(b!) cols, Tensor(c!) parts, Tensor(d!) loss, "
+      "Tensor(e!) hit) -> ()");
+  m.def(
+      "contrast_slopes(Tensor rows, Tensor cols, int first, bool symmetric, Tensor grad, Tensor temperature, "
+      "int n_queries, Tensor(a!) row_shift, Tensor(b!) row_coef, Tensor(c!) col_shift, Tensor(d!) col_coef, "
+      "Tensor(e!) positive_slope, Tensor(f!) factor, Tensor(g!)? unit) -> ()");
+  // out = d unit, and products [rows] fp64 = d . x
+  m.def("contrast_sized(Tensor d, Tensor x, Tensor? unit, Tensor(a!) out, Tensor(b!)? products) -> ()");
   // The same of nested widths (Matryoshka; CPU). parts: tiles of the products over the columns between one width and the
   // next. Statistics: all else is a list with a tensor a width, limits are empty without a margin. Gradient: parts
   // become the gradients to themselves; by_row, by_col [widths - 1, ...] fp64 receive sum G S of the inner widths.

@@ -37,6 +37,7 @@ RIME_FN V slope(V exp_row, V exp_col, V row_coef, V col_coef, M row_masked, M co
 // registers while it walks down its rows. Rows are merged through shuffles, columns through shared memory, patches by
 // `accumulate` in fp64: always in the same order, so the bits are always the same.
 
+constexpr float kLargestLogit = 60.0f;  // BOUNDED of rime_fast/ops/contrastive/softmax.py
 constexpr int kPatchWarps = 8;
 constexpr int kPatchRows = 64;
 constexpr int kPatchCols = 256;
@@ -44,17 +45,11 @@ constexpr int kLaneCols = 8;
 
 RIME_FN int lane_column(int lane, int c) { return c / 4 * 128 + lane * 4 + c % 4; }
 
-// A softmax's running maximum and its sum of exponentials below it. While `bounded`, the maximum stays 0.
+// A softmax's running maximum and its sum of exponentials below it; while `bounded`, a column's maximum stays 0, and a
+// row's is its largest rival logit, which the sum does not refer to.
 struct Online {
   float top, sum;
 };
-
-// A row's part: as Online, and the largest rival logit.
-struct RowPart {
-  float top, sum, rival;
-};
-
-RIME_FN Online start(bool bounded) { return {bounded ? 0.0f : -HUGE_VALF, 0.0f}; }
 
 // One more logit with one exponential: either the sum shrinks and the logit counts 1, or the sum stays.
 RIME_FN void add(Online& to, float s) {
@@ -70,14 +65,8 @@ RIME_FN Online join(Online a, Online b) {
   return {top, a.sum * exp32(a.top - base) + b.sum * exp32(b.top - base)};
 }
 
-RIME_FN RowPart join(RowPart a, RowPart b) {
-  const Online both = join(Online{a.top, a.sum}, Online{b.top, b.sum});
-  return {both.top, both.sum, larger(a.rival, b.rival)};
-}
-
-// While `bounded` the maxima are 0: no exponential is needed.
-RIME_FN Online add_bounded(Online a, Online b) { return {0.0f, a.sum + b.sum}; }
-RIME_FN RowPart add_bounded(RowPart a, RowPart b) { return {0.0f, a.sum + b.sum, larger(a.rival, b.rival)}; }
+// While `bounded` no exponential is needed.
+RIME_FN Online add_bounded(Online a, Online b) { return {larger(a.top, b.top), a.sum + b.sum}; }
 
 // Adds (top, sum) of a part to a running (maximum, fp64 sum).
 RIME_FN void accumulate(float part_top, double part_sum, float& running_top, double& running_sum) {
@@ -103,27 +92,27 @@ struct RowMasks {
 
 // A lane's 8 similarities of one row: adds them to its columns, returns their part of the row. lifted: bit c is set
 // where column c is a positive of the row or lies past the end.
-template <bool kIds, bool kMargin>
-RIME_FN RowPart lane_row(const float* x, float scale, bool bounded, unsigned lifted, RowMasks row, LaneColumns& cols) {
+template <bool kBounded, bool kIds, bool kMargin>
+RIME_FN Online lane_row(const float* x, float scale, unsigned lifted, RowMasks row, LaneColumns& cols) {
   float s[kLaneCols];
   bool out[kLaneCols];
-  RowPart part{-HUGE_VALF, 0.0f, -HUGE_VALF};
+  Online part{-HUGE_VALF, 0.0f};
 RIME_UNROLL
   for (int c = 0; c < kLaneCols; ++c) {
     const bool both = (lifted >> c & 1u) || (kIds && row.id == cols.id[c]);
+    const bool out_of_col = both || (kMargin && x[c] > cols.limit[c]);
     out[c] = both || (kMargin && x[c] > row.limit);
     s[c] = x[c] * scale;
-    if (!out[c]) part.rival = larger(part.rival, s[c]);
-    if (bounded) {
-      const float e = both ? 0.0f : exp32(s[c]);
-      if (!(both || (kMargin && x[c] > cols.limit[c]))) cols.all[c].sum += e;
-      if (!out[c]) part.sum += e;
-    } else if (!(both || (kMargin && x[c] > cols.limit[c]))) {
+    part.top = larger(part.top, pick(out[c], -HUGE_VALF, s[c]));
+    if (kBounded) {  // selections only: a branch an element would cost more than the exponential
+      const float e = exp32(pick(both, -HUGE_VALF, s[c]));
+      cols.all[c].sum += kMargin ? pick(out_of_col, 0.0f, e) : e;
+      part.sum += kMargin ? pick(out[c], 0.0f, e) : e;
+    } else if (!out_of_col) {
       add(cols.all[c], s[c]);
     }
   }
-  part.top = bounded ? 0.0f : part.rival;
-  if (!bounded) {
+  if (!kBounded) {
     const float base = part.top == -HUGE_VALF ? 0.0f : part.top;
 RIME_UNROLL
     for (int c = 0; c < kLaneCols; ++c)

@@ -74,7 +74,7 @@ struct Case {
 template <bool kIds, bool kMargin>
 void statistics(Case& c) {
   const int64_t down = (c.rows + kPatchRows - 1) / kPatchRows, across = (c.cols + kPatchCols - 1) / kPatchCols;
-  std::vector<float> row_part(across * 3 * c.rows), col_part(down * 2 * c.cols);
+  std::vector<float> row_part(across * 2 * c.rows), col_part(down * 2 * c.cols);
   std::vector<float> positive(c.rows * c.positives, -INFINITY);
   std::vector<float> row_max(c.rows, -INFINITY), rival(c.rows, -INFINITY), col_max(c.cols, -INFINITY);
   std::vector<double> row_sum(c.rows, 0.0), col_sum(c.cols, 0.0);
@@ -83,8 +83,9 @@ void statistics(Case& c) {
   // Twice over the same tile: the second merge meets statistics that have begun.
   for (int turn = 0; turn < 2; ++turn) {
     cuda_on_host::launch(across, down, kThreads, 0, [&] { statistics_kernel<kIds, kMargin>(c.tile(), out); });
-    const auto blocks = static_cast<unsigned>((c.rows + c.cols + kThreads - 1) / kThreads);
-    cuda_on_host::launch(blocks, 1, kThreads, 0, [&] { merge_kernel(out, c.rows, c.cols, down, across, into); });
+    const auto blocks = static_cast<unsigned>((c.rows + c.cols + kMergeThreads - 1) / kMergeThreads);
+    cuda_on_host::launch(blocks, 1, kMergeThreads, 0,
+                         [&] { merge_kernel(out, &c.flag, c.rows, c.cols, down, across, into); });
   }
   std::vector<double> col_total(c.cols, 0.0), col_top(c.cols, -INFINITY);
   for (int64_t i = 0; i < c.rows; ++i) {
@@ -146,6 +147,128 @@ void gradient(Case c) {
     }
 }
 
+// softplus(a - b) = log(1 + e^(a - b)).
+double over(double a, double b) { return a - b > 40 ? a - b : std::log1p(std::exp(a - b)); }
+
+// What is O(N): from statistics to losses and back to slopes; keys: in-batch ones, hard negatives before and after.
+void solve(int64_t losses, int64_t queries, int64_t keys, int64_t first, bool symmetric, bool narrow) {
+  std::mt19937 random(static_cast<unsigned>(queries + keys));
+  std::uniform_real_distribution<float> unit(-1.0f, 1.0f);
+  std::vector<float> row_max(losses * queries), rival(losses * queries), positive(losses * queries);
+  std::vector<double> row_sum(losses * queries), col_sum(losses * keys);
+  std::vector<float> col_max(losses * keys);
+  for (auto& v : row_max) v = 60 * unit(random);
+  for (auto& v : col_max) v = 60 * unit(random);
+  for (auto& v : positive) v = 60 * unit(random);
+  for (auto& v : row_sum) v = 1.5 + unit(random);
+  for (auto& v : col_sum) v = 1.5 + unit(random);
+  for (size_t i = 0; i < rival.size(); ++i) rival[i] = row_max[i];
+  row_max[0] = rival[0] = -INFINITY, row_sum[0] = 0.0;  // no rival
+  if (queries > 3) row_sum[3] = NAN;
+  const int64_t blocks = (std::max(queries, keys) + kThreads - 1) / kThreads;
+  std::vector<double> rows(losses * 3 * queries, NAN), cols(losses * 3 * keys, NAN), parts(losses * blocks * 2, NAN);
+  std::vector<float> loss(losses, NAN), hit(losses, NAN);
+  const CudaState from{row_max.data(), col_max.data(), rival.data(), positive.data(), row_sum.data(), col_sum.data(),
+                       queries, keys, first, symmetric};
+  const auto down = static_cast<unsigned>(losses);
+  cuda_on_host::launch(static_cast<unsigned>(blocks), down, kThreads, 0,
+                       [&] { solve_kernel(from, rows.data(), cols.data(), parts.data()); });
+  cuda_on_host::launch(down, 1, kThreads, 0, [&] {
+    total_kernel(parts.data(), blocks, static_cast<double>(queries), loss.data(), hit.data());
+  });
+  std::vector<float> grad(losses), factor(losses, NAN), shifts[2], coefficients[2], slope(losses * queries, NAN);
+  for (int64_t l = 0; l < losses; ++l) grad[l] = 0.1f * static_cast<float>(l - 2);
+  for (int side = 0; side < 2; ++side)
+    shifts[side].assign(losses * (side ? keys : queries), NAN), coefficients[side] = shifts[side];
+  const float temperature = 0.05f;
+  float scale_of_all = NAN;
+  const CudaSlopesOut to{shifts[0].data(), coefficients[0].data(), shifts[1].data(), coefficients[1].data(),
+                         slope.data(), factor.data(), narrow ? &scale_of_all : nullptr};
+  cuda_on_host::launch(static_cast<unsigned>(blocks), down, kThreads, 0, [&] {
+    slopes_kernel(rows.data(), cols.data(), queries, keys, first, symmetric, grad.data(), &temperature, 2.0 * queries, to);
+  });
+  double largest = 0.0;
+  for (const float g : grad) largest = std::max(largest, std::fabs(g * (symmetric ? 0.5 : 1.0) / (2 * queries) / temperature));
+  if (narrow) expect(scale_of_all, largest, 1e-6, "unit", 0);
+  for (int64_t l = 0; l < losses; ++l) {
+    double sum = 0.0, hits = 0.0;
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t at = l * queries + i, col = l * keys + first + i;
+      const double p = positive[at], r = std::log(row_sum[at]) + row_max[at], c = std::log(col_sum[col]) + col_max[col];
+      sum += symmetric ? 0.5 * (over(r, p) + over(c, p)) : over(r, p);
+      hits += positive[at] > rival[at] && !std::isnan(row_sum[at]);
+      const double wanted[3] = {row_max[at], r, p};
+      for (int plane = 0; plane < 3; ++plane) expect(rows[(l * 3 + plane) * queries + i], wanted[plane], 1e-12, "rows", at);
+      double both = std::expm1(-over(r, p)) + (symmetric ? std::expm1(-over(c, p)) : 0.0);
+      expect(slope[at], both, 1e-6, "positive slope", at);
+      // exp(shift) of the coefficient cancels the sum's: together they are the share of a logit 0
+      const bool alone = std::isinf(row_max[at]);
+      expect(shifts[0][at], alone ? INFINITY : row_max[at], 0, "row shift", at);
+      expect(coefficients[0][at], alone ? 0.0 : std::exp(row_max[at] - p - over(r, p)), 1e-6, "row coefficient", at);
+    }
+    expect(loss[l], sum / queries, 1e-6, "loss", l);
+    expect(hit[l], hits / queries, 1e-6, "hit", l);
+    expect(factor[l], grad[l] * (symmetric ? 0.5 : 1.0) / (2 * queries) / temperature / (narrow ? largest : 1.0), 1e-6,
+           "factor", l);
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t at = l * keys + j;
+      const bool asked = j >= first && j - first < queries;
+      const double p = asked ? positive[l * queries + j - first] : -INFINITY, c = std::log(col_sum[at]) + col_max[at];
+      const double wanted[3] = {col_max[at], c, p};
+      for (int plane = 0; plane < 3; ++plane) expect(cols[(l * 3 + plane) * keys + j], wanted[plane], 1e-12, "cols", at);
+      const bool counts = asked && symmetric;
+      expect(shifts[1][at], counts ? col_max[at] : INFINITY, 0, "column shift", at);
+      expect(coefficients[1][at], counts ? std::exp(col_max[at] - p - over(c, p)) : 0.0, 1e-6, "column coefficient", at);
+    }
+  }
+}
+
+// Norms, and gradients given their size.
+template <class T>
+void rows_of(int64_t rows, int64_t width, int64_t offset) {
+  std::mt19937 random(static_cast<unsigned>(rows + width));
+  std::uniform_real_distribution<float> unit(-1.0f, 1.0f);
+  std::vector<T> x(rows * width + offset), out(rows * width + offset);
+  std::vector<float> d(rows * width + offset);
+  std::vector<double> products(rows, NAN);
+  for (auto& v : x) put(&v, unit(random));
+  for (auto& v : d) v = unit(random);
+  const float size = 0.01f;
+  uint32_t largest = 0;
+  const auto blocks = static_cast<unsigned>((rows + kPatchWarps - 1) / kPatchWarps);
+  const T* given = x.data() + offset;
+  cuda_on_host::launch(blocks, 1, kThreads, 0, [&] { norm_kernel(given, rows, width, &largest); });
+  const float* gradient = d.data() + offset;
+  T* to = out.data() + offset;
+  cuda_on_host::launch(blocks, 1, kThreads, 0,
+                       [&] { sized_kernel(gradient, given, &size, rows, width, to, products.data()); });
+  double norm = 0.0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double squares = 0.0, product = 0.0, terms = 0.0;
+    for (int64_t k = 0; k < width; ++k) {
+      const double a = wide(given[i * width + k]), b = gradient[i * width + k];
+      squares += a * a, product += a * b, terms += std::fabs(a * b);
+      expect(wide(to[i * width + k]), b * size, sizeof(T) < 4 ? 4e-3 : 1e-6, "sized", i * width + k, 1e-4);
+    }
+    norm = std::max(norm, std::sqrt(squares));
+    expect(products[i], product, 1e-6, "products", i, terms);
+  }
+  expect(as_bits<float>(largest), norm, 1e-6, "norm", 0);
+  put(&x[offset], NAN);
+  cuda_on_host::launch(blocks, 1, kThreads, 0, [&] { norm_kernel(given, rows, width, &largest); });
+  expect(as_bits<float>(largest), NAN, 0, "norm of NaN", 0);
+  const float temperatures[3] = {0.5f, 0.0f, NAN};
+  for (const float tau : temperatures) {
+    const uint32_t norms[2] = {as_bits<uint32_t>(5.0f), as_bits<uint32_t>(tau > 0.0f ? 5.9f : 1.0f)};
+    float kept = 0.0f, scale = 0.0f;
+    int32_t bounded = -1;
+    cuda_on_host::launch(1, 1, 1, 0, [&] { begin_kernel(&tau, norms, &kept, &scale, &bounded); });
+    expect(kept, tau > 0.0f ? tau : NAN, 0, "temperature", 0);
+    expect(scale, tau > 0.0f ? 1.0f / tau : NAN, 0, "scale", 0);
+    expect(bounded, tau > 0.0f, 0, "bounded", 0);
+  }
+}
+
 template <bool kIds, bool kMargin>
 void all(int64_t rows, int64_t cols, int positives, bool bounded) {
   Case c(rows, cols, positives, kIds, kMargin, bounded, static_cast<unsigned>(rows + cols));
@@ -172,6 +295,13 @@ int main(int, char** arguments) {
     all<false, true>(5, 1100, 2, bounded);
     all<true, true>(130, 515, 3, bounded);
   }
+  solve(1, 1, 1, 0, true, true);
+  solve(3, 300, 300, 0, true, true);
+  solve(4, 20, 300, 7, true, false);
+  solve(2, 270, 290, 20, false, true);
+  rows_of<float>(3, 130, 0);
+  rows_of<__nv_bfloat16>(9, 264, 0);
+  rows_of<__half>(2, 132, 1);
   Case nan(70, quick ? 30 : 300, 1, false, false, true, 5);
   nan.x[65 * nan.stride + nan.cols - 3] = NAN;
   statistics<false, false>(nan);

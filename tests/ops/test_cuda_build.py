@@ -22,10 +22,18 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 ARCHS = ["90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "100"))]
 Built = Callable[[str, str], tuple[Path, str]]
 # Kernels of each file, with how often each is compiled: forward and backward of rows by types (of logits, of results),
-# entropy, plain and aligned; statistics, merge, and gradient into three types, by ids and margin; the reward's.
+# entropy, plain and aligned; statistics, merge, and gradient into three types, by ids and margin, and what is O(N);
+# the reward's.
 KERNELS = {
     "logprob": {"forward_kernel": 24, "backward_kernel": 20, "both_kernel": 20},
-    "contrastive": {"statistics_kernel": 4, "merge_kernel": 1, "gradient_kernel": 12},
+    "contrastive": {
+        "statistics_kernel": 4,
+        "merge_kernel": 1,
+        "gradient_kernel": 12,
+        "norm_kernel": 3,
+        "sized_kernel": 3,
+    }
+    | dict.fromkeys(O_OF_N, 1),
     "reward": {"small_kernel": 1, "own_kernel": 1, "tile_kernel": 6, "merge_kernel": 1, "finish_kernel": 1},
 }
 
@@ -127,6 +135,7 @@ def test_compiles_without_spills_to_wide_stores(source: str, arch: str, built: B
         one_by_one = source == "logprob" and kernel.split("kernelI")[1].split("EEE")[0].endswith("Lb0")  # not aligned
         narrow = [name for name in names if re.search(r"\.[US](8|16)\b", name)]
         fp32 = ("kernelIff" if source == "logprob" else "kernelIf") in kernel
+        one_by_one = one_by_one or "sized_kernel" in kernel  # rows of an odd width
         assert bool(narrow) == (one_by_one and "forward" not in kernel and not fp32), kernel
         writes_rows = (source == "logprob" and "backward" in kernel) or "gradient_kernel" in kernel
         if writes_rows and not one_by_one:

@@ -54,7 +54,7 @@ class CudaRows(tiles.CompiledRows):
     def workspace(self, tile: Tensor) -> Tensor | None:
         if self._parts is None:  # the first tile of a sweep is its largest
             (rows, cols), (high, wide) = tile.shape, PATCH
-            self._parts = tile.new_empty(3 * rows * -(-cols // wide) + 2 * cols * -(-rows // high))
+            self._parts = tile.new_empty(2 * (rows * -(-cols // wide) + cols * -(-rows // high)))
         return self._parts
 
     def narrow(self, tile: Tensor, dtype: torch.dtype) -> Tensor:

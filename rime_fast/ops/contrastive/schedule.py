@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rime_fast.ops.contrastive import cpu, cuda, triton
+from rime_fast.ops.contrastive import cpu, cuda, fused, triton
 from rime_fast.ops.contrastive.keys import OwnKeys
 from rime_fast.ops.contrastive.problem import (
     Inputs,
@@ -51,24 +51,25 @@ class Schedule:
         device = x.queries[0].device
         self.backend: Any = triton if options.backend == "triton" else cuda if device.type == "cuda" else cpu
         self.dtype = accumulation_dtype(x.queries[0].dtype)
+        self.queries = self.backend.operands(x.queries)
         self.temperature = x.temperature.detach()
-        if not isinstance(bounded, Tensor):  # else the forward has solved with NaN, and all slopes are
-            self.temperature = positive_temperature(self.temperature)
-        self.scale = self.temperature.reciprocal()
-        if isinstance(bounded, Tensor):
-            self.flag = bounded
-        elif bounded is None:
-            logit = largest_norm(x.queries) * largest_norm(source.keys) * self.scale
-            self.flag = torch.lt(logit, BOUNDED, out=torch.empty((), dtype=torch.int32, device=device))
+        own_kernels = self.backend is cuda and source.alone and fused.serves(x.queries[0])
+        if isinstance(bounded, Tensor):  # where the temperature was not above 0, the forward has solved with NaN
+            self.scale, self.flag = self.temperature.reciprocal(), bounded
+        elif own_kernels:
+            keys = self.backend.operands(source.keys)
+            self.temperature, self.scale, self.flag = fused.begin(self.queries, keys, self.temperature)
         else:
-            self.flag = torch.full((), int(bounded), dtype=torch.int32, device=device)
+            self.temperature = positive_temperature(self.temperature)
+            self.scale = self.temperature.reciprocal()
+            self.flag = self._flag(bounded)
         self.shiftless = self.backend.SHIFTLESS and bool(bounded)
         labels = x.labels
         if labels is None:
             labels = torch.arange(source.first_key, source.first_key + x.n_queries, device=device)
         self.positives = Positives.of(labels)
         self.positives.first = source.first_key if x.labels is None else None
-        self.queries = self.backend.operands(x.queries)
+        self.fused = own_kernels and self.positives.first is not None  # the O(N) part is fused.py's
         self.masks = self._masks()
         self.key_weights: Tensor | None = None  # Positives.key_weights over all ranks
         self.kept: Tensor | None = None  # similarities, see tiles.TileSweep
@@ -80,6 +81,9 @@ class Schedule:
         state = Statistics.empty(losses, labels, self.source.n_keys, self.shiftless, self.dtype)
         for start, stop, keys in self.source.blocks():
             self._sweep(start, stop, keys).statistics(state.columns(start, stop))
+        if self.fused:
+            loss, hit, solved = fused.solve(state, self.positives, self.options.symmetric)
+            return loss, hit, solved.rows, solved.cols
         solved = Solved.of(state, self.positives)
         if self.options.symmetric and not self.source.alone:
             self._merge_columns(solved.cols)
@@ -104,20 +108,13 @@ class Schedule:
 
         The temperature's gradient comes from dq alone: with no query needed it is 0.
         """
-        symmetric, positives = self.options.symmetric, self.positives
-        weights = self.key_weights
-        if weights is None and not positives.covers(self.source.n_keys):
-            weights = positives.key_weights(self.source.n_keys)
-        factors = (grad.double() * ((0.5 if symmetric else 1.0) / self.source.n_queries)).div_(self.temperature)
-        unit = unit_of(factors, self.queries[0].dtype)
-        factors = factors if unit is None else factors / unit
-        form = self.shiftless, self.dtype, self.backend.BASE2
-        slopes = Slopes.of(Solved(rows, cols), positives, weights, factors, symmetric, *form)
+        slopes, unit = self._slopes(grad, Solved(rows, cols))
         dq = [
             torch.zeros_like(q, dtype=self.dtype) if need else None
             for q, need in zip(self.queries, need_queries, strict=True)
         ]
 
+        # Sums of G S over the widths below the widest, whose logits do not change with the length of a row.
         narrower: list[Tensor] = []
 
         def add(start: int, stop: int, keys: list[Tensor], dk: list[Tensor | None]) -> None:
@@ -129,12 +126,48 @@ class Schedule:
                 narrower.extend(products.sum() for products in sweep.row_products)
 
         dk = self.source.gradients(add, need_keys)
-        dtype, dt = self.queries[0].dtype, torch.zeros_like(self.temperature)
-        if need_temperature:
-            dt = self._temperature_gradient(dq, narrower)
+        dq, parts = self._finished(dq, self.queries, unit, need_temperature)
+        dk, _ = self._finished(dk, self.source.keys, unit if self.source.alone else None, False)
+        dt = torch.zeros_like(self.temperature)
+        if parts:  # -(1/t) sum_i dq_i . q_i over all modes, since every logit is q . k / t
+            dt = (torch.stack([*parts, *narrower]).sum() / -self.temperature.double()).to(dt.dtype)
             dt = dt if unit is None else dt * unit.to(dt.dtype)
-        last = unit if self.source.alone else None
-        return [sized(d, unit, dtype) for d in dq], [sized(d, last, dtype) for d in dk], dt
+        return dq, dk, dt
+
+    def _finished(
+        self, gradients: list[Tensor | None], rows: list[Tensor], unit: Tensor | None, with_products: bool
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Give gradients their size in the rows' dtype; with_products: also the sum of each one with its rows, before
+        it has its size."""
+        if self.fused:
+            pairs = zip(gradients, self.backend.operands(rows), strict=True)
+            found = [(d, None) if d is None else fused.sized(d, x, unit, with_products) for d, x in pairs]
+            return [d for d, _ in found], [products for _, products in found if products is not None]
+        there = [(d, x) for d, x in zip(gradients, rows, strict=True) if d is not None and with_products]
+        products = [(d * x).sum(1).sum(dtype=torch.float64) for d, x in there]
+        return [sized(d, unit, x.dtype) for d, x in zip(gradients, rows, strict=True)], products
+
+    def _flag(self, bounded: bool | None) -> Tensor:
+        flag = torch.empty((), dtype=torch.int32, device=self.scale.device)
+        if bounded is not None:
+            return flag.fill_(int(bounded))
+        logit = largest_norm(self.x.queries) * largest_norm(self.source.keys) * self.scale
+        return torch.lt(logit, BOUNDED, out=flag)
+
+    def _slopes(self, grad: Tensor, solved: Solved) -> tuple[Slopes, Tensor | None]:
+        """What the tiles' gradients need for the gradient ``grad`` to the losses, and their unit (tiles.unit_of)."""
+        symmetric, positives, dtype = self.options.symmetric, self.positives, self.queries[0].dtype
+        if self.fused:
+            narrow = dtype in fused.NARROW
+            return fused.slopes(solved, positives, grad, self.temperature, self.source.n_queries, symmetric, narrow)
+        weights = self.key_weights
+        if weights is None and not positives.covers(self.source.n_keys):
+            weights = positives.key_weights(self.source.n_keys)
+        factors = (grad.double() * ((0.5 if symmetric else 1.0) / self.source.n_queries)).div_(self.temperature)
+        unit = unit_of(factors, dtype)
+        factors = factors if unit is None else factors / unit
+        form = self.shiftless, self.dtype, self.backend.BASE2
+        return Slopes.of(solved, positives, weights, factors, symmetric, *form), unit
 
     def _merge_columns(self, cols: Tensor) -> None:
         """Log-sum-exps of cols [terms, 3, K] over all ranks' queries, in place, and how much each key weighs."""
@@ -186,18 +219,6 @@ class Schedule:
                     key = key[:, :width] * inverse_norms(key, width)[:, None]
                 known.copy_(torch.where(here, pair_similarity(query, key, at), known))
         return found
-
-    def _temperature_gradient(self, dq: list[Tensor | None], narrower: list[Tensor]) -> Tensor:
-        """-(1/t) sum_i dq_i . q_i over all modes, since every logit is q.k / t.
-
-        narrower: sums of G S over the widths below the widest, whose logits do not change with the length of a row.
-        """
-        parts = [
-            (d * q).sum(1).sum(dtype=torch.float64) for d, q in zip(dq, self.queries, strict=True) if d is not None
-        ]
-        if not parts:
-            return torch.zeros_like(self.temperature)
-        return (torch.stack([*parts, *narrower]).sum() / -self.temperature.double()).to(self.temperature.dtype)
 
 
 def of_one_rank(x: Inputs, options: Options, flag: Tensor | None = None) -> Schedule:
