@@ -33,7 +33,7 @@ KERNELS = {
         "norm_kernel": 3,
         "sized_kernel": 3,
     }
-    | dict.fromkeys(O_OF_N, 1),
+    | dict.fromkeys(("merge_kernel", "begin_kernel", "solve_kernel", "total_kernel", "slopes_kernel"), 1),
     "reward": {"small_kernel": 1, "own_kernel": 1, "tile_kernel": 6, "merge_kernel": 1, "finish_kernel": 1},
 }
 
