@@ -127,7 +127,7 @@ class Schedule:
 
         dk = self.source.gradients(add, need_keys)
         dq, parts = self._finished(dq, self.queries, unit, need_temperature)
-        dk, _ = self._finished(dk, self.source.keys, unit if self.source.alone else None, False)
+        dk, _ = self._finished(dk, self.x.keys, unit if self.source.alone else None, False)
         dt = torch.zeros_like(self.temperature)
         if parts:  # -(1/t) sum_i dq_i . q_i over all modes, since every logit is q . k / t
             dt = (torch.stack([*parts, *narrower]).sum() / -self.temperature.double()).to(dt.dtype)
