@@ -90,9 +90,10 @@ __device__ __forceinline__ void put(float* at, float x) { *at = x; }
 __device__ __forceinline__ void put(__nv_bfloat16* at, float x) { *at = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void put(__half* at, float x) { *at = __float2half_rn(x); }
 
-// Four results in one store: 16 bytes, or 8 of a narrow type.
+// Four results in one store to global memory: 16 bytes, or 8 of a narrow type. __stcg rather than an assignment, which
+// nvcc takes apart into four stores in some loops.
 __device__ __forceinline__ void put_four(float* at, const float* g) {
-  *reinterpret_cast<float4*>(at) = float4{g[0], g[1], g[2], g[3]};
+  __stcg(reinterpret_cast<float4*>(at), float4{g[0], g[1], g[2], g[3]});
 }
 template <class Two>
 __device__ __forceinline__ uint2 eight_bytes(Two low, Two high) {
@@ -101,11 +102,15 @@ __device__ __forceinline__ uint2 eight_bytes(Two low, Two high) {
   memcpy(&both.y, &high, sizeof(high));
   return both;
 }
-__device__ __forceinline__ void put_four(__nv_bfloat16* at, const float* g) {
-  *reinterpret_cast<uint2*>(at) = eight_bytes(__floats2bfloat162_rn(g[0], g[1]), __floats2bfloat162_rn(g[2], g[3]));
+__device__ __forceinline__ uint2 packed(const __nv_bfloat16*, const float* g) {
+  return eight_bytes(__floats2bfloat162_rn(g[0], g[1]), __floats2bfloat162_rn(g[2], g[3]));
 }
-__device__ __forceinline__ void put_four(__half* at, const float* g) {
-  *reinterpret_cast<uint2*>(at) = eight_bytes(__floats2half2_rn(g[0], g[1]), __floats2half2_rn(g[2], g[3]));
+__device__ __forceinline__ uint2 packed(const __half*, const float* g) {
+  return eight_bytes(__floats2half2_rn(g[0], g[1]), __floats2half2_rn(g[2], g[3]));
+}
+template <class T>
+__device__ __forceinline__ void put_four(T* at, const float* g) {
+  __stcg(reinterpret_cast<uint2*>(at), packed(at, g));
 }
 
 // Four numbers in one load, as put_four stores them.
@@ -120,6 +125,47 @@ __device__ __forceinline__ void get_four(const T* at, float* x) {
   memcpy(four, &both, sizeof(both));
 RIME_UNROLL
   for (int i = 0; i < 4; ++i) x[i] = wide(four[i]);
+}
+
+// A vector of results in one store, and of numbers in one load: 16 bytes of fp32, or of bf16 or fp16; 4 of the latter take
+// 8.
+template <int kCount, class T>
+__device__ __forceinline__ void put_vector(T* at, const float* g) {
+  if constexpr (kCount == 4) {
+    put_four(at, g);
+  } else {
+    const uint2 low = packed(at, g), high = packed(at, g + 4);
+    __stcg(reinterpret_cast<uint4*>(at), uint4{low.x, low.y, high.x, high.y});
+  }
+}
+template <int kCount, class T>
+__device__ __forceinline__ void get_vector(const T* at, float* x) {
+  if constexpr (kCount == 4) {
+    get_four(at, x);
+  } else {
+    const uint4 all = *reinterpret_cast<const uint4*>(at);
+    T eight[8];
+    memcpy(eight, &all, sizeof(all));
+RIME_UNROLL
+    for (int i = 0; i < 8; ++i) x[i] = wide(eight[i]);
+  }
+}
+
+// Copies 16 bytes to shared memory while this thread goes on; it may read them after await_copies.
+__device__ __forceinline__ void copy_ahead(void* shared, const void* from) {
+#if defined(__CUDACC__)
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+  cuda_on_host::copy_later(shared, from);
+#endif
+}
+__device__ __forceinline__ void await_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  cuda_on_host::copy_now();
+#endif
 }
 
 #if defined(__CUDACC__)

@@ -11,9 +11,11 @@ namespace {
 
 constexpr int kReduceBytes = 2048;  // of shared memory, for block_reduce
 
-// Whether rows, and the bias, are groups of 4 columns, the first at a multiple of 16 bytes.
-bool aligned(const Tensor& logits, const Head& head) {
-  return logits.stride(0) % 4 == 0 && logits.size(1) % 4 == 0 && at_sixteen(logits.data_ptr()) && at_sixteen(head.bias);
+// Whether rows, and the bias, are whole vectors of 16 bytes of logits, and of as many results.
+bool aligned(const Tensor& logits, const Head& head, int64_t stride_out = 0) {
+  const int64_t group = 16 / static_cast<int64_t>(logits.element_size());
+  return logits.stride(0) % group == 0 && logits.size(1) % group == 0 && stride_out % group == 0 &&
+         at_sixteen(logits.data_ptr()) && at_sixteen(head.bias);
 }
 
 Head head_of(const Tensor& logits, const MaybeTensor& bias, const Tensor& temperature, const MaybeTensor& softcap) {
@@ -60,7 +62,7 @@ void row_softmax_backward(Tensor logits, Tensor targets, MaybeTensor bias, Tenso
   STD_TORCH_CHECK(dlogits.data_ptr() == logits.data_ptr(), "row_softmax_backward: dlogits must be the logits' memory");
   const Head head = head_of(logits, bias, temperature, softcap);
   const bool plain = !bias.has_value() && !softcap.has_value() && !grad_entropy.has_value();
-  const bool whole = aligned(logits, head) && dlogits.stride(0) % 4 == 0;
+  const bool whole = aligned(logits, head, dlogits.stride(0));
   const Upstream up{at<float>(lse), at<float>(target_logit), at<float>(entropy), at<float>(grad_logp),
                     at<float>(grad_entropy)};
   with_float_type(dlogits, "row_softmax_backward: dlogits", [&](auto type) {
@@ -100,7 +102,7 @@ void row_softmax_both(Tensor logits, Tensor targets, MaybeTensor bias, Tensor te
   STD_TORCH_CHECK(dlogits.data_ptr() == logits.data_ptr(), "row_softmax_both: dlogits must be the logits' memory");
   const Head head = head_of(logits, bias, temperature, softcap);
   const bool plain = !bias.has_value() && !softcap.has_value();
-  const bool whole = aligned(logits, head) && dlogits.stride(0) % 4 == 0;
+  const bool whole = aligned(logits, head, dlogits.stride(0));
   const int64_t blocks = std::min<int64_t>(rows, device_attribute(logits, cudaDevAttrMultiProcessorCount));
   const int shared = device_attribute(logits, cudaDevAttrMaxSharedMemoryPerBlockOptin) - kReduceBytes;
   with_float_type(dlogits, "row_softmax_both: dlogits", [&](auto type) {

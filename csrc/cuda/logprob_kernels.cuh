@@ -2,19 +2,22 @@
 // fp32, or bf16 or fp16 (each rounded once, by the product that made it); everything computed from them is fp32.
 // Included by logprob.cu, and by tests/ops/logprob_on_host.cpp, which runs it on the CPU.
 //
-// One block of 512 threads a row; a thread takes 8 columns a trip, in two groups of 4. Forward: every thread keeps an
+// One block of 512 threads a row; a thread takes 8 columns a trip, in groups of 16 bytes. Forward: every thread keeps an
 // online (top, sum, weighted sum), one exponential a column and one more where its maximum rises, merged through
 // shuffles and shared memory in a fixed order: one read of the row. Backward: one read, one write. Both at once
 // (both_kernel), where the upstream gradient is known before: one read and one write of memory instead of two reads
-// and one write. A block of 1,024 threads an SM, which walks the rows, keeps the first trips of its row in shared memory
-// (on an H100 114,688 of 151,936 bf16 columns) and reads the rest a second time soon after: 132 rows' rests are 10 MB, in
-// a L2 of 50. Each thread reads back its own columns only. The gradient of fp32
+// and one write. A block of 1,024 threads an SM, which walks the rows, has the first trips of its row in shared memory
+// (on an H100 114,688 of 151,936 bf16 columns) and reads the rest twice, soon after each other: 132 rows' rests are 10 MB,
+// in a L2 of 50. What memory would wait for, the exponentials, overlaps with it: once a thread has stored a trip's gradient
+// it sends for the same columns of the block's next row (cp.async), so that memory reads and writes at once, and the
+// statistics begin with the row at hand. Each thread reads its own columns only, so no barrier is needed between its
+// copies and its reads. The gradient of fp32
 // logits may be bf16 or fp16, written into the first half of the row's own memory: each trip of 4,096 columns is read by
 // all threads before any of it is written, and a trip's narrow results end before the columns that are still to be read.
 // That of narrow logits has their type and takes their places, each thread its own. Temperature and softcap are read on the device.
 //
-// kPlain: no bias, no softcap, no entropy gradient. kAligned: rows, and bias, are whole groups of 4 at multiples of 16
-// bytes, so that loads take 16 bytes and stores 16 or 8; otherwise column by column.
+// kPlain: no bias, no softcap, no entropy gradient. kAligned: rows, and bias, are whole groups at multiples of 16 bytes,
+// so that loads take 16 bytes and stores 16 (8 where the gradient of fp32 logits is narrow); otherwise column by column.
 #pragma once
 
 #include <rime/logprob.h>
@@ -24,19 +27,24 @@
 namespace rime::logprob {
 namespace {
 
-// What a block takes of its row at once: every thread kGroups groups of 4 columns.
-template <int kBlock, int kGroupsOfFour>
+// What a block takes of its row at once: every thread kColumns, in groups of 16 bytes of logits.
+template <int kBlock, int kOfAThread>
 struct Trip {
-  static constexpr int kThreads = kBlock, kGroups = kGroupsOfFour, kColumns = 4 * kGroups, kSize = kThreads * kColumns;
+  static constexpr int kThreads = kBlock, kColumns = kOfAThread, kSize = kThreads * kColumns;
 
-  // First of the 4 columns of a group of this thread, `first` being the trip's.
+  template <class L>
+  static constexpr int kGroup = 16 / sizeof(L);
+
+  // First of the columns of a group of this thread, `first` being the trip's.
+  template <class L>
   static __device__ __forceinline__ int column(int first, int group) {
-    return first + (group * kThreads + static_cast<int>(threadIdx.x)) * 4;
+    return first + (group * kThreads + static_cast<int>(threadIdx.x)) * kGroup<L>;
   }
 };
 
-using Short = Trip<512, 2>;  // of forward_kernel and backward_kernel: several blocks an SM
-using Long = Trip<1024, 4>;  // of both_kernel: one
+using Short = Trip<512, 8>;   // of forward_kernel and backward_kernel: several blocks an SM
+using Long = Trip<1024, 16>;  // of both_kernel, one: for loads of the rest of a row
+using Half = Trip<1024, 8>;   // where registers are scarce; a thread's columns are those of Long
 
 // What all rows share; bias and softcap may be null.
 struct Head {
@@ -48,35 +56,57 @@ struct Head {
   }
 };
 
-template <bool kAligned, class L>
-__device__ __forceinline__ void load_four(const L* from, int v, int end, float other, float* x) {
+template <bool kAligned, int kCount, class L>
+__device__ __forceinline__ void load_group(const L* from, int v, int end, float other, float* x) {
   RIME_UNROLL
-  for (int i = 0; i < 4; ++i) x[i] = other;
+  for (int i = 0; i < kCount; ++i) x[i] = other;
   if constexpr (kAligned) {
-    if (v < end) get_four(from + v, x);
+    if (v >= end) return;
+    constexpr int kStep = 16 / sizeof(L);  // 8 columns of a bias are two loads
+    RIME_UNROLL
+    for (int i = 0; i < kCount; i += kStep) get_vector<kStep>(from + v + i, x + i);
   } else {
     RIME_UNROLL
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < kCount; ++i)
       if (v + i < end) x[i] = wide(from[v + i]);
   }
 }
 
-// A trip's scores; -inf past the row's end. Its logits are left in `copy`, a place for a row, where that is not null.
+// A trip's scores; -inf past the row's end.
 template <class Trip, bool kPlain, bool kAligned, class L>
-__device__ __forceinline__ void load_scores(
-    const L* row, const Head& head, const Scale& scale, int first, float* z, L* copy = nullptr) {
+__device__ __forceinline__ void load_scores(const L* row, const Head& head, const Scale& scale, int first, float* z) {
+  constexpr int kGroup = Trip::template kGroup<L>;
   RIME_UNROLL
-  for (int group = 0; group < Trip::kGroups; ++group) {
-    const int v = Trip::column(first, group);
-    float* own = z + 4 * group;
-    load_four<kAligned>(row, v, head.vocabulary, -HUGE_VALF, own);
-    if (copy != nullptr) put_four(copy + v, own);
-    float b[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (!kPlain && head.bias) load_four<kAligned>(head.bias, v, head.vocabulary, 0.0f, b);
-    RIME_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float score = kPlain ? own[i] * scale.inv_temperature : scale.score(own[i] + b[i]);
-      own[i] = v + i < head.vocabulary ? score : -HUGE_VALF;  // softcap(-inf) is finite
+  for (int group = 0; group < Trip::kColumns / kGroup; ++group) {
+    const int v = Trip::template column<L>(first, group);
+    float* own = z + kGroup * group;
+    load_group<kAligned, kGroup>(row, v, head.vocabulary, -HUGE_VALF, own);
+    if constexpr (kPlain) {
+      RIME_UNROLL
+      for (int i = 0; i < kGroup; ++i) own[i] = rounded_product(own[i], scale.inv_temperature);
+    } else {
+      float b[kGroup] = {};
+      if (head.bias) load_group<kAligned, kGroup>(head.bias, v, head.vocabulary, 0.0f, b);
+      RIME_UNROLL
+      for (int i = 0; i < kGroup; ++i)  // softcap(-inf) is finite
+        own[i] = v + i < head.vocabulary ? scale.score(own[i] + b[i]) : -HUGE_VALF;
+    }
+  }
+}
+
+// Sends for the logits of a trip: `copy` is a place for a row.
+template <class Trip, bool kAligned, class L>
+__device__ __forceinline__ void send_for(const L* row, int first, int end, L* copy) {
+  constexpr int kGroup = Trip::template kGroup<L>;
+  RIME_UNROLL
+  for (int group = 0; group < Trip::kColumns / kGroup; ++group) {
+    const int v = Trip::template column<L>(first, group);
+    if constexpr (kAligned) {
+      if (v < end) copy_ahead(copy + v, row + v);
+    } else {
+      RIME_UNROLL
+      for (int i = 0; i < kGroup; ++i)
+        if (v + i < end) copy[v + i] = row[v + i];
     }
   }
 }
@@ -150,29 +180,31 @@ struct Slope {
   float g, h, centre, entropy;  // h: of the entropy
 };
 
-// Makes a trip's gradient from its scores; returns this thread's sum of dz (z - z[target]), with kProducts.
-template <class Trip, bool kPlain, bool kAligned, bool kProducts, class T>
+// Makes a trip's gradient from its scores; returns this thread's sum of dz (z - z[target]), with_products. (A run-time
+// flag: of two instances of this in one kernel, nvcc joins the ends, and takes the vectors stored there apart.)
+template <class Trip, class L, bool kPlain, bool kAligned, class T>
 __device__ __forceinline__ float put_gradient(
-    const Slope& row, const Head& head, const Scale& scale, int first, const float* z, T* results) {
+    const Slope& row, const Head& head, const Scale& scale, int first, const float* z, T* results, bool with_products) {
+  constexpr int kGroup = Trip::template kGroup<L>;
   float sum = 0.0f;
   RIME_UNROLL
-  for (int group = 0; group < Trip::kGroups; ++group) {
-    const int v = Trip::column(first, group);
-    float dx[4];
+  for (int group = 0; group < Trip::kColumns / kGroup; ++group) {
+    const int v = Trip::template column<L>(first, group);
+    float dx[kGroup];
     RIME_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float score = z[4 * group + i];
+    for (int i = 0; i < kGroup; ++i) {
+      const float score = z[kGroup * group + i];
       float dz = kPlain ? exp32((score - row.lse.high) - row.lse.low) * -row.g
                         : dscore(score, row.lse, row.entropy, row.g, row.h);
       if (v + i == row.target) dz += row.g;
-      if constexpr (kProducts) sum += product(dz, score - row.centre);
+      if (with_products) sum += product(dz, score - row.centre);
       dx[i] = kPlain ? dz * scale.inv_temperature : product(dz, scale.slope(score));
     }
     if constexpr (kAligned) {
-      if (v < head.vocabulary) put_four(results + v, dx);
+      if (v < head.vocabulary) put_vector<kGroup>(results + v, dx);
     } else {
       RIME_UNROLL
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < kGroup; ++i)
         if (v + i < head.vocabulary) put(results + v + i, dx[i]);
     }
   }
@@ -200,7 +232,7 @@ __global__ void __launch_bounds__(Short::kThreads) backward_kernel(
     load_scores<Short, kPlain, kAligned>(row, head, scale, first, z);
     // Narrow results overlap columns that other threads read in this trip or in an earlier one.
     if (sizeof(T) < sizeof(L)) __syncthreads();
-    sum += put_gradient<Short, kPlain, kAligned, true>(slope, head, scale, first, z, out + r * out_stride);
+    sum += put_gradient<Short, L, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride, true);
   }
   sum = block_reduce<Short::kThreads, true>(sum, Add{});
   if (threadIdx.x == 0) products[r] = sum;
@@ -215,12 +247,15 @@ __global__ void __launch_bounds__(Long::kThreads) both_kernel(
   RIME_DYNAMIC_SHARED(float4, room);  // aligned for loads of 16 bytes
   L* copy = reinterpret_cast<L*>(room);
   const Scale scale = head.scale(kPlain);
+  for (int first = 0; first < kept; first += Long::kSize)  // a block has a row at least
+    send_for<Long, kAligned>(logits + blockIdx.x * stride, first, head.vocabulary, copy);
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const L* row = logits + r * stride;
+    await_copies();
     float z[Long::kColumns];
     Partial mine{-HUGE_VALF, 0.0f, 0.0f};
     for (int first = 0; first < head.vocabulary; first += Long::kSize) {
-      load_scores<Long, kPlain, kAligned>(row, head, scale, first, z, first < kept ? copy : nullptr);
+      load_scores<Long, kPlain, kAligned>(first < kept ? copy : row, head, scale, first, z);
       if (statistics.entropy != nullptr)
         add_scores<true, Long::kColumns>(mine, z);
       else
@@ -238,14 +273,12 @@ __global__ void __launch_bounds__(Long::kThreads) both_kernel(
     }
     __syncthreads();  // all have read the target's logit
     float sum = 0.0f;
-    for (int first = 0; first < head.vocabulary; first += Long::kSize) {
-      load_scores<Long, kPlain, kAligned>(first < kept ? copy : row, head, scale, first, z);
+    for (int first = 0; first < head.vocabulary; first += Half::kSize) {
+      load_scores<Half, kPlain, kAligned>(first < kept ? copy : row, head, scale, first, z);
       if (sizeof(T) < sizeof(L)) __syncthreads();  // see backward_kernel
-      T* results = out + r * out_stride;
-      if (products != nullptr)
-        sum += put_gradient<Long, kPlain, kAligned, true>(slope, head, scale, first, z, results);
-      else
-        put_gradient<Long, kPlain, kAligned, false>(slope, head, scale, first, z, results);
+      sum += put_gradient<Half, L, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride, products != nullptr);
+      if (first < kept && r + gridDim.x < rows)
+        send_for<Half, kAligned>(row + gridDim.x * stride, first, head.vocabulary, copy);
     }
     if (products == nullptr) continue;
     sum = block_reduce<Long::kThreads, true>(sum, Add{});

@@ -23,6 +23,7 @@
 #include <random>
 #include <source_location>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -97,6 +98,7 @@ struct Thread {
   State state = State::kReady;
   Place place;           // of the barrier or exchange it waits at
   unsigned turn = 0;     // parity of its exchanges: a lane may be one ahead of another of its warp, never two
+  std::vector<std::pair<void*, const void*>> ahead;  // copies of 16 bytes that are on their way
   uint64_t slot[2] = {};  // what it shows its warp, of this exchange and of the one before
 };
 
@@ -180,7 +182,7 @@ inline void begin_block() {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(thread.stack.get(), kStack);
 #endif
-    thread.state = State::kReady, thread.turn = 0;
+    thread.state = State::kReady, thread.turn = 0, thread.ahead.clear();
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
@@ -241,6 +243,13 @@ void launch(unsigned x, unsigned y, unsigned n_threads, size_t shared_bytes, Cal
   }
 }
 
+// cp.async: what is copied is seen after the wait, not before.
+inline void copy_later(void* to, const void* from) { threads[threadIdx.x].ahead.emplace_back(to, from); }
+inline void copy_now() {
+  for (const auto& [to, from] : threads[threadIdx.x].ahead) std::memcpy(to, from, 16);
+  threads[threadIdx.x].ahead.clear();
+}
+
 template <class T>
 T exchange(T value, unsigned from, const Place& place) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -275,6 +284,12 @@ inline unsigned __ballot_sync(unsigned, bool wanted, std::source_location place 
   for (unsigned step = 0; step < cuda_on_host::kWarp; ++step)
     all |= static_cast<unsigned>(cuda_on_host::exchange(wanted, lane ^ step, place)) << (lane ^ step);
   return all;
+}
+
+// A store that the L1 passes on.
+template <class T>
+void __stcg(T* at, T value) {
+  *at = value;
 }
 
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
