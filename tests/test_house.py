@@ -128,7 +128,8 @@ ANATOMY = {"op", "reference", "cpu", "cuda", "triton", "triton_kernels"}
 OWN = {  # what an operator has besides, because no other needs it
     "contrastive": {"agreement", "keys", "nested", "problem", "schedule", "softmax", "tiles"}
     | {"triton_nested", "triton_nested_kernels", "triton_parts"},
-    "logprob_pool": {"arguments", "problem", "read_outs", "rows", "triton_rows", "triton_tiles", "vocab_parallel"},
+    "logprob_pool": {"arguments", "places", "problem", "read_outs", "rows"}
+    | {"triton_places", "triton_rows", "triton_tiles", "vocab_parallel"},
     "reward": {"stream", "weights"},
 }
 

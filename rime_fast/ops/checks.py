@@ -103,7 +103,7 @@ def require(good: Tensor, message: str) -> None:
         if not bool(good.all()):
             raise ValueError(message)
         return
-    torch._assert_async(good.all(), message)
+    torch._assert_async(good if good.dim() == 0 else good.all(), message)
 
 
 def require_range(name: str, index: Tensor, low: int, high: int) -> None:

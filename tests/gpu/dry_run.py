@@ -94,9 +94,12 @@ class _Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.first = -1  # how many came before the first product
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if name == "mm" and self.first < 0:
+            self.first = sum(self.count.values()) + sum(LAUNCHES.values())
         if name not in _FREE:
             self.count[name] += 1
         if "dtype" in func._overloadname and kwargs and "out" in kwargs:
@@ -110,6 +113,7 @@ class Card:
 
     def __init__(self, driver: _Driver, operations: _Launches) -> None:
         self.binaries, self.made, self.operations = driver.binaries, driver.made, operations.count
+        self.torch = operations
         LAUNCHES.clear()
 
     @property
@@ -171,21 +175,30 @@ def index(*size: int) -> torch.Tensor:
     return empty(*size, dtype=torch.int64)
 
 
-def head(backend: str, rows: int, width: int, vocabulary: int, dtype: str = "bfloat16", entropy: bool = False) -> None:
+def head(
+    backend: str,
+    rows: int,
+    width: int,
+    vocabulary: int,
+    dtype: str = "bfloat16",
+    entropy: bool = False,
+    read: bool = True,
+) -> None:
     """The summed loss, its scaling, log-probabilities and their backward, with two read-outs, without csrc."""
     from rime_fast.ops.logprob_pool import op
     from rime_fast.ops.logprob_pool import rows as row_kernels
-    from rime_fast.ops.logprob_pool.arguments import prepare
+    from rime_fast.ops.logprob_pool.arguments import check_late, prepare
     from rime_fast.ops.logprob_pool.problem import Needs
 
     kind = getattr(torch, dtype)
     x, w, y = empty(rows, width, dtype=kind), empty(vocabulary, width, dtype=kind), index(rows)
-    pools = {"disc": index(4), "gen": (index(4), index(4))}
+    pools = {"disc": index(4), "gen": (index(4), index(4))} if read else None
     call = prepare(x, w, y, pools, None, 1.0, None, -100, entropy, True, backend, None, rows, op.TABLE)
     options, none = call.options._replace(needs=Needs(True, True, False, False)).encode(), None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_kernels, "_kernels", lambda logits: "triton")
-        loss, *found = op.linear_ce._init_fn(*call.tensors, empty(rows, dtype=torch.float32), options, "")
+        loss, *found = op.linear_ce._init_fn(*call.tensors, None, options, "")
+        check_late(call)
         embeddings, norms, made = found[3], found[4], found[5:]
         spans = call.tensors[3:5]
         op.scale_gradients_._init_fn(made, loss, embeddings, spans, (embeddings, norms), options)
@@ -296,6 +309,7 @@ def main() -> None:
         with dry_card() as card:
             RUNS[name](*arguments, **options)
             found = {"launches": card.launches, "kernels": dict(LAUNCHES), "operations": dict(card.operations)}
+            found["first"] = card.torch.first
         for metadata, code in card.made if "RIME_DRY_CODE" in os.environ else ():
             one = {"name": metadata.name, "warps": metadata.num_warps, "shared": metadata.shared}
             path = Path(os.environ["RIME_DRY_CODE"]) / f"{metadata.hash}.cubin"

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rime_fast.ops.logprob_pool import triton_kernels, triton_rows
+from rime_fast.ops.logprob_pool import triton_kernels, triton_places, triton_rows
 from rime_fast.ops.logprob_pool.triton_tiles import (
     DLOGITS_WIDE,
     FORWARD_WIDE,
@@ -51,15 +51,23 @@ INTS = {
     "out_stride",
     "stride_out",
     "stride_hidden",
+    "places",
+    "ignore_index",
+    "vocab_start",
+    "entropy_stride",
 }
-LONGS = {"targets", "order", "starts", "ends"}
+LONGS = {"targets", "order", "local", "starts", "ends"}
 OPERANDS = {"hidden", "logits", "out", "rows_of", "x", "w", "panel", "dhead", "dhidden", "low"}
 
 
 UNFUSED = {"forward_kernel", "dlogits_kernel"}  # as triton.py launches them
 ROW_KERNELS = (  # name, constants, warps
     ("merge_kernel", {"BM": 128, "ENTROPY": True}, 4),
+    ("places_kernel", {"BLOCK": 2048}, 8),
     ("gather_kernel", {"BR": 32, "BC": 256}, 4),
+    ("scatter_kernel", {"BR": 32, "BC": 256}, 4),
+    ("pick_kernel", {"BLOCK": 256}, 4),
+    ("spread_kernel", {"ENTROPY": True, "BLOCK": 256}, 4),
     ("read_outs_kernel", {"NORMALIZE": True}, 4),
     ("start_gradient_kernel", {"BT": 32, "BC": 256}, 4),
     ("row_statistics_kernel", {"ENTROPY": True, "BLOCK": 4096}, 8),
@@ -93,7 +101,9 @@ def descriptors(name: str, t: Tiles) -> dict[str, tuple[int, int]]:
 
 def compile_kernel(name: str, constants: dict, capability: int, operand: str, warps: int, stages: int) -> dict:
     """Compile one kernel; what the gate looks at."""
-    kernel = getattr(triton_kernels, name, None) or getattr(triton_rows, name)
+    kernel = next(
+        found for home in (triton_kernels, triton_rows, triton_places) if (found := getattr(home, name, None))
+    )
     blocks = {}
     if constants.get("TMA"):
         blocks = descriptors(name, Tiles(constants["BM"], constants["BN"], constants["BK"], warps, stages))

@@ -207,10 +207,10 @@ def test_token_weight_gets_a_gradient() -> None:
 def test_memory_is_bounded_whatever_the_rows() -> None:
     """One block of logits at V 151,936 is within 48 MiB, and where there are several they share one buffer."""
     for rows in (64, 4096):
-        index, ignored = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool)
+        index = torch.zeros(rows, dtype=torch.long)
         scoring, spans = Scoring(None, torch.ones(()), None), Spans(index[:0], index[:0])
         heads = torch.zeros(rows, 4), torch.zeros(151_936, 4)
-        blocks = cpu.Blocks(Problem(*heads, index, ignored, scoring, spans, Options("chunked")))
+        blocks = cpu.Blocks(Problem(*heads, index, scoring, spans, Options("chunked")))
         logits = next(iter(blocks))[1]
         assert 0 < logits.nbytes <= 48 << 20
         assert (blocks.buffer is None) == (rows == 64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rime_fast.ops.logprob_pool import cuda, fused_linear_ce, fused_logprob_pool, op, problem
+from rime_fast.ops.logprob_pool import cuda, fused_linear_ce, fused_logprob_pool, op, places, problem
 from rime_fast.ops.logprob_pool import rows as row_kernels
 from rime_fast.ops.logprob_pool.problem import Needs, Options, Problem, Scoring, Spans, Upstream
 from tests.ops.logprob_cases import Case, assert_close_to_truth
@@ -41,6 +41,7 @@ def test_close_to_truth_by_tritons_row_kernels(
     schedule: str, dtype: torch.dtype, softcap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(row_kernels, "_kernels", lambda _: "triton")
+    monkeypatch.setattr(places, "by_triton", lambda _: True)
     _small(monkeypatch, 32 << 20, rows=8)  # few programs for the interpreter
     for shape, spread in (((5, 96, 123), 1.0), ((11, 64, 5003), 30.0)):
         case = Case(*shape, dtype, softcap=softcap, bias=bias, temperature=1.3, spread=spread)
@@ -119,7 +120,7 @@ def test_gradients_from_the_forwards_logits(chunks: int, dtype: torch.dtype, mon
     monkeypatch.setattr(cuda, "rows_both_", lambda z, *rest: made.append(tuple(z.shape)) or both(z, *rest))
     monkeypatch.setattr(cuda, "backward", lambda *_: pytest.fail("the logits were made twice"))
     found = case.run("chunked", schedule="forward")
-    assert made == ([(224, 517)] if chunks == 1 else [(96, 517), (96, 517), (32, 517)])
+    assert made == ([(201, 517)] if chunks == 1 else [(96, 517), (96, 517), (9, 517)])
     monkeypatch.setattr(cuda, "backward", backward)
     assert_close_to_truth(case, found, "forward")
     again = case.run("chunked", schedule="forward")
@@ -210,7 +211,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     scoring = Scoring(t["bias"].float(), t["temperature"], None)
     options = Options("chunked", entropy=True, max_scored=30, needs=Needs(True, True, True, True))
     spans = Spans(t["starts"], t["ends"])
-    call = Problem(t["hidden"], t["lm_head"], t["targets"], t["targets"] == -100, scoring, spans, options)
+    call = Problem(t["hidden"], t["lm_head"], t["targets"], scoring, spans, options)
     # CUDA's read-outs are Triton's; those of the CPU look at the spans.
     monkeypatch.setattr(cuda.read_outs, "read_outs_forward", lambda *_: None)
     with _NoSync():
@@ -263,3 +264,30 @@ def test_workspace_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RIME_FAST_WORKSPACE_MIB", bad)
         with pytest.raises(ValueError, match="RIME_FAST_WORKSPACE_MIB: expected a whole number"):
             problem.workspace_limit()
+
+
+@pytest.mark.parametrize("bound", [-1, 4, 2500, 9999])  # 4: too small, which an assertion reports
+@pytest.mark.parametrize("weighted", [False, True])
+def test_places_by_triton_are_torchs(bound: int, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, targets, slopes, and every way to the places and back, among more rows than a step of the kernel takes."""
+    rows = 2500
+    targets = torch.where(torch.rand(rows) < 0.5, -100, torch.randint(0, 900, (rows,)))
+    options = Options("chunked", entropy=True, max_scored=bound, vocab_start=300)
+    scoring, spans = Scoring(None, torch.ones(()), None), Spans(targets[:0], targets[:0])
+    call = Problem(torch.randn(rows, 20).bfloat16(), torch.randn(5, 20).bfloat16(), targets, scoring, spans, options)
+    weight = torch.randn(rows, 2)[:, 1] if weighted else None
+    slope = torch.ones(()).expand(rows)
+    found = {}
+    for by_triton in (False, True):
+        monkeypatch.setattr(places, "by_triton", lambda _, answer=by_triton: answer)
+        at = places.Places(call, 512, True, weight)
+        torch.manual_seed(1)
+        stats, grad = torch.randn(3, rows), torch.randn(rows)
+        known, above = at.pick(problem.Statistics(stats[:2], stats[2], grad), Upstream(slope, grad))
+        back = at.spread([problem.Statistics(known.lse, known.target_logit, known.entropy)])
+        x = at.take(call.hidden, 3, 40, torch.float32)
+        out = torch.zeros(rows + 1, 20, dtype=torch.bfloat16)
+        at.put(x, 3, out)
+        found[by_triton] = (at.order, at.targets, at.slope, *known, *above, *back, x, out[:-1])
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -166,7 +166,11 @@ def _check_compiled(operand: str, which: str, *capabilities: int) -> None:
     paths = {"forward_kernel", "dlogits_kernel", "dhead_kernel", "dhidden_kernel"}
     for capability in capabilities:
         assert {b["kernel"] for b in built if b["capability"] == capability} == paths | {
+            "places_kernel",
             "gather_kernel",
+            "scatter_kernel",
+            "pick_kernel",
+            "spread_kernel",
             "merge_kernel",
             "read_outs_kernel",
             "start_gradient_kernel",

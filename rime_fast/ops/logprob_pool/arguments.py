@@ -31,6 +31,7 @@ class Call(NamedTuple):
     temperature: Tensor  # 0-d, fp32 or fp64
     softcap: Tensor | None  # 0-d, the same; None = no cap
     options: Options
+    late: int  # columns of the whole head where targets are still to be checked (check_late), 0 where they are
     group: str  # name of the vocabulary group, "" = the head is whole
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -83,9 +84,9 @@ def prepare(
     if vocab_group is not None:
         vocabulary, vocab_start, group = vocab_parallel.shard(lm_head, vocab_group)
     targets = targets.long()
-    _check_targets(targets, vocabulary, ignore_index)
-    if max_scored is not None:
-        _check_max_scored(max_scored, targets, ignore_index)
+    bound = -1 if max_scored is None else _bound(max_scored)
+    if device.type == "cpu":
+        _check_targets(targets, vocabulary, ignore_index, bound)
     names, sizes, starts, ends = _pack_pools(pools, rows, device)
     scale = _scalar("temperature", temperature, hidden)
     cap = None if softcap is None else _scalar("softcap", softcap, hidden)
@@ -95,18 +96,27 @@ def prepare(
     if chosen != "reference":
         for name, tensor in (("hidden", hidden), ("lm_head", lm_head), ("bias", bias), ("temperature", scale)):
             check.refuse_forward_ad(name, [tensor])
+    elif device.type != "cpu":  # the fused backends check late
+        _check_targets(targets, vocabulary, ignore_index, bound)
+    late = 0 if device.type == "cpu" or chosen == "reference" else vocabulary
     grad = torch.is_grad_enabled()
     asked = (grad and t is not None and t.requires_grad for t in (hidden, lm_head, bias, scale))
-    bound = -1 if max_scored is None else max_scored
     options = Options(chosen, ignore_index, entropy, normalize, bound, vocab_start, Needs(*asked))
-    return Call(hidden, lm_head, targets, starts, ends, bias, scale, cap, options, group, names, sizes)
+    return Call(hidden, lm_head, targets, starts, ends, bias, scale, cap, options, late, group, names, sizes)
 
 
-def check_weight(token_weight: Tensor | None, hidden: Tensor) -> Tensor:
-    """Check token_weight and give it as fp32 [T] (fp64 beside fp64 hidden states); None means 1 everywhere."""
+def check_late(call: Call) -> None:
+    """Check the targets of a call whose operator has been called, on a device: the assertions' launches do not hold up
+    its first product, and no kernel follows a target out of its row."""
+    if call.late:
+        _check_targets(call.targets, call.late, call.options.ignore_index, call.options.max_scored)
+
+
+def check_weight(token_weight: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Check token_weight and give it as fp32 [T] (fp64 beside fp64 hidden states); None, 1 everywhere, as it is."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if token_weight is None:
-        return torch.ones(hidden.shape[0], dtype=dtype, device=hidden.device)
+        return None
     shape, device = (hidden.shape[0],), hidden.device
     check.check_tensor("token_weight", token_weight, shape=shape, dtypes=check.FLOATS, device=device)
     return token_weight.to(dtype)
@@ -136,24 +146,24 @@ def _scalar(name: str, value: float | Tensor, hidden: Tensor) -> Tensor:
     return value.to(device=hidden.device, dtype=dtype)
 
 
-def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Every target is ignored or in [0, V)."""
-    good = (targets == ignore_index) | ((targets >= 0) & (targets < vocabulary))
+def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int, bound: int) -> None:
+    """Every target is ignored or in [0, V), and no more rows than ``bound`` (-1 = unknown) are scored."""
+    good = (targets.clamp(0, vocabulary - 1) == targets) | (targets == ignore_index)
     message = f"targets: expected values in [0, {vocabulary}) or ignore_index ({ignore_index})"
     if targets.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(good.all()):
         row = int((~good).to(torch.int8).argmax())
         raise ValueError(f"{message}, got {int(targets[row])} at row {row}")
     check.require(good, message)
+    if 0 <= bound < targets.shape[0]:
+        scored = (targets != ignore_index).sum()
+        check.require(scored <= bound, f"max_scored: more than {bound} rows of targets are scored")
 
 
-def _check_max_scored(max_scored: int, targets: Tensor, ignore_index: int) -> None:
-    """No more rows than ``max_scored`` are scored."""
+def _bound(max_scored: int) -> int:
     check.check_int("max_scored", max_scored)
     if max_scored < 0:
         raise ValueError(f"max_scored: expected a number of rows, got {max_scored}")
-    if max_scored < targets.shape[0]:
-        scored = (targets != ignore_index).sum()
-        check.require(scored <= max_scored, f"max_scored: more than {max_scored} rows of targets are scored")
+    return max_scored
 
 
 def _pack_pools(
@@ -186,5 +196,7 @@ def _pack_pools(
         sizes.append(first.shape[0])
         starts.append(first.long())
         ends.append(last.long())
-    empty = torch.empty(0, dtype=torch.int64, device=device)
-    return tuple(names), tuple(sizes), torch.cat([empty, *starts]), torch.cat([empty, *ends])
+    if not names:
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return (), (), none, torch.empty_like(none)
+    return tuple(names), tuple(sizes), torch.cat(starts), torch.cat(ends)

@@ -24,6 +24,7 @@ from rime_fast.ops.logprob_pool.problem import (
     Statistics,
     Upstream,
     gradient_dtype,
+    loss_slope,
     new_statistics,
 )
 from rime_fast.ops.logprob_pool.read_outs import ReadOuts, read_outs_forward, scale_, start_gradient_
@@ -61,7 +62,7 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 
 
 def forward_with_gradient(
-    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics] | None
+    problem: Problem, token_weight: Tensor | None, merge: Callable[[Statistics], Statistics] | None
 ) -> tuple[Statistics, ReadOuts, Gradients]:
     """Compute the forward, and the gradients of sum_t token_weight_t * (-logp_t) from the same logits: 6MHV FLOP in
     all.
@@ -69,7 +70,8 @@ def forward_with_gradient(
     merge makes a block's statistics those of the whole vocabulary where ``lm_head`` is a part of it; None where not.
     """
     blocks, sums = Blocks(problem), Sums(problem, None)
-    stats, upstream = new_statistics(problem.hidden, problem.options.entropy), Upstream(-token_weight, None)
+    stats = new_statistics(problem.hidden, problem.options.entropy)
+    upstream = Upstream(loss_slope(problem, token_weight), None)
     for rows, logits, targets, x in blocks:
         given, above = (logits, targets, problem.scoring), blocks.pick(upstream, rows)
         if merge is None:
@@ -90,6 +92,7 @@ class Blocks:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.vocabulary, self.width = problem.lm_head.shape
+        self.targets = problem.local_targets
         self.scored = (~problem.ignored).nonzero().squeeze(1)  # counting them costs nothing here
         self.block = block_rows(self.vocabulary)
         rows = _padded(self.scored.shape[0])
@@ -103,8 +106,8 @@ class Blocks:
             x = torch.empty(_padded(count), self.width, dtype=torch.float32)
             x[:count] = self.problem.hidden.index_select(0, rows)
             x[count:] = 0
-            targets = self.problem.targets.new_full((_padded(count),), -1)
-            torch.index_select(self.problem.targets, 0, rows, out=targets[:count])
+            targets = rows.new_full((_padded(count),), -1)
+            torch.index_select(self.targets, 0, rows, out=targets[:count])
             yield rows, self.logits(x), targets, x[:count]
 
     def logits(self, x: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 forward    blocks of ROWS scored rows (padded, so a row's logits are the same bits in any batch) times the head, by wide
            panels of columns; the row kernel's statistics of the panels are merged in a fixed order. 2MHV FLOP.
 backward   panels of columns outside, all scored rows inside: logits of the panel [M, P] fp32, their gradient over them
-           in the operands' dtype, then dW of the P columns (one product over all rows, in fp32, cast once), and the
-           panel's share of dX, in fp32. 6MHV FLOP: 8MHV with the forward.
+           in the operands' dtype, then dW of the P columns (one product over all rows, as it is wanted) and the panel's
+           share of dX, in fp32. 6MHV FLOP: 8MHV with the forward.
 both       (forward_with_gradient) chunks of R whole rows: logits by blocks of ROWS, statistics and gradient in place
            with one read of them (rows.rows_both_), dX, dW. 6MHV FLOP in all. The logits have the operands' dtype
            (rounded once; everything computed from them is fp32), or with RIME_FAST_FP32_LOGITS=1 fp32. One chunk
@@ -15,7 +15,7 @@ reads and writes dW in fp32, 8VH bytes, and saves the second 2RVH FLOP of logits
 the card (295 on an H100) on, 1,180 rows. Below that, and where one chunk does not hold all rows, the logits are made
 twice.
 
-The host does not know M: it enqueues work for the capacity (problem.Scored), in which places past M hold zero rows
+The host does not know M: it enqueues work for the capacity (places.Places), in which places past M hold zero rows
 with a zero gradient; max_scored makes the capacity M. dX in fp32, the rows and the panel share one budget; where dX
 does not fit beside a useful panel the rows go in groups, dX first and dW in a second sweep (10MHV): see ``plan``.
 """
@@ -26,10 +26,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rime_fast.ops.logprob_pool import read_outs, triton
+from rime_fast.ops.logprob_pool.places import Places
 from rime_fast.ops.logprob_pool.problem import (
     Gradients,
     Needs,
@@ -38,8 +38,7 @@ from rime_fast.ops.logprob_pool.problem import (
     Upstream,
     gradient_dtype,
     logits_dtype,
-    new_statistics,
-    scored_order,
+    loss_slope,
     share_of_part,
     whole_of_parts,
     workspace_limit,
@@ -65,7 +64,9 @@ def plan(capacity: int, width: int, vocabulary: int, itemsize: int, limit: int) 
     what is left."""
     a_row = (4 + itemsize) * width
     rows = max(1, min(capacity, limit * 3 // 4 // a_row))
-    a_column = 4 * (rows + width)  # logits, and dW in fp32
+    a_column = 4 * rows  # logits
+    if rows < capacity and itemsize < 4:
+        a_column += 4 * width  # dW, which several groups add up in fp32
     columns = max(STEP, (limit - rows * a_row) // a_column // STEP * STEP)
     columns = min(columns, -(-vocabulary // STEP) * STEP)
     return Plan(rows, columns, rows * a_row + columns * a_column)
@@ -105,17 +106,21 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
     """Compute the rows' statistics (2MHV FLOP) and the read-outs."""
     hidden, vocabulary, options = problem.hidden, problem.lm_head.shape[0], problem.options
     columns = forward_columns(vocabulary, workspace_limit(problem.lm_head.nbytes))
-    places = _Places(problem, scored_order(problem.ignored, options.max_scored), ROWS)
-    buffer = hidden.new_empty(ROWS * columns if len(places.order) else 0, dtype=torch.float32)
+    places = Places(problem, ROWS)
+    # The rows of many blocks are gathered at once, in the quarter of the workspace that the panel leaves.
+    at_once = max(1, workspace_limit(problem.lm_head.nbytes) // 4 // (hidden.element_size() * hidden.shape[1]) // ROWS)
+    buffer = hidden.new_empty(ROWS * columns if places.capacity else 0, dtype=torch.float32)
     made = []
-    for first_row in range(0, len(places.order), ROWS):
-        x, targets = places.take(first_row, ROWS)
-        parts = []
-        for first in range(0, vocabulary, columns):
-            part = slice(first, min(first + columns, vocabulary))
-            logits = _product(x, problem.lm_head[part].t(), buffer)
-            parts.append(rows_forward(logits, _within(targets, first), problem.scoring.part(part), options.entropy))
-        made.append(_merge(parts))
+    for start in range(0, places.capacity, at_once * ROWS):
+        for i, x in enumerate(places.take(hidden, start, at_once * ROWS).split(ROWS)):
+            live = slice(start + i * ROWS, min(start + (i + 1) * ROWS, places.capacity))
+            parts = []
+            for first in range(0, vocabulary, columns):
+                part = slice(first, min(first + columns, vocabulary))
+                logits = _product(x, problem.lm_head[part].t(), buffer)[: live.stop - live.start]
+                targets = _within(places.targets[live], first)
+                parts.append(rows_forward(logits, targets, problem.scoring.part(part), options.entropy))
+            made.append(_merge(parts))
     return places.spread(made), _read_outs(problem)
 
 
@@ -137,13 +142,11 @@ def _merge(parts: list[Statistics]) -> Statistics:
 def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> Gradients:
     """Compute the gradients, that of hidden on top of the read-outs' ``rows``; makes the logits
     again, panel by panel."""
-    needs, order = problem.options.needs, scored_order(problem.ignored, problem.options.max_scored)
-    capacity, itemsize = order.shape[0], problem.hidden.element_size()
-    work = _Backward(problem, stats, upstream, rows, scored=capacity > 0)
-    cut = plan(
-        capacity, problem.lm_head.shape[1], problem.lm_head.shape[0], itemsize, workspace_limit(problem.lm_head.nbytes)
-    )
-    groups = [order[i : i + cut.rows] for i in range(0, capacity, cut.rows)]
+    needs, places = problem.options.needs, Places(problem, 1)
+    capacity, itemsize, (vocabulary, width) = places.capacity, problem.hidden.element_size(), problem.lm_head.shape
+    work = _Backward(problem, places, stats, upstream, rows)
+    cut = plan(capacity, width, vocabulary, itemsize, workspace_limit(problem.lm_head.nbytes))
+    groups = [slice(i, min(i + cut.rows, capacity)) for i in range(0, capacity, cut.rows)]
     if len(groups) <= 1 or not needs.hidden:
         work.sweep(groups, cut, needs)
     else:
@@ -155,34 +158,36 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 
 
 def forward_with_gradient(
-    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics] | None
+    problem: Problem, token_weight: Tensor | None, merge: Callable[[Statistics], Statistics] | None
 ) -> tuple[Statistics, ReadOuts, Gradients]:
     """Compute the forward, and the gradients of sum_t token_weight_t * (-logp_t), from the same logits where they fit
     (6MHV).
 
     merge makes a chunk's statistics those of the whole vocabulary where ``lm_head`` is a part of it; None where not.
     """
-    lm_head, dtype = problem.lm_head, logits_dtype(problem.hidden.dtype)
+    hidden, lm_head, dtype = problem.hidden, problem.lm_head, logits_dtype(problem.hidden.dtype)
     vocabulary, width = lm_head.shape
-    needs = problem.options.needs
-    order = scored_order(problem.ignored, problem.options.max_scored)
-    size = whole_rows(order.shape[0], vocabulary, dtype.itemsize, workspace_limit(lm_head.nbytes))
-    if not any(needs) or (order.shape[0] and not size):
+    needs, bound = problem.options.needs, problem.options.max_scored
+    capacity = hidden.shape[0] if bound < 0 else min(bound, hidden.shape[0])
+    size = whole_rows(capacity, vocabulary, dtype.itemsize, workspace_limit(lm_head.nbytes))
+    if not any(needs) or (capacity and not size):
         stats, found = forward(problem)
         stats = stats if merge is None else merge(stats)
-        return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
-    sums, weight, made = _Sums(problem, None, scored=order.shape[0] > 0), None, []
-    places = _Places(problem, order, ROWS)
-    slope = places.pick(token_weight.float().neg())
+        return stats, found, backward(problem, stats, Upstream(loss_slope(problem, token_weight), None), None)
+    places, sums, weight, made = Places(problem, ROWS, True, token_weight), None, None, []
     buffer = lm_head.new_empty(size * vocabulary, dtype=dtype)
-    if needs.lm_head and len(places.order) > size:
-        weight = lm_head.new_empty(vocabulary, width, dtype=torch.float32)
-    for first in range(0, len(places.order), max(size, 1)):
-        x, targets = places.take(first, size)
+    for first in range(0, capacity, max(size, 1)):
+        x = places.take(hidden, first, size)
         logits = buffer[: x.shape[0] * vocabulary].view(-1, vocabulary)
         for part, out in zip(x.split(ROWS), logits.split(ROWS), strict=True):
             _product_into(out, part, lm_head.t())
-        above, rows = slope[first : first + size], (logits, targets, problem.scoring)
+        if sums is None:  # only now, so that the device has the first products by then
+            sums = _Sums(problem, None, scored=True)
+            if needs.lm_head and capacity > size:
+                weight = lm_head.new_empty(vocabulary, width, dtype=torch.float32)
+        live = slice(first, min(first + size, capacity))  # what fills a block up has had its use
+        x, logits, above = x[: live.stop - first], logits[: live.stop - first], places.slope[live]  # type: ignore
+        rows = logits, places.targets[live], problem.scoring
         narrow = dtype if dtype != torch.float32 or not x.is_cuda else x.dtype
         if merge is None:
             own, dlogits, products = rows_both_(*rows, above, problem.options.entropy, narrow, needs.temperature)
@@ -191,8 +196,7 @@ def forward_with_gradient(
             dlogits, products = rows_backward_(*rows, own, Upstream(above, None), narrow)
         made.append(own)
         if sums.hidden is not None:
-            dx = _product_into(sums.hidden.new_empty(x.shape), dlogits, lm_head)
-            sums.hidden.index_copy_(0, places.order[first : first + size], dx)
+            places.put(_product_into(sums.hidden.new_empty(x.shape), dlogits, lm_head), first, sums.hidden)
         if weight is not None:
             _add_product(weight, dlogits.t(), x, fresh=first == 0)
         elif sums.lm_head is not None:
@@ -201,41 +205,10 @@ def forward_with_gradient(
             sums.bias += dlogits.sum(dim=0, dtype=torch.float32)
         if sums.products is not None and products is not None:
             sums.products.add_(products.sum(dtype=torch.float64))
+    sums = sums or _Sums(problem, None, scored=False)
     if weight is not None and sums.lm_head is not None:
         sums.lm_head.copy_(weight)
     return places.spread(made), _read_outs(problem), sums.finish()
-
-
-class _Places:
-    """The scored rows in order, padded to a multiple with places past the rows: what is small is gathered for
-    all of them at once, so that a chunk is few launches. A place past the rows gives a zero row, whatever is in the
-    rows, and no target."""
-
-    def __init__(self, problem: Problem, order: Tensor, multiple: int) -> None:
-        self.problem, self.rows = problem, problem.hidden.shape[0]
-        self.order = F.pad(order, (0, -order.shape[0] % multiple), value=self.rows)
-        self.at = self.order.clamp(max=self.rows - 1)
-        self.past = self.order == self.rows
-        self.targets = problem.targets.index_select(0, self.at).masked_fill_(self.past, -1)
-
-    def take(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Take the rows and targets of places [first, first + count)."""
-        part = slice(first, first + count)
-        x = self.problem.hidden.index_select(0, self.at[part])
-        return x.masked_fill_(self.past[part].unsqueeze(1), 0.0), self.targets[part]
-
-    def pick(self, values: Tensor) -> Tensor:
-        """Pick ``values`` [T] at all places, 0 past the rows."""
-        return values.index_select(0, self.at).masked_fill_(self.past, 0.0)
-
-    def spread(self, made: list[Statistics]) -> Statistics:
-        """Put the places' statistics, chunk after chunk, at their rows, 0 elsewhere."""
-        # one row more, which takes what the padding gives
-        stats = new_statistics(self.problem.hidden, self.problem.options.entropy, self.rows + 1)
-        for whole, parts in zip(stats, zip(*made, strict=True), strict=True) if made else ():
-            if whole.numel():
-                whole.index_copy_(-1, self.order, torch.cat(parts, -1) if len(parts) > 1 else parts[0])
-        return Statistics(*(s[..., : self.rows].contiguous() for s in stats))
 
 
 class _Sums:
@@ -269,32 +242,33 @@ class _Backward(_Sums):
     """One backward that makes the logits again: what all its panels share."""
 
     def __init__(
-        self, problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None, scored: bool
+        self, problem: Problem, places: Places, stats: Statistics, upstream: Upstream, rows: Tensor | None
     ) -> None:
-        super().__init__(problem, rows, scored)
-        # The place past the rows: p = exp(z - inf) = 0 and no upstream gradient, so that padding adds exact zeros.
-        lse = F.pad(stats.lse, (0, 1), value=torch.inf)
-        lse[1, -1:].zero_()  # an assignment would wait for the number
-        self.stats = Statistics(lse, F.pad(stats.target_logit, (0, 1)), F.pad(stats.entropy, (0, 1)))
-        self.upstream = [None if t is None else F.pad(t.float(), (0, 1)) for t in upstream]
+        super().__init__(problem, rows, scored=places.capacity > 0)
+        self.places, self.started = places, rows is not None
+        self.stats, self.upstream = places.pick(stats, upstream)
 
-    def sweep(self, groups: list[Tensor], cut: Plan, needs: Needs) -> None:
+    def sweep(self, groups: list[slice], cut: Plan, needs: Needs) -> None:
         """Every panel of columns with every group of rows; dX only with a single group."""
-        hidden, lm_head = self.problem.hidden, self.problem.lm_head
+        hidden, lm_head, places = self.problem.hidden, self.problem.lm_head, self.places
         vocabulary, width = lm_head.shape
         if not groups or not any(needs):
             return
-        rows = groups[0].shape[0]
+        rows, single = groups[0].stop - groups[0].start, len(groups) == 1
         buffer = hidden.new_empty(rows * cut.columns, dtype=torch.float32)
-        dx = self.hidden[groups[0]].float() if needs.hidden and self.hidden is not None else None
+        dx = None
+        if needs.hidden and self.hidden is not None:
+            dx = hidden.new_empty(rows, width, dtype=torch.float32)
+            if self.started:  # with the read-outs' gradient
+                dx = places.take(self.hidden, groups[0].start, rows, torch.float32)
         head = self.lm_head if needs.lm_head else None
-        wide = head is None or head.dtype == torch.float32
+        # A panel of one group is complete at once; what several add up is fp32.
+        wide = head is None or single or head.dtype == torch.float32
         scratch = None if wide else hidden.new_empty(cut.columns, width, dtype=torch.float32)
-        places = [_Places(self.problem, group, 1) for group in groups]
-        single = places[0].take(0, rows) if len(groups) == 1 else None
+        whole = places.take(hidden, groups[0].start, rows) if single else None
         known = [
             (
-                Statistics(*(t[..., group] if t.shape[-1] > 1 else t for t in self.stats)),
+                Statistics(*(t[..., group].contiguous() if t.numel() else t for t in self.stats)),
                 Upstream(*(None if t is None else t[group] for t in self.upstream)),  # type: ignore[arg-type]
             )
             for group in groups
@@ -302,13 +276,17 @@ class _Backward(_Sums):
         for first in range(0, vocabulary, cut.columns):
             part = slice(first, min(first + cut.columns, vocabulary))
             for i, group in enumerate(groups):
-                x, targets = single or places[i].take(0, group.shape[0])
-                dlogits, products = self.dlogits(x, _within(targets, first), *known[i], part, buffer)
+                x = places.take(hidden, group.start, group.stop - group.start) if whole is None else whole
+                targets = _within(places.targets[group], first)
+                dlogits, products = self.dlogits(x, targets, *known[i], part, buffer)
                 if dx is not None:
-                    _add_product(dx, dlogits, lm_head[part], fresh=False)
+                    _add_product(dx, dlogits, lm_head[part], fresh=first == 0 and not self.started)
                 if head is not None:
                     total = head[part] if scratch is None else scratch[: part.stop - first]
-                    _add_product(total, dlogits.t(), x, fresh=i == 0)
+                    if single:
+                        _product_into(total, dlogits.t(), x)
+                    else:
+                        _add_product(total, dlogits.t(), x, fresh=i == 0)
                 if needs.bias and self.bias is not None:
                     self.bias[part] += dlogits.sum(dim=0, dtype=torch.float32)
                 if needs.temperature and self.products is not None:
@@ -316,8 +294,7 @@ class _Backward(_Sums):
             if head is not None and scratch is not None:
                 head[part] = scratch[: part.stop - first]
         if dx is not None and self.hidden is not None:
-            for rows_part, dx_part in zip(groups[0].split(ROWS), dx.split(ROWS), strict=True):  # no second dX at once
-                self.hidden.index_copy_(0, rows_part, dx_part.to(self.hidden.dtype))
+            places.put(dx, groups[0].start, self.hidden)
 
     def dlogits(
         self, x: Tensor, targets: Tensor, stats: Statistics, upstream: Upstream, part: slice, buffer: Tensor

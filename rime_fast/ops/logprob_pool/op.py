@@ -23,7 +23,7 @@ from torch import Tensor
 from rime_fast.ops.checks import refuse_forward_ad
 from rime_fast.ops.dispatch import BackendTable, on_device_of
 from rime_fast.ops.logprob_pool import cpu, cuda, triton, vocab_parallel
-from rime_fast.ops.logprob_pool.arguments import Call, Pool, check_weight, prepare
+from rime_fast.ops.logprob_pool.arguments import Call, Pool, check_late, check_weight, prepare
 from rime_fast.ops.logprob_pool.problem import (
     Gradients,
     Needs,
@@ -137,11 +137,11 @@ def fused_linear_ce(
         refuse_forward_ad("token_weight", [token_weight])
     if call.options.backend == "reference" or not any(call.options.needs):
         found = _logprob_pool(call)
-        # Ignored rows are left out, not multiplied by 0: their weight may be anything, 1/0 as well.
-        return -torch.where(call.targets == ignore_index, 0.0, weight * found.logp).sum(), found
+        return _summed_loss(found.logp, weight, call.targets, ignore_index), found
     loss, logp, _, row_entropy, embeddings, *_ = torch.ops.rime_fast.linear_ce(
         *call.tensors, weight, call.options.encode(), call.group
     )
+    check_late(call)
     return loss, _as_output(call, logp, row_entropy, embeddings)
 
 
@@ -149,6 +149,7 @@ def _logprob_pool(call: Call) -> LogprobPool:
     if call.options.backend == "reference":
         return _as_output(call, *reference(*call.tensors, call.options))  # type: ignore
     found = torch.ops.rime_fast.logprob_pool(*call.tensors, call.options.encode(), call.group)
+    check_late(call)
     logp, _, row_entropy, embeddings, _ = found
     return _as_output(call, logp, row_entropy, embeddings)
 
@@ -179,9 +180,8 @@ def _problem(
     softcap: Tensor | None,
     options: Options,
 ) -> Problem:
-    ignored, local = targets == options.ignore_index, targets - options.vocab_start
     scoring = Scoring(None if bias is None else bias.float().contiguous(), temperature, softcap)
-    return Problem(hidden, lm_head, local, ignored, scoring, Spans(starts, ends), options)
+    return Problem(hidden, lm_head, targets.contiguous(), scoring, Spans(starts, ends), options)
 
 
 @contextmanager
@@ -192,11 +192,17 @@ def _own_settings(hidden: Tensor) -> Iterator[None]:
         yield
 
 
-def _row_results(problem: Problem, stats: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+def _row_results(problem: Problem, stats: Statistics, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, lse, entropy): 0 where ignored; no entropy is empty."""
-    logp = ((stats.target_logit - stats.lse[0]) - stats.lse[1]).masked_fill_(problem.ignored, 0.0)
-    entropy = stats.entropy.masked_fill_(problem.ignored, 0.0) if problem.options.entropy else stats.entropy
-    return logp, stats.lse, entropy
+    stats = stats.without(problem.ignored) if group else stats  # ranks' zeros merge to something else
+    return (stats.target_logit - stats.lse[0]).sub_(stats.lse[1]), stats.lse, stats.entropy
+
+
+def _summed_loss(logp: Tensor, weight: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor:
+    if weight is None:
+        return -logp.sum()
+    # Ignored rows are left out, not multiplied by 0: their weight may be anything, 1/0 as well.
+    return -(weight * logp).masked_fill(targets == ignore_index, 0.0).sum()
 
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -246,7 +252,7 @@ def logprob_pool(
     problem = _problem(hidden, lm_head, targets, starts, ends, bias, temperature, softcap, known)
     with _own_settings(hidden):
         stats, found = schedule_for(known.backend, hidden).forward(problem)
-        return *_row_results(problem, vocab_parallel.merge(stats, group)), *found
+        return *_row_results(problem, vocab_parallel.merge(stats, group), group), *found
 
 
 @logprob_pool.register_fake
@@ -308,7 +314,7 @@ def logprob_pool_backward(
     known = Options.decode(options)
     problem = _problem(hidden, lm_head, targets, starts, ends, bias, temperature, softcap, known)
     if grad_logp is None and grad_entropy is None:  # only read-outs were used: the head has no part in it
-        problem = problem._replace(ignored=torch.ones_like(problem.ignored))
+        problem = problem._replace(targets=torch.full_like(targets, known.ignore_index))
     rows: Tensor | None = None
     with _own_settings(hidden):
         # What a group sums over its ranks starts on one of them.
@@ -348,7 +354,7 @@ def linear_ce(
     bias: Tensor | None,
     temperature: Tensor,
     softcap: Tensor | None,
-    token_weight: Tensor,
+    token_weight: Tensor | None,
     options: Sequence[int],
     group: str,
 ) -> Results:
@@ -361,9 +367,8 @@ def linear_ce(
         schedule = schedule_for(known.backend, hidden)
         stats, read_outs, found = schedule.forward_with_gradient(problem, token_weight, merge)
         found = vocab_parallel.reduce_gradients(found, group)
-        logp, lse, entropy = _row_results(problem, stats)
-        # Ignored rows are left out, not multiplied by 0: their weight may be anything, 1/0 as well.
-        loss = -torch.where(problem.ignored, 0.0, token_weight * logp).sum()
+        logp, lse, entropy = _row_results(problem, stats, group)
+        loss = _summed_loss(logp, token_weight, targets, known.ignore_index)
         made = _as_grads(found, (hidden, lm_head, bias, temperature), waiting=True)
         return loss, logp, lse, entropy, *read_outs, *made
 
@@ -402,7 +407,8 @@ def _backward_loss(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     else:  # a gradient at logp or entropy as well, a retained graph: the logits are recomputed
         upstream = grad_logp
         if grad_loss is not None:
-            upstream = -grad_loss * token_weight if grad_logp is None else grad_logp - grad_loss * token_weight
+            slope = (grad_loss if token_weight is None else grad_loss * token_weight).expand(saved[2].shape)
+            upstream = -slope if grad_logp is None else grad_logp - slope
         found = torch.ops.rime_fast.logprob_pool_backward(
             upstream, grad_entropy, grad_embeddings, *saved, ctx.options, ctx.group
         )

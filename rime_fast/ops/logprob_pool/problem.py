@@ -92,11 +92,27 @@ class Problem(NamedTuple):
 
     hidden: Tensor  # [T, H]
     lm_head: Tensor  # [V, H]
-    targets: Tensor  # [T] int64, in this rank's columns
-    ignored: Tensor  # [T] bool
+    targets: Tensor  # [T] int64, in the whole vocabulary
     scoring: Scoring
     spans: Spans
     options: Options
+
+    @property
+    def ignored(self) -> Tensor:
+        """Say which rows are not scored: [T] bool."""
+        return self.targets == self.options.ignore_index
+
+    @property
+    def local_targets(self) -> Tensor:
+        """The targets in this rank's columns."""
+        return self.targets - self.options.vocab_start if self.options.vocab_start else self.targets
+
+
+def loss_slope(problem: Problem, token_weight: Tensor | None) -> Tensor:
+    """Give the gradient [T] of the summed loss to logp."""
+    if token_weight is None:
+        return torch.full_like(problem.targets, -1.0, dtype=torch.float32)
+    return -token_weight
 
 
 class Statistics(NamedTuple):
@@ -106,6 +122,10 @@ class Statistics(NamedTuple):
     lse: Tensor
     target_logit: Tensor
     entropy: Tensor
+
+    def without(self, ignored: Tensor) -> Statistics:
+        """Put 0 where ``ignored``."""
+        return Statistics(*(s.masked_fill(ignored, 0.0) if s.numel() else s for s in self))
 
 
 class Upstream(NamedTuple):
@@ -133,7 +153,8 @@ def new_statistics(hidden: Tensor, entropy: bool, rows: int | None = None) -> St
     """Make statistics of all zero for ``rows`` rows beside ``hidden`` (as many as it has)."""
     rows = hidden.shape[0] if rows is None else rows
     zeros = partial(torch.zeros, dtype=torch.float32, device=hidden.device)
-    return Statistics(zeros(2, rows), zeros(rows), zeros(rows if entropy else 0))
+    both = zeros(3, rows)  # one launch
+    return Statistics(both[:2], both[2], zeros(rows) if entropy else both.new_empty(0))
 
 
 def share_of_part(part: Statistics, top: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from rime_fast.ops.logprob_pool.problem import (
     Statistics,
     Upstream,
     gradient_dtype,
+    loss_slope,
     new_statistics,
     scored_rows,
     workspace_limit,
@@ -86,7 +87,7 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
     from rime_fast.ops.logprob_pool import triton_rows
 
     options, (starts, ends) = problem.options, problem.spans
-    scored = scored_rows(problem.ignored, options.max_scored)
+    scored, targets = scored_rows(problem.ignored, options.max_scored), problem.local_targets
     wide = FORWARD_WIDE if problem.scoring.bias is None else None
     run = _Launch(problem, problem.scoring.softcap is not None, wide)
     t = run.tiles
@@ -105,7 +106,7 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
                 run.operand(x, t.BM, t.BK),
                 run.operand(run.lm_head, t.BN, t.BK),
                 *problem.scoring,
-                problem.targets,
+                targets,
                 *part,
                 partial,
                 starts,
@@ -157,12 +158,12 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
 
 
 def forward_with_gradient(
-    problem: Problem, token_weight: Tensor, merge: Callable[[Statistics], Statistics] | None
+    problem: Problem, token_weight: Tensor | None, merge: Callable[[Statistics], Statistics] | None
 ) -> tuple[Statistics, ReadOuts, Gradients]:
     """Compute the forward and the gradients in one call, the logits recomputed."""
     stats, found = forward(problem)
     stats = stats if merge is None else merge(stats)
-    return stats, found, backward(problem, stats, Upstream(-token_weight, None), None)
+    return stats, found, backward(problem, stats, Upstream(loss_slope(problem, token_weight), None), None)
 
 
 def read_outs_forward(hidden: Tensor, spans: Spans, normalize: bool) -> ReadOuts:
@@ -198,6 +199,21 @@ def scale_(out: Tensor, factor: Tensor | None) -> None:
     start_gradient_(out.view(-1, out.shape[-1] if out.dim() else 1), factor, None, Spans(none, none))
 
 
+def gather(source: Tensor, order: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Gather ``source`` [length, H] at the rows ``order`` [C], 0 at those from ``length`` on, each from 16 bytes on:
+    [C, H] of whole vectors, and never of no rows, which a descriptor cannot be made of."""
+    from rime_fast.ops.logprob_pool.triton_places import gather_kernel
+
+    source, rows, width = _dense(source), order.shape[0], source.shape[1]
+    vector = 16 // source.element_size()
+    out = source.new_empty(max(1, rows), _cdiv(width, vector) * vector, dtype=dtype)
+    if rows:
+        gather_kernel[(_cdiv(rows, 32), _cdiv(width, 256))](
+            source, order, out, rows, length, width, source.stride(0), out.stride(0), BR=32, BC=256
+        )
+    return out[:, :width]
+
+
 class _Launch:
     """What every kernel of one call shares."""
 
@@ -216,17 +232,8 @@ class _Launch:
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
 
     def gathered(self, scored: Scored) -> Tensor:
-        """The scored rows one after the other, 0 past their number, each from 16 bytes on: [C, H] of whole vectors, and
-        never of no rows, which a descriptor cannot be made of."""
-        from rime_fast.ops.logprob_pool import triton_rows as kernels
-
-        rows, vector = scored.order.shape[0], 16 // self.hidden.element_size()
-        out = self.hidden.new_empty(max(1, rows), _cdiv(self.width, vector) * vector)
-        if rows:
-            kernels.gather_kernel[(_cdiv(rows, 32), _cdiv(self.width, 256))](
-                self.hidden, *scored, out, rows, self.width, self.hidden.stride(0), out.stride(0), BR=32, BC=256
-            )
-        return out[:, : self.width]
+        """The scored rows one after the other, 0 past their number."""
+        return gather(self.hidden, scored.order, self.length)
 
     def operand(self, tensor: Tensor, rows: int, columns: int) -> Any:
         """Give ``tensor`` as a kernel takes it: a descriptor of blocks [rows, columns], or the pointer."""
@@ -253,6 +260,7 @@ class _Backward:
         self, problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None, scored: Scored
     ) -> None:
         self.problem, self.stats, self.upstream, needs = problem, stats, upstream, problem.options.needs
+        self.targets = problem.local_targets
         heavy = problem.scoring.softcap is not None or upstream.entropy is not None or needs.temperature
         self.run = run = _Launch(problem, heavy, DLOGITS_WIDE)
         hidden, lm_head, device = problem.hidden, problem.lm_head, problem.hidden.device
@@ -288,7 +296,7 @@ class _Backward:
                 run.operand(x, t.BM, t.BK),
                 run.operand(run.lm_head, t.BN, t.BK),
                 *self.problem.scoring,
-                self.problem.targets,
+                self.targets,
                 *scored,
                 *self.stats,
                 *upstream,

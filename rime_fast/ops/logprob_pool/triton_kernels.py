@@ -1,6 +1,6 @@
 """Triton kernels of the log-prob operator: tiles over (scored rows, vocabulary), no logits in memory.
 
-The scored rows of X come gathered (gather_kernel, triton_rows.py), 0 past their number M, which is read on the device:
+The scored rows of X come gathered (triton_places.py), 0 past their number M, which is read on the device:
 programs are persistent and walk the units of work there are, so the cost follows M without the host knowing it. What is
 kept by row of the batch (targets, statistics, gradients) is found through `order`, the scored rows' numbers.
 

@@ -5,7 +5,6 @@ row_gradient_kernel    a row of logits -> its gradient in the row's own memory; 
 row_both_kernel        the two above, where the upstream gradient does not wait for the statistics; reads the row from
                        memory once
 merge_kernel           a row's splits in ascending order -> lse, target logit, entropy
-gather_kernel          the scored rows of a matrix one after the other, 0 past their number
 read_out               a span's rows summed in order, then the norm; a part of forward_kernel (triton_kernels.py)
 read_outs_kernel       the same in a launch of its own, for library products
 start_gradient_kernel  a tile of the gradient, walking all read-outs in order: spans that share rows add up in one fixed
@@ -276,19 +275,6 @@ def merge_kernel(
     tl.store(target_logit + row, found, mask=live)
     if ENTROPY:
         tl.store(entropy + row, log_total - weighted / total, mask=live)
-
-
-@triton.jit(do_not_specialize=["capacity"])
-def gather_kernel(rows_of, order, count, out, capacity, width, stride, stride_out, BR: tl.constexpr, BC: tl.constexpr):
-    """Gather rows: out [capacity, width] = rows_of[order], 0 from row ``count`` on."""
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    columns = tl.program_id(1) * BC + tl.arange(0, BC)
-    live = rows < tl.load(count)
-    inside = columns < width
-    at = tl.load(order + rows, mask=live, other=0)
-    found = tl.load(rows_of + at[:, None] * stride + columns[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-    place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
-    tl.store(place, found, mask=(rows < capacity)[:, None] & inside[None, :])
 
 
 @triton.jit
