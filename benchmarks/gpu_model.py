@@ -77,11 +77,11 @@ def head(shape: logprob.Shape) -> Iterator[Row]:
         if rows:
             chunks = -(-m // rows)
             head_fp32 = v * h * (4 + 8 * (chunks - 1) + 6) if chunks > 1 else 0  # written, added to, cast
-            yield "logprob_pool", name, impl, Work(3 * one, 4.0 * m * v + head_fp32, 45 + 13 * chunks + -(-m // ROWS))
+            yield "logprob_pool", name, impl, Work(3 * one, 4.0 * m * v + head_fp32, 19 + 5 * chunks + -(-m // ROWS))
     cut = plan(m, h, v, 2, max(256 << 20, 2 * v * h))
     panels = -(-v // cut.columns)
-    moved = 10.0 * m * v + 8.0 * m * h * panels + 6.0 * v * h
-    yield "logprob_pool", name, "ours_recompute", Work(4 * one, moved, 60 + 12 * panels + 18 * -(-m // ROWS))
+    moved = 10.0 * m * v + 8.0 * m * h * panels
+    yield "logprob_pool", name, "ours_recompute", Work(4 * one, moved, 28 + 5 * panels + 2 * -(-m // ROWS))
     yield "logprob_pool", name, "ours_triton", Work(4 * one, 4.0 * m * v, 80, rate=TRITON)
 
 
