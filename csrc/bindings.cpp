@@ -88,20 +88,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
         "Tensor? disc_similarity, int positives, int score, int hit_k, int negative, float tau, bool normalize, "
         "float w_fmt, float w_rank, float w_refine, float w_len, float length_limit, float eps, Tensor(a!) rewards, "
         "Tensor(b!) advantages, Tensor(c!)? terms) -> ()");
-  // gen [R, D], own_anchors [B, P, D] -> own [R, P] fp64, norms [R]
+  // CUDA: gen [R, D] -> norms [R] and first states, and own [R, P] fp64 from anchors [A, D] (NaN outside of them)
+  m.def("rank_begin(Tensor gen, Tensor anchors, Tensor positive, int negative, Tensor(a!) own, Tensor(b!) norms, "
+        "Tensor(c!)? state) -> ()");
+  // CPU: gen [R, D], own_anchors [B, P, D] -> own [R, P] fp64, norms [R]
   m.def("rank_own(Tensor gen, Tensor own_anchors, Tensor(a!) own, Tensor(b!) norms) -> ()");
   // CPU. anchors [n, D] -> state [R, 4 + P]; mask [B, n]; first: the anchors' place in the bank
   m.def("rank_scan(Tensor gen, Tensor anchors, Tensor norms, Tensor own, Tensor positive, Tensor? mask, "
         "Tensor? largest_norm, int first, int negative, float tau, Tensor(a!) state) -> ()");
-  // The same from their products: sims [R, n] fp64 (CUDA: or fp32), tile [n, D], tile_norm [1] the largest norm in it
+  // The same from their products: sims [R, n] fp64 (CUDA: or fp32), tile [n, D], tile_norm [1] the largest norm in it;
+  // slack: how many times the roundings of fp32 products sims may have
   m.def("rank_tile(Tensor sims, Tensor gen, Tensor tile, Tensor tile_norm, Tensor norms, Tensor own, "
-        "Tensor positive, Tensor? mask, int first, int negative, float tau, Tensor(a!) state) -> ()");
+        "Tensor positive, Tensor? mask, int first, int negative, float tau, float slack, Tensor(a!) state) -> ()");
   // parts [W, R, 4 + P]: states of disjoint parts of a bank, merged in order into state
   m.def("rank_merge(Tensor parts, int negative, float tau, Tensor(a!) state) -> ()");
-  // out [12, B, G]: reward, advantage, TERM_NAMES
+  // out [12, B, G]: reward, advantage, TERM_NAMES; rewards, advantages [B, G], of any strides on CUDA
   m.def("rank_finish(Tensor state, Tensor own, Tensor format_ok, Tensor? lengths, Tensor? disc_similarity, int score, "
         "int hit_k, int negative, bool normalize, float w_fmt, float w_rank, float w_refine, float w_len, "
-        "float length_limit, float eps, Tensor(a!) out) -> ()");
+        "float length_limit, float eps, Tensor(a!) out, Tensor(b!)? rewards, Tensor(c!)? advantages) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CompositeExplicitAutograd, m) {

@@ -126,7 +126,7 @@ def test_the_trainers_are_few_files_on_few_floors():
 
 ANATOMY = {"op", "reference", "cpu", "cuda", "triton", "triton_kernels"}
 OWN = {  # what an operator has besides, because no other needs it
-    "contrastive": {"agreement", "keys", "nested", "problem", "schedule", "softmax", "tiles"}
+    "contrastive": {"agreement", "fused", "keys", "nested", "problem", "schedule", "softmax", "tiles"}
     | {"triton_nested", "triton_nested_kernels", "triton_parts"},
     "logprob_pool": {"arguments", "places", "problem", "read_outs", "rows"}
     | {"triton_places", "triton_rows", "triton_tiles", "vocab_parallel"},

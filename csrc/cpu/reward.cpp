@@ -316,7 +316,7 @@ void rank_own(const Tensor& gen, const Tensor& own_anchors, Tensor own, Tensor n
 
 void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& /* tile */, const Tensor& /* tile_norm */,
                const Tensor& /* norms */, const Tensor& own, const Tensor& positive, std::optional<Tensor> mask,
-               int64_t first, int64_t negative, double tau, Tensor state) {
+               int64_t first, int64_t negative, double tau, double /* slack */, Tensor state) {
   Tile t{};
   t.own = own.const_data_ptr<double>();
   t.positive = positive.const_data_ptr<int64_t>();
@@ -350,7 +350,7 @@ void rank_merge(const Tensor& parts, int64_t negative, double tau, Tensor state)
 void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok, std::optional<Tensor> lengths,
                  std::optional<Tensor> disc_similarity, int64_t score, int64_t hit_k, int64_t negative, bool normalize,
                  double w_fmt, double w_rank, double w_refine, double w_len, double length_limit, double eps,
-                 Tensor out) {
+                 Tensor out, std::optional<Tensor> /* rewards */, std::optional<Tensor> /* advantages */) {
   const RewardSpec spec{w_fmt, w_rank, w_refine, w_len, length_limit, eps,
                         static_cast<int>(score), static_cast<int>(negative), hit_k, normalize};
   const int64_t n_items = format_ok.size(0), group_size = format_ok.size(1), positives = own.size(1);

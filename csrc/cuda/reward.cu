@@ -5,13 +5,13 @@
 //
 // and for larger banks
 //
-//   rank_own     one warp a rollout and own anchor: fp64 dot product                         reads 2 D floats
-//   rank_tile    one block a rollout: P (mean) or P + 1 sweeps over its row of the tile, in L2 after the first;
+//   rank_begin   one warp a rollout and own anchor: fp64 dot product; norms; first states      reads 2 D numbers
+//   rank_tile    one block a rollout: P (mean) or P + 1 sweeps over its row of the tile, 16 bytes a load;
 //                columns within the product's error of a threshold are formed again in fp64, a warp to a column
 //   rank_merge   one thread a rollout            rank_finish   one block an item
 //
 // Sums go through a fixed tree, nothing is added atomically: the same input gives the same bits.
-#include "reward_kernels.cuh"
+#include "reward_finish.cuh"
 
 #include <torch/csrc/stable/library.h>
 
@@ -29,17 +29,20 @@ Numbers numbers(const MaybeTensor& tensor) {
     case ScalarType::Double: return {tensor->data_ptr(), kDouble};
     case ScalarType::Long: return {tensor->data_ptr(), kLong};
     case ScalarType::Int: return {tensor->data_ptr(), kInt};
-    default: STD_TORCH_CHECK(false, "rank_tile, rank_small: unexpected dtype"); return {nullptr, kFloat};
+    default: STD_TORCH_CHECK(false, "score_rewrites_: unexpected dtype"); return {nullptr, kFloat};
   }
 }
 
-void rank_own(const Tensor& gen, const Tensor& own_anchors, Tensor own, Tensor norms) {
+void rank_begin(const Tensor& gen, const Tensor& anchors, const Tensor& positive, int64_t negative, Tensor own,
+                Tensor norms, MaybeTensor state) {
   const torch::stable::accelerator::DeviceGuard guard(gen.get_device());
+  STD_TORCH_CHECK(gen.is_contiguous() && anchors.is_contiguous(), "rank_begin: gen and anchors must be contiguous");
   const int64_t rows = gen.size(0), positives = own.size(1);
-  own_kernel<<<blocks(rows * (positives + 1) * kWarp), kThreads, 0, current_stream(gen)>>>(
-      gen.const_data_ptr<float>(), own_anchors.const_data_ptr<float>(), own.mutable_data_ptr<double>(),
-      norms.mutable_data_ptr<float>(), rows, rows / own_anchors.size(0), positives, gen.size(1));
-  check_launch("rank_own");
+  const Begin b{numbers(gen), numbers(anchors), positive.const_data_ptr<int64_t>(), own.mutable_data_ptr<double>(),
+                norms.mutable_data_ptr<float>(), state.has_value() ? state->mutable_data_ptr<double>() : nullptr,
+                rows, rows / positive.size(0), positives, anchors.size(0), gen.size(1), static_cast<int>(negative)};
+  begin_kernel<<<blocks(rows * (positives + 1) * kWarp), kThreads, 0, current_stream(gen)>>>(b);
+  check_launch("rank_begin");
 }
 
 template <class S>
@@ -56,10 +59,11 @@ void launch_tile(const Tile& t, const S* sims, int64_t rows, int64_t negative, c
 
 void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const Tensor& tile_norm,
                const Tensor& norms, const Tensor& own, const Tensor& positive, MaybeTensor mask,
-               int64_t first, int64_t negative, double tau, Tensor state) {
+               int64_t first, int64_t negative, double tau, double slack, Tensor state) {
   const torch::stable::accelerator::DeviceGuard guard(gen.get_device());
+  STD_TORCH_CHECK(gen.is_contiguous() && tile.is_contiguous() && sims.stride(1) == 1, "rank_tile: rows must be whole");
   Tile t{};
-  t.gen = gen.const_data_ptr<float>();
+  t.gen = numbers(gen);
   t.anchors = numbers(tile);
   t.anchor_norm = tile_norm.const_data_ptr<float>();
   t.norms = norms.const_data_ptr<float>();
@@ -67,6 +71,8 @@ void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const 
   t.positive = positive.const_data_ptr<int64_t>();
   t.state = state.mutable_data_ptr<double>();
   t.columns = sims.size(1);
+  t.stride = sims.stride(0);
+  t.slack = static_cast<float>(slack);
   t.width = gen.size(1);
   t.group_size = gen.size(0) / positive.size(0);
   t.positives = own.size(1);
@@ -93,16 +99,21 @@ void rank_merge(const Tensor& parts, int64_t negative, double tau, Tensor state)
 void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok, MaybeTensor lengths,
                  MaybeTensor disc_similarity, int64_t score, int64_t hit_k, int64_t negative, bool normalize,
                  double w_fmt, double w_rank, double w_refine, double w_len, double length_limit, double eps,
-                 Tensor out) {
+                 Tensor out, MaybeTensor rewards, MaybeTensor advantages) {
   const torch::stable::accelerator::DeviceGuard guard(state.get_device());
+  STD_TORCH_CHECK(rewards.has_value() && advantages.has_value(), "rank_finish: rewards and advantages are needed");
   const RewardSpec spec{w_fmt, w_rank, w_refine, w_len, length_limit, eps,
                         static_cast<int>(score), static_cast<int>(negative), hit_k, normalize};
   const Finish f{state.const_data_ptr<double>(),
                  own.const_data_ptr<double>(),
                  format_ok.const_data_ptr<bool>(),
-                 lengths.has_value() ? lengths->const_data_ptr<double>() : nullptr,
-                 disc_similarity.has_value() ? disc_similarity->const_data_ptr<double>() : nullptr,
+                 numbers(lengths),
+                 numbers(disc_similarity),
                  out.mutable_data_ptr<float>(),
+                 rewards->mutable_data_ptr<float>(),
+                 advantages->mutable_data_ptr<float>(),
+                 {rewards->stride(0), rewards->stride(1)},
+                 {advantages->stride(0), advantages->stride(1)},
                  own.size(0),
                  format_ok.size(1),
                  own.size(1)};
@@ -155,7 +166,7 @@ void rank_small(const Tensor& gen, const Tensor& anchors, const Tensor& positive
 
 STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CUDA, m) {
   m.impl("rank_small", TORCH_BOX(&rime::reward::rank_small));
-  m.impl("rank_own", TORCH_BOX(&rime::reward::rank_own));
+  m.impl("rank_begin", TORCH_BOX(&rime::reward::rank_begin));
   m.impl("rank_tile", TORCH_BOX(&rime::reward::rank_tile));
   m.impl("rank_merge", TORCH_BOX(&rime::reward::rank_merge));
   m.impl("rank_finish", TORCH_BOX(&rime::reward::rank_finish));

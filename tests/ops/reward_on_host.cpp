@@ -1,25 +1,29 @@
-// The kernels of csrc/cuda/reward_kernels.cuh for ctypes, run on the host.
+// The kernels of csrc/cuda/reward_*.cuh for ctypes, run on the host.
 #include "../testing/cuda_on_host.h"
 
-#include "../../csrc/cuda/reward_kernels.cuh"
+#include "../../csrc/cuda/reward_finish.cuh"
 
 using namespace rime;
 using namespace rime::reward;
 
 extern "C" {
 
-void own(const float* gen, const float* own_anchors, double* found, float* norms, int64_t rows, int64_t group_size,
-         int64_t positives, int64_t width) {
+void begin(const void* gen, int gen_kind, const void* anchors, int anchor_kind, const int64_t* positive, double* own,
+           float* norms, double* state, int64_t rows, int64_t group_size, int64_t positives, int64_t columns,
+           int64_t width, int negative) {
   const auto blocks = static_cast<unsigned>((rows * (positives + 1) * kWarp + kThreads - 1) / kThreads);
-  cuda_on_host::launch(blocks, 1, kThreads, 0, [=] { own_kernel(gen, own_anchors, found, norms, rows, group_size, positives, width); });
+  const Begin b{{gen, gen_kind}, {anchors, anchor_kind}, positive, own, norms, state, rows, group_size, positives,
+                columns, width, negative};
+  cuda_on_host::launch(blocks, 1, kThreads, 0, [=] { begin_kernel(b); });
 }
 
-void tile(const void* sims, bool exact, const float* gen, const float* anchors, const float* anchor_norm,
-          const float* norms, const double* own, const int64_t* positive, const bool* mask, double* state, int64_t rows,
-          int64_t columns, int64_t width, int64_t group_size, int64_t positives, int64_t first, int64_t mask_stride,
-          int negative, double tau) {
-  const Tile t{gen,     {anchors, kFloat}, anchor_norm, norms,      own,       positive, mask,        state,
-               columns, width,   group_size,  positives,  first,     mask_stride, 1.0 / tau};
+void tile(const void* sims, bool exact, const void* gen, int gen_kind, const void* anchors, int anchor_kind,
+          const float* anchor_norm, const float* norms, const double* own, const int64_t* positive, const bool* mask,
+          double* state, int64_t rows, int64_t columns, int64_t stride, int64_t width, int64_t group_size,
+          int64_t positives, int64_t first, int64_t mask_stride, int negative, double tau, double slack) {
+  const Tile t{{gen, gen_kind}, {anchors, anchor_kind}, anchor_norm, norms,      own,       positive, mask,
+               state,           columns,                stride,      width,      group_size, positives, first,
+               mask_stride,     1.0 / tau,              static_cast<float>(slack)};
   const auto run = [&](auto* values, auto kernels) {
     cuda_on_host::launch(static_cast<unsigned>(rows), 1, kThreads, 0, [=] { kernels[negative](t, values); });
   };
@@ -41,10 +45,11 @@ static RewardSpec spec_of(const double* numbers, int score, int negative, int64_
   return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], score, negative, hit_k, normalize};
 }
 
-void finish(const double* states, const double* own, const bool* format_ok, const double* lengths, const double* disc,
-            float* out, int64_t items, int64_t group_size, int64_t positives, const double* numbers, int score,
-            int negative, int64_t hit_k, bool normalize) {
-  const Finish f{states, own, format_ok, lengths, disc, out, items * group_size, group_size, positives};
+void finish(const double* states, const double* own, const bool* format_ok, const int64_t* lengths, const float* disc,
+            float* out, float* rewards, float* advantages, int64_t stride, int64_t items, int64_t group_size,
+            int64_t positives, const double* numbers, int score, int negative, int64_t hit_k, bool normalize) {
+  const Finish f{states,      own,         format_ok, {lengths, kLong},   {disc, kFloat}, out,      rewards,
+                 advantages,  {stride, 1}, {stride, 1}, items * group_size, group_size,     positives};
   const RewardSpec spec = spec_of(numbers, score, negative, hit_k, normalize);
   cuda_on_host::launch(static_cast<unsigned>(items), 1, kThreads, 0, [=] { finish_kernel(f, spec); });
 }

@@ -34,7 +34,7 @@ KERNELS = {
         "sized_kernel": 3,
     }
     | dict.fromkeys(("merge_kernel", "begin_kernel", "solve_kernel", "total_kernel", "slopes_kernel"), 1),
-    "reward": {"small_kernel": 1, "own_kernel": 1, "tile_kernel": 6, "merge_kernel": 1, "finish_kernel": 1},
+    "reward": {"small_kernel": 1, "begin_kernel": 1, "tile_kernel": 6, "merge_kernel": 1, "finish_kernel": 1},
 }
 
 

@@ -70,19 +70,25 @@ def spec(weights: RewardWeights) -> tuple[Tensor, int, int]:
 class OnHost:
     """The streaming kernels as an engine of ``chunked``."""
 
+    ALIGN = 4
+
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self.kernels = kernels
 
-    def scans(self, rows: Tensor) -> bool:
-        return False
+    def reads(self, rows: Tensor, anchors: Tensor) -> bool:
+        return True
 
-    def own_similarities(self, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        own = own.contiguous()
-        found = rows.new_empty(rows.shape[0], own.shape[1], dtype=torch.float64)
-        norms = rows.new_empty(rows.shape[0])
-        sizes = (rows.shape[0], rows.shape[0] // own.shape[0], own.shape[1], rows.shape[1])
-        call(self.kernels.own, rows, own, found, norms, *sizes, longs=(4, 5, 6, 7))
-        return found, norms
+    def begin(
+        self, rows: Tensor, anchors: Tensor, positive: Tensor, weights: RewardWeights
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, positives = rows.shape[0], weights.positives
+        own, norms = torch.full((n, positives), torch.inf, dtype=torch.float64), torch.full((n,), torch.inf)
+        state = torch.full((n, 4 + positives), torch.inf, dtype=torch.float64)
+        sizes = n, n // len(positive), positives, *anchors.shape, weights.negative_code
+        kinds = KINDS[rows.dtype], KINDS[anchors.dtype]
+        given = rows, kinds[0], anchors.contiguous(), kinds[1], positive
+        call(self.kernels.begin, *given, own, norms, state, *sizes, longs=(8, 9, 10, 11, 12))
+        return own, norms, state
 
     def add_tile(
         self,
@@ -96,14 +102,18 @@ class OnHost:
         mask: Tensor | None,
         first: int,
         weights: RewardWeights,
+        slack: float,
         state: Tensor,
     ) -> None:
+        assert sims.stride(0) % 4 == 0
         call(
             self.kernels.tile,
             sims,
             sims.dtype == torch.float64,
             rows,
+            KINDS[rows.dtype],
             tile,
+            KINDS[tile.dtype],
             tile_norm,
             norms,
             own,
@@ -112,6 +122,7 @@ class OnHost:
             state,
             rows.shape[0],
             sims.shape[1],
+            sims.stride(0),
             rows.shape[1],
             rows.shape[0] // len(positive),
             weights.positives,
@@ -119,7 +130,8 @@ class OnHost:
             0 if mask is None else mask.stride(0),
             weights.negative_code,
             weights.softmax_temperature,
-            longs=(10, 11, 12, 13, 14, 15, 16),
+            slack,
+            longs=tuple(range(12, 20)),
         )
 
     def merge(self, parts: Tensor, state: Tensor, weights: RewardWeights) -> None:
@@ -141,11 +153,12 @@ class OnHost:
         lengths: Tensor | None,
         disc_similarity: Tensor | None,
         weights: RewardWeights,
+        rewards: Tensor,
+        advantages: Tensor,
     ) -> Tensor:
         out = torch.full((12, *format_ok.shape), torch.nan)
         numbers, code, negative = spec(weights)
-        lengths = None if lengths is None else lengths.double()
-        disc = None if disc_similarity is None else disc_similarity.double().expand_as(format_ok).contiguous()
+        disc = None if disc_similarity is None else disc_similarity.expand_as(format_ok).contiguous()
         call(
             self.kernels.finish,
             state,
@@ -154,6 +167,9 @@ class OnHost:
             lengths,
             disc,
             out,
+            rewards,
+            advantages,
+            rewards.stride(0),
             *format_ok.shape,
             weights.positives,
             numbers,
@@ -161,14 +177,19 @@ class OnHost:
             negative,
             weights.hit_k,
             weights.normalize_std,
-            longs=(6, 7, 8, 12),
+            longs=(8, 9, 10, 11, 15),
         )
         return out
 
 
 def streamed(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> dict[str, Tensor]:
-    disc = case["disc_similarity"][:, None]
-    planes = stream.score(OnHost(kernels), **(case | {"disc_similarity": disc}), weights=weights)
+    """Into every second row of wider buffers, too."""
+    disc, shape = case["disc_similarity"][:, None], case["gen"].shape[:2]
+    buffers = torch.full((2, shape[0], 2, shape[1]), torch.nan)
+    into = {"rewards": buffers[0, :, 0], "advantages": buffers[1, :, 0]}
+    planes = stream.score(OnHost(kernels), **(case | {"disc_similarity": disc}), weights=weights, **into)
+    assert torch.equal(buffers[:, :, 0].nan_to_num(7.0), planes[:2].nan_to_num(7.0))
+    assert bool(buffers[:, :, 1].isnan().all())
     return dict(zip(PLANES, planes, strict=True))
 
 
@@ -216,11 +237,12 @@ def in_one_launch(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> d
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize(("n_anchors", "masked"), [(300, True), (300, False), (40, True)])
-def test_streaming_kernels(kernels: ctypes.CDLL, kind: str, n_anchors: int, masked: bool) -> None:
-    """300 anchors: fp32 products and the second look; 40: fp64 products."""
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(("n_anchors", "masked"), [(4101, True), (303, True), (300, False), (40, True)])
+def test_streaming_kernels(kernels: ctypes.CDLL, kind: str, n_anchors: int, masked: bool, dtype: torch.dtype) -> None:
+    """300 anchors: fp32 products and the second look; 40: fp64 products; 4,101: a block's second step."""
     weights = WEIGHTS[kind]
-    case = make_case(2, 3, 21, n_anchors, positives=weights.positives, ties=True, masked=masked)
+    case = make_case(2, 3, 21, n_anchors, positives=weights.positives, ties=True, masked=masked, dtype=dtype)
     case["gen"][1, 2, 3] = torch.nan
     assert_same(streamed(kernels, case, weights), score(case, weights, backend="reference"))
 
@@ -243,25 +265,20 @@ def test_merge_kernel(kernels: ctypes.CDLL, kind: str) -> None:
     case["positive"] = torch.tensor([10, 310])
     case["negatives_mask"][0, 300:600] = False
     rows = case["gen"].flatten(0, 1)
-    own, norms = stream.own_similarities(engine, rows, case["anchors"], case["positive"], weights, False)
-    parts = [
-        stream.scan(
-            engine,
-            rows,
-            norms,
-            own,
+    own, norms, _ = engine.begin(rows, case["anchors"], case["positive"], weights)
+    parts = [stream.initial_state(rows, weights) for _ in range(3)]
+    for first, part in zip((0, 300, 600), parts, strict=True):
+        anchors, mask = (
             case["anchors"][first : first + 300],
-            case["positive"] - first,
             case["negatives_mask"][:, first : first + 300].contiguous(),
-            weights,
-            exact=False,
         )
-        for first in (0, 300, 600)
-    ]
+        place = case["positive"] - first
+        stream.scan(engine, rows, norms, own, anchors, place, mask, weights, part, exact=False)
     state = stream.initial_state(rows, weights)
     engine.merge(torch.stack(parts), state, weights)
     disc = case["disc_similarity"][:, None]
-    planes = engine.finish(state, own, case["format_ok"], case["lengths"], disc, weights)
+    into = torch.empty(2, *case["format_ok"].shape).unbind()
+    planes = engine.finish(state, own, case["format_ok"], case["lengths"], disc, weights, *into)
     found = dict(zip(PLANES, planes, strict=True))
     assert_same(found, score(case, weights, backend="reference"))
 

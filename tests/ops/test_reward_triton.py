@@ -76,27 +76,16 @@ def test_states_of_parts_merge_into_the_whole(kind: str) -> None:
 
     rows = case["gen"].flatten(0, 1)
     similarities, norms = stream.own_similarities(ENGINE, rows, case["anchors"], case["positive"], weights, False)
-    parts = []
-    for first in (0, 300, 600):
-        part = slice(first, first + 300)
-        parts.append(
-            stream.scan(
-                ENGINE,
-                rows,
-                norms,
-                similarities,
-                case["anchors"][part],
-                case["positive"] - first,
-                case["negatives_mask"][:, part],
-                weights,
-                exact=False,
-            )
-        )
+    parts = [stream.initial_state(rows, weights) for _ in range(3)]
+    for first, part in zip((0, 300, 600), parts, strict=True):
+        here, place = slice(first, first + 300), case["positive"] - first
+        anchors, mask = case["anchors"][here], case["negatives_mask"][:, here]
+        stream.scan(ENGINE, rows, norms, similarities, anchors, place, mask, weights, part, exact=False)
     state = stream.initial_state(rows, weights)
     ENGINE.merge(torch.stack(parts), state, weights)
-    planes = ENGINE.finish(
-        state, similarities, case["format_ok"], case["lengths"], case["disc_similarity"][:, None], weights
-    )
+    disc, into = case["disc_similarity"][:, None], torch.empty(2, 2, 3).unbind()
+    planes = ENGINE.finish(state, similarities, case["format_ok"], case["lengths"], disc, weights, *into)
+    assert all(torch.equal(buffer, plane) for buffer, plane in zip(into, planes, strict=False))
     got = dict(zip(("reward", "advantage"), planes, strict=False))
     torch.testing.assert_close(got["reward"], want["reward"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got["advantage"], want["advantage"], rtol=1e-6, atol=1e-6)

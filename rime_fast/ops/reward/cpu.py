@@ -31,6 +31,12 @@ def score_code(weights: RewardWeights) -> int:
 class Compiled:
     """Runs csrc's kernels on the device of their tensors."""
 
+    ALIGN = 1  # rows of similarities begin at multiples of so many
+
+    def reads(self, rows: Tensor, anchors: Tensor) -> bool:
+        """Whether ``begin`` (cuda.py) serves these tensors as they are; else rows are fp32."""
+        return False
+
     def own_similarities(self, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Compute fp64 similarities [R, P] of rows [R, D] to their items' anchors own [B, P, D], and the rows' norms
         [R]."""
@@ -72,16 +78,17 @@ class Compiled:
         mask: Tensor | None,
         first: int,
         weights: RewardWeights,
+        slack: float,
         state: Tensor,
     ) -> None:
         """Add the negatives of tile [n, D] to ``state``, by their similarities sims [R, n] (on the CPU: fp64).
 
         tile_norm [1]: the largest norm in the tile. mask [B, n] with unit column stride. first: the tile's place in the
-        bank, of which ``positive`` speaks.
+        bank, of which ``positive`` speaks. slack: how many times an fp32 product's roundings sims may have.
         """
         code, tau = weights.negative_code, weights.softmax_temperature
         torch.ops.rime_fast_C.rank_tile(
-            sims, rows, tile, tile_norm, norms, own, positive, mask, first, code, tau, state
+            sims, rows, tile, tile_norm, norms, own, positive, mask, first, code, tau, slack, state
         )
 
     def merge(self, parts: Tensor, state: Tensor, weights: RewardWeights) -> None:
@@ -96,26 +103,35 @@ class Compiled:
         lengths: Tensor | None,
         disc_similarity: Tensor | None,
         weights: RewardWeights,
+        rewards: Tensor,
+        advantages: Tensor,
     ) -> Tensor:
-        """Compute rewards, advantages and terms [12, B, G] fp32 from the states and the own similarities of all
-        rollouts."""
+        """Fill rewards and advantages [B, G], and give them with all terms, [12, B, G] fp32, from the states and the
+        own similarities of all rollouts."""
+        lengths = None if lengths is None else lengths.double().contiguous()
+        if disc_similarity is not None:
+            disc_similarity = disc_similarity.double().expand_as(format_ok).contiguous()
+        out = self._finished(state, own, format_ok, lengths, disc_similarity, weights, None, None)
+        rewards.copy_(out[0])
+        advantages.copy_(out[1])
+        return out
+
+    def _finished(
+        self,
+        state: Tensor,
+        own: Tensor,
+        format_ok: Tensor,
+        lengths: Tensor | None,
+        disc_similarity: Tensor | None,
+        weights: RewardWeights,
+        rewards: Tensor | None,
+        advantages: Tensor | None,
+    ) -> Tensor:
         out = own.new_empty(len(PLANES), *format_ok.shape, dtype=torch.float32)
         torch.ops.rime_fast_C.rank_finish(
-            state,
-            own,
-            format_ok.contiguous(),
-            None if lengths is None else lengths.double().contiguous(),
-            None if disc_similarity is None else disc_similarity.double().expand_as(format_ok).contiguous(),
-            score_code(weights),
-            weights.hit_k,
-            weights.negative_code,
-            weights.normalize_std,
-            weights.w_fmt,
-            weights.w_rank,
-            weights.w_refine,
-            weights.w_len,
-            weights.length_limit,
-            weights.eps,
-            out,
+            *(state, own, format_ok.contiguous(), lengths, disc_similarity),
+            *(score_code(weights), weights.hit_k, weights.negative_code, weights.normalize_std),
+            *(weights.w_fmt, weights.w_rank, weights.w_refine, weights.w_len, weights.length_limit, weights.eps),
+            *(out, rewards, advantages),
         )
         return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rime_fast.ops.reward.cpu import Compiled, compiled_why_not, score_code
-from rime_fast.ops.reward.weights import RewardWeights
+from rime_fast.ops.reward.weights import STATE, RewardWeights
 
 # A call is one launch where a block's work, G A D products in fp64 (on an H100 12.6 million take 1.7 ms, a few products
 # of the whole batch 0.1 ms), is at most SMALL, and what it keeps fits its shared memory.
@@ -20,8 +20,57 @@ def why_not(gen: Tensor) -> str | None:
     return compiled_why_not(gen)
 
 
+def readable(x: Tensor | None, format_ok: Tensor) -> Tensor | None:
+    """Values [B, G] as the kernels read them: contiguous, of any usual dtype."""
+    if x is None:
+        return None
+    usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
+    return (x if x.dtype in usual else x.double()).expand_as(format_ok).contiguous()
+
+
 class CudaKernels(Compiled):
-    """Runs the kernels as its base does, and a small bank's whole call by ``score_small``."""
+    """Runs the kernels as its base does, and a small bank's whole call by ``score_small``.
+
+    A larger bank on the rows' device takes a launch to begin, two a tile and one to end, whatever the dtypes are.
+    """
+
+    ALIGN = 4
+
+    def reads(self, rows: Tensor, anchors: Tensor) -> bool:
+        return rows.is_cuda and anchors.device == rows.device
+
+    def begin(
+        self, rows: Tensor, anchors: Tensor, positive: Tensor, weights: RewardWeights
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute fp64 similarities [R, P] to each item's own anchors, NaN where one lies outside the bank, norms [R]
+        of rows, and states that have met no anchor."""
+        own = rows.new_empty(rows.shape[0], weights.positives, dtype=torch.float64)
+        norms = rows.new_empty(rows.shape[0], dtype=torch.float32)
+        state = own.new_empty(rows.shape[0], STATE + weights.positives)
+        bank = anchors.contiguous()
+        torch.ops.rime_fast_C.rank_begin(rows, bank, positive, weights.negative_code, own, norms, state)
+        return own, norms, state
+
+    def own_similarities(self, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        found = rows.new_empty(rows.shape[0], own.shape[1], dtype=torch.float64)
+        norms = rows.new_empty(rows.shape[0], dtype=torch.float32)
+        first = torch.arange(0, own.shape[0] * own.shape[1], own.shape[1], device=rows.device)
+        torch.ops.rime_fast_C.rank_begin(rows, own.flatten(0, 1).contiguous(), first, 0, found, norms, None)
+        return found, norms
+
+    def finish(
+        self,
+        state: Tensor,
+        own: Tensor,
+        format_ok: Tensor,
+        lengths: Tensor | None,
+        disc_similarity: Tensor | None,
+        weights: RewardWeights,
+        rewards: Tensor,
+        advantages: Tensor,
+    ) -> Tensor:
+        given = readable(lengths, format_ok), readable(disc_similarity, format_ok)
+        return self._finished(state, own, format_ok, *given, weights, rewards, advantages)
 
     def small(self, gen: Tensor, anchors: Tensor, weights: RewardWeights) -> bool:
         """Whether ``score_small`` serves this call."""
@@ -45,13 +94,6 @@ class CudaKernels(Compiled):
         weights: RewardWeights,
     ) -> None:
         """Compute all of score_rewrites_ in one CUDA launch; terms: None or [12, B, G], every plane of ``PLANES``."""
-        readable = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
-
-        def values(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return (x if x.dtype in readable else x.double()).expand_as(format_ok).contiguous()
-
         mask = negatives_mask
         if mask is not None and mask.stride(1) != 1:
             mask = mask.contiguous()
@@ -61,8 +103,8 @@ class CudaKernels(Compiled):
             positive.contiguous(),
             mask,
             format_ok.contiguous(),
-            values(lengths),
-            values(disc_similarity),
+            readable(lengths, format_ok),
+            readable(disc_similarity, format_ok),
             weights.positives,
             score_code(weights),
             weights.hit_k,

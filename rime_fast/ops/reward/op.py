@@ -163,12 +163,15 @@ def _score_rewrites(
         found = reference.statistics(gen, anchors.to(gen.device), positive, negatives_mask, weights)
         result = reference.rewards(found, format_ok, lengths, disc_similarity, weights)
         values = [result[name] for name in PLANES]
+        rewards.copy_(values[0])
+        advantages.copy_(values[1])
     else:
         call = gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights, group
         with on_device_of(gen):
-            values = list(stream.score(ENGINES[chosen], *call, largest_norm=largest_norm))
-    rewards.copy_(values[0])
-    advantages.copy_(values[1])
+            every = stream.score(
+                ENGINES[chosen], *call, rewards=rewards, advantages=advantages, largest_norm=largest_norm
+            )
+        values = list(every) if terms else []
     for buffer, plane in zip(terms, planes, strict=True):
         buffer.copy_(values[plane])
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,14 +35,13 @@ from torch import Tensor
 
 from rime_fast.ops.checks import require_range
 from rime_fast.ops.collectives import all_gather
-from rime_fast.ops.reward import cpu, triton
-from rime_fast.ops.reward.weights import NEGATIVES, RewardWeights
+from rime_fast.ops.reward import cpu, cuda, triton
+from rime_fast.ops.reward.weights import NEGATIVES, STATE, RewardWeights
 
 BUFFER_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # a CPU's stays in its caches until the kernel has read it
 CAST_BYTES = 8 << 20  # of fp32 at a time, where the CPU's bank has another dtype or is strided
 EXACT_ANCHORS = 256
 MIN_COLUMNS, MAX_COLUMNS = 256, 65_536
-STATE = 4  # csrc: what a state holds before its ranks
 # A product of bf16 parts has more roundings than one of fp32 numbers, and leaves out what is below the last bit.
 PARTS_BAND = 2.0
 
@@ -70,11 +69,14 @@ def score(
     weights: RewardWeights,
     group: dist.ProcessGroup | None = None,
     *,
+    rewards: Tensor,
+    advantages: Tensor,
     largest_norm: Tensor | None = None,
 ) -> Tensor:
-    """Compute reward, advantage and the terms, [12, B, G] fp32 in the order of ``PLANES``; arguments as in
-    score_rewrites_."""
-    rows = gen.flatten(0, 1).float().contiguous()
+    """Fill rewards and advantages, and give them with all terms, [12, B, G] fp32 in the order of ``PLANES``; arguments
+    as in score_rewrites_."""
+    direct = engine.reads(gen, anchors)
+    rows = (gen if direct else gen.float()).flatten(0, 1).contiguous()
     n_local, total = rows.shape[0], anchors.shape[0]
     if group is not None:
         bank = layout(gen, anchors, negatives_mask, weights, group)
@@ -83,22 +85,26 @@ def score(
             require_range("positive", positive, 0, total - weights.positives + 1)
         positive = positive - bank.offset
         negatives_mask = None if negatives_mask is None else _mask_columns(negatives_mask, bank, group)
-    inside = group is None and positive.device.type == "cpu"  # the operator has looked
-    own, norms = own_similarities(engine, rows, anchors, positive, weights, inside)
+    if direct:
+        own, norms, state = cast(cuda.CudaKernels, engine).begin(rows, anchors, positive, weights)
+    else:
+        inside = group is None and positive.device.type == "cpu"  # the operator has looked
+        own, norms = own_similarities(engine, rows, anchors, positive, weights, inside)
+        state = initial_state(rows, weights)
     if group is not None:
         own = _own_from_holders(own, positive, anchors.shape[0], weights, group)
     # what is exact in bf16 or fp16 needs fewer parts
     parts = parts_of(gen.dtype), parts_of(anchors.dtype)
     exact = total <= EXACT_ANCHORS
     how: dict[str, Any] = {"exact": exact, "parts": parts, "largest_norm": largest_norm}
-    state = scan(engine, rows, norms, own, anchors, positive, negatives_mask, weights, **how)
+    scan(engine, rows, norms, own, anchors, positive, negatives_mask, weights, state, **how)
     if group is not None:
         received = torch.empty_like(state)
         dist.all_to_all_single(received, state, group=group)
         state = initial_state(rows[:n_local], weights)
         engine.merge(received.view(group.size(), n_local, -1), state, weights)
         own = own[group.rank() * n_local : (group.rank() + 1) * n_local].contiguous()
-    return engine.finish(state, own, format_ok, lengths, disc_similarity, weights)
+    return engine.finish(state, own, format_ok, lengths, disc_similarity, weights, rewards, advantages)
 
 
 def own_similarities(
@@ -127,18 +133,18 @@ def scan(
     positive: Tensor,
     negatives_mask: Tensor | None,
     weights: RewardWeights,
+    state: Tensor,
     *,
     exact: bool,
     parts: tuple[int, int] = (3, 3),
     largest_norm: Tensor | None = None,
-) -> Tensor:
-    """Compute the state [R, 4 + P] fp64 of rows [R, D] over anchors [A, D], tile by tile; ``positive`` counts from
-    their first.
+) -> None:
+    """Add anchors [A, D] to the state [R, 4 + P] fp64 of rows [R, D], tile by tile; ``positive`` counts from their
+    first.
 
     exact: multiply in fp64. parts: how many bf16 numbers make one of the rows, one of the anchors. largest_norm: as
     for score_rewrites_.
     """
-    state = initial_state(rows, weights)
     if negatives_mask is not None and negatives_mask.stride(1) != 1:
         negatives_mask = negatives_mask.contiguous()
     if not exact and isinstance(engine, cpu.Compiled) and engine.scans(rows):
@@ -147,23 +153,23 @@ def scan(
         for first, tile in tiles(anchors, columns, rows.device):
             mask = None if negatives_mask is None else negatives_mask[:, first : first + tile.shape[0]]
             engine.add_anchors(rows, tile, norms, own, positive, mask, largest_norm, first, weights, state)
-        return state
+        return
     dtype = torch.float64 if exact else torch.float32
     columns = BUFFER_BYTES[rows.device.type] // (dtype.itemsize * rows.shape[0])
     columns = min(max(MIN_COLUMNS, min(MAX_COLUMNS, columns)), anchors.shape[0])
-    buffer = rows.new_empty(rows.shape[0] * columns, dtype=dtype)
+    buffer = rows.new_empty(rows.shape[0] * (columns + engine.ALIGN - 1), dtype=dtype)
     factors = [rows.double()] if exact else split(rows, parts[0])
     for first, tile in tiles(anchors, columns, rows.device):
-        sims = buffer[: rows.shape[0] * tile.shape[0]].view(rows.shape[0], tile.shape[0])
+        stride = -(-tile.shape[0] // engine.ALIGN) * engine.ALIGN
+        sims = buffer[: rows.shape[0] * stride].view(rows.shape[0], stride)[:, : tile.shape[0]]
         if exact:
             torch.mm(factors[0], tile.double().T, out=sims)
         else:
             multiply(factors, split(tile, parts[1]), sims)
         mask = None if negatives_mask is None else negatives_mask[:, first : first + tile.shape[0]]
         norm = norm_bound(tile) if largest_norm is None else largest_norm
-        norm = norm if exact else PARTS_BAND * norm  # the kernel looks again at what is this close
-        engine.add_tile(sims, rows, tile, norm, norms, own, positive, mask, first, weights, state)
-    return state
+        slack = 1.0 if exact else PARTS_BAND  # the kernel looks again at what is this close
+        engine.add_tile(sims, rows, tile, norm, norms, own, positive, mask, first, weights, slack, state)
 
 
 def norm_bound(rows: Tensor) -> Tensor:

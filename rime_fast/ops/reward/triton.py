@@ -26,6 +26,12 @@ def why_not(gen: Tensor) -> str | None:
 class Engine:
     """Runs Triton's pass over each tile, and the rest in torch."""
 
+    ALIGN = 1
+
+    def reads(self, rows: Tensor, anchors: Tensor) -> bool:
+        """Rows are fp32 here."""
+        return False
+
     def own_similarities(self, rows: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Do what cpu.Compiled.own_similarities does."""
         n_items, positives, width = own.shape
@@ -45,6 +51,7 @@ class Engine:
         mask: Tensor | None,
         first: int,
         weights: RewardWeights,
+        slack: float,
         state: Tensor,
     ) -> None:
         """Do what cpu.Compiled.add_tile does."""
@@ -52,7 +59,7 @@ class Engine:
 
         n_rows, width = rows.shape
         exact = sims.dtype == torch.float64
-        slack = 0.0 if exact else 1.01 * (width + 16) * 2.0**-24  # csrc/rime/reward.h, similarity_band
+        band = 0.0 if exact else slack * 1.01 * (width + 16) * 2.0**-24  # csrc/rime/reward.h, similarity_band
         with dispatch.on_device_of(sims):  # Triton launches on the current device
             rank_tile_kernel[(n_rows,)](
                 sims,
@@ -70,7 +77,7 @@ class Engine:
                 weights.positives,
                 first,
                 0 if mask is None else mask.stride(0),
-                slack,
+                band,
                 1.0 / weights.softmax_temperature,
                 NEGATIVE=weights.negative_code,
                 MASKED=mask is not None,
@@ -107,6 +114,8 @@ class Engine:
         lengths: Tensor | None,
         disc_similarity: Tensor | None,
         weights: RewardWeights,
+        rewards: Tensor,
+        advantages: Tensor,
     ) -> Tensor:
         """Do what cpu.Compiled.finish does."""
         shape = format_ok.shape
@@ -116,4 +125,7 @@ class Engine:
         negative = torch.where(seen, negative, 0.0).view(shape)
         found = reference.Statistics(own.view(*shape, -1), 1 + state[:, 4:].reshape(*shape, -1), negative)
         result = reference.rewards(found, format_ok, lengths, disc_similarity, weights)
-        return torch.stack([result[name] for name in PLANES]).float()
+        planes = torch.stack([result[name] for name in PLANES]).float()
+        rewards.copy_(planes[0])
+        advantages.copy_(planes[1])
+        return planes

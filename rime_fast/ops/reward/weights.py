@@ -23,6 +23,7 @@ rank: 1-based rank of the positive among the negatives, ties counted half; hit: 
 the share of the own group inside the top ``positives``); positive: s+; negative: neg; group_std: the group's unbiased
 standard deviation of the reward; nan: 1 where the embedding, or the anchor it is scored against, is missing.
 """
+STATE = 4  # numbers of a rollout's state before its ranks (csrc/rime/reward.h)
 PLANES = ("reward", "advantage", *TERM_NAMES)  # what is computed, in the order of the kernels
 
 
