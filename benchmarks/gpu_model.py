@@ -67,8 +67,7 @@ Row = tuple[str, str, str, Work]  # bench, case, impl
 
 
 def head(shape: logprob.Shape) -> Iterator[Row]:
-    """The head: 2MHV FLOP a product; the row kernel reads bf16 logits from memory once and writes them once, on fp32
-    panels two of them move 4 + 4 + 2."""
+    """The head: 2MHV FLOP a product; two row kernels move 2 + 2 + 2 bytes a bf16 logit, on fp32 panels 4 + 4 + 2."""
     m, h, v = round(shape.tokens * (1 - shape.ignored)), shape.hidden, shape.vocab
     one, name = 2.0 * m * h * v, str(shape)
     yield "logprob_pool", name, FLOOR, Work(3 * one, 0, 3)
@@ -77,7 +76,7 @@ def head(shape: logprob.Shape) -> Iterator[Row]:
         if rows:
             chunks = -(-m // rows)
             head_fp32 = v * h * (4 + 8 * (chunks - 1) + 6) if chunks > 1 else 0  # written, added to, cast
-            yield "logprob_pool", name, impl, Work(3 * one, 4.0 * m * v + head_fp32, 19 + 5 * chunks + -(-m // ROWS))
+            yield "logprob_pool", name, impl, Work(3 * one, 6.0 * m * v + head_fp32, 19 + 6 * chunks + -(-m // ROWS))
     cut = plan(m, h, v, 2, max(256 << 20, 2 * v * h))
     panels = -(-v // cut.columns)
     moved = 10.0 * m * v + 8.0 * m * h * panels
@@ -95,17 +94,17 @@ def contrast(shape: contrastive.Shape) -> Iterator[Row]:
     moved = 10.0 * terms * n * n + 16.0 * side * d * tiles + 14.0 * modes * n * d
     yield "contrastive", str(shape), FLOOR, Work(8.0 * terms * n * n * d, 0, 4 * terms)
     flops = (6.0 if kept else 8.0) * terms * n * n * d
-    yield "contrastive", str(shape), "ours", Work(flops, moved, 95 + tiles * (6 if kept else 7))
+    yield "contrastive", str(shape), "ours", Work(flops, moved, 30 + tiles * (6 if kept else 7))
 
 
 def rewards(shape: reward.Shape, dtype: str) -> Iterator[Row]:
-    """One product (in fp32 six of bf16 parts), its similarities read once, the bank once more for its norms."""
+    """One product (in fp32 six of bf16 parts) and its similarities read once; the bank's norms are kept with it."""
     half = dtype == "bfloat16"
     case = f"{shape}-bfloat16" if half else str(shape)
     flops = 2.0 * shape.rows * shape.anchors * shape.width
-    bank = shape.anchors * shape.width * (2 if half else 4 + 18)  # and split into three parts
+    split = 0 if half else 18.0 * shape.anchors * shape.width  # into three parts
     yield "reward", case, FLOOR, Work(flops, 0, 1, rate=1.0 if half else 0.065)
-    yield "reward", case, "ours_mean", Work(flops * (1 if half else 6), bank + 4.0 * shape.rows * shape.anchors, 25)
+    yield "reward", case, "ours_mean", Work(flops * (1 if half else 6), split + 4.0 * shape.rows * shape.anchors, 5 if half else 25)
 
 
 def attention(shape: bench_attention.Shape) -> Iterator[Row]:

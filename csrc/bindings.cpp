@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
       "row_softmax_backward(Tensor(a!) logits, Tensor targets, Tensor? bias, Tensor temperature, Tensor? softcap, "
       "Tensor lse, Tensor target_logit, Tensor? entropy, Tensor grad_logp, Tensor? grad_entropy, "
       "Tensor(b!) dlogits, Tensor(c!) products) -> ()");
-  // Both, where the upstream gradient does not wait for the statistics.
+  // CPU: both, where the upstream gradient does not wait for the statistics.
   m.def(
       "row_softmax_both(Tensor(a!) logits, Tensor targets, Tensor? bias, Tensor temperature, Tensor? softcap, "
       "Tensor grad_logp, Tensor(b!) lse, Tensor(c!) target_logit, Tensor(d!)? entropy, Tensor(e!) dlogits, "

@@ -151,23 +151,6 @@ RIME_UNROLL
   }
 }
 
-// Copies 16 bytes to shared memory while this thread goes on; it may read them after await_copies.
-__device__ __forceinline__ void copy_ahead(void* shared, const void* from) {
-#if defined(__CUDACC__)
-  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#else
-  cuda_on_host::copy_later(shared, from);
-#endif
-}
-__device__ __forceinline__ void await_copies() {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#else
-  cuda_on_host::copy_now();
-#endif
-}
-
 #if defined(__CUDACC__)
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

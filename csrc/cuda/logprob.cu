@@ -4,12 +4,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 namespace rime::logprob {
 namespace {
-
-constexpr int kReduceBytes = 2048;  // of shared memory, for block_reduce
 
 // Whether rows, and the bias, are whole vectors of 16 bytes of logits, and of as many results.
 bool aligned(const Tensor& logits, const Head& head, int64_t stride_out = 0) {
@@ -19,7 +15,7 @@ bool aligned(const Tensor& logits, const Head& head, int64_t stride_out = 0) {
 }
 
 Head head_of(const Tensor& logits, const MaybeTensor& bias, const Tensor& temperature, const MaybeTensor& softcap) {
-  STD_TORCH_CHECK(logits.size(1) <= INT32_MAX - Long::kSize, "row_softmax: a row has too many logits");
+  STD_TORCH_CHECK(logits.size(1) <= INT32_MAX - Trip::kSize, "row_softmax: a row has too many logits");
   return {static_cast<int>(logits.size(1)), at<float>(bias), at<float>(temperature), at<float>(softcap)};
 }
 
@@ -40,7 +36,7 @@ void row_softmax_forward(Tensor logits, Tensor targets, MaybeTensor bias, Tensor
   with_float_type(logits, "row_softmax_forward: logits", [&](auto type) {
     using L = decltype(type);
     const auto kernel = entropy.has_value() ? forward_of<L, true>(plain, whole) : forward_of<L, false>(plain, whole);
-    kernel<<<rows, Short::kThreads, 0, current_stream(logits)>>>(
+    kernel<<<rows, Trip::kThreads, 0, current_stream(logits)>>>(
         at<L>(logits), logits.stride(0), head, at<int64_t>(targets),
         Statistics{at<float>(lse), at<float>(target_logit), at<float>(entropy)});
   });
@@ -69,7 +65,7 @@ void row_softmax_backward(Tensor logits, Tensor targets, MaybeTensor bias, Tenso
     using T = decltype(type);
     const auto launch = [&](auto narrow) {
       using L = decltype(narrow);
-      backward_of<L, T>(plain, whole)<<<rows, Short::kThreads, 0, current_stream(logits)>>>(
+      backward_of<L, T>(plain, whole)<<<rows, Trip::kThreads, 0, current_stream(logits)>>>(
           at<L>(logits), logits.stride(0), head, at<int64_t>(targets), up, at<T>(dlogits), dlogits.stride(0),
           at<float>(products));
     };
@@ -80,59 +76,10 @@ void row_softmax_backward(Tensor logits, Tensor targets, MaybeTensor bias, Tenso
   check_launch("row_softmax_backward");
 }
 
-template <class L, class T>
-auto both_of(bool plain, bool aligned) {
-  if (plain) return aligned ? both_kernel<L, T, true, true> : both_kernel<L, T, true, false>;
-  return aligned ? both_kernel<L, T, false, true> : both_kernel<L, T, false, false>;
-}
-
-int device_attribute(const Tensor& tensor, cudaDeviceAttr attribute) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, tensor.get_device());
-  STD_TORCH_CHECK(error == cudaSuccess, "row_softmax_both: ", cudaGetErrorString(error));
-  return value;
-}
-
-void row_softmax_both(Tensor logits, Tensor targets, MaybeTensor bias, Tensor temperature, MaybeTensor softcap,
-                      Tensor grad_logp, Tensor lse, Tensor target_logit, MaybeTensor entropy, Tensor dlogits,
-                      MaybeTensor products) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
-  const int64_t rows = logits.size(0);
-  if (rows == 0) return;
-  STD_TORCH_CHECK(dlogits.data_ptr() == logits.data_ptr(), "row_softmax_both: dlogits must be the logits' memory");
-  const Head head = head_of(logits, bias, temperature, softcap);
-  const bool plain = !bias.has_value() && !softcap.has_value();
-  const bool whole = aligned(logits, head, dlogits.stride(0));
-  const int64_t blocks = std::min<int64_t>(rows, device_attribute(logits, cudaDevAttrMultiProcessorCount));
-  const int shared = device_attribute(logits, cudaDevAttrMaxSharedMemoryPerBlockOptin) - kReduceBytes;
-  with_float_type(dlogits, "row_softmax_both: dlogits", [&](auto type) {
-    using T = decltype(type);
-    const auto launch = [&](auto narrow) {
-      using L = decltype(narrow);
-      constexpr int kTripBytes = Long::kSize * static_cast<int>(sizeof(L));
-      const int kept = std::min(shared / kTripBytes, (head.vocabulary + Long::kSize - 1) / Long::kSize);
-      const auto kernel = both_of<L, T>(plain, whole);
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kept * kTripBytes);
-      STD_TORCH_CHECK(error == cudaSuccess, "row_softmax_both: ", cudaGetErrorString(error));
-      kernel<<<static_cast<unsigned>(blocks), Long::kThreads, static_cast<size_t>(kept * kTripBytes),
-               current_stream(logits)>>>(
-          at<L>(logits), logits.stride(0), rows, head, at<int64_t>(targets), at<float>(grad_logp), kept * Long::kSize,
-          Statistics{at<float>(lse), at<float>(target_logit), at<float>(entropy)}, at<T>(dlogits), dlogits.stride(0),
-          at<float>(products));
-    };
-    if (logits.scalar_type() == dlogits.scalar_type()) return launch(T{});
-    STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float, "row_softmax_both: logits must be fp32 or dlogits' type");
-    launch(float{});
-  });
-  check_launch("row_softmax_both");
-}
-
 }  // namespace
 }  // namespace rime::logprob
 
 STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CUDA, m) {
   m.impl("row_softmax_forward", TORCH_BOX(&rime::logprob::row_softmax_forward));
   m.impl("row_softmax_backward", TORCH_BOX(&rime::logprob::row_softmax_backward));
-  m.impl("row_softmax_both", TORCH_BOX(&rime::logprob::row_softmax_both));
 }

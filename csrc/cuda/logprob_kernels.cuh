@@ -4,14 +4,9 @@
 //
 // One block of 512 threads a row; a thread takes 8 columns a trip, in groups of 16 bytes. Forward: every thread keeps an
 // online (top, sum, weighted sum), one exponential a column and one more where its maximum rises, merged through
-// shuffles and shared memory in a fixed order: one read of the row. Backward: one read, one write. Both at once
-// (both_kernel), where the upstream gradient is known before: one read and one write of memory instead of two reads
-// and one write. A block of 1,024 threads an SM, which walks the rows, has the first trips of its row in shared memory
-// (on an H100 114,688 of 151,936 bf16 columns) and reads the rest twice, soon after each other: 132 rows' rests are 10 MB,
-// in a L2 of 50. What memory would wait for, the exponentials, overlaps with it: once a thread has stored a trip's gradient
-// it sends for the same columns of the block's next row (cp.async), so that memory reads and writes at once, and the
-// statistics begin with the row at hand. Each thread reads its own columns only, so no barrier is needed between its
-// copies and its reads. The gradient of fp32
+// shuffles and shared memory in a fixed order: one read of the row. Backward: one read, one write. Where the gradient
+// follows the statistics at once these are two reads of the logits, at 93 % of an H200's bandwidth; one kernel that kept the
+// row in shared memory between them, with one read, took 10 % longer (docs/logprob_pool.md). The gradient of fp32
 // logits may be bf16 or fp16, written into the first half of the row's own memory: each trip of 4,096 columns is read by
 // all threads before any of it is written, and a trip's narrow results end before the columns that are still to be read.
 // That of narrow logits has their type and takes their places, each thread its own. Temperature and softcap are read on the device.
@@ -28,9 +23,8 @@ namespace rime::logprob {
 namespace {
 
 // What a block takes of its row at once: every thread kColumns, in groups of 16 bytes of logits.
-template <int kBlock, int kOfAThread>
 struct Trip {
-  static constexpr int kThreads = kBlock, kColumns = kOfAThread, kSize = kThreads * kColumns;
+  static constexpr int kThreads = 512, kColumns = 8, kSize = kThreads * kColumns;
 
   template <class L>
   static constexpr int kGroup = 16 / sizeof(L);
@@ -41,10 +35,6 @@ struct Trip {
     return first + (group * kThreads + static_cast<int>(threadIdx.x)) * kGroup<L>;
   }
 };
-
-using Short = Trip<512, 8>;   // of forward_kernel and backward_kernel: several blocks an SM
-using Long = Trip<1024, 16>;  // of both_kernel, one: for loads of the rest of a row
-using Half = Trip<1024, 8>;   // where registers are scarce; a thread's columns are those of Long
 
 // What all rows share; bias and softcap may be null.
 struct Head {
@@ -73,12 +63,12 @@ __device__ __forceinline__ void load_group(const L* from, int v, int end, float 
 }
 
 // A trip's scores; -inf past the row's end.
-template <class Trip, bool kPlain, bool kAligned, class L>
+template <bool kPlain, bool kAligned, class L>
 __device__ __forceinline__ void load_scores(const L* row, const Head& head, const Scale& scale, int first, float* z) {
-  constexpr int kGroup = Trip::template kGroup<L>;
+  constexpr int kGroup = Trip::kGroup<L>;
   RIME_UNROLL
   for (int group = 0; group < Trip::kColumns / kGroup; ++group) {
-    const int v = Trip::template column<L>(first, group);
+    const int v = Trip::column<L>(first, group);
     float* own = z + kGroup * group;
     load_group<kAligned, kGroup>(row, v, head.vocabulary, -HUGE_VALF, own);
     if constexpr (kPlain) {
@@ -90,23 +80,6 @@ __device__ __forceinline__ void load_scores(const L* row, const Head& head, cons
       RIME_UNROLL
       for (int i = 0; i < kGroup; ++i)  // softcap(-inf) is finite
         own[i] = v + i < head.vocabulary ? scale.score(own[i] + b[i]) : -HUGE_VALF;
-    }
-  }
-}
-
-// Sends for the logits of a trip: `copy` is a place for a row.
-template <class Trip, bool kAligned, class L>
-__device__ __forceinline__ void send_for(const L* row, int first, int end, L* copy) {
-  constexpr int kGroup = Trip::template kGroup<L>;
-  RIME_UNROLL
-  for (int group = 0; group < Trip::kColumns / kGroup; ++group) {
-    const int v = Trip::template column<L>(first, group);
-    if constexpr (kAligned) {
-      if (v < end) copy_ahead(copy + v, row + v);
-    } else {
-      RIME_UNROLL
-      for (int i = 0; i < kGroup; ++i)
-        if (v + i < end) copy[v + i] = row[v + i];
     }
   }
 }
@@ -149,18 +122,18 @@ __device__ __forceinline__ float target_score(const L* row, const Head& head, co
 }
 
 template <class L, bool kEntropy, bool kPlain, bool kAligned>
-__global__ void __launch_bounds__(Short::kThreads) forward_kernel(
+__global__ void __launch_bounds__(Trip::kThreads) forward_kernel(
     const L* logits, int64_t stride, Head head, const int64_t* targets, Statistics out) {
   const int64_t r = blockIdx.x;
   const L* row = logits + r * stride;
   const Scale scale = head.scale(kPlain);
   Partial mine{-HUGE_VALF, 0.0f, 0.0f};
-  for (int first = 0; first < head.vocabulary; first += Short::kSize) {
-    float z[Short::kColumns];
-    load_scores<Short, kPlain, kAligned>(row, head, scale, first, z);
-    add_scores<kEntropy, Short::kColumns>(mine, z);
+  for (int first = 0; first < head.vocabulary; first += Trip::kSize) {
+    float z[Trip::kColumns];
+    load_scores<kPlain, kAligned>(row, head, scale, first, z);
+    add_scores<kEntropy, Trip::kColumns>(mine, z);
   }
-  mine = block_reduce<Short::kThreads, true>(mine, Merge{});
+  mine = block_reduce<Trip::kThreads, true>(mine, Merge{});
   if (threadIdx.x != 0) return;
   out.target_logit[r] = target_score<kPlain>(row, head, scale, targets[r]);
   const Pair pair = two_sum(mine.top, logf(mine.sum));
@@ -180,16 +153,15 @@ struct Slope {
   float g, h, centre, entropy;  // h: of the entropy
 };
 
-// Makes a trip's gradient from its scores; returns this thread's sum of dz (z - z[target]), with_products. (A run-time
-// flag: of two instances of this in one kernel, nvcc joins the ends, and takes the vectors stored there apart.)
-template <class Trip, class L, bool kPlain, bool kAligned, class T>
+// Makes a trip's gradient from its scores; returns this thread's sum of dz (z - z[target]).
+template <class L, bool kPlain, bool kAligned, class T>
 __device__ __forceinline__ float put_gradient(
-    const Slope& row, const Head& head, const Scale& scale, int first, const float* z, T* results, bool with_products) {
-  constexpr int kGroup = Trip::template kGroup<L>;
+    const Slope& row, const Head& head, const Scale& scale, int first, const float* z, T* results) {
+  constexpr int kGroup = Trip::kGroup<L>;
   float sum = 0.0f;
   RIME_UNROLL
   for (int group = 0; group < Trip::kColumns / kGroup; ++group) {
-    const int v = Trip::template column<L>(first, group);
+    const int v = Trip::column<L>(first, group);
     float dx[kGroup];
     RIME_UNROLL
     for (int i = 0; i < kGroup; ++i) {
@@ -197,7 +169,7 @@ __device__ __forceinline__ float put_gradient(
       float dz = kPlain ? exp32((score - row.lse.high) - row.lse.low) * -row.g
                         : dscore(score, row.lse, row.entropy, row.g, row.h);
       if (v + i == row.target) dz += row.g;
-      if (with_products) sum += product(dz, score - row.centre);
+      sum += product(dz, score - row.centre);
       dx[i] = kPlain ? dz * scale.inv_temperature : product(dz, scale.slope(score));
     }
     if constexpr (kAligned) {
@@ -217,7 +189,7 @@ __device__ __forceinline__ int column_of(int64_t target, int vocabulary) {
 
 // out: `logits`' own memory, out_stride in elements of T. products [R]: sum of dz (z - z[target]).
 template <class L, class T, bool kPlain, bool kAligned>
-__global__ void __launch_bounds__(Short::kThreads) backward_kernel(
+__global__ void __launch_bounds__(Trip::kThreads) backward_kernel(
     const L* logits, int64_t stride, Head head, const int64_t* targets, Upstream up, T* out, int64_t out_stride,
     float* products) {
   const int64_t r = blockIdx.x;
@@ -227,63 +199,15 @@ __global__ void __launch_bounds__(Short::kThreads) backward_kernel(
                     !kPlain && up.grad_entropy ? up.grad_entropy[r] : 0.0f, up.target_logit[r],
                     !kPlain && up.entropy ? up.entropy[r] : 0.0f};
   float sum = 0.0f;
-  for (int first = 0; first < head.vocabulary; first += Short::kSize) {
-    float z[Short::kColumns];
-    load_scores<Short, kPlain, kAligned>(row, head, scale, first, z);
+  for (int first = 0; first < head.vocabulary; first += Trip::kSize) {
+    float z[Trip::kColumns];
+    load_scores<kPlain, kAligned>(row, head, scale, first, z);
     // Narrow results overlap columns that other threads read in this trip or in an earlier one.
     if (sizeof(T) < sizeof(L)) __syncthreads();
-    sum += put_gradient<Short, L, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride, true);
+    sum += put_gradient<L, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride);
   }
-  sum = block_reduce<Short::kThreads, true>(sum, Add{});
+  sum = block_reduce<Trip::kThreads, true>(sum, Add{});
   if (threadIdx.x == 0) products[r] = sum;
-}
-
-// forward_kernel, and backward_kernel on what it found, of `rows` rows. kept: the columns, whole trips, that the block's
-// shared memory has room for. products: null where nobody needs them (they are a quarter of the gradient's arithmetic).
-template <class L, class T, bool kPlain, bool kAligned>
-__global__ void __launch_bounds__(Long::kThreads) both_kernel(
-    const L* logits, int64_t stride, int64_t rows, Head head, const int64_t* targets, const float* grad_logp, int kept,
-    Statistics statistics, T* out, int64_t out_stride, float* products) {
-  RIME_DYNAMIC_SHARED(float4, room);  // aligned for loads of 16 bytes
-  L* copy = reinterpret_cast<L*>(room);
-  const Scale scale = head.scale(kPlain);
-  for (int first = 0; first < kept; first += Long::kSize)  // a block has a row at least
-    send_for<Long, kAligned>(logits + blockIdx.x * stride, first, head.vocabulary, copy);
-  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    const L* row = logits + r * stride;
-    await_copies();
-    float z[Long::kColumns];
-    Partial mine{-HUGE_VALF, 0.0f, 0.0f};
-    for (int first = 0; first < head.vocabulary; first += Long::kSize) {
-      load_scores<Long, kPlain, kAligned>(first < kept ? copy : row, head, scale, first, z);
-      if (statistics.entropy != nullptr)
-        add_scores<true, Long::kColumns>(mine, z);
-      else
-        add_scores<false, Long::kColumns>(mine, z);
-    }
-    mine = block_reduce<Long::kThreads>(mine, Merge{});
-    const float centre = target_score<kPlain>(row, head, scale, targets[r]);
-    const Slope slope{column_of(targets[r], head.vocabulary), two_sum(mine.top, logf(mine.sum)), grad_logp[r], 0.0f,
-                      centre, 0.0f};
-    if (threadIdx.x == 0) {
-      statistics.target_logit[r] = centre;
-      statistics.lse[r] = slope.lse.high;
-      statistics.lse[rows + r] = slope.lse.low;
-      if (statistics.entropy != nullptr) statistics.entropy[r] = logf(mine.sum) - mine.weighted / mine.sum;
-    }
-    __syncthreads();  // all have read the target's logit
-    float sum = 0.0f;
-    for (int first = 0; first < head.vocabulary; first += Half::kSize) {
-      load_scores<Half, kPlain, kAligned>(first < kept ? copy : row, head, scale, first, z);
-      if (sizeof(T) < sizeof(L)) __syncthreads();  // see backward_kernel
-      sum += put_gradient<Half, L, kPlain, kAligned>(slope, head, scale, first, z, out + r * out_stride, products != nullptr);
-      if (first < kept && r + gridDim.x < rows)
-        send_for<Half, kAligned>(row + gridDim.x * stride, first, head.vocabulary, copy);
-    }
-    if (products == nullptr) continue;
-    sum = block_reduce<Long::kThreads, true>(sum, Add{});
-    if (threadIdx.x == 0) products[r] = sum;
-  }
 }
 
 }  // namespace

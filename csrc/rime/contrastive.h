@@ -32,14 +32,14 @@ RIME_FN V slope(V exp_row, V exp_col, V row_coef, V col_coef, M row_masked, M co
 // One thread's share of a tile on CUDA, without anything that needs a GPU: cuda/contrastive_kernels.cuh adds the loads,
 // the shuffles and the barriers.
 //
-// A block of 8 warps takes a patch of 64 rows x 256 columns. A warp takes every eighth row; a lane holds 8 columns (two
+// A block of 8 warps takes a patch of 256 rows x 256 columns. A warp takes every eighth row; a lane holds 8 columns (two
 // groups of 4, so that a load is 16 bytes and a warp's loads are whole lines) and keeps their running column softmax in
 // registers while it walks down its rows. Rows are merged through shuffles, columns through shared memory, patches by
 // `accumulate` in fp64: always in the same order, so the bits are always the same.
 
 constexpr float kLargestLogit = 60.0f;  // BOUNDED of rime_fast/ops/contrastive/softmax.py
 constexpr int kPatchWarps = 8;
-constexpr int kPatchRows = 64;
+constexpr int kPatchRows = 256;
 constexpr int kPatchCols = 256;
 constexpr int kLaneCols = 8;
 

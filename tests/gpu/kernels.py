@@ -37,7 +37,8 @@ RUNS: list[tuple[str, list[Any], dict[str, Any]]] = [
     ("nucleus", [64, 151_936, "float32"], {}),
     ("merge", [8192, 12, 128], {}),
 ]
-THREADS = {"both_kernel": 1024, "logprob": 512, "contrastive": 256, "reward": 256}  # of csrc/cuda/*_kernels.cuh
+# of csrc/cuda/*_kernels.cuh
+THREADS = {"logprob": 512, "contrastive": 256, "reward": 256, "contrastive/merge_kernel": 64}
 
 
 class Kernel(NamedTuple):
@@ -92,7 +93,7 @@ def csrc_kernels(folder: Path) -> list[Kernel]:
             local = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", entry)))
             assert registers is not None
             memory = int(shared[1]) if shared else 0, local, out
-            threads = THREADS.get(name, THREADS[source])
+            threads = THREADS.get(f"{source}/{name}", THREADS[source])
             found.append(Kernel(f"{source}, csrc", name, threads, int(registers[1]), *memory))
     return found
 
@@ -137,7 +138,7 @@ def page(folder: Path) -> str:
 Made by `python -m tests.gpu.kernels --write` with {made_with()} for sm_90 (csrc: sm_90a),
 without a card; `make gates` compares. Triton's kernels are compiled at their real call sites, at sizes of a 2B model in
 bf16 (rewards, sampling: fp32). Of several variants (types, masks, options) the range is given. Shared memory is what is
-known when compiling (`small_kernel` and `both_kernel` ask for more when they are launched); local memory is spills and
+known when compiling (`small_kernel` asks for more when it is launched); local memory is spills and
 stack, in bytes a thread. An SM holds 65,536 registers, 228 KiB of shared memory, 64 warps and 32 blocks.
 
 {rows}

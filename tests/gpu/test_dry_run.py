@@ -36,7 +36,7 @@ def test_the_head(tmp_path: Path) -> None:
         ("head", ["chunked", 8192, 1536, 151_936], {"read": False}),
         ("head", ["triton", 301, 256, 1000], {}),
     )
-    rows = {"row_statistics_kernel", "row_gradient_kernel", "row_both_kernel"}
+    rows = {"row_statistics_kernel", "row_gradient_kernel"}
     assert rows | {"start_gradient_kernel"} <= set(chunked["kernels"])
     assert chunked["launches"] <= 120
     assert again["binaries"] == 0

@@ -58,11 +58,7 @@ def test_pipelines_have_their_stages(compiled: list[Kernel]) -> None:
 @pytest.mark.slow
 def test_rows_are_stored_wide(compiled: list[Kernel]) -> None:
     """No store of 2 bytes in the kernels that write rows of 16-bit logits or hidden states."""
-    found = [
-        kernel
-        for kernel in compiled
-        if kernel.name in ("row_gradient_kernel", "row_both_kernel", "add_norm_kernel", "gated_kernel")
-    ]
+    found = [kernel for kernel in compiled if kernel.name in ("row_gradient_kernel", "add_norm_kernel", "gated_kernel")]
     assert found
     for kernel in found:
         narrow = [name for name, _ in code_of(kernel) if re.match(r"STG\S*\.[US](8|16)\b", name)]

@@ -72,8 +72,6 @@ ROW_KERNELS = (  # name, constants, warps
     ("start_gradient_kernel", {"BT": 32, "BC": 256}, 4),
     ("row_statistics_kernel", {"ENTROPY": True, "BLOCK": 4096}, 8),
     ("row_gradient_kernel", {"BLOCK": 4096}, 8),
-    ("row_both_kernel", {"ENTROPY": True, "BLOCK": 8192}, 16),
-    ("row_both_kernel", {"ENTROPY": False, "BLOCK": 8192, "bias": None, "softcap": None}, 16),
     ("row_gradient_kernel", {"BLOCK": 4096, "bias": None, "softcap": None, "entropy": None, "grad_entropy": None}, 8),
 )
 

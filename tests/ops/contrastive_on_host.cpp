@@ -289,11 +289,12 @@ int main(int, char** arguments) {
     all<true, true>(9, 258, 1, bounded);
     all<true, false>(67, 40, 4, bounded);
     all<false, true>(2, 1100, 2, bounded);
+    all<false, false>(259, 3, 1, bounded);  // a second patch below the first
     if (quick) continue;
     all<false, false>(70, 513, 1, bounded);
     all<true, false>(67, 300, 4, bounded);
     all<false, true>(5, 1100, 2, bounded);
-    all<true, true>(130, 515, 3, bounded);
+    all<true, true>(290, 515, 3, bounded);
   }
   solve(1, 1, 1, 0, true, true);
   solve(3, 300, 300, 0, true, true);

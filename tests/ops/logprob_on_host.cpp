@@ -78,7 +78,7 @@ void statistics(Case& c, const L* logits, std::vector<float>& lse, std::vector<f
   const Statistics out{lse.data(), hit.data(), entropy.data()};
   const auto rows = static_cast<unsigned>(c.rows);
   const auto run = [&](auto kernel) {
-    cuda_on_host::launch(rows, 1, Short::kThreads, 0, [&] { kernel(logits, c.stride, c.head(), c.targets.data(), out); });
+    cuda_on_host::launch(rows, 1, Trip::kThreads, 0, [&] { kernel(logits, c.stride, c.head(), c.targets.data(), out); });
   };
   run(forward_kernel<L, false, kPlain, kAligned>);
   const std::vector<float> before = lse;
@@ -121,35 +121,11 @@ void gradient(const Case& c, L* logits, const std::vector<float>& lse, const std
   const Upstream up{lse.data(), hit.data(), entropy.data(), g.data(), kPlain ? nullptr : h.data()};
   T* out = reinterpret_cast<T*>(logits);
   const int64_t stride = c.stride * static_cast<int64_t>(sizeof(L) / sizeof(T));
-  cuda_on_host::launch(static_cast<unsigned>(c.rows), 1, Short::kThreads, 0, [&] {
+  cuda_on_host::launch(static_cast<unsigned>(c.rows), 1, Trip::kThreads, 0, [&] {
     backward_kernel<L, T, kPlain, kAligned>(logits, c.stride, c.head(), c.targets.data(), up, out, stride,
                                          products.data());
   });
   check_gradient(c, logits, out, stride, hit, g, h, &products);
-}
-
-// Both at once, two blocks for all rows; `kept` trips of a row in shared memory.
-template <class L, class T, bool kPlain, bool kAligned>
-void together(const Case& c, const L* given, int kept, bool with_products = true) {
-  std::vector<L> logits(given, given + c.rows * c.stride);
-  std::vector<float> lse(2 * c.rows, -1.0f), hit(c.rows, -1.0f), entropy(c.rows, -1.0f), none(c.rows, 0.0f);
-  std::vector<float> g(c.rows), products(c.rows, -1.0f);
-  for (int64_t r = 0; r < c.rows; ++r) g[r] = 0.3f + 0.1f * static_cast<float>(r);
-  T* out = reinterpret_cast<T*>(logits.data());
-  const int64_t stride = c.stride * static_cast<int64_t>(sizeof(L) / sizeof(T));
-  const int columns = kept * Long::kSize;
-  cuda_on_host::launch(2, 1, Long::kThreads, sizeof(L) * columns, [&] {
-    both_kernel<L, T, kPlain, kAligned>(logits.data(), c.stride, c.rows, c.head(), c.targets.data(), g.data(), columns,
-                                        Statistics{lse.data(), hit.data(), entropy.data()}, out, stride,
-                                        with_products ? products.data() : nullptr);
-  });
-  for (int64_t r = 0; r < c.rows; ++r) {
-    const Truth truth(c, r);
-    expect(double(lse[r]) + lse[c.rows + r], truth.lse, 3e-7, 1.0, "lse, both", r);
-    expect(entropy[r], truth.entropy, 2e-5, 1.0, "entropy, both", r);
-    expect(hit[r], c.targets[r] < 0 ? 0.0 : truth.z[c.targets[r]], 1e-6, 1.0, "target logit, both", r);
-  }
-  check_gradient(c, logits.data(), out, stride, hit, g, none, with_products ? &products : nullptr);
 }
 
 template <bool kPlain, bool kAligned>
@@ -163,17 +139,12 @@ void all(int64_t rows, int vocabulary, int64_t stride) {
   };
   from_fp32(float{});
   from_fp32(__nv_bfloat16{});
-  const int trips = (vocabulary + Long::kSize - 1) / Long::kSize;
-  together<float, float, kPlain, kAligned>(c, c.x.data(), trips);
-  together<float, __nv_bfloat16, kPlain, kAligned>(c, c.x.data(), trips - 1);
   if (kPlain) from_fp32(__half{});
   const auto narrow = [&](auto type) {
     using T = decltype(type);
     Case rounded = c;
     std::vector<T> x = rounded.template rounded<T>();
     statistics<T, kPlain, kAligned>(rounded, x.data(), lse, hit, entropy);
-    together<T, T, kPlain, kAligned>(rounded, x.data(), trips);
-    together<T, T, kPlain, kAligned>(rounded, x.data(), trips - 1, false);
     gradient<T, T, kPlain, kAligned>(rounded, x.data(), lse, hit, entropy);
   };
   if (kAligned && vocabulary % 8 != 0) return;  // not whole groups of 16 bytes
@@ -188,17 +159,17 @@ int main(int, char** arguments) {
   cuda_on_host::random.seed(static_cast<unsigned>(std::atoi(arguments[1])));
   const bool quick = std::strcmp(arguments[2], "quick") == 0;
   all<true, true>(3, 4, 8);
-  all<true, true>(5, 24, 32);  // two blocks, three rows of one
+  all<true, true>(5, 24, 32);
   all<true, false>(3, 1, 1);
   all<false, true>(3, 4104, 4112);  // a trip and a part of one
   all<false, false>(2, 4099, 4099);
   if (!quick) {
     all<true, true>(4, 12'300, 12'300);
-    all<true, true>(7, 16'392, 16'400);  // two trips of both_kernel, the second in one group of one thread
+    all<true, true>(7, 16'392, 16'400);  // five trips, the last in one group of one thread
     all<true, false>(4, 8'193, 8'201);
     all<false, true>(3, 8'192, 8'192);
     all<false, false>(3, 5'000, 5'003);
-    all<true, true>(3, 20'000, 20'000);  // two trips of both_kernel
+    all<true, true>(3, 20'000, 20'000);
     all<false, false>(3, 17'001, 17'003);
   }
   std::printf(failures == 0 ? "ok %.2g\n" : "failed %.2g\n", worst);

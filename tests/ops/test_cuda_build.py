@@ -25,7 +25,7 @@ Built = Callable[[str, str], tuple[Path, str]]
 # entropy, plain and aligned; statistics, merge, and gradient into three types, by ids and margin, and what is O(N);
 # the reward's.
 KERNELS = {
-    "logprob": {"forward_kernel": 24, "backward_kernel": 20, "both_kernel": 20},
+    "logprob": {"forward_kernel": 24, "backward_kernel": 20},
     "contrastive": {
         "statistics_kernel": 4,
         "merge_kernel": 1,

@@ -98,7 +98,6 @@ struct Thread {
   State state = State::kReady;
   Place place;           // of the barrier or exchange it waits at
   unsigned turn = 0;     // parity of its exchanges: a lane may be one ahead of another of its warp, never two
-  std::vector<std::pair<void*, const void*>> ahead;  // copies of 16 bytes that are on their way
   uint64_t slot[2] = {};  // what it shows its warp, of this exchange and of the one before
 };
 
@@ -182,7 +181,7 @@ inline void begin_block() {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(thread.stack.get(), kStack);
 #endif
-    thread.state = State::kReady, thread.turn = 0, thread.ahead.clear();
+    thread.state = State::kReady, thread.turn = 0;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
@@ -241,13 +240,6 @@ void launch(unsigned x, unsigned y, unsigned n_threads, size_t shared_bytes, Cal
     poison(__start_cuda_shared, __stop_cuda_shared);
     run_block();
   }
-}
-
-// cp.async: what is copied is seen after the wait, not before.
-inline void copy_later(void* to, const void* from) { threads[threadIdx.x].ahead.emplace_back(to, from); }
-inline void copy_now() {
-  for (const auto& [to, from] : threads[threadIdx.x].ahead) std::memcpy(to, from, 16);
-  threads[threadIdx.x].ahead.clear();
 }
 
 template <class T>

@@ -11,7 +11,7 @@ from rime_fast.ops import native
 from rime_fast.ops.contrastive import nested, tiles
 
 TILE = (8192, 8192)  # 256 MiB of fp32; the library's products of half of it are 2 to 18 % slower on an H100
-PATCH = (64, 256)  # rows and columns of the patches whose parts the kernel writes (csrc/rime)
+PATCH = (256, 256)  # rows and columns of the patches whose parts the kernel writes (csrc/rime)
 SHIFTLESS = False
 BASE2 = False
 

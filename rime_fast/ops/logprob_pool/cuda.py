@@ -6,7 +6,7 @@ backward   panels of columns outside, all scored rows inside: logits of the pane
            in the operands' dtype, then dW of the P columns (one product over all rows, as it is wanted) and the panel's
            share of dX, in fp32. 6MHV FLOP: 8MHV with the forward.
 both       (forward_with_gradient) chunks of R whole rows: logits by blocks of ROWS, statistics and gradient in place
-           with one read of them (rows.rows_both_), dX, dW. 6MHV FLOP in all. The logits have the operands' dtype
+           (rows.rows_both_), dX, dW. 6MHV FLOP in all. The logits have the operands' dtype
            (rounded once; everything computed from them is fp32), or with RIME_FAST_FP32_LOGITS=1 fp32. One chunk
            writes dW as it is wanted; more add theirs to a dW in fp32, which is cast once.
 

@@ -75,20 +75,15 @@ def rows_both_(
     with_products: bool,
 ) -> tuple[Statistics, Tensor, Tensor | None]:
     """Compute what ``rows_forward`` does, and from it what ``rows_backward_`` does for the upstream gradient ``slope``
-    [R] of logp alone, with one read of the logits from memory. with_products: the sums for the temperature's gradient
-    too."""
-    kernels = _kernels(logits)
-    if kernels == "torch":
+    [R] of logp alone; csrc's CPU kernel while the row is in the cache. with_products: the sums for the temperature's
+    gradient are needed."""
+    if logits.is_cuda or _kernels(logits) != "csrc":
         found = rows_forward(logits, targets, scoring, entropy)
         return found, *rows_backward_(logits, targets, scoring, found, Upstream(slope, None), dtype)
-    dlogits = logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
     found, products = _new(targets, entropy), torch.empty_like(slope) if with_products else None
-    if kernels == "triton":
-        _triton_both_(logits, targets, scoring, slope, found, dlogits, products)
-        return found, dlogits, products
     given = logits, targets, *scoring, slope, found.lse, found.target_logit, found.entropy if entropy else None
-    torch.ops.rime_fast_C.row_softmax_both(*given, dlogits, products)
-    return found, dlogits, products
+    torch.ops.rime_fast_C.row_softmax_both(*given, logits, products)
+    return found, logits, products
 
 
 def _new(targets: Tensor, entropy: bool) -> Statistics:
@@ -139,29 +134,6 @@ def _triton_backward_(
             *(rows, logits.stride(0), dlogits.stride(0), vocabulary),
             BLOCK=_block(vocabulary),
             num_warps=8,
-        )
-
-
-def _triton_both_(
-    logits: Tensor,
-    targets: Tensor,
-    scoring: Scoring,
-    slope: Tensor,
-    out: Statistics,
-    dlogits: Tensor,
-    products: Tensor | None,
-) -> None:
-    from rime_fast.ops.logprob_pool.triton_rows import row_both_kernel
-    from rime_fast.ops.logprob_pool.triton_tiles import processors
-
-    rows, vocabulary = logits.shape
-    if rows:
-        row_both_kernel[(min(rows, processors(logits)),)](
-            *(logits, *scoring, targets, slope, *out, dlogits, products),
-            *(rows, logits.stride(0), dlogits.stride(0), vocabulary),
-            ENTROPY=out.entropy.numel() > 0,
-            BLOCK=2 * _block(vocabulary),
-            num_warps=16,
         )
 
 

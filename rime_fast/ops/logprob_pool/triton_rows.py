@@ -2,8 +2,6 @@
 
 row_statistics_kernel  a row of logits -> lse, target logit, entropy; reads it once
 row_gradient_kernel    a row of logits -> its gradient in the row's own memory; reads and writes it once
-row_both_kernel        the two above, where the upstream gradient does not wait for the statistics; reads the row from
-                       memory once
 merge_kernel           a row's splits in ascending order -> lse, target logit, entropy
 read_out               a span's rows summed in order, then the norm; a part of forward_kernel (triton_kernels.py)
 read_outs_kernel       the same in a launch of its own, for library products
@@ -116,11 +114,10 @@ def _row_gradient(
     entropy,
     h,
     vocabulary,
-    PRODUCTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store a row's gradient; returns sum_v dz_v (z_v - centre), with PRODUCTS. entropy, h: None where none of it goes
-    to the entropy."""
+    """Store a row's gradient; returns sum_v dz_v (z_v - centre). entropy, h: None where none of it goes to the
+    entropy."""
     inv_temperature = 1.0 / tl.load(temperature)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -134,8 +131,7 @@ def _row_gradient(
         if h is not None:
             slope = tl.where(p == 0.0, p, p * (shifted + entropy))
             dz -= h * slope
-        if PRODUCTS:
-            total += tl.where(dz == 0.0, dz, dz * (z - centre))
+        total += tl.where(dz == 0.0, dz, dz * (z - centre))
         dlogits = dz * inv_temperature
         if softcap is not None:
             t = z / (inv_temperature * tl.load(softcap))
@@ -198,48 +194,9 @@ def row_gradient_kernel(
     if grad_entropy is not None:
         mean, h = tl.load(entropy + r), tl.load(grad_entropy + r)
     total = _row_gradient(
-        row, results, bias, temperature, softcap, high, low, target, centre, g, mean, h, vocabulary, True, BLOCK
+        row, results, bias, temperature, softcap, high, low, target, centre, g, mean, h, vocabulary, BLOCK
     )
     tl.store(products + r, total)
-
-
-@triton.jit(do_not_specialize=["length"])
-def row_both_kernel(
-    logits,
-    bias,
-    temperature,
-    softcap,
-    targets,
-    grad_logp,
-    lse,
-    target_logit,
-    entropy,
-    out,
-    products,
-    length,
-    stride,
-    out_stride,
-    vocabulary,
-    ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Statistics, and the gradient from them. One program a multiprocessor, which walks the rows: what is read a second
-    time was read shortly before, and lies in the L2."""
-    for r in range(tl.program_id(0), length, tl.num_programs(0)):
-        row, results = logits + tl.cast(r, tl.int64) * stride, out + tl.cast(r, tl.int64) * out_stride
-        top, log_total, target, centre = _row_statistics(
-            r, row, bias, temperature, softcap, targets, lse, target_logit, entropy, length, vocabulary, ENTROPY, BLOCK
-        )
-        high = top + log_total  # as _store_lse
-        part = high - top
-        low = (top - (high - part)) + (log_total - part)
-        g = tl.load(grad_logp + r)
-        tl.debug_barrier()  # the target's logit has been read
-        known, slope = (bias, temperature, softcap), (high, low, target, centre, g, None, None)
-        if products is None:
-            _row_gradient(row, results, *known, *slope, vocabulary, False, BLOCK)
-        else:
-            tl.store(products + r, _row_gradient(row, results, *known, *slope, vocabulary, True, BLOCK))
 
 
 @triton.jit(do_not_specialize=["capacity", "length"])
