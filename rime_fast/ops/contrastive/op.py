@@ -144,7 +144,7 @@ def contrastive_loss(
                 per_term, hits = reference.one_rank(problem.inputs, problem.options)
             else:
                 options = replace(problem.options, keep=_keeps(problem))
-                per_term, hits, *_ = torch.ops.rime_fast.contrastive(*problem.inputs, options.encode())
+                per_term, hits, *_ = _one_rank(problem.inputs, options.encode())
         except NonFiniteRow as error:  # below the public function modes have no names
             raise ValueError(problem.row_message(error)) from None
     if widths := problem.options.widths:
@@ -348,3 +348,42 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
 
 
 contrastive.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """What the operators do, without their wrappers, which take longer than all else that a small call does on the
+    host."""
+
+    @staticmethod
+    def forward(ctx: Any, options: list[float], n_query_modes: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        indices, temperature, rows = tensors[:3], tensors[3], tensors[4:]
+        ctx.options, ctx.n_query_modes = options, n_query_modes
+        sides: Any = list(rows[:n_query_modes]), list(rows[n_query_modes:])
+        loss, hits, *solved = contrastive._init_fn(*sides, temperature, *indices, options)
+        ctx.save_for_backward(*solved, *indices, temperature, *rows)
+        ctx.mark_non_differentiable(hits)
+        ctx.set_materialize_grads(False)
+        return loss, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+        solved, (*indices, temperature), rows = ctx.saved_tensors[:4], ctx.saved_tensors[4:8], ctx.saved_tensors[8:]
+        need_t, n, need = ctx.needs_input_grad[5], ctx.n_query_modes, ctx.needs_input_grad[6:]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        sides = list(rows[:n]), list(rows[n:])
+        needs = [one or need_t for one in need[:n]], list(need[n:])
+        dq, dk, dt = contrastive_backward._init_fn(
+            grad, *solved, *sides, temperature, *indices, ctx.options, *needs, need_t
+        )
+        gradients = [d if one else None for d, one in zip([*dq, *dk], need, strict=True)]
+        return None, None, None, None, None, dt if need_t else None, *gradients
+
+
+def _one_rank(x: Inputs, options: list[float]) -> Sequence[Tensor]:
+    """(loss, hit@1) of one process: by the operators where somebody traces, else by what they stand for."""
+    if torch.compiler.is_compiling() or type(x.queries[0]) not in (Tensor, torch.nn.Parameter):
+        return torch.ops.rime_fast.contrastive(*x, options)
+    rows = *x.queries, *x.keys
+    return _Eager.apply(options, len(x.queries), x.labels, x.query_ids, x.key_ids, x.temperature, *rows)
