@@ -174,7 +174,7 @@ def predictions() -> list[Row]:
 
 
 def measured(paths: list[Path]) -> dict[tuple[str, str, str, str], float]:
-    """(device, bench, case, impl) -> ms, of all files."""
+    """(device, bench, case, impl) -> ms, of all files, a later one's where several have a row."""
     found = {}
     for path in paths:
         stored = load(path)
@@ -202,7 +202,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("results", nargs="*", type=Path, help="measured rows (default: benchmarks/results/h200)")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     arguments = parser.parse_args(words)
-    made = table(arguments.results or [RESULTS / "h200" / "bench.json"])
+    made = table(arguments.results or sorted((RESULTS / "h200").glob("*.json")))
     if not arguments.write:
         print(made)
         return

@@ -5,8 +5,8 @@
 // One block of 512 threads a row; a thread takes 8 columns a trip, in groups of 16 bytes. Forward: every thread keeps an
 // online (top, sum, weighted sum), one exponential a column and one more where its maximum rises, merged through
 // shuffles and shared memory in a fixed order: one read of the row. Backward: one read, one write. Where the gradient
-// follows the statistics at once these are two reads of the logits, at 93 % of an H200's bandwidth; one kernel that kept the
-// row in shared memory between them, with one read, took 10 % longer (docs/logprob_pool.md). The gradient of fp32
+// follows the statistics at once these are two reads of the logits, at 92 to 95 % of an H200's bandwidth; one kernel that
+// kept the row in shared memory between them, with one read, took 10 % longer. The gradient of fp32
 // logits may be bf16 or fp16, written into the first half of the row's own memory: each trip of 4,096 columns is read by
 // all threads before any of it is written, and a trip's narrow results end before the columns that are still to be read.
 // That of narrow logits has their type and takes their places, each thread its own. Temperature and softcap are read on the device.

@@ -18,7 +18,7 @@ def test_the_committed_page_is_what_the_script_says(tmp_path, monkeypatch, capsy
 
 
 def test_every_measured_row_of_ours_has_its_prediction():
-    known = gpu_model.measured([gpu_model.RESULTS / "h200" / "bench.json"])
+    known = gpu_model.measured(sorted((gpu_model.RESULTS / "h200").glob("*.json")))
     predicted = {(bench, case, impl) for bench, case, impl, _ in gpu_model.predictions()}
     benches = {"logprob_pool", "contrastive", "decode_step", "joint_step", "attention"}
     for device, bench, case, impl in known:
