@@ -6,6 +6,7 @@
 // gradient_kernel    one read and one write; a bf16 or fp16 gradient goes into the first half of the row's own memory:
 //                    a step's columns are read by all threads before any of its results is written, and results end
 //                    before the columns that are still to be read
+// norm_, begin_, solve_, total_, slopes_, sized_kernel: what is O(N), before, between and after the tiles (fused.py)
 #pragma once
 
 #include <rime/contrastive.h>
