@@ -104,7 +104,8 @@ def rewards(shape: reward.Shape, dtype: str) -> Iterator[Row]:
     flops = 2.0 * shape.rows * shape.anchors * shape.width
     split = 0 if half else 18.0 * shape.anchors * shape.width  # into three parts
     yield "reward", case, FLOOR, Work(flops, 0, 1, rate=1.0 if half else 0.065)
-    yield "reward", case, "ours_mean", Work(flops * (1 if half else 6), split + 4.0 * shape.rows * shape.anchors, 5 if half else 25)
+    similarities = 4.0 * shape.rows * shape.anchors
+    yield "reward", case, "ours_mean", Work(flops * (1 if half else 6), split + similarities, 5 if half else 25)
 
 
 def attention(shape: bench_attention.Shape) -> Iterator[Row]:
