@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rime_fast.ops import native
 from rime_fast.ops.reward import TERM_NAMES, RewardWeights, score_rewrites_
 from tests.ops.fuzz_inputs import DTYPES, LAYOUTS, assert_refused, laid_out
 from tests.ops.reward_cases import Case, make_case
@@ -96,8 +97,8 @@ def check(o: dict[str, Any]) -> str:
     if o["backend"] == "triton":
         o |= {"anchors": min(o["anchors"], 33), "items": min(o["items"], 3)}
         o["dtype"] = torch.float32 if o["dtype"] == torch.float64 else o["dtype"]
-    if o["dtype"] == torch.float64 and o["backend"] == "chunked":
-        o["backend"] = "auto"  # chunked refuses fp64 by name
+    if o["backend"] == "chunked" and (o["dtype"] == torch.float64 or not native.available()):
+        o["backend"] = "auto"  # chunked refuses fp64 by name, and needs csrc
     case = _case(o)
     if o["wrong"]:
         return _refused(o, case)

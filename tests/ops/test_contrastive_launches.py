@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rime_fast.ops import native
 from rime_fast.ops.contrastive.keys import OwnKeys
 from rime_fast.ops.contrastive.problem import Inputs, Options
 from rime_fast.ops.contrastive.schedule import Schedule
@@ -42,6 +43,7 @@ def count(backend: str, dtype: torch.dtype) -> int:
     return counted.count
 
 
+@pytest.mark.skipif(not native.available(), reason="csrc's row kernels are a launch each")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_launches_of_the_chunked_backend(dtype: torch.dtype) -> None:
     """Of which 28 are products and tiles."""

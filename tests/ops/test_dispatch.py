@@ -70,6 +70,8 @@ def test_operators_explain_themselves(op):
 @pytest.mark.parametrize("op", dispatch.TABLES)
 def test_operators_run_on_their_tensors_device(op, monkeypatch):
     """Triton launches on the current device, so every body makes its tensors' device the current one."""
+    if op == "reward" and not native.available():
+        pytest.skip("on the CPU nothing but csrc's kernels runs beside the reference")
     entered = []
     module = import_module(dispatch.TABLES[op])
     monkeypatch.setattr(module, "on_device_of", lambda tensor: entered.append(tensor.device.type) or nullcontext())

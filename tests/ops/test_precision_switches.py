@@ -17,7 +17,7 @@ SCRIPT = """
 import torch
 {switch}
 from rime_fast.ops import dispatch
-from rime_fast.ops.reward import triton
+from rime_fast.ops.reward import cpu, triton
 from tests.ops.contrastive_cases import check_rule, make_case, run
 from tests.ops.reward_cases import assert_same, score, make_case as make_reward_case
 
@@ -34,7 +34,8 @@ rewards = make_reward_case(2, 3, 24, 600)
 want = score(rewards, backend="reference")
 for backend in ["chunked", *(["triton"] if triton_runs else [])]:
     check_rule(run(case, torch.float32, backend), eager, truth, torch.float32)
-    assert_same(score(rewards, backend=backend), want)
+    if backend == "triton" or cpu.why_not(torch.zeros(1)) is None:
+        assert_same(score(rewards, backend=backend), want)
 assert state() == before
 """
 
