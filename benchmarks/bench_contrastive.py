@@ -24,6 +24,7 @@ _SIZES = {
         (65_536, 3584, 1),
         (65_536, 1536, 4),
         (65_536, 3584, 4),
+        (4096, 3584, 1),
     ],
 }
 SHAPES = {size: [Shape(*one, peaked=p) for p in (False, True) for one in table] for size, table in _SIZES.items()}
