@@ -140,7 +140,10 @@ def _triton_backward_(
 def _torch_forward(logits: Tensor, targets: Tensor, scoring: Scoring, entropy: bool) -> Statistics:
     z = _scores(logits, scoring)
     top = z.amax(dim=1)
-    log_sum = (z - top.unsqueeze(1)).exp().sum(dim=1).log()
+    shifted = z - top.unsqueeze(1)
+    part = shifted.exp()
+    total = part.sum(dim=1)
+    log_sum = total.log()
     high = top + log_sum
     lse = torch.stack([high, (top - high) + log_sum])
     inside = (targets >= 0) & (targets < z.shape[1])
@@ -148,9 +151,10 @@ def _torch_forward(logits: Tensor, targets: Tensor, scoring: Scoring, entropy: b
     target_logit = torch.where(inside, target_logit, torch.zeros_like(target_logit))
     if not entropy:
         return Statistics(lse, target_logit, lse.new_empty(0))
-    log_p = _log_p(z, lse)
-    p = log_p.exp()
-    return Statistics(lse, target_logit, -torch.where(p == 0, p, p * log_p).sum(dim=1))
+    # As csrc/rime/logprob.h: where scores are near equal, and the entropy's gradient is almost 0, -sum p log p rounds
+    # too much.
+    weighted = torch.where(part == 0, part, part * shifted).sum(dim=1)
+    return Statistics(lse, target_logit, log_sum - weighted / total)
 
 
 def _torch_backward_(
