@@ -442,3 +442,15 @@ def test_products_of_parts_have_fp32_precision(dtypes: tuple[torch.dtype, torch.
         stream.PARTS_BAND * (300 + 16) * 2.0**-24 * rows.double().norm(dim=1)[:, None] * anchors.double().norm(dim=1)
     )
     assert bool(((found - exact).abs() < bound / 8).all())
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("n_anchors", [100, 700])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_every_argument_may_be_a_view(kind: str, n_anchors: int, backend: str) -> None:
+    """Each second row of something larger, whose other rows would be another result."""
+    weights = WEIGHTS[kind]
+    case = make_case(5, 3, 20, n_anchors, positives=weights.positives, ties=True)
+    views = {name: torch.stack([x, torch.ones_like(x)], dim=1).flatten(0, 1)[::2] for name, x in case.items()}
+    assert not any(view.is_contiguous() for view in views.values())
+    assert_same(score(views, weights, backend=backend), score(case, weights, backend=backend))

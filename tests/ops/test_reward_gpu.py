@@ -48,6 +48,15 @@ def test_smoke(kind: str) -> None:
         assert_same(score(_on_gpu(case), weights, backend=backend), score(case, weights, backend="reference"))
 
 
+@pytest.mark.parametrize("n_anchors", [5, 700])
+def test_every_argument_may_be_a_view(n_anchors: int) -> None:
+    case = make_case(5, 3, 20, n_anchors, ties=True)
+    want = score(case, backend="reference")
+    views = {name: torch.stack([x, torch.ones_like(x)], dim=1).flatten(0, 1)[::2] for name, x in _on_gpu(case).items()}
+    for backend in _backends():
+        assert_same(score(views, backend=backend), want)
+
+
 def test_a_bank_in_pinned_host_memory_streams() -> None:
     case = make_case(6, 8, 64, 50_000)
     want = score(case, backend="reference")

@@ -134,6 +134,7 @@ def _score_rewrites(
     resolve: Any = dist.distributed_c10d._resolve_process_group
     group = resolve(group_name) if group_name else None
     chosen = TABLE.choose(backend, gen)
+    positive = positive.contiguous()  # the kernels read it as it lies
     if chosen == "reference" and group is not None:
         bank = stream.layout(gen, anchors, negatives_mask, weights, group)
         anchors = gather_rows(anchors, bank.sizes, group)
