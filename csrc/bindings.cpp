@@ -102,10 +102,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rime_fast_C, m) {
         "Tensor positive, Tensor? mask, int first, int negative, float tau, float slack, Tensor(a!) state) -> ()");
   // parts [W, R, 4 + P]: states of disjoint parts of a bank, merged in order into state
   m.def("rank_merge(Tensor parts, int negative, float tau, Tensor(a!) state) -> ()");
-  // out [12, B, G]: reward, advantage, TERM_NAMES; rewards, advantages [B, G], of any strides on CUDA
+  // out [12, B, G]: reward, advantage, TERM_NAMES; rewards, advantages [B, G] of any strides. lengths and
+  // disc_similarity are fp64 on the CPU
   m.def("rank_finish(Tensor state, Tensor own, Tensor format_ok, Tensor? lengths, Tensor? disc_similarity, int score, "
         "int hit_k, int negative, bool normalize, float w_fmt, float w_rank, float w_refine, float w_len, "
-        "float length_limit, float eps, Tensor(a!) out, Tensor(b!)? rewards, Tensor(c!)? advantages) -> ()");
+        "float length_limit, float eps, Tensor(a!) out, Tensor(b!) rewards, Tensor(c!) advantages) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rime_fast_C, CompositeExplicitAutograd, m) {

@@ -350,7 +350,7 @@ void rank_merge(const Tensor& parts, int64_t negative, double tau, Tensor state)
 void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok, std::optional<Tensor> lengths,
                  std::optional<Tensor> disc_similarity, int64_t score, int64_t hit_k, int64_t negative, bool normalize,
                  double w_fmt, double w_rank, double w_refine, double w_len, double length_limit, double eps,
-                 Tensor out, std::optional<Tensor> /* rewards */, std::optional<Tensor> /* advantages */) {
+                 Tensor out, Tensor rewards_out, Tensor advantages_out) {
   const RewardSpec spec{w_fmt, w_rank, w_refine, w_len, length_limit, eps,
                         static_cast<int>(score), static_cast<int>(negative), hit_k, normalize};
   const int64_t n_items = format_ok.size(0), group_size = format_ok.size(1), positives = own.size(1);
@@ -360,6 +360,9 @@ void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok
   const double* length = lengths.has_value() ? lengths->const_data_ptr<double>() : nullptr;
   const double* disc = disc_similarity.has_value() ? disc_similarity->const_data_ptr<double>() : nullptr;
   float* planes = out.mutable_data_ptr<float>();
+  float *rewards_at = rewards_out.mutable_data_ptr<float>(), *advantages_at = advantages_out.mutable_data_ptr<float>();
+  const int64_t reward_strides[] = {rewards_out.stride(0), rewards_out.stride(1)};
+  const int64_t advantage_strides[] = {advantages_out.stride(0), advantages_out.stride(1)};
   const int64_t rows = n_items * group_size;
   torch::stable::parallel_for(0, n_items, 16, [&](int64_t begin, int64_t end) {
     std::vector<double> rewards(static_cast<size_t>(group_size));  // the group's, in full precision
@@ -374,6 +377,7 @@ void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok
         fill_planes(t, values);
         for (int64_t plane = 0; plane < kPlanes; ++plane) planes[plane * rows + r] = static_cast<float>(values[plane]);
         rewards[g] = t.reward();
+        rewards_at[item * reward_strides[0] + g * reward_strides[1]] = static_cast<float>(t.reward());
         sum += t.reward();
       }
       const double mean = sum / static_cast<double>(group_size);
@@ -381,7 +385,9 @@ void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok
       const double deviation = group_deviation(squares, group_size);
       for (int64_t g = 0; g < group_size; ++g) {
         const int64_t r = item * group_size + g;
-        planes[kAdvantage * rows + r] = static_cast<float>(advantage(rewards[g] - mean, deviation, spec));
+        const auto value = static_cast<float>(advantage(rewards[g] - mean, deviation, spec));
+        planes[kAdvantage * rows + r] = value;
+        advantages_at[item * advantage_strides[0] + g * advantage_strides[1]] = value;
         planes[kDeviation * rows + r] = static_cast<float>(deviation);
       }
     }

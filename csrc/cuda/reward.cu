@@ -99,9 +99,8 @@ void rank_merge(const Tensor& parts, int64_t negative, double tau, Tensor state)
 void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok, MaybeTensor lengths,
                  MaybeTensor disc_similarity, int64_t score, int64_t hit_k, int64_t negative, bool normalize,
                  double w_fmt, double w_rank, double w_refine, double w_len, double length_limit, double eps,
-                 Tensor out, MaybeTensor rewards, MaybeTensor advantages) {
+                 Tensor out, Tensor rewards, Tensor advantages) {
   const torch::stable::accelerator::DeviceGuard guard(state.get_device());
-  STD_TORCH_CHECK(rewards.has_value() && advantages.has_value(), "rank_finish: rewards and advantages are needed");
   const RewardSpec spec{w_fmt, w_rank, w_refine, w_len, length_limit, eps,
                         static_cast<int>(score), static_cast<int>(negative), hit_k, normalize};
   const Finish f{state.const_data_ptr<double>(),
@@ -110,10 +109,10 @@ void rank_finish(const Tensor& state, const Tensor& own, const Tensor& format_ok
                  numbers(lengths),
                  numbers(disc_similarity),
                  out.mutable_data_ptr<float>(),
-                 rewards->mutable_data_ptr<float>(),
-                 advantages->mutable_data_ptr<float>(),
-                 {rewards->stride(0), rewards->stride(1)},
-                 {advantages->stride(0), advantages->stride(1)},
+                 rewards.mutable_data_ptr<float>(),
+                 advantages.mutable_data_ptr<float>(),
+                 {rewards.stride(0), rewards.stride(1)},
+                 {advantages.stride(0), advantages.stride(1)},
                  own.size(0),
                  format_ok.size(1),
                  own.size(1)};

@@ -108,30 +108,16 @@ class Compiled:
     ) -> Tensor:
         """Fill rewards and advantages [B, G], and give them with all terms, [12, B, G] fp32, from the states and the
         own similarities of all rollouts."""
-        lengths = None if lengths is None else lengths.double().contiguous()
-        if disc_similarity is not None:
-            disc_similarity = disc_similarity.double().expand_as(format_ok).contiguous()
-        out = self._finished(state, own, format_ok, lengths, disc_similarity, weights, None, None)
-        rewards.copy_(out[0])
-        advantages.copy_(out[1])
-        return out
-
-    def _finished(
-        self,
-        state: Tensor,
-        own: Tensor,
-        format_ok: Tensor,
-        lengths: Tensor | None,
-        disc_similarity: Tensor | None,
-        weights: RewardWeights,
-        rewards: Tensor | None,
-        advantages: Tensor | None,
-    ) -> Tensor:
         out = own.new_empty(len(PLANES), *format_ok.shape, dtype=torch.float32)
         torch.ops.rime_fast_C.rank_finish(
-            *(state, own, format_ok.contiguous(), lengths, disc_similarity),
+            *(state, own, format_ok.contiguous()),
+            *(self.values(lengths, format_ok), self.values(disc_similarity, format_ok)),
             *(score_code(weights), weights.hit_k, weights.negative_code, weights.normalize_std),
             *(weights.w_fmt, weights.w_rank, weights.w_refine, weights.w_len, weights.length_limit, weights.eps),
             *(out, rewards, advantages),
         )
         return out
+
+    def values(self, x: Tensor | None, format_ok: Tensor) -> Tensor | None:
+        """Values [B, G] as the kernels read them: contiguous fp64."""
+        return None if x is None else x.double().expand_as(format_ok).contiguous()

@@ -20,14 +20,6 @@ def why_not(gen: Tensor) -> str | None:
     return compiled_why_not(gen)
 
 
-def readable(x: Tensor | None, format_ok: Tensor) -> Tensor | None:
-    """Values [B, G] as the kernels read them: contiguous, of any usual dtype."""
-    if x is None:
-        return None
-    usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
-    return (x if x.dtype in usual else x.double()).expand_as(format_ok).contiguous()
-
-
 class CudaKernels(Compiled):
     """Runs the kernels as its base does, and a small bank's whole call by ``score_small``.
 
@@ -58,19 +50,12 @@ class CudaKernels(Compiled):
         torch.ops.rime_fast_C.rank_begin(rows, own.flatten(0, 1).contiguous(), first, 0, found, norms, None)
         return found, norms
 
-    def finish(
-        self,
-        state: Tensor,
-        own: Tensor,
-        format_ok: Tensor,
-        lengths: Tensor | None,
-        disc_similarity: Tensor | None,
-        weights: RewardWeights,
-        rewards: Tensor,
-        advantages: Tensor,
-    ) -> Tensor:
-        given = readable(lengths, format_ok), readable(disc_similarity, format_ok)
-        return self._finished(state, own, format_ok, *given, weights, rewards, advantages)
+    def values(self, x: Tensor | None, format_ok: Tensor) -> Tensor | None:
+        """Values [B, G] as the kernels read them: contiguous, of any usual dtype."""
+        usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
+        if x is None or x.dtype not in usual:
+            return super().values(x, format_ok)
+        return x.expand_as(format_ok).contiguous()
 
     def small(self, gen: Tensor, anchors: Tensor, weights: RewardWeights) -> bool:
         """Whether ``score_small`` serves this call."""
@@ -103,8 +88,8 @@ class CudaKernels(Compiled):
             positive.contiguous(),
             mask,
             format_ok.contiguous(),
-            readable(lengths, format_ok),
-            readable(disc_similarity, format_ok),
+            self.values(lengths, format_ok),
+            self.values(disc_similarity, format_ok),
             weights.positives,
             score_code(weights),
             weights.hit_k,
