@@ -236,9 +236,9 @@ def contrast(backend: str, rows: int, width: int, terms: int = 4, margin: bool =
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "CudaRows", Counted)
         patch.setattr(tiles, "has_compiled_rows", lambda tensor: True)
-        _, _, *solved = op.contrastive._init_fn(*inputs)
+        _, _, *solved = op.contrastive(*inputs)
         grad = empty(terms * max(1, len(cut)), dtype=torch.float32)
-        op.contrastive_backward._init_fn(grad, *solved, *inputs, [True] * modes, [True] * modes, False)
+        op.contrastive_backward(grad, *solved, *inputs, [True] * modes, [True] * modes, False)
 
 
 def decode(prompts: int, group: int, heads: int, kv: int, width: int, longest: int, normed: bool = False) -> None:

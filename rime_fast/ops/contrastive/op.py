@@ -236,7 +236,6 @@ class _Grouped(torch.autograd.Function):
         return None, dt, *dq, *dk
 
 
-@torch.library.custom_op("rime_fast::contrastive", mutates_args=())
 def contrastive(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -246,8 +245,8 @@ def contrastive(
     key_ids: Tensor | None,
     options: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss as a custom operator: (loss [terms], hit@1 [terms], and for the backward softmax.Solved: [terms, 2 + P,
-    N] and [terms, 3, K] fp64; Schedule.flag; the similarities, if they are kept)."""
+    """The loss, a custom operator too: (loss [terms], hit@1 [terms], and for the backward softmax.Solved: [terms, 2 +
+    P, N] and [terms, 3, K] fp64; Schedule.flag; the similarities, if they are kept)."""
     x, decoded = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids), Options.decode(options)
     with on_device_of(queries[0]):
         schedule, kept = of_one_rank(x, decoded), _room(x, decoded)
@@ -255,7 +254,10 @@ def contrastive(
         return *schedule.forward(), schedule.flag, kept
 
 
-@contrastive.register_fake
+_contrastive = torch.library.custom_op("rime_fast::contrastive", contrastive, mutates_args=())
+
+
+@_contrastive.register_fake
 def _(
     queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: Tensor, labels: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -275,7 +277,6 @@ def _(
     )
 
 
-@torch.library.custom_op("rime_fast::contrastive_backward", mutates_args=())
 def contrastive_backward(
     grad: Tensor,
     rows: Tensor,
@@ -293,7 +294,7 @@ def contrastive_backward(
     need_keys: Sequence[bool],
     need_temperature: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The gradients as a custom operator: (dq of each query mode, dk of each key mode, d temperature); [0] where not
+    """The gradients, a custom operator too: (dq of each query mode, dk of each key mode, d temperature); [0] where not
     needed (a result cannot be None)."""
     x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
     with on_device_of(queries[0]):
@@ -308,7 +309,12 @@ def contrastive_backward(
     return results(dq, x.queries), results(dk, x.keys), dt
 
 
-@contrastive_backward.register_fake
+_contrastive_backward = torch.library.custom_op(
+    "rime_fast::contrastive_backward", contrastive_backward, mutates_args=()
+)
+
+
+@_contrastive_backward.register_fake
 def _(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
     queries, keys, temperature, need_queries, need_keys = *args[5:8], *args[-3:-1]
 
@@ -347,7 +353,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
     )
 
 
-contrastive.register_autograd(_backward, setup_context=_setup)
+_contrastive.register_autograd(_backward, setup_context=_setup)
 
 
 class _Eager(torch.autograd.Function):
@@ -355,12 +361,11 @@ class _Eager(torch.autograd.Function):
     host."""
 
     @staticmethod
-    def forward(ctx: Any, options: list[float], n_query_modes: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        indices, temperature, rows = tensors[:3], tensors[3], tensors[4:]
-        ctx.options, ctx.n_query_modes = options, n_query_modes
-        sides: Any = list(rows[:n_query_modes]), list(rows[n_query_modes:])
-        loss, hits, *solved = contrastive._init_fn(*sides, temperature, *indices, options)
-        ctx.save_for_backward(*solved, *indices, temperature, *rows)
+    def forward(ctx: Any, options: list[float], n: int, temperature: Tensor, *tensors: Any) -> tuple[Tensor, Tensor]:
+        labels, query_ids, key_ids, *rows = tensors
+        loss, hits, *solved = contrastive(rows[:n], rows[n:], temperature, labels, query_ids, key_ids, options)
+        ctx.options, ctx.n_query_modes = options, n
+        ctx.save_for_backward(*solved, temperature, *tensors)
         ctx.mark_non_differentiable(hits)
         ctx.set_materialize_grads(False)
         return loss, hits
@@ -368,17 +373,15 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
-        solved, (*indices, temperature), rows = ctx.saved_tensors[:4], ctx.saved_tensors[4:8], ctx.saved_tensors[8:]
-        need_t, n, need = ctx.needs_input_grad[5], ctx.n_query_modes, ctx.needs_input_grad[6:]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        sides = list(rows[:n]), list(rows[n:])
+        n, need_t, need = ctx.n_query_modes, ctx.needs_input_grad[2], ctx.needs_input_grad[6:]
+        rows, cols, flag, kept, temperature, labels, query_ids, key_ids, *modes = ctx.saved_tensors
+        x = modes[:n], modes[n:], temperature, labels, query_ids, key_ids, ctx.options
         needs = [one or need_t for one in need[:n]], list(need[n:])
-        dq, dk, dt = contrastive_backward._init_fn(
-            grad, *solved, *sides, temperature, *indices, ctx.options, *needs, need_t
-        )
+        dq, dk, dt = contrastive_backward(grad, rows, cols, flag, kept, *x, *needs, need_t)
         gradients = [d if one else None for d, one in zip([*dq, *dk], need, strict=True)]
-        return None, None, None, None, None, dt if need_t else None, *gradients
+        return None, None, dt if need_t else None, None, None, None, *gradients
 
 
 def _one_rank(x: Inputs, options: list[float]) -> Sequence[Tensor]:
@@ -386,4 +389,4 @@ def _one_rank(x: Inputs, options: list[float]) -> Sequence[Tensor]:
     if torch.compiler.is_compiling() or type(x.queries[0]) not in (Tensor, torch.nn.Parameter):
         return torch.ops.rime_fast.contrastive(*x, options)
     rows = *x.queries, *x.keys
-    return _Eager.apply(options, len(x.queries), x.labels, x.query_ids, x.key_ids, x.temperature, *rows)
+    return _Eager.apply(options, len(x.queries), x.temperature, x.labels, x.query_ids, x.key_ids, *rows)
