@@ -49,10 +49,9 @@ def _store_lse(lse, row, length, top, log_total, mask):
     tl.store(lse + length + row, (top - (high - part)) + (log_total - part), mask=mask)
 
 
-@triton.jit
-def _row_statistics(
-    r,
-    row,
+@triton.jit(do_not_specialize=["length"])
+def row_statistics_kernel(
+    logits,
     bias,
     temperature,
     softcap,
@@ -61,12 +60,14 @@ def _row_statistics(
     target_logit,
     entropy,
     length,
+    stride,
     vocabulary,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store a row's statistics; every lane has a running sum of its own. Returns (top, log of the rest of the sum, the
-    target, its score)."""
+    """Statistics of rows of logits [length, V], a program a row; every lane has a running sum of its own."""
+    r = tl.program_id(0)
+    row = logits + tl.cast(r, tl.int64) * stride
     inv_temperature = 1.0 / tl.load(temperature)
     lanes = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -96,72 +97,6 @@ def _row_statistics(
     tl.store(target_logit + r, found)
     if ENTROPY:
         tl.store(entropy + r, log_total - tl.sum(weighted, axis=0) / whole)
-    return highest, log_total, target, found
-
-
-@triton.jit
-def _row_gradient(
-    row,
-    results,
-    bias,
-    temperature,
-    softcap,
-    high,
-    low,
-    target,
-    centre,
-    g,
-    entropy,
-    h,
-    vocabulary,
-    BLOCK: tl.constexpr,
-):
-    """Store a row's gradient; returns sum_v dz_v (z_v - centre). entropy, h: None where none of it goes to the
-    entropy."""
-    inv_temperature = 1.0 / tl.load(temperature)
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, vocabulary, BLOCK):
-        columns = first + lanes
-        inside = columns < vocabulary
-        z = _scores(row, columns, inside, bias, softcap, inv_temperature)
-        shifted = (z - high) - low
-        p = tl.exp(shifted)
-        dz = tl.where(columns == target, g, 0.0) - g * p
-        if h is not None:
-            slope = tl.where(p == 0.0, p, p * (shifted + entropy))
-            dz -= h * slope
-        total += tl.where(dz == 0.0, dz, dz * (z - centre))
-        dlogits = dz * inv_temperature
-        if softcap is not None:
-            t = z / (inv_temperature * tl.load(softcap))
-            dlogits *= 1.0 - t * t
-        # Narrow results lie over columns that other threads read in this step or in the one before.
-        tl.debug_barrier()
-        tl.store(results + columns, dlogits.to(results.dtype.element_ty), mask=inside)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit(do_not_specialize=["length"])
-def row_statistics_kernel(
-    logits,
-    bias,
-    temperature,
-    softcap,
-    targets,
-    lse,
-    target_logit,
-    entropy,
-    length,
-    stride,
-    vocabulary,
-    ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Statistics of rows of logits [length, V], a program a row."""
-    r = tl.program_id(0)
-    row, known = logits + tl.cast(r, tl.int64) * stride, (bias, temperature, softcap, targets)
-    _row_statistics(r, row, *known, lse, target_logit, entropy, length, vocabulary, ENTROPY, BLOCK)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -193,10 +128,28 @@ def row_gradient_kernel(
     mean, h = None, None
     if grad_entropy is not None:
         mean, h = tl.load(entropy + r), tl.load(grad_entropy + r)
-    total = _row_gradient(
-        row, results, bias, temperature, softcap, high, low, target, centre, g, mean, h, vocabulary, BLOCK
-    )
-    tl.store(products + r, total)
+    inv_temperature = 1.0 / tl.load(temperature)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        columns = first + lanes
+        inside = columns < vocabulary
+        z = _scores(row, columns, inside, bias, softcap, inv_temperature)
+        shifted = (z - high) - low
+        p = tl.exp(shifted)
+        dz = tl.where(columns == target, g, 0.0) - g * p
+        if h is not None:
+            slope = tl.where(p == 0.0, p, p * (shifted + mean))
+            dz -= h * slope
+        total += tl.where(dz == 0.0, dz, dz * (z - centre))
+        dlogits = dz * inv_temperature
+        if softcap is not None:
+            t = z / (inv_temperature * tl.load(softcap))
+            dlogits *= 1.0 - t * t
+        # Narrow results lie over columns that other threads read in this step or in the one before.
+        tl.debug_barrier()
+        tl.store(results + columns, dlogits.to(results.dtype.element_ty), mask=inside)
+    tl.store(products + r, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["capacity", "length"])
