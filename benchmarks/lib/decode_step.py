@@ -73,6 +73,7 @@ def measure(
         device=device,
         rounds=rounds,
         results=results,
+        step=True,
         flops=2.0 * weights * shape.prompts * shape.group,
         nbytes=float(weights * dtype.itemsize),
     )

@@ -160,6 +160,7 @@ def measure(
         rounds=rounds,
         truth=dict.fromkeys(caches, truth),
         results=results,
+        step=True,
     )
     share = rows[FORWARD].median_ms / rows[FLOOR].median_ms
     for name, cache in caches.items():

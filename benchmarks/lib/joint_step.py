@@ -379,7 +379,7 @@ def measure(
         "micro": shape.micro,
         "dtype": dtype_name(dtype),
     }
-    rows = compare(BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds, results=results)
+    rows = compare(BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds, results=results, step=True)
     expected, wanted = first.pop(PLAIN)
     bound = (1e-5 if dtype == torch.float32 else 2e-2) * abs(expected)
     for name, (loss, gradients) in first.items():

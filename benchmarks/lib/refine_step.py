@@ -318,7 +318,7 @@ def measure(
         "tokens_plain": tokens[PLAIN],
         "dtype": dtype_name(dtype),
     }
-    rows = compare(BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds, results=results)
+    rows = compare(BENCH, str(shape), steps, shape=sizes, device=device, rounds=rounds, results=results, step=True)
     if PLAIN in rows:  # it may not fit the memory
         (loss, gradients), (expected, wanted) = found["ours"], found[PLAIN]
         bound = (1e-5 if dtype == torch.float32 else 2e-2) * abs(expected)

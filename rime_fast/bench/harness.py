@@ -3,6 +3,9 @@
 A benchmark hands ``compare`` a dict of callables that do the same work (ours, the peers, and the bare library GEMMs as
 ``floor``) and gets one ``Row`` per callable. Rounds go A B C A B C, so that a change of clock or load hits all of them;
 on a GPU a buffer larger than the L2 cache is written before each timed call, so that no call finds its inputs there.
+An operator is called in the middle of a training step, where the host has run ahead and the card is hot; a call that
+meets an idle card is timed by how fast Python launches instead. So products keep the card busy before each timed call,
+for as long as the host takes to issue it (``host_ms``). Whole steps are timed as they come (``step=True``).
 
 A callable returns the tensor that its error is taken of (a gradient, the advantages); a peer that cannot run here
 raises RuntimeError or ImportError with the reason, which becomes a ``Skipped`` entry.
@@ -48,7 +51,11 @@ PACKAGES = (
 
 @dataclass
 class Row:
-    """One implementation at one shape. Times in milliseconds, memory in MiB above what was allocated before."""
+    """One implementation at one shape. Times in milliseconds, memory in MiB above what was allocated before.
+
+    host_ms: on a GPU, until a call returns to the host; longer than ``median_ms`` where launches are what a call takes,
+    or where it waits for the device.
+    """
 
     bench: str
     case: str
@@ -64,6 +71,7 @@ class Row:
     error_fp64: float | None = None
     first_call_s: float | None = None
     note: str = ""
+    host_ms: float | None = None
 
 
 @dataclass
@@ -133,13 +141,14 @@ def compare(
     error: Callable[[torch.Tensor, torch.Tensor], float] | None = None,
     errors: Mapping[str, float] | None = None,
     results: Results | None = None,
+    step: bool = False,
 ) -> dict[str, Row]:
     """Time ``impls`` interleaved and return a Row for each; they are also appended to ``results``.
 
     The callable named "floor" is the bare library work; every other row gets its ratio to it. flops and nbytes are
     what the task needs (not what an implementation does), for TFLOP/s and GB/s. A callable that raises on its first
     call becomes a Skipped entry with the message (a peer's other version may raise anything), except the floor and our
-    own ("ours*"), which must run.
+    own ("ours*"), which must run. step: a whole step, where what the host takes counts.
 
     truth: what the callables should return, in fp64 (one for all, or by name); ``error(value, truth)`` of the first
     call (relative_error unless given) goes into the rows. errors: such figures by name, taken elsewhere.
@@ -165,12 +174,17 @@ def compare(
             known[name] = (error or relative_error)(value, wanted)
         del value
     times: dict[str, list[float]] = {name: [] for name in alive}
+    host: dict[str, list[float]] = {name: [] for name in alive}
 
     def timed(name: str) -> None:
-        times[name].append(_time_once(alive[name], device))
+        ahead = 0.0 if step or not host[name] else host[name][-1]
+        taken, issued = _time_once(alive[name], device, ahead)
+        times[name].append(taken)
+        host[name].append(issued)
 
     if device == "cuda":
-        _flush()  # its buffer is made before memory is read
+        _occupy(_MOST_AHEAD)  # what it and the next line need is allocated before memory is read
+        _flush()
     warm = time.perf_counter()
     memory = {name: _mib(peak_memory(partial(timed, name), device)) for name in alive}
     now = time.perf_counter()
@@ -199,6 +213,7 @@ def compare(
             peak_mib=memory[name],
             error_fp64=known.get(name),
             first_call_s=first[name],
+            host_ms=statistics.median(host[name]) if device == "cuda" else None,
         )
     if results is not None:
         results.rows += rows.values()
@@ -225,19 +240,50 @@ def _sync(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _time_once(call: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one call: CUDA events on a GPU, the host clock on a CPU."""
-    if device == "cuda":
-        _flush()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+def _time_once(call: Callable[[], Any], device: str, ahead: float = 0.0) -> tuple[float, float]:
+    """Milliseconds of one call, and until it returned: CUDA events on a GPU, which is kept busy for the first ``ahead``
+    of the host's; the host clock on a CPU."""
+    if device != "cuda":
+        start = time.perf_counter()
         call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+        taken = (time.perf_counter() - start) * 1e3
+        return taken, taken
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _occupy(ahead)
+    _flush()
     start = time.perf_counter()
+    begin.record()
     call()
-    return (time.perf_counter() - start) * 1e3
+    end.record()
+    issued = (time.perf_counter() - start) * 1e3
+    end.synchronize()
+    return begin.elapsed_time(end), issued
+
+
+_MOST_AHEAD = 20.0  # ms: a call that takes the host longer waits for the device
+
+
+def _occupy(ms: float) -> None:
+    """Keep the device busy with products for a little longer than ``ms``."""
+    if ms > 0:
+        matrix, out, each = _filler()
+        for _ in range(1 + int(1.2 * min(ms, _MOST_AHEAD) / each)):
+            torch.mm(matrix, matrix, out=out)
+
+
+@lru_cache(maxsize=1)
+def _filler() -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A matrix, room for its square, and the milliseconds that its square takes."""
+    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(matrix)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.mm(matrix, matrix, out=out)  # picks its kernel
+    begin.record()
+    for _ in range(10):
+        torch.mm(matrix, matrix, out=out)
+    end.record()
+    end.synchronize()
+    return matrix, out, begin.elapsed_time(end) / 10
 
 
 @lru_cache(maxsize=1)

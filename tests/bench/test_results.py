@@ -163,6 +163,35 @@ def test_a_floor_is_made_by_the_fastest_library(monkeypatch):
     assert torch.equal(harness.library_product(a.double(), b.double()), a.double() @ b.double())  # never oneDNN's
 
 
+def test_a_gpu_is_busy_until_the_host_has_issued_a_call(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(harness, "_filler", lambda: (torch.ones(1, 1), torch.ones(1, 1), 0.5))
+    monkeypatch.setattr(torch, "mm", lambda *args, out: log.append("product"))
+    monkeypatch.setattr(harness, "_flush", lambda: log.append("flush"))
+    measured = ["event", "call", "event", "wait"]
+    for ahead, products in ((0.0, 0), (3.0, 8), (1e9, 49)):  # at most 20 ms
+        log.clear()
+        taken, issued = harness._time_once(lambda: log.append("call"), "cuda", ahead)
+        assert log == ["product"] * products + ["flush", *measured]
+        assert taken == 2.5
+        assert 0 < issued < 1e3
+
+
 def test_growth_curves_find_what_varies_and_fit_its_slope():
     points = [(n, 3.0 * n**1.5) for n in (10, 100, 1000)]
     assert plots.fitted_slope(points) == pytest.approx(1.5)
