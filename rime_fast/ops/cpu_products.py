@@ -1,11 +1,12 @@
 """fp32 matrix products on the CPU: by the BLAS that ``torch.mm`` calls, or by oneDNN, which torch carries beside it.
 
 MKL takes its 256-bit path on other makers' processors: on 2 cores of a Zen 5 EPYC ``torch.mm`` reaches 0.17 to 0.19
-TFLOP/s where oneDNN's linear layer reaches 0.38 to 0.43 (1024 x 4096 x 256 and its like, torch 2.13). On an Intel Xeon
-with AVX-512 ``torch.mm`` is as fast or faster in every layout (up to 2.1 times where oneDNN copies an operand
-first). So the processor's maker decides, and not a measurement: a process, and every process on one machine, makes the
-same bits. Both round to fp32 and accumulate in fp32. The layer has no form that writes into given memory: callers take
-the new tensor, or add it.
+TFLOP/s where oneDNN's linear layer reaches 0.38 to 0.43 (1024 x 4096 x 256 and its like, torch 2.13). A Zen 4 runs 256
+bits a cycle, whatever the instructions: 0.20 against 0.22, and where the first operand lies turned oneDNN takes up to
+twice as long as MKL, for it copies that operand. On an Intel Xeon with AVX-512 ``torch.mm`` is as fast or faster in
+every layout (up to 2.1 times where oneDNN copies an operand first). So the processor's maker and family decide, and not
+a measurement: a process, and every process on one machine, makes the same bits. Both round to fp32 and accumulate in
+fp32. The layer has no form that writes into given memory: callers take the new tensor, or add it.
 
 Logits are made by oneDNN on every x86 from torch 2.13 on: its oneDNN 3.12 sums a row in one order however many rows
 there are (16 to 512, at H 64 to 8192, with 1 to 32 threads and each instruction set), while MKL on Intel's processors
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,23 @@ ROWS = 16  # logits are made for whole multiples of so many rows
 COLUMNS = 4096  # and so many columns at a time: what is copied from the library's result is still in the cache
 
 
-@lru_cache(maxsize=1)
-def prefers_onednn() -> bool:
-    """Whether oneDNN's products are the faster ones here: always but with MKL on an Intel processor."""
+ZEN_5 = 26  # the family of AMD's processors from which on 512 bits are multiplied in one cycle
+
+
+@lru_cache(maxsize=2)
+def prefers_onednn(turned: bool = False) -> bool:
+    """Whether oneDNN's products are the faster ones here: always but with MKL on an Intel processor, and on an AMD one
+    before Zen 5 where the first operand is ``turned`` (its rows are another matrix's columns)."""
+    if not torch.backends.mkl.is_available():
+        return True
     try:
         processor = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:  # not Linux
         processor = os.environ.get("PROCESSOR_IDENTIFIER", "")
-    return not (torch.backends.mkl.is_available() and "GenuineIntel" in processor)
+    if not turned or "AuthenticAMD" not in processor:
+        return "GenuineIntel" not in processor
+    family = re.search(r"family\W+(\d+)", processor, re.IGNORECASE)
+    return family is None or int(family[1]) >= ZEN_5
 
 
 @lru_cache(maxsize=1)
@@ -64,7 +75,7 @@ def serves(a: Tensor) -> bool:
 
 def fast_products(a: Tensor, b: Tensor) -> bool:
     """Whether a [M, K] b [K, N] goes to oneDNN: where it is faster, fp32 on the CPU, large enough, a torch with it."""
-    return prefers_onednn() and a.shape[0] * a.shape[1] * b.shape[1] >= WORTH and serves(a)
+    return prefers_onednn(a.stride(1) != 1) and a.shape[0] * a.shape[1] * b.shape[1] >= WORTH and serves(a)
 
 
 def fast_product(a: Tensor, b: Tensor) -> Tensor:

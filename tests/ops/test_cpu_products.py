@@ -17,7 +17,7 @@ from rime_fast.ops import cpu_products
 def prefers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both libraries are tested on every machine, whichever it prefers. Returns the real question."""
     real = cpu_products.prefers_onednn
-    monkeypatch.setattr(cpu_products, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(cpu_products, "prefers_onednn", lambda turned=False: True)
     return real
 
 
@@ -62,6 +62,25 @@ def test_onednn_never_gets_rows_that_lie_apart(monkeypatch: pytest.MonkeyPatch) 
     assert len(weights) == 2
 
 
+@pytest.mark.parametrize(
+    ("processor", "mkl", "plain", "turned"),
+    [
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", True, False, False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", True, True, False),  # Zen 3 and 4
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", True, True, True),  # Zen 5
+        ("vendor_id\t: AuthenticAMD\n", True, True, True),
+        ("CPU implementer\t: 0x41\n", True, True, True),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", False, True, True),
+    ],
+)
+def test_the_processor_decides(
+    processor: str, mkl: bool, plain: bool, turned: bool, prefers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(cpu_products.Path, "read_text", lambda *args, **kwargs: processor)
+    assert (prefers.__wrapped__(), prefers.__wrapped__(turned=True)) == (plain, turned)
+
+
 @pytest.mark.parametrize("why", ["small", "fp64", "absent", "slower"])
 def test_torch_where_it_does_not_serve(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = torch.randn(64, 512), torch.randn(512, 256)
@@ -70,7 +89,7 @@ def test_torch_where_it_does_not_serve(why: str, monkeypatch: pytest.MonkeyPatch
     elif why == "fp64":
         a, b = a.double(), b.double()
     elif why == "slower":
-        monkeypatch.setattr(cpu_products, "prefers_onednn", lambda: False)
+        monkeypatch.setattr(cpu_products, "prefers_onednn", lambda turned=False: False)
     else:
         monkeypatch.setattr(cpu_products, "_linear", lambda: None)
     assert not cpu_products.fast_products(a, b)
