@@ -3,9 +3,11 @@
 A benchmark hands ``compare`` a dict of callables that do the same work (ours, the peers, and the bare library GEMMs as
 ``floor``) and gets one ``Row`` per callable. Rounds go A B C A B C, so that a change of clock or load hits all of them;
 on a GPU a buffer larger than the L2 cache is written before each timed call, so that no call finds its inputs there.
-An operator is called in the middle of a training step, where the host has run ahead and the card is hot; a call that
-meets an idle card is timed by how fast Python launches instead. So products keep the card busy before each timed call,
-for as long as the host takes to issue it (``host_ms``). Whole steps are timed as they come (``step=True``).
+An operator is called in the middle of a training step, where the host has run ahead and the card is hot. A call that
+meets an idle card is timed by how fast Python launches, and by a clock that holds for some ms only: on an H200 the same
+products ran at 800 TFLOP/s after a slow peer and at 650 within a long call. So products keep the card busy before each
+timed call, for as long as the host takes to issue it (``host_ms``) and ``HEAT`` at least. Whole steps are timed as they
+come (``step=True``).
 
 A callable returns the tensor that its error is taken of (a gradient, the advantages); a peer that cannot run here
 raises RuntimeError or ImportError with the reason, which becomes a ``Skipped`` entry.
@@ -38,6 +40,7 @@ from rime_fast.ops.cpu_products import fast_product, has_onednn
 FLOOR = "floor"
 PARTS = "_parts"  # how the bench of a breakdown's rows ends
 SCHEMA = 1
+HEAT, MOST_AHEAD = 20.0, 50.0  # ms of products before a timed call; what takes the host longer waits for the device
 PACKAGES = (
     "rime-fast",
     "triton",
@@ -177,13 +180,13 @@ def compare(
     host: dict[str, list[float]] = {name: [] for name in alive}
 
     def timed(name: str) -> None:
-        ahead = 0.0 if step or not host[name] else host[name][-1]
+        ahead = 0.0 if step else max([HEAT, *host[name][-1:]])
         taken, issued = _time_once(alive[name], device, ahead)
         times[name].append(taken)
         host[name].append(issued)
 
     if device == "cuda":
-        _occupy(_MOST_AHEAD)  # what it and the next line need is allocated before memory is read
+        _occupy(HEAT)  # what it and the next line need is allocated before memory is read
         _flush()
     warm = time.perf_counter()
     memory = {name: _mib(peak_memory(partial(timed, name), device)) for name in alive}
@@ -260,14 +263,11 @@ def _time_once(call: Callable[[], Any], device: str, ahead: float = 0.0) -> tupl
     return begin.elapsed_time(end), issued
 
 
-_MOST_AHEAD = 20.0  # ms: a call that takes the host longer waits for the device
-
-
 def _occupy(ms: float) -> None:
     """Keep the device busy with products for a little longer than ``ms``."""
     if ms > 0:
         matrix, out, each = _filler()
-        for _ in range(1 + int(1.2 * min(ms, _MOST_AHEAD) / each)):
+        for _ in range(1 + int(1.2 * min(ms, MOST_AHEAD) / each)):
             torch.mm(matrix, matrix, out=out)
 
 
