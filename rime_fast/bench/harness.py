@@ -40,6 +40,7 @@ from rime_fast.ops.cpu_products import fast_product, has_onednn
 FLOOR = "floor"
 PARTS = "_parts"  # how the bench of a breakdown's rows ends
 SCHEMA = 1
+LEAST_ROUNDS = 3  # of the floor and of ours, where time is short
 HEAT, MOST_AHEAD = 20.0, 50.0  # ms of products before a timed call; what takes the host longer waits for the device
 PACKAGES = (
     "rime-fast",
@@ -91,8 +92,8 @@ class Skipped:
 class Results:
     """Everything one run produced; ``write`` makes the JSON that plots and comparisons read.
 
-    seconds: time limit of one comparison: rounds are left out (down to one, that of the memory reading) where the first
-    calls show that they would take longer.
+    seconds: time limit of one comparison: rounds are left out where the first calls show that they would take longer,
+    down to one, that of the memory reading, and to three of an operator's floor and of ours.
     """
 
     device: str = "cpu"
@@ -166,7 +167,7 @@ def compare(
             _sync(device)
             first[name], alive[name] = time.perf_counter() - start, call
         except Exception as reason:
-            if name.startswith("ours") or name == FLOOR:
+            if _is_own(name):
                 raise
             if device == "cuda":
                 torch.cuda.empty_cache()  # it may have run out of memory
@@ -192,12 +193,15 @@ def compare(
     memory = {name: _mib(peak_memory(partial(timed, name), device)) for name in alive}
     now = time.perf_counter()
     limit = results.seconds if results is not None else math.inf
-    rounds = min(rounds, int(min((limit - now + begin) / (now - warm), 1e9)))
-    if rounds > 0:  # the calls whose memory was taken were a warm-up; where time is short they are the only round
-        times = {name: [] for name in alive}
-    for _ in range(rounds):
-        for name in alive:
-            timed(name)
+    affordable = min(rounds, int(min((limit - now + begin) / (now - warm), 1e9)))
+    # The calls whose memory was taken were a warm-up. Where time is short they are a peer's only round, but not ours.
+    own = {name: affordable if step else max(affordable, min(rounds, LEAST_ROUNDS)) for name in alive if _is_own(name)}
+    counts = dict.fromkeys(alive, affordable) | own
+    times = {name: [] if counts[name] > 0 else taken for name, taken in times.items()}
+    for number in range(max(counts.values(), default=0)):
+        for name, count in counts.items():
+            if number < count:
+                timed(name)
     floor = statistics.median(times[FLOOR]) if FLOOR in times else None
     rows = {}
     for name in alive:
@@ -221,6 +225,11 @@ def compare(
     if results is not None:
         results.rows += rows.values()
     return rows
+
+
+def _is_own(name: str) -> bool:
+    """Whether a callable is the floor or our code."""
+    return name == FLOOR or name.startswith("ours")
 
 
 def _one_line(reason: Exception) -> str:

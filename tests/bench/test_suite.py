@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,10 +100,14 @@ def test_ours_must_run_and_a_peer_may_be_missing():
             compare("op", "a", {name: absent}, shape={}, rounds=1)
 
 
-def test_a_time_limit_leaves_rounds_out_and_keeps_one():
-    calls = []
-    compare("op", "a", {"ours": lambda: calls.append(1)}, shape={}, rounds=50, results=Results(seconds=0.0))
-    assert len(calls) == 2  # the first, and one round that its memory is read from
+@pytest.mark.parametrize(("step", "ours"), [(False, 5), (True, 2)])
+def test_a_time_limit_leaves_rounds_out(step: bool, ours: int):
+    """What is left: the first call and the one whose memory is read, and three rounds of an operator of ours."""
+    calls: list[str] = []
+    impls = {name: partial(calls.append, name) for name in ("ours", "peer")}
+    rows = compare("op", "a", impls, shape={}, rounds=50, results=Results(seconds=0.0), step=step)
+    assert (calls.count("ours"), calls.count("peer")) == (ours, 2)
+    assert all(row.median_ms > 0 for row in rows.values())
 
 
 def test_every_benchmark_file_measures_through_one_harness():
