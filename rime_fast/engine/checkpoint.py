@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers.trainer_utils import rotate_checkpoints
 
 from rime_fast.data.records import Pair, stable_hash
 
@@ -39,7 +38,9 @@ def commit(partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
     names = sorted(_files(partial))
     with ThreadPoolExecutor(8) as pool:
         entries = dict(zip(names, pool.map(lambda name: _entry(partial / name, sync=True), names), strict=True))
-    text = json.dumps({"format": FORMAT, "files": entries, "facts": dict(facts)}, indent=1, default=str)
+    made = 1 + max((_made(folder) or 0 for folder in checkpoints(final.parent)), default=0)
+    whole = {"format": FORMAT, "made": made, "files": entries, "facts": dict(facts)}
+    text = json.dumps(whole, indent=1, default=str)
     with (partial / MANIFEST).open("w") as file:
         file.write(text)
         file.flush()
@@ -60,19 +61,22 @@ def fault(folder: Path) -> str | None:
     if not manifest.is_file():
         return f"it has no {MANIFEST} (half-written, or of an older version)"
     try:
-        entries = read_manifest(folder)["files"]
-    except (ValueError, KeyError) as error:
+        found = read_manifest(folder)["files"].items()
+        entries = {name: (entry["size"], entry["blake2b"]) for name, entry in found}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} is damaged: {error}"
-    for name, entry in entries.items():
+    if not entries:
+        return f"its {MANIFEST} names no files"
+    for name, (size, _) in entries.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes, {entry['size']} were written"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda name: _entry(folder / name), entries)
-        for (name, entry), now in zip(entries.items(), found, strict=True):
-            if now["blake2b"] != entry["blake2b"]:
+        now = pool.map(lambda name: _entry(folder / name), entries)
+        for (name, (_, digest)), entry in zip(entries.items(), now, strict=True):
+            if entry["blake2b"] != digest:
                 return f"the bytes of {name} are not those that were written"
     return None
 
@@ -97,43 +101,80 @@ def newest(output_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders checkpoint-N, by N."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+    """The folders checkpoint-N in the order in which they were made, those that cannot say when last.
+
+    A run that went on from an older one leaves higher numbers behind, of a branch that was given up.
+    """
+
+    def order(folder: Path) -> tuple[bool, int, int]:
+        made = _made(folder)
+        return made is None, made or 0, int(folder.name.split("-")[1])
+
+    found = (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted((path for path in found if path.is_dir()), key=order)
+
+
+def _made(folder: Path) -> int | None:
+    """Which commit of its run a checkpoint is, from 1; 0: of an older version; None: its manifest cannot be read."""
+    try:
+        return int(read_manifest(folder).get("made", 0))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def choose(wanted: str | bool | None, output_dir: Path, overwrite: bool) -> tuple[str | None, list[str]]:
     """Choose where a run begins: (the checkpoint to resume from, or None for a fresh start; lines for people).
 
     wanted: a checkpoint's folder; True or "last": the newest of ``output_dir`` that is whole; None or False: a fresh
-    start, into an unused folder, or with ``overwrite`` in place of what is there. Raises ValueError.
+    start. A fresh start and another folder's checkpoint want an unused ``output_dir``, or with ``overwrite`` take the
+    place of what is there. Raises ValueError.
     """
+    _clear(output_dir)
     held = checkpoints(output_dir)
-    if wanted is None or wanted is False:
-        used = [*held, *output_dir.glob("model*.safetensors"), *output_dir.glob("adapter_model.safetensors")]
-        if used and not overwrite:
-            raise ValueError(
-                f"output_dir {str(output_dir)!r} holds a run ({used[-1].name}); resume it "
-                "(resume_from_checkpoint=True), choose another folder, or pass overwrite_output_dir=True"
-            )
-        for old in held:
-            remove(old)
-        return None, []
+    used = [*held, *output_dir.glob("model*.safetensors"), *output_dir.glob("adapter_model.safetensors")]
+    lines: list[str] = []
+    start: str | None = None
     if wanted is True or wanted == "last":
         found, left_out = newest(output_dir)
         lines = [f"{path} is left out: {why}" for path, why in left_out.items()]
-        if found is None and left_out:
-            raise ValueError("; ".join([*lines, f"no checkpoint of {str(output_dir)!r} is whole: name one to take it"]))
-        say = "no checkpoint there, a fresh start" if found is None else f"resuming from {found}, step {step_of(found)}"
-        return None if found is None else str(found), [*lines, f"{output_dir}: {say}"]
-    path = Path(wanted)
-    if not (path / "trainer_state.json").is_file():
-        raise ValueError(f"{wanted} is no checkpoint: it has no trainer_state.json")
-    if not (path / MANIFEST).is_file():
-        return str(path), [f"resuming from {path}, step {step_of(path)}; it has no {MANIFEST}: it cannot be verified"]
-    if (why := fault(path)) is not None:
-        raise ValueError(f"{wanted} is damaged: {why}")
-    return str(path), [f"resuming from {path}, step {step_of(path)}"]
+        if found is not None:
+            return str(found), [*lines, f"{output_dir}: resuming from {found}, step {step_of(found)}"]
+        if left_out and not overwrite:
+            remedy = "restore one, or set overwrite_output_dir to start afresh"
+            raise ValueError("; ".join([*lines, f"no checkpoint of {str(output_dir)!r} is whole: {remedy}"]))
+        lines.append(f"{output_dir}: no checkpoint there, a fresh start")
+    elif wanted is not None and wanted is not False:
+        path = Path(wanted)
+        if not (path / "trainer_state.json").is_file():
+            raise ValueError(f"{wanted} is no checkpoint: it has no trainer_state.json")
+        if not (path / MANIFEST).is_file():
+            lines.append(f"resuming from {path}, step {step_of(path)}; it has no {MANIFEST}: it cannot be verified")
+        elif (why := fault(path)) is not None:
+            raise ValueError(f"{wanted} is damaged: {why}")
+        else:
+            lines.append(f"resuming from {path}, step {step_of(path)}")
+        start = str(path)
+        if path.parent.resolve() == output_dir.resolve():
+            return start, lines
+    # From here on what output_dir holds, if anything, is another run.
+    if used and not overwrite:
+        resume = "resume it (resume_from_checkpoint: last), " if held else ""
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds a run ({used[-1].name}); {resume}choose another folder, or set "
+            "overwrite_output_dir"
+        )
+    for old in held:
+        remove(old)
+    return start, lines
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove what an interrupted save or removal left; a checkpoint that was to be replaced gets its name back."""
+    for old in (output_dir / PARTIAL).glob("checkpoint-*.old"):
+        if not (place := output_dir / old.name.removesuffix(".old")).exists():
+            os.replace(old, place)
+    for left in (output_dir / PARTIAL, *output_dir.glob(".checkpoint-*.gone")):
+        _delete(left)
 
 
 def step_of(folder: Path) -> int:
@@ -163,16 +204,17 @@ def check_trust(folder: str, output_dir: str) -> None:
     """Raise ValueError for a checkpoint that this run's folder does not hold and that loading would unpickle.
 
     DeepSpeed's state and torch.distributed.checkpoint's metadata are pickles: whoever wrote them decides what code runs
-    here. Everything else in a checkpoint is safetensors, JSON, or read by torch with ``weights_only``.
+    here. Everything else in a checkpoint is safetensors, JSON, or read by torch with ``weights_only``. DeepSpeed takes
+    what its file ``latest`` names, so that file alone counts.
     """
     path = Path(folder).resolve()
     if path.parent == Path(output_dir).resolve():
         return
-    pickled = sorted([*path.glob("global_step*/*.pt"), *path.rglob(".metadata")])
+    pickled = sorted([*path.glob("global_step*/*"), *path.glob("latest"), *path.rglob(".metadata")])
     if pickled:
         raise ValueError(
-            f"{folder} holds pickles ({pickled[0].relative_to(path)}), which run code when they are loaded, and lies "
-            f"outside of output_dir {output_dir!r}: pass trust_checkpoint=True if you know who wrote it"
+            f"{folder} holds pickles, or leads to them ({pickled[0].relative_to(path)}): they run code when they are "
+            f"loaded, and it lies outside of output_dir {output_dir!r}: set trust_checkpoint if you know who wrote it"
         )
 
 
@@ -199,19 +241,32 @@ def publish(partial: Path, final: Path, facts: Mapping[str, Any], limit: int | N
     """Commit the checkpoint of ``final``'s name that lies in ``partial``, and remove older ones above ``limit``."""
     commit(partial / final.name, final, facts)
     remove(partial)
-    rotate_checkpoints(str(final.parent), limit, best, use_mtime=True)
+    if limit is None or limit <= 0:
+        return
+    kept = {final} if best is None else {final, Path(best)}
+    others = [folder for folder in checkpoints(final.parent) if folder not in kept]
+    others.sort(key=lambda folder: _made(folder) is not None)  # damaged ones go first, then the oldest
+    for folder in others[: max(0, len(others) - max(0, limit - len(kept)))]:
+        remove(folder)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint: renamed first, so that an interruption leaves no half of it under its name."""
-    if folder.is_symlink():  # what it leads to is somebody else's
-        folder.unlink()
-    if not folder.exists():
+    if folder.is_symlink() or not folder.is_dir():
+        _delete(folder)
         return
     gone = folder.with_name(f".{folder.name.lstrip('.')}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
+    _delete(gone)
     os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    _delete(gone)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, a file or a link, if there is one; what a link leads to is somebody else's."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -286,8 +341,8 @@ def compare(folder: str, now: Mapping[str, Any], accept: bool) -> str:
     changed = differences({**before, MAY_CHANGE: None}, {**now, MAY_CHANGE: None})
     if changed and not accept:
         raise ValueError(
-            f"{folder} was made by a run that differs: {_named(changed)}. Resume with what it had, or pass "
-            "accept_changes=True to go on with the new values"
+            f"{folder} was made by a run that differs: {_named(changed)}. Resume with what it had, or set "
+            "accept_changes to go on with the new values"
         )
     lines = [f"{folder} was made by a run that differs, and goes on: {_named(changed)}"] if changed else []
     return "\n".join([*lines, f"going on with {_named(free)}"] if free else lines)

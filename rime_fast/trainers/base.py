@@ -134,7 +134,7 @@ class DualModeTrainer(ShardedCheckpoints):
                 self.progress.close()
         if self.interrupt.stopped:
             if self.is_world_process_zero():
-                saved = str(checkpoint.checkpoints(Path(str(self.args.output_dir)))[-1])
+                saved = str(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
                 print(f"stopped at step {self.state.global_step}; checkpoint: {saved}\ngo on with {self.again(saved)}")
             raise SystemExit(130)
         return result

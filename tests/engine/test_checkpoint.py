@@ -27,11 +27,19 @@ def zero_half(path):
     path.write_bytes(b"\0" * (path.stat().st_size // 2) + path.read_bytes()[path.stat().st_size // 2 :])
 
 
+def rewrite_manifest(folder, **parts):
+    path = folder / checkpoint.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+
 DAMAGE = {
     "zeroed": (lambda folder: zero_half(folder / "model.bin"), "the bytes of model.bin are not those"),
     "cut": (lambda folder: os.truncate(folder / "model.bin", 10), "model.bin has 10 bytes, 7000 were written"),
     "missing": (lambda folder: (folder / "inner" / "state.json").unlink(), "inner/state.json is missing"),
     "no manifest": (lambda folder: (folder / checkpoint.MANIFEST).unlink(), "it has no manifest.json"),
+    "other manifest": (lambda folder: rewrite_manifest(folder, files=[]), "manifest.json is damaged"),
+    "half a manifest": (lambda folder: rewrite_manifest(folder, files={"model.bin": {}}), "manifest.json is damaged"),
+    "empty manifest": (lambda folder: rewrite_manifest(folder, files={}), "manifest.json names no files"),
     "bad manifest": (lambda folder: os.truncate(folder / checkpoint.MANIFEST, 20), "manifest.json is damaged"),
 }
 
@@ -59,7 +67,74 @@ def test_a_checkpoint_takes_the_place_of_one_of_its_name(tmp_path):
     assert checkpoint.newest(tmp_path) == (None, {})
 
 
-@pytest.mark.parametrize("name", ["global_step3/mp_rank_00_model_states.pt", "optimizer_0/.metadata"])
+def test_the_newest_is_the_one_made_last(tmp_path):
+    """A run that goes on from an older checkpoint leaves higher numbers behind; they are older, for rotation too."""
+    second, fourth, sixth = (make(tmp_path, step) for step in (2, 4, 6))
+    make(tmp_path, 4, "another branch")
+    assert checkpoint.newest(tmp_path) == (fourth, {})
+    assert checkpoint.checkpoints(tmp_path) == [second, sixth, fourth]
+    third = tmp_path / checkpoint.PARTIAL / "checkpoint-3"
+    third.mkdir(parents=True)
+    (third / "model.bin").write_bytes(b"third")
+    checkpoint.publish(third.parent, tmp_path / third.name, {}, limit=2, best=str(second))
+    assert checkpoint.checkpoints(tmp_path) == [second, tmp_path / third.name]
+
+
+def test_damaged_checkpoints_are_rotated_out_first(tmp_path):
+    first, second = make(tmp_path, 1), make(tmp_path, 2)
+    (second / checkpoint.MANIFEST).unlink()
+    third = tmp_path / checkpoint.PARTIAL / "checkpoint-3"
+    third.mkdir(parents=True)
+    (third / "model.bin").write_bytes(b"third")
+    checkpoint.publish(third.parent, tmp_path / third.name, {}, limit=2, best=None)
+    assert checkpoint.checkpoints(tmp_path) == [first, tmp_path / third.name]
+
+
+def test_another_run_is_not_mixed_into_a_used_folder(tmp_path):
+    """Neither from another folder's checkpoint, nor by a fresh start where a finished run kept none."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    start, held = make(other, 2), make(own, 3)
+    for folder in (start, held):
+        (folder / "trainer_state.json").write_text('{"global_step": 2}')
+        (folder / checkpoint.MANIFEST).unlink()  # written without it: nothing to verify
+    with pytest.raises(ValueError, match=r"own' holds a run \(checkpoint-3\); resume it .* set overwrite_output_dir"):
+        checkpoint.choose(str(start), own, overwrite=False)
+    assert checkpoint.choose(str(held), own, overwrite=False)[0] == str(held)
+    assert checkpoint.choose(str(start), own, overwrite=True)[0] == str(start)
+    assert checkpoint.checkpoints(own) == []
+    (own / "model.safetensors").write_bytes(b"finished")
+    with pytest.raises(ValueError, match=r"holds a run \(model.safetensors\); choose another folder"):
+        checkpoint.choose("last", own, overwrite=False)
+    found, lines = checkpoint.choose("last", own, overwrite=True)
+    assert found is None
+    assert "a fresh start" in lines[-1]
+
+
+def test_nothing_whole_is_said_and_overwriting_starts_afresh(tmp_path):
+    (make(tmp_path, 1) / "model.bin").unlink()
+    with pytest.raises(ValueError, match=r"model.bin is missing; no checkpoint .* restore one, or set overwrite"):
+        checkpoint.choose(True, tmp_path, overwrite=False)
+    assert checkpoint.choose(True, tmp_path, overwrite=True)[0] is None
+    assert checkpoint.checkpoints(tmp_path) == []
+
+
+def test_what_an_interruption_left_is_cleared(tmp_path):
+    """And a checkpoint that was about to be replaced has its name again."""
+    folder = make(tmp_path, 1)
+    partial = tmp_path / checkpoint.PARTIAL
+    os.replace(folder, partial / "checkpoint-1.old")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".checkpoint-7.gone").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".checkpoint-8.gone").mkdir()
+    with pytest.raises(ValueError, match=r"holds a run \(checkpoint-1\)"):
+        checkpoint.choose(None, tmp_path, overwrite=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "elsewhere"]
+    partial.write_text("a file")
+    checkpoint.choose(None, tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere"]
+
+
+@pytest.mark.parametrize("name", ["global_step3/mp_rank_00_model_states.pt", "optimizer_0/.metadata", "latest"])
 def test_pickles_of_another_folder_are_not_loaded_unasked(tmp_path, name):
     for folder in ("own/checkpoint-3", "foreign/checkpoint-3"):
         (tmp_path / folder / name).parent.mkdir(parents=True)
@@ -68,7 +143,7 @@ def test_pickles_of_another_folder_are_not_loaded_unasked(tmp_path, name):
     own = str(tmp_path / "own")
     checkpoint.check_trust(f"{own}/checkpoint-3", own)
     for folder in (tmp_path / "foreign" / "checkpoint-3", tmp_path / "own" / "checkpoint-4"):
-        with pytest.raises(ValueError, match=rf"holds pickles \({name}\), which run code .* trust_checkpoint=True"):
+        with pytest.raises(ValueError, match=rf"holds pickles, .*\({name}\): they run code .* trust_checkpoint"):
             checkpoint.check_trust(str(folder), own)
     (tmp_path / "foreign" / "checkpoint-3" / name).unlink()
     checkpoint.check_trust(str(tmp_path / "foreign" / "checkpoint-3"), own)  # nothing to run there

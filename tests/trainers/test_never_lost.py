@@ -221,7 +221,7 @@ def test_a_checkpoint_of_pickles_wants_trust(tiny, tmp_path):
     found = tmp_path / "a" / "checkpoint-1"
     (found / "global_step1").mkdir()
     (found / "global_step1" / "zero_pp_rank_0.pt").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match="trust_checkpoint=True"):
+    with pytest.raises(ValueError, match="trust_checkpoint"):
         trainer(tiny, tmp_path / "b", max_steps=2).train(resume_from_checkpoint=str(found))
     trainer(tiny, tmp_path / "b", max_steps=2, trust_checkpoint=True).train(resume_from_checkpoint=str(found))
 
