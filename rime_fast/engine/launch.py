@@ -48,6 +48,15 @@ def start_alone() -> str:
     return "deepspeed without a launcher: this process trains alone; torchrun --nproc_per_node=N uses N devices"
 
 
+def tell_deepspeed() -> None:
+    """Make the process group that is there known to DeepSpeed, whose ``zero.Init`` else takes a world of one where a
+    model is loaded before the trainer begins."""
+    if dist.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(dist.get_backend(), verbose=False)
+
+
 def other_accelerator() -> bool:
     """Whether there is a device to train on that is not CUDA's."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

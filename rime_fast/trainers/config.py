@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import TrainingArguments
 
-from rime_fast.engine.launch import deepspeed_config, other_accelerator, shard_checkpoints, start_alone
+from rime_fast.engine.launch import deepspeed_config, other_accelerator, shard_checkpoints, start_alone, tell_deepspeed
 from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe import settings as parts
 from rime_fast.recipe.joint import JointWeights
@@ -163,6 +163,8 @@ class CommonConfig(TrainingArguments):
         # our own bar replaces tqdm's; transformers' printer is replaced as well (trainers/callbacks.py)
         self.disable_tqdm = True
         super().__post_init__()
+        if self.deepspeed:
+            tell_deepspeed()
         if self.async_save:
             shard_checkpoints(self.fsdp_plugin_args, self.hub_strategy if self.push_to_hub else None)
         if self.use_cpu:

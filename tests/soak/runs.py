@@ -100,9 +100,6 @@ def bank(start: Path, folder: Path) -> None:
 def zero(stage: int) -> Callable[[Path, Path], None]:
     def work(start: Path, folder: Path) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")
         joint(start, folder, plan={"deepspeed": str(EXAMPLES / f"zero{stage}.json")})
 
     return work

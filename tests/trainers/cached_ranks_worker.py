@@ -115,9 +115,6 @@ def run_plans(rank: int, world: int, folder: str, *names: str) -> None:
     """Every named plan; rank 0 leaves the logs of each."""
     if any(name.startswith("zero") for name in names):
         os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")
     for name in names:
         fresh_state()
         run = trained(Path(folder) / "start", Path(folder) / name, **PLANS[name])

@@ -98,9 +98,6 @@ def fresh_state() -> None:
 
 def rank_main(rank: int, world: int, folder: str) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
     found = {}
     for name, plan in PLANS.items():
         path = None if plan is None else str(EXAMPLES / plan)
