@@ -123,7 +123,7 @@ RIME_FN RewardTerms reward_terms(const double* state, const double* own, int64_t
   RewardTerms out{};
   if (length != nullptr) {
     const double over = *length - spec.length_limit;
-    out.length = over > 0.0 ? -spec.w_len * over / spec.length_limit : 0.0 * over;  // NaN stays NaN
+    out.length = over > 0.0 ? -spec.w_len * over / spec.length_limit : (over != over ? over : 0.0);  // NaN stays
   }
   for (int64_t p = 0; p < positives; ++p) {
     out.missing = out.missing || !is_finite(own[p]);

@@ -84,8 +84,12 @@ def fast_product(a: Tensor, b: Tensor) -> Tensor:
     A second operand whose rows lie apart is copied first: oneDNN has such layouts multiplied by its plain loop on some
     processors, a thousand times slower.
     """
-    dense = b.stride() in ((b.shape[1], 1), (1, b.shape[0]))
-    return _linear()(a, (b if dense else b.contiguous()).t(), None, "none", [], "")
+    return _linear()(a, (b if _dense(b) else b.contiguous()).t(), None, "none", [], "")
+
+
+def _dense(b: Tensor) -> bool:
+    """Whether a matrix's rows, or its columns, follow each other without gaps."""
+    return b.stride() in ((b.shape[1], 1), (1, b.shape[0]))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -122,7 +126,7 @@ def set_or_add_product(into: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 def logits_of(x: Tensor, head: Tensor) -> Tensor:
     """Make logits x [R, K] head [N, K]^T in a new tensor, with the bits of ``set_logits``."""
     layer = _row_layer()
-    if layer is not None:
+    if layer is not None and _dense(head):
         return layer(x, head, None, "none", [], "")
     into = x.new_empty(x.shape[0], head.shape[0])
     set_logits(into, x, head)
@@ -135,7 +139,7 @@ def set_logits(into: Tensor, x: Tensor, head: Tensor) -> None:
     layer = _row_layer()
     for target, weight in zip(into.split(COLUMNS, dim=1), head.split(COLUMNS), strict=True):
         if layer is not None:
-            target.copy_(layer(x, weight, None, "none", [], ""))
+            target.copy_(layer(x, weight if _dense(weight) else weight.contiguous(), None, "none", [], ""))
             continue
         for rows, out in zip(x.split(ROWS), target.split(ROWS), strict=True):  # one size of product: one order
             torch.mm(rows, weight.t(), out=out)

@@ -59,7 +59,8 @@ def score(case: Case, weights: RewardWeights | None = None, **options: Any) -> d
     """Everything score_rewrites_ writes, by name; buffers start as NaN, so that nothing may stay unwritten."""
     shape = case["gen"].shape[:2]
     out = {
-        name: torch.full(shape, torch.nan, device=case["gen"].device) for name in ("reward", "advantage", *TERM_NAMES)
+        name: torch.full(shape, torch.nan, device=case["gen"].device, dtype=torch.float32)
+        for name in ("reward", "advantage", *TERM_NAMES)
     }
     score_rewrites_(
         out["reward"],

@@ -54,12 +54,19 @@ def test_onednn_never_gets_rows_that_lie_apart(monkeypatch: pytest.MonkeyPatch) 
         return real(a, weight, *more)
 
     monkeypatch.setattr(cpu_products, "_linear", lambda: layer)
+    head = torch.randn(300, 64)
+    spaced = torch.randn(300, 100)[:, :64].copy_(head)
+    x, into = torch.randn(16, 64), torch.empty(16, 300)
+    cpu_products.set_logits(into, x, spaced)
+    assert torch.equal(into, cpu_products.logits_of(x, head))
+    assert torch.equal(into, cpu_products.logits_of(x, spaced))
+    logits = len(weights)
     a = torch.randn(64, 512)
     for b in (torch.randn(512, 600)[:, :256], torch.randn(256, 600)[:, :512].t()):
         truth = a.double() @ b.double()
         assert relative(cpu_products.product(a, b), truth) < 2 * relative(a @ b, truth) + 1e-6
     assert all(w.stride() in ((w.shape[1], 1), (1, w.shape[0])) for w in weights)
-    assert len(weights) == 2
+    assert len(weights) == logits + 2
 
 
 @pytest.mark.parametrize(
@@ -119,15 +126,3 @@ def test_logits_of_a_row_whatever_is_beside_it(onednn: bool, monkeypatch: pytest
 def test_same_bits_from_run_to_run() -> None:
     a, b = torch.randn(512, 300), torch.randn(300, 2048)
     assert torch.equal(cpu_products.fast_product(a, b), cpu_products.fast_product(a, b))
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "mkl", "onednn"),
-    [("vendor_id : GenuineIntel\n", True, False), ("vendor_id : AuthenticAMD\n", True, True), ("Intel", False, True)],
-)
-def test_the_makers_own_library_serves_its_processors(
-    cpuinfo: str, mkl: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch, prefers: Any
-) -> None:
-    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: cpuinfo)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    assert prefers.__wrapped__() is onednn

@@ -58,7 +58,7 @@ def test_bits_of_a_row_at_the_widths_of_real_models(width: int, threads: int) ->
 def _unequal_parts(rank: int, world: int) -> None:
     """6 + 5 columns: an error on every rank, whatever the targets; the group serves the next call."""
     hidden, group = torch.randn(7, 8), dist.group.WORLD
-    for part in (6 - rank, 5 + rank):
+    for part in (6 - rank, 5 + rank, 11 * rank, 0):
         for targets in (torch.zeros(7, dtype=torch.long), torch.full((7,), 10), torch.full((7,), 11)):
             for function in (fused_linear_ce, fused_logprob_pool):
                 with pytest.raises(ValueError, match="vocab_group: expected equal parts of lm_head on all ranks, got"):
@@ -68,6 +68,10 @@ def _unequal_parts(rank: int, world: int) -> None:
     found = fused_logprob_pool(hidden, lm_head.chunk(world)[rank], targets, vocab_group=group).logp
     truth = (hidden @ lm_head.t()).log_softmax(1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found, truth)
+    with pytest.raises(RuntimeError, match=r"vocab_group: not inside of torch\.compile"):
+        torch.compile(fused_logprob_pool, backend="eager", fullgraph=True)(
+            hidden, torch.randn(6 - rank, 8), targets, vocab_group=group
+        )
 
 
 @pytest.mark.dist

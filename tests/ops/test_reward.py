@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -399,6 +400,26 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
         score_rewrites_(torch.zeros(6, 4), torch.zeros(6, 4), **(make_case() | change))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_default_dtype_changes_nothing(backend: str, default: torch.dtype) -> None:
+    case = make_case(n_anchors=700)
+    expected = score(case, WEIGHTS["ume_r1"], backend=backend)
+    torch.set_default_dtype(default)
+    try:
+        found = score(case, WEIGHTS["ume_r1"], backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_length_below_the_limit_adds_nothing(backend: str) -> None:
+    case = make_case()
+    lengths = torch.full((6, 4), -torch.inf)
+    assert torch.equal(score(case | {"lengths": lengths}, backend=backend)["length"], torch.zeros(6, 4))
+
+
 def test_bad_outputs_are_named() -> None:
     case = make_case()
     with pytest.raises(TypeError, match="rewards: expected dtype float32"):
@@ -420,6 +441,14 @@ def test_outputs_in_one_memory_are_refused_where_they_meet() -> None:
             score_rewrites_(rewards, advantages, **case)
     with pytest.raises(ValueError, match=r"terms\['rank'\]: .* the same memory as rewards"):
         score_rewrites_(buffer[:, :4], buffer[:, 4:], terms={"rank": buffer[:, 2:6]}, **case)
+    overlapping = np.zeros(7 * 4, np.float32)  # two storages over one memory
+    first, second = (torch.from_numpy(part).view(6, 4) for part in (overlapping[:24], overlapping[4:]))
+    with pytest.raises(ValueError, match="advantages: expected a buffer of its own"):
+        score_rewrites_(first, second, **case)
+    traced = torch.compile(score_rewrites_, backend="eager")
+    # An error inside of a compiled no_grad leaves gradients off: set_grad_enabled puts them back.
+    with torch.set_grad_enabled(True), pytest.raises(ValueError, match="advantages: expected a buffer of its own"):
+        traced(buffer[:, :4], buffer[:, 1:5], **case)
     with pytest.raises(ValueError, match="rewards: expected memory for each element"):
         score_rewrites_(torch.zeros(6, 1).expand(6, 4), torch.zeros(6, 4), **case)
     want = score(case)

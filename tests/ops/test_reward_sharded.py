@@ -101,6 +101,9 @@ def _refusals(rank: int, world: int) -> None:
     for arguments, weights, message in calls:
         with pytest.raises(ValueError, match=message):
             score(arguments, weights, backend="chunked", group=dist.group.WORLD)
+    for other, message in (("bogus", "backend is 'bogus'"), ("reference", "backend is reference must be the same")):
+        with pytest.raises(ValueError, match=message):
+            score(case, WEIGHTS["mean"], backend=other if one else "chunked", group=dist.group.WORLD)
 
 
 def _worker(rank: int, world: int) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rime_fast.ops.checks import refuse_forward_ad
 from rime_fast.ops.contrastive import cuda, reference, triton
@@ -227,8 +226,9 @@ class _Grouped(torch.autograd.Function):
         return loss, hit
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            _no_second_derivative()
         _, x = ctx.saved_tensors, ctx.agreed.problem.inputs  # read: autograd looks for changes in place
         needs = [True] * len(x.queries), [ctx.agreed.keys_trained] * len(x.keys)
         with on_device_of(grad):
@@ -356,6 +356,13 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
 _contrastive.register_autograd(_backward, setup_context=_setup)
 
 
+def _no_second_derivative(*_: Any) -> Any:
+    raise RuntimeError("contrastive_loss: the fused backends have no second derivative; use backend='reference'")
+
+
+_contrastive_backward.register_autograd(_no_second_derivative)
+
+
 class _Eager(torch.autograd.Function):
     """What the operators do, without their wrappers, which take longer than all else that a small call does on the
     host."""
@@ -371,7 +378,6 @@ class _Eager(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -379,7 +385,9 @@ class _Eager(torch.autograd.Function):
         rows, cols, flag, kept, temperature, labels, query_ids, key_ids, *modes = ctx.saved_tensors
         x = modes[:n], modes[n:], temperature, labels, query_ids, key_ids, ctx.options
         needs = [one or need_t for one in need[:n]], list(need[n:])
-        dq, dk, dt = contrastive_backward(grad, rows, cols, flag, kept, *x, *needs, need_t)
+        # With create_graph=True the operator, so that a derivative of the gradients is an error and not 0.
+        run: Any = torch.ops.rime_fast.contrastive_backward if torch.is_grad_enabled() else contrastive_backward
+        dq, dk, dt = run(grad, rows, cols, flag, kept, *x, *needs, need_t)
         gradients = [d if one else None for d, one in zip([*dq, *dk], need, strict=True)]
         return None, None, dt if need_t else None, None, None, None, *gradients
 

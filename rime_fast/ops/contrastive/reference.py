@@ -80,6 +80,11 @@ def reference_terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     The temperature is 0-d, or [N] with one value a query (``over_group`` splits the gradient over ranks by it); labels
     are given.
     """
+    with torch.autocast(x.queries[0].device.type, enabled=False):  # sums keep the accumulation dtype
+        return _terms(x, options)
+
+
+def _terms(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     assert x.labels is not None
     losses, hits = [], []
     positives = Positives.of(x.labels)

@@ -69,7 +69,7 @@ def prepare(
             f"lm_head: expected the dtype of hidden ({_name(hidden.dtype)}), got {check.describe(lm_head)}; "
             "cast one of them or use torch.autocast"
         )
-    if width == 0 or lm_head.shape[0] == 0:
+    if width == 0 or (lm_head.shape[0] == 0 and vocab_group is None):
         raise ValueError(f"lm_head: expected V >= 1 and H >= 1, got {check.describe(lm_head)}")
     check.check_tensor("targets", targets, shape=(rows,), dtypes=check.INDICES, device=device)
     if bias is not None:

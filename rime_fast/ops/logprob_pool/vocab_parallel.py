@@ -25,12 +25,13 @@ def shard(lm_head: Tensor, group: dist.ProcessGroup) -> tuple[int, int, str]:
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"vocab_group: expected a torch.distributed ProcessGroup, got {type(group).__name__}")
     columns = lm_head.shape[0]
-    if not torch.compiler.is_compiling():
-        # The first thing the ranks do together, and the same whatever they hold: unequal parts are an error on all of
-        # them, not targets out of range on one while the others wait.
-        parts = all_gather(torch.tensor([columns], device=lm_head.device), group)
-        held = f", got {parts.tolist()}" if parts.device.type == "cpu" else ""
-        require(parts == columns, f"vocab_group: expected equal parts of lm_head on all ranks{held}")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("vocab_group: not inside of torch.compile, where the ranks cannot compare their parts")
+    # The first thing the ranks do together, and the same whatever they hold: unequal parts are an error on all of them,
+    # not targets out of range on one while the others wait.
+    parts = all_gather(torch.tensor([columns], device=lm_head.device), group)
+    held = f", got {parts.tolist()}" if parts.device.type == "cpu" else ""
+    require((parts == columns) & (parts > 0), f"vocab_group: expected equal parts of lm_head on all ranks{held}")
     return columns * dist.get_world_size(group), columns * dist.get_rank(group), group.group_name
 
 

@@ -87,6 +87,7 @@ def score_rewrites_(
             check_tensor("largest_norm", largest_norm, shape=(1,), dtypes=(torch.float32,), device=gen.device)
         if not isinstance(weights, RewardWeights):
             raise TypeError(f"weights: expected RewardWeights, got {describe(weights)}")
+        chosen = TABLE.choose(backend, gen)
     except (TypeError, ValueError) as error:
         if group is not None and group.size() > 1:
             stream.refuse(error, group)
@@ -108,7 +109,8 @@ def score_rewrites_(
         largest_norm,
         weights.encode(),
         "" if group is None or group.size() == 1 else group.group_name,
-        backend,
+        chosen,
+        torch.compiler.is_compiling(),
     )
 
 
@@ -128,20 +130,23 @@ def _score_rewrites(
     numbers: Sequence[float],
     group_name: str,
     backend: str,
+    traced: bool,
 ) -> None:
     torch.autograd.graph.increment_version([rewards, advantages, *terms])
     weights = RewardWeights.decode(tuple(numbers))
     resolve: Any = dist.distributed_c10d._resolve_process_group
     group = resolve(group_name) if group_name else None
-    chosen = TABLE.choose(backend, gen)
+    if traced:
+        named = zip((f"terms[{PLANES[plane]!r}]" for plane in planes), terms, strict=True)
+        _check_distinct({"rewards": rewards, "advantages": advantages, **dict(named)})
     positive = positive.contiguous()  # the kernels read it as it lies
-    if chosen == "reference" and group is not None:
-        bank = stream.layout(gen, anchors, negatives_mask, weights, group)
+    if backend == "reference" and group is not None:
+        bank = stream.layout(gen, anchors, negatives_mask, weights, group, backend)
         anchors = gather_rows(anchors, bank.sizes, group)
         group = None
     if group is None and positive.device.type == "cpu":
         require_range("positive", positive, 0, anchors.shape[0] - weights.positives + 1)
-    if chosen == "cuda" and group is None and SMALL.small(gen, anchors, weights):
+    if backend == "cuda" and group is None and SMALL.small(gen, anchors, weights):
         filled = gen.new_empty(len(PLANES), *format_ok.shape, dtype=torch.float32) if terms else None
         SMALL.score_small(
             rewards,
@@ -160,7 +165,7 @@ def _score_rewrites(
             for buffer, plane in zip(terms, planes, strict=True):
                 buffer.copy_(filled[plane])
         return
-    if chosen == "reference":
+    if backend == "reference":
         found = reference.statistics(gen, anchors.to(gen.device), positive, negatives_mask, weights)
         result = reference.rewards(found, format_ok, lengths, disc_similarity, weights)
         values = [result[name] for name in PLANES]
@@ -170,7 +175,12 @@ def _score_rewrites(
         call = gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights, group
         with on_device_of(gen):
             every = stream.score(
-                ENGINES[chosen], *call, rewards=rewards, advantages=advantages, largest_norm=largest_norm
+                ENGINES[backend],
+                *call,
+                rewards=rewards,
+                advantages=advantages,
+                largest_norm=largest_norm,
+                backend=backend,
             )
         values = list(every) if terms else []
     for buffer, plane in zip(terms, planes, strict=True):
@@ -213,7 +223,8 @@ def _check(
         buffers[f"terms[{name!r}]"] = buffer
     for name, buffer in buffers.items():
         check_tensor(name, buffer, shape=(n_items, group_size), dtypes=(torch.float32,), device=gen.device)
-    _check_distinct(buffers)
+    if not torch.compiler.is_compiling():  # traced tensors have no addresses: the operator looks
+        _check_distinct(buffers)
     check_tensor("positive", positive, shape=(n_items,), dtypes=(torch.int64,), device=gen.device)
     check_tensor("format_ok", format_ok, shape=(n_items, group_size), dtypes=(torch.bool,), device=gen.device)
     if lengths is not None:
@@ -224,21 +235,24 @@ def _check(
 
 
 def _check_distinct(buffers: Mapping[str, Tensor]) -> None:
-    """No element of memory is written twice; elements are compared only where two buffers share a storage."""
-    if torch.compiler.is_compiling():  # traced tensors have no addresses
-        if buffers["rewards"] is buffers["advantages"]:
-            raise ValueError("advantages: expected a buffer of its own, got the same memory as rewards")
-        return
-    by_storage: dict[int, list[str]] = {}
-    for name, buffer in buffers.items():
-        by_storage.setdefault(buffer.untyped_storage().data_ptr(), []).append(name)
-    for names in by_storage.values():
+    """No element of memory is written twice; elements are compared only where two buffers lie over each other."""
+    spans = sorted((buffer.data_ptr(), _end(buffer), name) for name, buffer in buffers.items())
+    groups: list[list[str]] = []
+    reach = 0
+    for start, end, name in spans:
+        if start >= reach:
+            groups.append([])
+        groups[-1].append(name)
+        reach = max(reach, end)
+    for names in groups:
         if len(names) == 1 and buffers[names[0]].is_contiguous():
             continue
+        names.sort(key=list(buffers).index)  # errors name the later argument
         places = []
         for buffer in (buffers[name] for name in names):
-            offsets = [torch.arange(size) * stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True)]
-            places.append((offsets[0][:, None] + offsets[1]).flatten() + int(buffer.storage_offset()))
+            steps = (buffer.element_size() * stride for stride in buffer.stride())
+            rows, columns = (torch.arange(size) * step for size, step in zip(buffer.shape, steps, strict=True))
+            places.append((rows[:, None] + columns).flatten() + buffer.data_ptr())
         place, order = torch.cat(places).sort(stable=True)
         twice = (place[1:] == place[:-1]).nonzero()
         if len(twice):
@@ -246,3 +260,9 @@ def _check_distinct(buffers: Mapping[str, Tensor]) -> None:
             if first == second:
                 raise ValueError(f"{first}: expected memory for each element, got strides {buffers[first].stride()}")
             raise ValueError(f"{second}: expected a buffer of its own, got the same memory as {first}")
+
+
+def _end(buffer: Tensor) -> int:
+    """The address after a buffer's last element."""
+    last = sum((size - 1) * stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+    return buffer.data_ptr() + buffer.element_size() * (last + 1)

@@ -52,8 +52,8 @@ def statistics(
     rank = torch.ones_like(own)
     for p in range(weights.positives):
         threshold = own[:, :, p : p + 1].float()
-        greater = ((rounded > threshold) & is_negative).sum(2)
-        equal = ((rounded == threshold) & is_negative).sum(2)
+        greater = ((rounded > threshold) & is_negative).sum(2, dtype=torch.float64)
+        equal = ((rounded == threshold) & is_negative).sum(2, dtype=torch.float64)
         rank[:, :, p] += greater + 0.5 * equal
     return Statistics(own, rank, _negative(similarity, is_negative, weights))
 
@@ -124,8 +124,8 @@ def rewards(
 def _rank_in_group(own: Tensor, rank: Tensor) -> Tensor:
     """Rank of each own anchor among all anchors, its own group included; ties again at fp32, half each."""
     rounded = own.float()
-    greater = (rounded[..., None, :] > rounded[..., :, None]).sum(-1)
-    equal = (rounded[..., None, :] == rounded[..., :, None]).sum(-1) - 1  # not with itself
+    greater = (rounded[..., None, :] > rounded[..., :, None]).sum(-1, dtype=torch.float64)
+    equal = (rounded[..., None, :] == rounded[..., :, None]).sum(-1, dtype=torch.float64) - 1  # not with itself
     return rank + greater + 0.5 * equal
 
 

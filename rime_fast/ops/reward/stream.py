@@ -72,6 +72,7 @@ def score(
     rewards: Tensor,
     advantages: Tensor,
     largest_norm: Tensor | None = None,
+    backend: str = "",
 ) -> Tensor:
     """Fill rewards and advantages, and give them with all terms, [12, B, G] fp32 in the order of ``PLANES``; arguments
     as in score_rewrites_."""
@@ -79,7 +80,7 @@ def score(
     rows = (gen if direct else gen.float()).flatten(0, 1).contiguous()
     n_local, total = rows.shape[0], anchors.shape[0]
     if group is not None:
-        bank = layout(gen, anchors, negatives_mask, weights, group)
+        bank = layout(gen, anchors, negatives_mask, weights, group, backend)
         rows, positive, total = all_gather(rows, group), all_gather(positive, group), bank.total
         if positive.device.type == "cpu":
             require_range("positive", positive, 0, total - weights.positives + 1)
@@ -250,16 +251,22 @@ def tiles(anchors: Tensor, columns: int, device: torch.device) -> Iterator[tuple
 
 
 def layout(
-    gen: Tensor, anchors: Tensor, negatives_mask: Tensor | None, weights: RewardWeights, group: dist.ProcessGroup
+    gen: Tensor,
+    anchors: Tensor,
+    negatives_mask: Tensor | None,
+    weights: RewardWeights,
+    group: dist.ProcessGroup,
+    backend: str,
 ) -> Bank:
     """Exchange the shard sizes and compare what has to be equal on all ranks (ValueError on every rank if it is not).
 
     A few integers through host memory where the group has a CPU backend, so that no device waits for them.
     """
     columns = 0 if negatives_mask is None else negatives_mask.shape[1]
-    mine = [*gen.shape, negatives_mask is not None, anchors.shape[0], columns, *weights.encode()]
+    whole = backend == "reference"  # gathers the bank, where the others gather rollouts
+    mine = [*gen.shape, negatives_mask is not None, anchors.shape[0], columns, whole, *weights.encode()]
     table = _exchange(mine, group, gen.device)
-    names = ("B", "G", "D", "negatives_mask given", "anchors", "negatives_mask's columns")
+    names = ("B", "G", "D", "negatives_mask given", "anchors", "negatives_mask's columns", "backend is reference")
     for column in range(len(mine)):
         values, name = table[:, column], names[column] if column < len(names) else "weights"
         if name != "anchors" and bool((values != values[0]).any()):
@@ -278,7 +285,7 @@ def refuse(error: Exception, group: dist.ProcessGroup) -> None:
     """Take part in ``layout`` on a rank whose arguments are wrong: the other ranks raise ValueError with ``error``."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with suppress(ValueError):
-        _exchange([-1.0] * (6 + len(RewardWeights().encode())), group, device, str(error))
+        _exchange([-1.0] * (7 + len(RewardWeights().encode())), group, device, str(error))
 
 
 def _exchange(mine: list[float], group: dist.ProcessGroup, device: torch.device, refused: str = "") -> Tensor:
