@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("rime_fast", "csrc", "examples", "setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt")
-SOURCES += ("README.md", "LICENSE")
+SOURCES = ("rime_fast", "csrc", "docs", "examples", "setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt")
+SOURCES += ("README.md", "CONTRIBUTING.md", "LICENSE")
 
 
 def _tree(destination: Path) -> Path:
@@ -90,6 +90,8 @@ def test_sdist_holds_what_the_kernels_are_built_from(tmp_path):
         names = {name.partition("/")[2] for name in opened.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert sources | {"CMakeLists.txt", "setup.py", "examples/sft.yaml", "rime_fast/py.typed"} <= names
+    linked = {link for link in re.findall(r"\]\(([\w./-]+)[#)]", (ROOT / "README.md").read_text()) if "." in link}
+    assert linked <= names
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +83,6 @@ def _card(name: str, facts: Mapping[str, Any], exported: bool) -> str:
 
 
 def _cell(value: Any) -> str:
+    value = value.value if isinstance(value, Enum) else value
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

@@ -40,6 +40,7 @@ def test_every_saved_model_has_its_card(tiny, tmp_path):
         facts = read_facts(folder)
         assert facts["settings"]["cross_weight"] == 0.25
         assert facts["settings"]["learning_rate"] == 5e-5
+        assert "SchedulerType" not in (folder / "README.md").read_text()
         assert facts["template"] == "rewrite"
         assert facts["step"] == 2
         assert list(facts["data"].values()) == [4]
