@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,6 +80,7 @@ def run(values: dict[str, Any]) -> int:
     from safetensors.torch import save_file
 
     from rime_fast.cli.bars import bars
+    from rime_fast.data.sources import write_rows
     from rime_fast.engine.wrappers import dual_mode_of
     from rime_fast.eval.index import truncated
     from rime_fast.eval.think import embed_thought
@@ -100,15 +100,14 @@ def run(values: dict[str, Any]) -> int:
     encoded = {"disc": one.without_decoding(), "gen": one} if options.mode == "both" else {options.mode: one}
     directory = Path(options.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for row, item in enumerate(items):
         line: dict[str, Any] = {"row": row, "id": item.id}
         if "gen" in encoded:
             gen = encoded["gen"]
             assert gen.rewrites is not None
             line |= {"rewrite": gen.rewrites[row], "tokens": gen.tokens[row], "reached_gen_emb": gen.reached[row]}
-        lines.append(json.dumps(line, ensure_ascii=False))
-    (directory / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines.append(line)
     metadata = {"model": options.model, "data": options.data, "template": loading.template}
     if step is None:
         tensors = {mode: truncated(one.embeddings, options.dims) for mode, one in encoded.items()}
@@ -116,6 +115,7 @@ def run(values: dict[str, Any]) -> int:
         tensors = {mode: to_int8(one.embeddings[:, : options.dims], step) for mode, one in encoded.items()}
         metadata["int8_step"] = repr(step)
     save_file(tensors, str(directory / "embeddings.safetensors"), metadata=metadata)
+    write_rows(directory / "items.jsonl", lines)
     for mode, one in encoded.items():
         shape = " x ".join(map(str, tensors[mode].shape))
         cost = f"{one.seconds / len(items):.4f} s and {one.mean_tokens:.1f} decoded tokens an item"
@@ -148,6 +148,7 @@ def read_items(path: str, image_root: str | None, allow_outside: bool = False) -
     from rime_fast.data.images import ImageRoot
     from rime_fast.data.records import DataError, Problem, Side, side_from_json
     from rime_fast.data.sources import open_rows
+    from rime_fast.data.texts import reject_half_surrogates, task_texts
 
     if path.endswith(".txt"):
         try:
@@ -167,6 +168,8 @@ def read_items(path: str, image_root: str | None, allow_outside: bool = False) -
         found: list[tuple[str, str]] = [("", row.error)] if row.error else []
         if not found:
             items.append(side_from_json(row.value, "", root, found))
+            for where, text in task_texts(items[-1], ""):
+                reject_half_surrogates(text, where, found)
         problems += [Problem(path, row.number, field.lstrip("."), problem) for field, problem in found]
     if problems:
         raise DataError(problems)

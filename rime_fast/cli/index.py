@@ -52,8 +52,8 @@ def run(values: dict[str, Any]) -> int:
         if mode not in names:
             raise UsageError(f"--mode is {mode!r}; {file} holds {', '.join(names)}")
         rows = truncated(stored.get_tensor(mode), options.dims)
-    lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
-    items = [json.loads(line) for line in lines]
+    with (folder / "items.jsonl").open(encoding="utf-8") as lines:
+        items = [json.loads(line) for line in lines]
     if len(items) != len(rows):
         raise UsageError(f"{folder}: items.jsonl has {len(items)} lines; embeddings.safetensors has {len(rows)} rows")
     data = options.data or metadata.get("data", "")

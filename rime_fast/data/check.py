@@ -86,7 +86,7 @@ def check_source(
     if None in keys or rows.problem is not None:
         return _look(rows, rules, root, file_format, sample, workers, progress)[0]
     place = [os.path.abspath(root.path), root.outside, root.urls]
-    key = ["verdict", 1, rime_fast.__version__, *keys, place, file_format, sample]
+    key = ["verdict", 2, rime_fast.__version__, *keys, place, file_format, sample]
     path = entry_path(key, ".npz")
     if not fresh and (known := _load(path, rows.name)):
         return known

@@ -16,7 +16,7 @@ from rime_fast.data import published
 from rime_fast.data.images import ImageRoot
 from rime_fast.data.records import DataError, Pair, Problem, Side, kind_of, side_from_json, side_to_json
 from rime_fast.data.sources import open_rows, write_rows
-from rime_fast.data.texts import Problems, is_number, reject_unusable, reject_unusable_rewrite, text_of, unknown_keys
+from rime_fast.data.texts import Problems, is_number, reject_unusable_side, text_of, unknown_keys
 
 
 class Fields(NamedTuple):
@@ -69,12 +69,7 @@ def _parse_own(raw: dict[str, Any], root: ImageRoot, problems: Problems) -> Pair
             problems.append(("targets", "is empty; expected one right answer or more"))
     negatives = _side_list(raw, "negatives", root, problems)
     for where, side in (named | negatives).items():
-        for i, (kind, value) in enumerate(side.parts):
-            if kind == "text":
-                at = f"{where}.text" if side.content is None else f"{where}.content[{i}].text"
-                reject_unusable(value, at, problems)
-        if side.rewrite is not None:
-            reject_unusable_rewrite(side.rewrite, f"{where}.rewrite", problems)
+        reject_unusable_side(side, where, problems)
     identifier = raw.get("id")
     if identifier is not None and (not isinstance(identifier, (str, int)) or isinstance(identifier, bool)):
         problems.append(("id", f"is {kind_of(identifier)}; expected text or a whole number"))

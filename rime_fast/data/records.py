@@ -101,6 +101,19 @@ class Side:
         return [*vision, *(("video", video) for video in self.videos), ("text", self.text)]
 
     @property
+    def joined(self) -> list[tuple[int, Part]]:
+        """The parts as the prompt shows them, each with its place in ``parts``: texts that meet are one, which stands
+        at the first of them, and empty ones are none."""
+        found: list[tuple[int, Part]] = []
+        for i, (kind, value) in enumerate(self.parts):
+            if kind == "text" and found and found[-1][1][0] == "text":
+                at, (_, before) = found[-1]
+                found[-1] = at, ("text", before + value)
+            elif kind != "text" or value:
+                found.append((i, (kind, value)))
+        return found
+
+    @property
     def empty(self) -> bool:
         return not (self.text or self.images or self.videos)
 

@@ -14,7 +14,8 @@ from rime_fast.data.images import ImageRoot
 from rime_fast.data.records import DataError, Pair, Problem, Side, content_hash, kind_of, side_from_json, side_to_json
 from rime_fast.data.row_check import CheckRules, check_pair
 from rime_fast.data.rows import iter_rows
-from rime_fast.data.texts import Problems, is_number, reject_unusable, unknown_keys
+from rime_fast.data.sources import dump_row
+from rime_fast.data.texts import Problems, is_number, reject_unusable, task_texts, unknown_keys
 
 
 @dataclass
@@ -77,7 +78,8 @@ class RetrievalSet:
         sides += [(0, f"candidates[{i}]", side) for i, side in enumerate(self.candidates)]
         for row, name, side in sides:
             found: Problems = []
-            reject_unusable(side.text, f"{name}.text", found)
+            for at, text in task_texts(side, name):
+                reject_unusable(text, at, found)
             other = check_pair(Pair(side, Side(text="-")), rules)
             found += [(where.replace("query", name, 1), problem) for where, problem in other]
             yield from (Problem(file, row, where, problem) for where, problem in found)
@@ -118,7 +120,7 @@ class RetrievalSet:
             queries.append(entry)
         whole = {"name": self.name, "candidates": [side_to_json(side) for side in self.candidates], "queries": queries}
         with replacing(path) as stream:
-            stream.write(json.dumps(whole, ensure_ascii=False))
+            stream.write(dump_row(whole))
 
 
 def is_retrieval_set(path: str | Path) -> bool:

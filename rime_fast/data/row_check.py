@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from rime_fast.data.formats import FORMATS, detect_format, parse_row
 from rime_fast.data.images import MAX_PIXELS, ImageRoot, ImageSource, image_size, load_image
-from rime_fast.data.records import DataError, Pair, Problem, Side
+from rime_fast.data.records import DataError, Pair, Problem, Side, kind_of
 from rime_fast.data.rows import Row
-from rime_fast.data.texts import Problems
+from rime_fast.data.texts import Problems, reject_unusable_side
 from rime_fast.data.video import FrameSampling, Video, load_frames, plan_frames
 
 # [ours] Far above anything a real row holds, far below what would exhaust memory unnoticed.
@@ -25,6 +25,13 @@ MAX_IMAGES = 64
 MAX_FRAMES = 1024
 # Stand-ins where nothing measures tokens: characters a token, pixels a token (Qwen2-VL's 28 x 28).
 _CHARACTERS, _PIXELS = 4, 784
+_SIDE_FIELDS: tuple[tuple[str, Any, str], ...] = (
+    ("text", str, "text"),
+    ("images", (list, tuple), "a list of images"),
+    ("video", (str, list, tuple, type(None)), "a path or a list of frames"),
+    ("rewrite", (str, type(None)), "text"),
+    ("id", (str, type(None)), "text"),
+)
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,10 @@ def check_row(
     problems: Problems = []
     if isinstance(row.value, Pair):
         pair, name = row.value, "rime-jsonl"
+        if mistyped := _mistyped(pair):
+            return name, mistyped, 0, None
+        for where, side in _named_sides(pair):
+            reject_unusable_side(side, where, problems)
     else:
         pair, problems = parse_row(row.value, root=root, file_format=file_format)
         name = file_format or detect_format(row.value)  # type: ignore[assignment]
@@ -226,6 +237,27 @@ def check_row(
     more, tokens = weigh_pair(pair, rules, name)
     problems += [item for item in more if not any(_covers(where, item[0]) for where in seen)]
     return name, problems, tokens, pair
+
+
+def _named_sides(pair: Pair) -> list[tuple[str, Side]]:
+    """A pair's sides by the names that our own format gives them."""
+    answers = [pair.target, *pair.positives]
+    named = [("query", pair.query)]
+    named += [("target" if not pair.positives else f"targets[{i}]", side) for i, side in enumerate(answers)]
+    return named + [(f"negatives[{i}]", side) for i, side in enumerate(pair.negatives)]
+
+
+def _mistyped(pair: Pair) -> Problems:
+    """What no parser could have made: a pair is the caller's own object, and its fields may hold anything."""
+    found: Problems = []
+    for where, side in _named_sides(pair):
+        if not isinstance(side, Side):
+            found.append((where, f"is {kind_of(side)}; expected a Side"))
+            continue
+        for key, kinds, expected in _SIDE_FIELDS:
+            if not isinstance(value := getattr(side, key), kinds):
+                found.append((f"{where}.{key}", f"is {kind_of(value)}; expected {expected}"))
+    return found
 
 
 def _covers(where: str, other: str) -> bool:

@@ -35,6 +35,8 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 CONTROL = re.compile(
     rf"<\|[A-Za-z0-9_]+\|>|{re.escape(DISC_TOKEN)}|{re.escape(GEN_TOKEN)}|{LATENT_TOKEN.format('[0-9]+')}"
 )
+# What no tokenizer takes: JSON may hold it, UTF-8 may not.
+HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 # What the template puts around a rewrite.
 TAGS = re.compile(rf"{re.escape(REWRITE_OPEN)}|{re.escape(REWRITE_CLOSE)}")
 
@@ -100,7 +102,8 @@ class Template:
         """Write the side's parts in order, with one placeholder an image or video; the collator expands them to their
         token counts."""
         marks = {"image": IMAGE, "video": VIDEO}
-        return "".join(marks.get(kind) or self._user_text(value, "text", side, CONTROL) for kind, value in side.parts)
+        written = [marks.get(kind) or self._user_text(value, "text", side, CONTROL) for _, (kind, value) in side.joined]
+        return "".join(written)
 
     def render_disc(self, side: Side) -> str:
         """Write the shortest text that holds the discriminative embedding: it ends with
@@ -145,6 +148,8 @@ class Template:
         return ParsedResponse(CONTROL.sub("", body).strip() if not format_ok else body, format_ok)
 
     def _user_text(self, text: str, field: str, side: Side, forbidden: re.Pattern[str]) -> str:
+        if HALF_SURROGATE.search(text):
+            raise ValueError(f"{side.name}: {field} holds half a surrogate pair, which is no text")
         match = forbidden.search(text)
         if match is None:
             return text

@@ -6,8 +6,8 @@ import math
 import re
 from typing import Any
 
-from rime_fast.data.records import kind_of
-from rime_fast.data.templates import CONTROL, TAGS
+from rime_fast.data.records import Side, kind_of
+from rime_fast.data.templates import CONTROL, HALF_SURROGATE, TAGS
 from rime_fast.model.token_names import DISC_TOKEN, GEN_TOKEN, REWRITE_CLOSE, REWRITE_OPEN
 
 Problems = list[tuple[str, str]]
@@ -16,7 +16,6 @@ Problems = list[tuple[str, str]]
 _PLACEHOLDER = re.compile(
     r"(?:<\|vision_start\|>)?(?:<(image|video)>|<\|(image|video)_(?:pad|\d+)\|>)(?:<\|vision_end\|>)?\n?"
 )
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def strip_placeholders(text: str, images: int, videos: int, where: str, problems: Problems) -> str:
@@ -65,7 +64,11 @@ def parse_human(value: str, images: int, videos: int, where: str, problems: Prob
 def reject_unusable(text: str, where: str, problems: Problems) -> None:
     if match := CONTROL.search(text):
         problems.append((where, f"holds {match.group()!r}, which the model would take for a control token"))
-    if _LONE_SURROGATE.search(text):
+    reject_half_surrogates(text, where, problems)
+
+
+def reject_half_surrogates(text: str, where: str, problems: Problems) -> None:
+    if HALF_SURROGATE.search(text):
         problems.append((where, "holds half a surrogate pair, which is no text"))
 
 
@@ -76,6 +79,20 @@ def reject_unusable_rewrite(rewrite: str, where: str, problems: Problems) -> Non
         problems.append((where, f"holds {match.group()!r}, which would end the rewrite early"))
     if not rewrite.strip():
         problems.append((where, "empty rewrite"))
+
+
+def task_texts(side: Side, where: str) -> list[tuple[str, str]]:
+    """The task texts of a side of ours by the name of their field; of texts that meet in ``content``, the first's."""
+    name = f"{where}.text" if side.content is None else f"{where}.content[{{}}].text"
+    return [(name.format(i), value) for i, (kind, value) in side.joined if kind == "text"]
+
+
+def reject_unusable_side(side: Side, where: str, problems: Problems) -> None:
+    """Refuse what no text of a side may hold: in its task texts, and in its rewrite where it has one."""
+    for at, text in task_texts(side, where):
+        reject_unusable(text, at, problems)
+    if side.rewrite is not None:
+        reject_unusable_rewrite(side.rewrite, f"{where}.rewrite", problems)
 
 
 def plain_lines(text: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from rime_fast.data.sources import write_rows
+
 CHUNK = 1 << 16  # rows compared at a time
 THRESHOLD = 0.05  # [ours] mode auto's margin below which an item is decoded; the budget curve gives a model's own
 
@@ -92,8 +94,7 @@ class EmbeddingIndex:
         save_file({"rows": self.rows.contiguous()}, str(directory / "index.safetensors"))
         facts = {"rows": len(self), "dims": self.rows.shape[1], "faiss": self.faiss} | self.facts
         (directory / "index.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in self.items or ()]
-        (directory / "items.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(directory / "items.jsonl", self.items or ())
         if self._faiss is not None:
             import faiss
 
@@ -106,8 +107,8 @@ class EmbeddingIndex:
         if not (directory / "index.json").is_file():
             raise ValueError(f"{directory} holds no index.json; expected a folder of `rime-fast index`")
         facts = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-        lines = (directory / "items.jsonl").read_text(encoding="utf-8").splitlines()
-        items = [json.loads(line) for line in lines]
+        with (directory / "items.jsonl").open(encoding="utf-8") as lines:
+            items = [json.loads(line) for line in lines]
         index = cls(load_file(str(directory / "index.safetensors"))["rows"], items=items or None, facts=facts)
         if factory := index.facts.pop("faiss", None):
             import faiss

@@ -75,12 +75,8 @@ class ImageDigests:
 
     def parts(self, side: Side) -> list[list[Any]]:
         """Give the side as plain data, its pictures by their digests. Raises ValueError for a missing file."""
-        found: list[list[Any]] = []
-        for kind, value in side.parts:
-            shown = value if kind == "text" else self(value) if kind == "image" else self.video(value)
-            if kind != "text" or value:
-                found.append([kind, shown])
-        return found
+        look: dict[str, Any] = {"text": str, "image": self, "video": self.video}
+        return [[kind, look[kind](value)] for _, (kind, value) in side.joined]
 
 
 def digest(value: Any) -> str:

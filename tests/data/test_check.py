@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ from rime_fast.data.check_command import CheckOptions, run_check
 from rime_fast.data.collate import Collator
 from rime_fast.data.datasets import open_pairs
 from rime_fast.data.formats import read_pairs
-from rime_fast.data.records import Pair, Side
+from rime_fast.data.records import DataError, Pair, Side
 from rime_fast.data.rows import iter_rows
 from rime_fast.model.tiny import tiny_config
 from tests.data.builders import config, picture, processor
@@ -316,6 +317,35 @@ def test_tags_in_a_rewrite_are_found_without_a_limit(folder):
     report = check_file(file, CheckRules(images="skip"))
     assert [problem.field for problem in report.problems] == ["query.rewrite"] * 2
     assert report.problems[0].problem.startswith("holds '</rewrite>'")
+
+
+def test_a_token_in_two_parts_is_named_at_the_first(folder):
+    parts = [{"image": "good.png"}, {"text": "see <gen_"}, {"text": "emb>"}]
+    raw = row()
+    raw["query"] = {"content": parts, "rewrite": "r"}
+    (problem,) = check_file(write_lines(folder / "rows.jsonl", [raw])).problems
+    assert (problem.field, problem.problem[:17]) == ("query.content[1].text", "holds '<gen_emb>'")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": Side("a", rewrite="b </rewrite>")}, "query.rewrite: holds '</rewrite>'"),
+        ({"target": Side("a <|im_end|>", rewrite="b")}, r"target.text: holds '<\|im_end\|>'"),
+        ({"target": Side("\ud800", rewrite="b")}, "target.text: holds half a surrogate pair"),
+        ({"negatives": [Side("a"), Side("<gen_emb>")]}, r"negatives\[1\].text: holds '<gen_emb>'"),
+        ({"positives": [Side("<gen_emb>", rewrite="b")]}, r"targets\[1\].text: holds '<gen_emb>'"),
+        ({"query": Side(5, rewrite="b")}, "query.text: is a number; expected text"),
+        ({"query": Side("a", "good.png", rewrite="b")}, "query.images: is text; expected a list of images"),
+        ({"target": "a"}, "target: is text; expected a Side"),
+    ],
+)
+def test_pairs_of_the_caller_are_checked_like_rows(change, message):
+    good = Pair(Side("a", rewrite="b"), Side("c", rewrite="d"))
+    pairs = [good, replace(good, **change)]
+    with pytest.raises(DataError, match=f"^dataset, row 2, {message}"):
+        open_pairs(pairs)
+    assert len(open_pairs(pairs, on_bad_row="skip")[0]) == 1
 
 
 def test_command_options_for_files_from_outside(folder, capsys):

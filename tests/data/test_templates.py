@@ -121,6 +121,21 @@ def test_look_alikes_are_errors_by_default(name, token):
         template.render_response(Side("x", rewrite=f"see {token} here", id="q1"))
 
 
+def test_a_look_alike_in_two_parts_is_one():
+    side = Side(content=[("text", "see <gen_"), ("text", ""), ("text", "emb>")], id="q1")
+    with pytest.raises(ValueError, match="side 'q1': text holds '<gen_emb>'"):
+        get_template().render_prompt(side)
+    assert get_template(special_text="escape").render_user(side) == "see < gen_emb>"
+
+
+def test_half_a_surrogate_is_named():
+    template = get_template(special_text="escape")
+    with pytest.raises(ValueError, match="side 'q1': text holds half a surrogate pair"):
+        template.render_prompt(Side("see \udc00", id="q1"))
+    with pytest.raises(ValueError, match="side 'q1': rewrite holds half a surrogate pair"):
+        template.render_response(Side("x", rewrite="see \ud800", id="q1"))
+
+
 @given(TEXT, TEXT.filter(str.strip))
 def test_escaping_leaves_only_the_templates_own_tokens(text, rewrite):
     for name in TEMPLATES:

@@ -105,6 +105,19 @@ def test_wrong_use_is_named(words, message, embedded, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_odd_characters_cost_no_embeddings(model_dir, tmp_path, capsys):
+    ids = ["half \ud800", "one\u2028line"]
+    data = tmp_path / "items.jsonl"
+    words = ["embed", "--model", str(model_dir), "--data", str(data), "--output_dir", str(tmp_path / "embedded")]
+    data.write_text("".join(json.dumps({"text": "it", "id": one}) + "\n" for one in ids))
+    assert main(words) == 0
+    assert build(tmp_path / "embedded", tmp_path / "index") == 0
+    assert [item["id"] for item in EmbeddingIndex.load(tmp_path / "index").items] == ids
+    data.write_text(json.dumps({"text": "it"}) + "\n" + json.dumps({"text": "half \ud800"}))
+    assert main(words) == 1
+    assert f"{data}, row 2, text: holds half a surrogate pair" in capsys.readouterr().err
+
+
 def test_a_folder_whose_data_is_gone_still_answers_by_id(model_dir, tmp_path, capsys):
     data = tmp_path / "items.jsonl"
     picture(16, 16).save(tmp_path / "p.png")

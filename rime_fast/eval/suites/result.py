@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from rime_fast.data.sources import dump_row
 from rime_fast.eval.budget import BudgetCurve
 from rime_fast.eval.suites.cache import write_text
 from rime_fast.eval.suites.score import CellScore
@@ -194,7 +195,7 @@ def write_scores(result: SuiteResult, home: Path) -> None:
             stem = f"{task.name}_{cell.replace('-', '_')}"
             write_text(folder / f"{stem}_score.json", json.dumps(task.metrics(cell), indent=4))
             lines = [
-                json.dumps({"prediction": names, "label": label, "rel_scores": gains}, ensure_ascii=False)
+                dump_row({"prediction": names, "label": label, "rel_scores": gains})
                 for names, (label, gains) in zip(score.predictions, task.labels, strict=True)
             ]
             write_text(folder / f"{stem}_pred.jsonl", "\n".join(lines) + "\n")
