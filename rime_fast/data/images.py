@@ -98,16 +98,16 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     if isinstance(source, np.ndarray):
         return Image.fromarray(_checked(source))
     with _opened(source, max_pixels) as (image, name):
-        orientation = _orientation(image)
         try:
             image.load()
-            return _eight_bits(_turned(image, orientation))
+            return _eight_bits(_turned(image, _orientation(image)))
         except Exception as error:  # a decoder may raise anything on bytes that no encoder wrote
             raise _broken(name, error) from None
 
 
 def image_size(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width of the upright image; of a file only the head is read. Raises as ``load_image``."""
+    """Height and width of the upright image; of a file only the head is read, of a PNG the list of its chunks too.
+    Raises as ``load_image``."""
     if isinstance(source, np.ndarray):
         height, width = _checked(source).shape[:2]
         return height, width
@@ -127,6 +127,8 @@ def hash_image(source: ImageSource, digest: Any) -> None:
         colours = source.getpalette("RGBA") if source.mode in ("P", "PA") else None
         digest.update(f"{source.mode}{source.size}{colours}{source.info.get('transparency')}".encode())
         digest.update(source.tobytes())
+        if (orientation := _orientation(source)) != 1:
+            digest.update(f"orientation {orientation}".encode())
     else:
         digest.update(os.fsencode(source))
 
@@ -167,6 +169,7 @@ def _opened(source: Any, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
     """The image of any source but an array, its head read, and what messages call it."""
     if isinstance(source, Image.Image):
         _limit(source, "open image", max_pixels)
+        _check_depth(source, "open image")
         yield source, "open image"
         return
     stream, name = _stream(source)
@@ -177,6 +180,7 @@ def _opened(source: Any, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
             raise _broken(name, error) from None
         with image:
             _limit(image, name, max_pixels)
+            _check_depth(image, name)
             yield image, name
 
 
@@ -186,6 +190,12 @@ def _limit(image: Image.Image, name: str, max_pixels: int) -> None:
         raise ValueError(f"broken image: {name} ({width} x {height} pixels)")
     if width * height > max_pixels:
         raise ValueError(f"image too large: {name} ({width} x {height} pixels; at most {max_pixels} are decoded)")
+
+
+def _check_depth(image: Image.Image, name: str) -> None:
+    """Refuse 32-bit and floating-point pixels. Pillow opens 16-bit PNG and PPM in its 32-bit mode."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"broken image: {name} (pixels of mode {image.mode}; expected 8 or 16 bits a channel)")
 
 
 def _stream(source: Any) -> tuple[BinaryIO, str]:
@@ -247,13 +257,42 @@ def _broken(name: str, error: Exception) -> ValueError:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF's, 1 where there is none or it cannot be read. (Pillow turns a TIFF itself.)"""
-    if image.format == "TIFF" or not any(tag in image.info for tag in _TAGS):
-        return 1
     try:
+        if image.format == "PNG" and _has_late_tags(image):
+            image.load()  # Pillow reads the chunks behind the pixels with them
+        if image.format == "TIFF" or not any(tag in image.info for tag in _TAGS):
+            return 1
         found = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged block says nothing
         return 1
     return found if found in _TURNS else 1
+
+
+def _has_late_tags(image: Image.Image) -> bool:
+    """Whether an orientation may stand behind the pixels of a PNG that are not read yet; of an animation's first
+    frame."""
+    stream = getattr(image, "fp", None)
+    if stream is None:
+        return False
+    before, pixels = stream.tell(), False
+    try:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8 and (kind := head[4:]) != b"IEND":
+            length = int.from_bytes(head[:4], "big")
+            if pixels and kind == b"fcTL":
+                return False
+            if pixels and kind == b"eXIf":
+                return True
+            if pixels and kind in (b"tEXt", b"zTXt", b"iTXt"):
+                keyword = stream.read(min(length, 80)).partition(b"\0")[0]
+                if keyword.decode("latin-1") in _TAGS:
+                    return True
+                length -= min(length, 80)
+            pixels |= kind == b"IDAT"
+            stream.seek(length + 4, os.SEEK_CUR)
+        return False
+    finally:
+        stream.seek(before)
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
@@ -266,12 +305,9 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+    if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
-    levels = np.asarray(image)
-    if image.mode == "F" or levels.min() < 0 or levels.max() >= 1 << 16:
-        raise ValueError(f"pixels of mode {image.mode}; expected 8 or 16 bits a channel")
-    return Image.fromarray((levels.astype(np.uint16) >> 8).astype(np.uint8))
+    return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
 
 
 def _checked(array: np.ndarray) -> np.ndarray:

@@ -24,12 +24,12 @@ def encoded(image, **options):
     return stream.getvalue()
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def bomb(width=13_000, height=13_000):
     """A PNG of 169 megapixels in some 20 kB."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     lines = zlib.compress(bytes(height * (1 + (width + 7) // 8)), 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
@@ -171,6 +171,26 @@ def test_every_source_stands_upright(tmp_path, name, orientation):
     assert load_image(images[0]).size == images[0].size  # not turned twice
 
 
+@pytest.mark.parametrize("kind", [b"eXIf", b"iTXt"])
+@pytest.mark.parametrize("packed", [b"", b"x" * 80_000])
+def test_a_png_whose_orientation_stands_behind_its_pixels(kind, packed):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    late = exif.tobytes()[6:] + packed if kind == b"eXIf" else b"XML:com.adobe.xmp" + bytes(5) + xmp + packed
+    whole, end = encoded(picture(1, 24, 16), format="PNG"), chunk(b"IEND", b"")
+    text = chunk(b"tEXt", b"date:create\0" + b"today" * 30)
+    turned = {"bytes": whole.removesuffix(end) + text + chunk(kind, late) + end}
+    opened = Image.open(io.BytesIO(turned["bytes"]))
+    assert image_size(opened) == image_size(turned) == (24, 16)
+    images = [
+        load_image(source) for source in (turned, opened, picture(1, 24, 16).transpose(Image.Transpose.ROTATE_270))
+    ]
+    assert len({image.tobytes() for image in images}) == 1
+    plain = {"bytes": whole.removesuffix(end) + text + end}
+    assert image_size(plain) == load_image(plain).size[::-1] == (16, 24)
+
+
 def test_a_damaged_exif_block_does_not_end_a_run(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -201,8 +221,14 @@ def test_sixteen_bits_look_like_their_eight(tmp_path):
     floats = Image.fromarray(np.full((4, 4), 0.5, np.float32))
     with pytest.raises(ValueError, match="pixels of mode F"):
         load_image(floats)
-    with pytest.raises(ValueError, match="pixels of mode I"):
-        load_image(Image.fromarray(np.full((4, 4), 70_000, np.int32)))
+    for levels in (0, 255, 70_000):
+        deep = Image.fromarray(np.full((4, 4), levels, np.int32))
+        for source in (deep, {"bytes": encoded(deep, format="TIFF")}):
+            for look in (load_image, image_size):
+                with pytest.raises(ValueError, match=r"broken image: .*pixels of mode I; expected 8 or 16 bits"):
+                    look(source)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert (np.asarray(load_image({"bytes": encoded(deep, format="PPM")})) == grey).all()
 
 
 def test_cmyk_palettes_and_animations(tmp_path):
@@ -233,6 +259,18 @@ def test_a_palette_is_part_of_the_picture():
     image.putpalette([255, 0, 0])
     other.putpalette([0, 0, 255])
     assert stable_hash(Side("", [image])) != stable_hash(Side("", [other]))
+
+
+def test_how_an_open_image_is_turned_is_part_of_the_picture():
+    hashes = set()
+    for orientation in (None, 1, 6):
+        exif = Image.Exif()
+        if orientation is not None:
+            exif[0x0112] = orientation
+        with Image.open(io.BytesIO(encoded(picture(1), format="PNG", exif=exif))) as image:
+            hashes.add(stable_hash(Side("", [image])))
+    assert len(hashes) == 2
+    assert stable_hash(Side("", [picture(1)])) in hashes
 
 
 def test_content_digest_is_the_file_wherever_it_lies(tmp_path):
