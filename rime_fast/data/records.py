@@ -174,12 +174,15 @@ def stable_hash(side: Side) -> int:
 
 
 def content_hash(side: Side) -> int:
-    """The ``stable_hash`` of a side without its id: equal for equal text, images and videos."""
+    """The ``stable_hash`` of a side without its id: equal for equal text, images and videos in the same order, whether
+    they are given one by one or as ``content``."""
     digest = hashlib.blake2b(digest_size=8)
     text = side.text.encode("utf-8", "surrogatepass")
     digest.update(f"text {len(text)}\0".encode() + text)
-    if side.content is not None:
-        lengths = [(kind, len(value) if kind == "text" else 0) for kind, value in side.content]
+    parts = [part for _, part in side.joined]
+    order = [kind for kind, _ in parts]
+    if order != sorted(order, key=("image", "video", "text").index) or order.count("text") > 1:
+        lengths = [(kind, len(value) if kind == "text" else 0) for kind, value in parts]
         digest.update(f"\0content {lengths}".encode())
     for source in side.images:
         digest.update(b"\0image\0")

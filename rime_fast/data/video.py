@@ -100,6 +100,7 @@ def hash_video(video: Video, digest: Any) -> None:
     if isinstance(video.source, str):
         digest.update(b"\0video\0" + os.fsencode(video.source))
         return
+    digest.update(f"\0frames {len(video.source)}\0".encode())
     for frame in video.source:
         digest.update(b"\0image\0")
         hash_image(frame, digest)

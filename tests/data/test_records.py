@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from rime_fast.data.records import DataError, Problem, Side, image_size, load_image, side_to_json, stable_hash
+from rime_fast.data.video import Video
 from tests.data.builders import picture
 
 
@@ -69,6 +70,29 @@ def test_hash_is_the_same_everywhere_and_differs_where_items_do(tmp_path):
     assert all(0 <= value < 2**63 for value in hashes)
     assert stable_hash(Side("fish", id="1")) == hashes[2]
     assert stable_hash(Side("cat", rewrite="ignored")) == hashes[0]
+
+
+def test_a_prompt_has_one_hash_however_it_is_given():
+    video = Video(["a.png", "b.png"])
+    same = [
+        [Side("cat"), Side(content=[("text", "c"), ("text", ""), ("text", "at")])],
+        [Side("cat", ["a.png"]), Side(content=[("image", "a.png"), ("text", "cat")])],
+        [Side("", ["a.png"]), Side(content=[("text", ""), ("image", "a.png")])],
+        [Side("cat", ["a.png"], video.source), Side(content=[("image", "a.png"), ("video", video), ("text", "cat")])],
+        [
+            Side(content=[("text", "cat"), ("image", "a.png")]),
+            Side(content=[("text", "cat"), ("image", "a.png"), ("text", "")]),
+        ],
+        [Side(content=[("video", video), ("image", "a.png"), ("text", "cat")])],
+        [Side(content=[("text", "c"), ("image", "a.png"), ("text", "at")])],
+        [Side("", ["a.png", "b.png"])],
+        [Side("", video=["a.png", "b.png"])],
+        [Side("", ["a.png"], ["b.png"])],
+        [Side(content=[("video", Video(["a.png"])), ("video", Video(["b.png"]))])],
+    ]
+    hashes = [{stable_hash(side) for side in sides} for sides in same]
+    assert [len(own) for own in hashes] == [1] * len(same)
+    assert len(set.union(*hashes)) == len(same)
 
 
 def test_errors_show_their_problems_and_survive_pickling():
