@@ -13,7 +13,7 @@ from typing import Any
 
 from rime_fast.data.check import check_file
 from rime_fast.data.records import DataError, Side
-from rime_fast.data.retrieval import RetrievalSet, is_retrieval_set
+from rime_fast.data.retrieval import RetrievalSet, count_queries, is_retrieval_set
 from rime_fast.data.row_check import CheckReport, CheckRules
 
 
@@ -144,8 +144,9 @@ def check_retrieval_set(
         found = RetrievalSet.from_file(path, image_root=image_root, allow_outside=allow_outside, images=rules.images)
     except DataError as error:
         report.problems += error.problems
-        return report
-    report.rows = len(found.queries)
+        report.rows = count_queries(path)
+    else:
+        report.rows = len(found.queries)
     report.formats["retrieval set"] = report.rows
     return report
 

@@ -39,6 +39,9 @@ class RetrievalSet:
             if not right:
                 raise ValueError(f"correct[{i}] is empty; every query needs a right candidate")
             pool = range(len(self.candidates)) if self.pools is None else set(self.pools[i])
+            for label, named in (("correct", right), ("pools", [] if self.pools is None else self.pools[i])):
+                if len(set(named)) < len(named):
+                    raise ValueError(f"{label}[{i}] names candidate {_twice(named)} twice")
             if lost := [index for index in right if index not in pool]:
                 raise ValueError(f"correct[{i}] names candidate {lost[0]}, which is not among its candidates")
             if self.gains is not None and len(self.gains[i]) != len(right):
@@ -85,21 +88,26 @@ class RetrievalSet:
             yield from (Problem(file, row, where, problem) for where, problem in found)
 
     def merged(self) -> RetrievalSet:
-        """The set with equal candidates (by id or by content) as one, so that none of them is a wrong answer for a
-        query whose right answer is another."""
-        place: dict[tuple[str, Any], int] = {}
-        kept: list[Side] = []
-        to = []
-        for side in self.candidates:
-            names = [("content", content_hash(side)), *([("id", side.id)] if side.id is not None else [])]
-            at = next((place[name] for name in names if name in place), len(kept))
-            if at == len(kept):
-                kept.append(side)
-            for name in names:
-                place.setdefault(name, at)
-            to.append(at)
-        if len(kept) == len(self.candidates):
+        """The set with equal candidates (by id or by content, and what is equal to an equal one) as one, the first of
+        them, so that none of them is a wrong answer for a query whose right answer is another. Of gains the largest
+        stays."""
+        named: dict[tuple[str, Any], int] = {}
+        equal = list(range(len(self.candidates)))  # an earlier equal candidate, else itself
+
+        def first(at: int) -> int:
+            while equal[at] != at:
+                equal[at] = at = equal[equal[at]]
+            return at
+
+        for i, side in enumerate(self.candidates):
+            for name in [("content", content_hash(side)), *([("id", side.id)] if side.id is not None else [])]:
+                one, other = sorted((first(i), first(named.setdefault(name, i))))
+                equal[other] = one
+        rows = [i for i, at in enumerate(equal) if i == at]
+        if len(rows) == len(self.candidates):
             return self
+        place = {row: i for i, row in enumerate(rows)}
+        kept, to = [self.candidates[row] for row in rows], [place[first(i)] for i in range(len(equal))]
         correct, gains = [], []
         for i, right in enumerate(self.correct):
             best: dict[int, float] = {}
@@ -125,10 +133,23 @@ class RetrievalSet:
 
 def is_retrieval_set(path: str | Path) -> bool:
     """Whether a file is in one of the two forms of a retrieval set, by its first row."""
-    row = next(iter(iter_rows(path)))
+    row = next(iter(iter_rows(path)), None)
+    if row is None:
+        return False
     if row.error is not None:
         return _whole_object(Path(path)) is not None
     return isinstance(row.value, dict) and bool(row.value.keys() & {"queries", "candidates"})
+
+
+def count_queries(path: str | Path) -> int:
+    """How many queries a file in either form has, good or bad; 0 where it cannot be told."""
+    whole = _whole_object(Path(path))
+    if whole is not None:
+        return len(whole["queries"]) if isinstance(whole["queries"], list) else 0
+    try:
+        return sum(1 for _ in iter_rows(path))
+    except DataError:
+        return 0
 
 
 def _whole_object(path: Path) -> dict[str, Any] | None:
@@ -217,9 +238,11 @@ def _read_inline(rows: Any, path: Path, root: ImageRoot) -> RetrievalSet:
                     candidates.append(side_from_json(entry, f"candidates[{i}]", root, found))
                 pool.append(seen[key])
             right = _indices(raw.get("correct"), len(pool), "correct", found)
-            correct.append([pool[i] for i in right])
+            correct.append(list(dict.fromkeys(pool[i] for i in right)))
             pools.append(list(dict.fromkeys(pool)))
         problems.extend(Problem(str(path), row.number, field, problem) for field, problem in found)
+    if not problems and not queries:
+        problems.append(Problem(str(path), 0, "", "is empty"))
     if problems:
         raise DataError(problems)
     return RetrievalSet(queries, candidates, correct, pools, None, path.stem)
@@ -231,6 +254,9 @@ def _indices(raw: Any, limit: int, where: str, problems: Problems) -> list[int]:
         problems.append((where, f"is {str(raw)[:60]}; expected indices from 0 to {limit - 1}"))
         return []
     if len(set(values)) < len(values):
-        twice = next(value for i, value in enumerate(values) if value in values[:i])
-        problems.append((where, f"names candidate {twice} twice"))
+        problems.append((where, f"names candidate {_twice(values)} twice"))
     return values
+
+
+def _twice(values: list[int]) -> int:
+    return next(value for i, value in enumerate(values) if value in values[:i])

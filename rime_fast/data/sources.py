@@ -38,7 +38,10 @@ def open_rows(source: Any, *, name: str = "dataset", max_rows: int | None = None
     Raises DataError for a file that is missing, empty or of no such kind; TypeError for another object.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(os.fspath(source))
+        rows = _open_path(os.fspath(source))
+        if not len(rows) and rows.problem is None:
+            raise DataError(Problem(rows.name, 0, "", "is empty"))
+        return rows
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, dict):
         return SequenceRows(source, name)
     if hasattr(source, "__iter__") and not isinstance(source, (dict, bytes)):
@@ -89,8 +92,6 @@ class ParquetRows(RowSource):
             groups += [(i, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
         self.groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
         self.starts = np.concatenate([[0], np.cumsum(self.groups[:, 2])])
-        if not len(self):
-            raise DataError(Problem(name, 0, "", "is empty"))
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._open: dict[int, Any] = {}
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rime_fast.data.records import Side, content_hash
 from rime_fast.eval import metrics
 from rime_fast.eval.budget import BudgetCurve, budget_curve
 from rime_fast.eval.index import truncated
@@ -121,7 +120,7 @@ def evaluate_mutual(
     int8_step: float | None = None,
     progress: Progress | None = None,
 ) -> MutualResult:
-    """Embed both sides of ``data`` in each mode, rank, and time it. Candidates with the same content count as one.
+    """Embed both sides of ``data`` in each mode, rank, and time it. Equal candidates (by id or content) count as one.
 
     modes: some of the model's; None: all of them. n_examples: queries kept for the report, evenly spaced over the
     set (not chosen by outcome). dims: further widths that the embeddings are scored at.
@@ -135,7 +134,7 @@ def evaluate_mutual(
         raise ValueError(f"modes is {tuple(modes)}; expected a choice of {embedder.modes}, what this model gives")
     if dims:
         embedder.check_widths(dims)
-    data = without_twins(data)
+    data = data.merged()
     sides = {"query": data.queries, "target": data.candidates}
     encoded: dict[tuple[str, str], Encoded] = {}
     for mode in modes:
@@ -178,32 +177,6 @@ def evaluate_mutual(
         dims={width: {name: cell.metrics for name, cell in found.items()} for width, found in others.items()},
         budget=budget,
         sensitivity=sensitivity,
-    )
-
-
-def without_twins(data: RetrievalSet) -> RetrievalSet:
-    """Keep one candidate of ``data`` where several have the same text and images: none of them is more right than its
-    twin, and a tie between the two is no miss. Of gains the larger one stays."""
-    first: dict[int, int] = {}
-    row_of: list[int] = []
-    kept: list[Side] = []
-    for side in data.candidates:
-        row_of.append(first.setdefault(content_hash(side), len(kept)))
-        if row_of[-1] == len(kept):
-            kept.append(side)
-    if len(kept) == len(row_of):
-        return data
-    best: list[dict[int, float]] = [{} for _ in data.correct]
-    for i, rows in enumerate(data.correct):
-        for k, row in enumerate(rows):
-            gain = 1.0 if data.gains is None else data.gains[i][k]
-            best[i][row_of[row]] = max(gain, best[i].get(row_of[row], gain))
-    return replace(
-        data,
-        candidates=kept,
-        correct=[list(own) for own in best],
-        gains=None if data.gains is None else [list(own.values()) for own in best],
-        pools=None if data.pools is None else [list(dict.fromkeys(row_of[c] for c in pool)) for pool in data.pools],
     )
 
 

@@ -190,10 +190,18 @@ def test_command_on_a_retrieval_set(folder, capsys):
     out = capsys.readouterr().out
     assert f"{file}, row 2, query.images[0]: broken image" in out
     assert f"{file}, candidates[1].images[0]: missing image" in out
+    assert f"{file}: 1 of 2 rows are good (2 retrieval set), 1 bad" in out
     whole["queries"][1]["query"].pop("image")
     whole["candidates"][1]["image"] = "good.png"
     file.write_text(json.dumps(whole))
     assert run_check(CheckOptions(files=[str(file)])) == 0
+
+
+@pytest.mark.parametrize("content", ["", " [ ]\n"])
+def test_command_on_a_file_without_rows(content, tmp_path, capsys):
+    (tmp_path / "empty.json").write_text(content)
+    assert run_check(CheckOptions(files=[str(tmp_path / "empty.json")])) == 1
+    assert f"{tmp_path / 'empty.json'}: is empty" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

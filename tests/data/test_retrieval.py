@@ -75,6 +75,13 @@ def test_inline_candidates_are_shared_where_equal(tmp_path):
     assert RetrievalSet.from_file(tmp_path / "list.json").correct == found.correct
 
 
+def test_an_empty_list_is_told(tmp_path):
+    path = save(tmp_path / "empty.json", "[]")
+    assert not is_retrieval_set(path)
+    with pytest.raises(DataError, match=r"empty\.json: is empty"):
+        RetrievalSet.from_file(path)
+
+
 def test_detection(tmp_path):
     assert is_retrieval_set(save(tmp_path / "set.json", SHARED))
     assert not is_retrieval_set(save(tmp_path / "rows.jsonl", json.dumps({"query": {}, "target": {}})))
@@ -125,6 +132,8 @@ def test_bad_inline_sets(tmp_path, line, message):
         ({"correct": [[0], [2]]}, r"correct\[1\] names candidate 2"),
         ({"pools": [[0], [0]]}, r"correct\[1\] names candidate 1"),
         ({"gains": [[1.0], []]}, r"gains\[1\] has 0 entries"),
+        ({"correct": [[0], [1, 1]]}, r"correct\[1\] names candidate 1 twice"),
+        ({"pools": [[0, 1, 0], [1]]}, r"pools\[0\] names candidate 0 twice"),
     ],
 )
 def test_a_set_checks_itself(changes, message):
@@ -148,6 +157,18 @@ def test_equal_candidates_of_a_shared_pool_are_one(tmp_path):
     assert found.correct == [[0], [0, 2]]
     assert found.pools == [[0, 1], [0, 2]]
     assert found.gains == [[1.0], [3, 2]]
+
+
+def test_candidates_equal_to_an_equal_one_are_equal():
+    candidates = [Side("one", id="1"), Side("x"), Side("two", id="2"), Side("two", id="1"), Side("x", id="3")]
+    found = RetrievalSet([Side("q")], candidates, [[3]], pools=[[0, 1, 2, 3]]).merged()
+    assert found.candidates == candidates[:2]
+    assert (found.correct, found.pools) == ([[0]], [[0, 1]])
+
+
+def test_two_equal_right_candidates_of_a_line_are_one(tmp_path):
+    line = {"query": {"text": "q"}, "candidates": [{"text": "a"}, {"text": "a"}, {"text": "b"}], "correct": [0, 1]}
+    assert RetrievalSet.from_file(save(tmp_path / "set.jsonl", json.dumps(line))).correct == [[0]]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from rime_fast.data.records import Side
 from rime_fast.data.retrieval import RetrievalSet
-from rime_fast.eval.mutual import evaluate_mutual, mutual_table, without_twins
+from rime_fast.eval.mutual import evaluate_mutual, mutual_table
 from rime_fast.eval.ranking import rank_candidates
 
 
@@ -143,9 +143,9 @@ def test_equal_candidates_in_a_shared_pool_are_both_right():
     assert [one["row"] for one in result.examples[1]["answers"]] == [1]
     pools = RetrievalSet(queries, candidates, [[4], [2], [3]], pools=[[0, 1, 4], [1, 2], [3, 4]])
     assert evaluate_mutual(Oracle(10), pools).mean_pool == pytest.approx(5 / 3)
-    kept = without_twins(data)
+    kept = data.merged()
     assert (kept.correct, kept.gains) == ([[0], [1], [2]], [[2.0], [1.0], [1.0]])
-    assert without_twins(kept) is kept
+    assert kept.merged() is kept
 
 
 def test_widths_come_from_the_same_embeddings(data):
