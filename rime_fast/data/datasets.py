@@ -23,9 +23,9 @@ class PairDataset(Dataset[Pair]):
 
     source: whatever ``open_rows`` opens (of a file only the places of its rows are kept in memory); its rows are Pair,
     or rows of a format of formats.py, such as a `datasets.Dataset` with the columns of our JSONL. image_root: folder of
-    relative image paths (default: the file's own, else the working directory). allow_outside, allow_urls: see
-    ImageRoot; rows of an object that the caller made may name any path unless ``image_root`` is given. rows: indices
-    [n] to keep (None: all). max_rows: of an iterable, how many are read.
+    relative image paths (default: the file's own, else the working directory); those of a Pair are left as they are.
+    allow_outside, allow_urls: see ImageRoot; rows of an object that the caller made may name any path unless
+    ``image_root`` is given. rows: indices [n] to keep (None: all). max_rows: of an iterable, how many are read.
 
     ``tokens``: [len] of each pair, where a check has counted or estimated them, else None. ``by_name()``: its parts by
     the data set that each row names, where a check has looked.

@@ -35,7 +35,8 @@ def open_rows(source: Any, *, name: str = "dataset", max_rows: int | None = None
     ``[]``; or an iterable, which is read once, at most ``max_rows`` of it, in its own order, into a temporary file.
     name: what messages call a source without a path.
 
-    Raises DataError for a file that is missing, empty or of no such kind; TypeError for another object.
+    Raises DataError for a file that is missing, empty or of no such kind, and for an iterable that fails; TypeError
+    for another object.
     """
     if isinstance(source, (str, os.PathLike)):
         rows = _open_path(os.fspath(source))
@@ -45,7 +46,7 @@ def open_rows(source: Any, *, name: str = "dataset", max_rows: int | None = None
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, dict):
         return SequenceRows(source, name)
     if hasattr(source, "__iter__") and not isinstance(source, (dict, bytes)):
-        return SpooledRows(source, name, max_rows)
+        return SpooledRows(_told(_undecoded(source), name), name, max_rows)
     raise TypeError(f"{name} is {type(source).__name__}; expected a path, a list of Pair or a map-style dataset")
 
 
@@ -192,6 +193,20 @@ class SpooledRows(SequenceRows):
             return pickle.load(stream)
 
 
+def _told(source: Iterable[Any], name: str) -> Iterator[Any]:
+    """The rows of the caller's iterable; what it raises is told with the row that it was to give."""
+    number = 1
+    try:
+        for row in source:
+            yield row
+            number += 1
+    except DataError:
+        raise
+    except Exception as error:  # it may decode, download or compute
+        message = f"cannot be read: {type(error).__name__}: {error}"
+        raise DataError(Problem(name, number, "", message)) from error
+
+
 def _remove(path: str, process: int) -> None:
     if os.getpid() == process and os.path.exists(path):  # not a forked worker's to remove
         os.unlink(path)
@@ -231,7 +246,7 @@ def _undecoded(source: Any) -> Any:
     features = getattr(source, "features", None)
     if features is None or not hasattr(source, "cast"):
         return source
-    if getattr(source, "_format_type", None) is not None:
+    if getattr(source, "_format_type", None) is not None or getattr(source, "_formatting", None) is not None:
         return source  # the caller's own transform
     import datasets
 

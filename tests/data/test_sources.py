@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from rime_fast.data import archives, json_rows
 from rime_fast.data.archives import has_member, read_member
-from rime_fast.data.cache import cached_array, replacing
+from rime_fast.data.cache import cache_folder, cached_array, replacing
 from rime_fast.data.datasets import PairDataset, open_pairs
 from rime_fast.data.formats import read_pairs, write_pairs
 from rime_fast.data.images import load_image
@@ -213,7 +213,20 @@ def test_rows_of_datasets_that_fail_are_bad_rows():
         PairDataset(Odd([1, 2]), name="mine")[1]
 
 
-def test_a_cut_image_in_a_dataset_is_a_bad_row():
+def test_an_iterable_that_fails_names_the_row():
+    def rows():
+        yield {"query": {"text": "q"}, "target": {"text": "t"}}
+        raise OSError("gone")
+
+    before = set(os.listdir(cache_folder()))
+    for on_bad_row in ("stop", "skip"):
+        with pytest.raises(DataError, match=r"^mine, row 2: cannot be read: OSError: gone"):
+            open_pairs(rows(), name="mine", on_bad_row=on_bad_row)
+    assert set(os.listdir(cache_folder())) == before
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_cut_image_in_a_dataset_is_a_bad_row(streamed):
     import io
 
     stream = io.BytesIO()
@@ -231,7 +244,8 @@ def test_a_cut_image_in_a_dataset_is_a_bad_row():
     from rime_fast.data.check import CheckRules
 
     rules = CheckRules(rewrites=False, images="decode")
-    dataset, report = open_pairs(table, rules=rules, on_bad_row="skip")
+    source = table.to_iterable_dataset() if streamed else table
+    dataset, report = open_pairs(source, rules=rules, on_bad_row="skip")
     assert len(dataset) == 2
     assert str(report.problems[0]).startswith("dataset, row 2, query.images[0]: broken image: a.jpg")
 
