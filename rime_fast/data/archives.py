@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import struct
 import tarfile
 import zipfile
 import zlib
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 
@@ -29,6 +31,15 @@ _ENTRY = np.dtype([("name", "<u8", 2), ("offset", "<i8"), ("stored", "<i8"), ("s
 
 class ArchiveError(OSError):
     """An archive or a member that cannot be read; the message names neither (the caller does)."""
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a regular file for reading; OSError for a pipe or a device, without waiting for it."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError("not a file")
+    return os.fdopen(handle, "rb")
 
 
 def read_member(path: str) -> bytes:
@@ -93,7 +104,7 @@ def _listed(archive: str) -> np.ndarray:
     found = {}
     try:
         if archive_kind(archive) == "zip":
-            with zipfile.ZipFile(archive) as opened:
+            with open_file(archive) as stream, zipfile.ZipFile(stream) as opened:
                 for member in opened.infolist():
                     if member.is_dir():
                         continue
@@ -103,7 +114,7 @@ def _listed(archive: str) -> np.ndarray:
                     place = (member.header_offset, member.compress_size, size, member.compress_type)
                     found[_name_hash(member.filename)] = place
         else:
-            with tarfile.open(archive, "r:") as packed:
+            with open_file(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as packed:
                 for entry in packed:
                     if entry.isreg() and not entry.issparse():
                         found[_name_hash(entry.name)] = (entry.offset_data, entry.size, entry.size, _STORED)
@@ -124,14 +135,15 @@ def _opened(archive: str, process: int) -> _Handle:
 
 
 def _handle(archive: str, process: int) -> int:
-    return _opened(archive, process).number
+    return _opened(archive, process).file.fileno()
 
 
 class _Handle:
     """An open file, closed when it leaves the memory of open ones."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.file = open_file(path)
 
     def __del__(self) -> None:
-        os.close(self.number)
+        if hasattr(self, "file"):
+            self.file.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO, Union
 import numpy as np
 from PIL import Image
 
-from rime_fast.data.archives import MEMBER, read_member
+from rime_fast.data.archives import MEMBER, open_file, read_member
 
 # A path, an open image, an [H, W, 3] uint8 array, or what `datasets` stores for an undecoded image.
 ImageSource = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, dict[str, Any]]
@@ -221,15 +220,6 @@ def _stream(source: Any) -> tuple[BinaryIO, str]:
         raise ValueError(f"missing image: {name}") from None
     except OSError as error:
         raise _broken(name, error) from None
-
-
-def open_file(path: str) -> BinaryIO:
-    """Open a regular file for reading; OSError for a pipe or a device, without waiting for it."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError("not a file")
-    return os.fdopen(handle, "rb")
 
 
 def remote_file(url: str) -> BinaryIO:

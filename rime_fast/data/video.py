@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rime_fast.data.archives import MEMBER, read_member
-from rime_fast.data.images import MAX_PIXELS, ImageSource, hash_image, image_size, is_url, open_file, remote_file
+from rime_fast.data.archives import MEMBER, open_file, read_member
+from rime_fast.data.images import MAX_PIXELS, ImageSource, hash_image, image_size, is_url, remote_file
 
 ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".3gp")
 _FRAMES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp")

@@ -39,8 +39,11 @@ def bomb(width=13_000, height=13_000):
 
 
 def test_no_pipe_device_or_folder_is_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    for path in (tmp_path / "pipe.png", "/dev/zero", "/dev/null", tmp_path):
+    for name in ("pipe.png", "pipe.zip", "pipe.tar"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "folder.zip").mkdir()
+    members = [f"{tmp_path}/{name}::a.png" for name in ("pipe.zip", "pipe.tar", "folder.zip")]
+    for path in (tmp_path / "pipe.png", "/dev/zero", "/dev/null", tmp_path, *members):
         for look in (load_image, image_size, content_digest):
             with pytest.raises(ValueError, match=r"broken image: .*(not a file|directory)"):
                 look(str(path))
