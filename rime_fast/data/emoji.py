@@ -35,6 +35,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from rime_fast.data.cache import replacing
 from rime_fast.data.digits import Kind, Split
 from rime_fast.data.records import Pair, Side
 from rime_fast.data.retrieval import RetrievalSet
@@ -95,9 +96,8 @@ def fetch(folder: str | Path) -> Path:
             content = answer.read()
         if base64.b64encode(hashlib.sha512(content).digest()).decode() != digest:
             raise ValueError(f"{_URL.format(artist, VERSION)}: its SHA-512 is not the published one")
-        partial = path.with_suffix(".part")
-        partial.write_bytes(content)
-        partial.rename(path)
+        with replacing(path, "wb") as stream:
+            stream.write(content)
     return folder
 
 

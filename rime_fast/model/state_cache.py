@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,10 +34,11 @@ class StateCache:
             loaded = [load_file(path) for path in paths]
             return [torch.cat([one[str(i)] for one in loaded]).to(device) for i in range(len(loaded[0]))]
         made = make()
-        for path, parts in zip(paths, zip(*(s.split(lengths) for s in made), strict=True), strict=True):
-            partial = path.with_suffix(f".{os.getpid()}")
-            save_file({str(i): part.cpu().contiguous() for i, part in enumerate(parts)}, partial)
-            os.replace(partial, path)  # whole or not there
+        with TemporaryDirectory(dir=self.folder, prefix=".") as new:
+            for path, parts in zip(paths, zip(*(s.split(lengths) for s in made), strict=True), strict=True):
+                partial = Path(new, path.name)
+                save_file({str(i): part.cpu().contiguous() for i, part in enumerate(parts)}, partial)
+                os.replace(partial, path)  # whole or not there
         return made
 
 

@@ -126,7 +126,12 @@ def test_a_missing_package_is_named_and_fetched_packages_are_checked(
     assert not list(tmp_path.iterdir())
     right = {a: base64.b64encode(hashlib.sha512(content[a]).digest()).decode() for a in content}
     monkeypatch.setattr(emoji, "_SHA512", right)
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for artist in content:  # links where partial files were once written
+        (tmp_path / f"emoji-datasource-{artist}-{emoji.VERSION}.part").symlink_to(mine)
     fetch(tmp_path)
+    assert mine.read_text() == "mine"
     assert len(opened) == 3
     fetch(tmp_path)
     assert len(opened) == 3  # what is there is not fetched again

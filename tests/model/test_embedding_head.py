@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -86,11 +88,17 @@ def test_states_from_disk_give_the_same_gradients(name, tmp_path):
         return [loss.detach(), *(p.grad.clone() for p in model.embedding_head.parameters() if p.grad is not None)]
 
     wanted = gradients()
-    model.state_cache = StateCache(tmp_path, "a model")
+    kept, mine = tmp_path / "kept", tmp_path / "mine"
+    model.state_cache = StateCache(kept, "a model")
+    mine.write_text("mine")
+    links = [kept / f"{key}.{os.getpid()}" for key in sequence_keys(batch, "a model")]
+    for link in links:  # no name of a file that is being written can be told beforehand
+        link.symlink_to(mine)
     for _ in range(2):
         assert all(map(torch.equal, gradients(), wanted))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    assert len(list(tmp_path.iterdir())) == 3
+    assert mine.read_text() == "mine"
+    assert len(list(kept.glob("*.safetensors"))) == 3
+    assert len(list(kept.iterdir())) == 3 + len(links)
     hidden = model.encode_hidden
     model.encode_hidden = lambda **_: pytest.fail("the backbone was run")
     assert all(map(torch.equal, gradients(), wanted))

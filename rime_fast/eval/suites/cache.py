@@ -1,8 +1,8 @@
 """Embeddings of a task on disk, in chunks: the unit of work, of batching, of sharing between processes, of resuming.
 
 A side's items have one fixed order, the longest first, and are cut into chunks of 256. A chunk's batches are made of
-its own items alone, so its bits are the same whichever process makes it, and whenever. Chunks are written under a
-temporary name and renamed; a process takes one by making its lock file, and another's once the owner is gone.
+its own items alone, so its bits are the same whichever process makes it, and whenever. Chunks take their name once they
+are complete; a process takes one by making its lock file, and another's once the owner is gone.
 
     OUT/<suite>/<task>/meta.json                              what the embeddings depend on
     OUT/<suite>/<task>/<qry|tgt>-<disc|gen>.<chunk>.safetensors   embedding [n, D] fp32, index [n]; gen: disc [n, D] too
@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from rime_fast.data.cache import replacing
 from rime_fast.data.records import Side
 
 if TYPE_CHECKING:
@@ -81,9 +82,8 @@ class SideCache:
         tensors = {"embedding": made.embeddings.float().contiguous(), "index": torch.tensor(index)}
         if made.disc is not None:
             tensors["disc"] = made.disc.float().contiguous().clone()  # one file may not hold memory twice
-        temporary = self.file(chunk, f"{os.getpid()}.tmp")
-        save_file(tensors, str(temporary))
-        os.replace(temporary, self.file(chunk))
+        with replacing(self.file(chunk), "wb") as stream:
+            stream.write(save(tensors))
 
     def read(self) -> Stored:
         """Read all chunks, put back into the items' order."""
@@ -165,9 +165,8 @@ class Lock:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as stream:
+        stream.write(text)
 
 
 # --- what embeddings depend on ---------------------------------------------------------------------------------------

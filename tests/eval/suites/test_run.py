@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from rime_fast.data.records import Side
 from rime_fast.data.templates import get_template
-from rime_fast.eval.embedder import RimeEmbedder
+from rime_fast.eval.embedder import Encoded, RimeEmbedder
 from rime_fast.eval.metrics import mean_cosine
 from rime_fast.eval.suites import cache as cache_module
 from rime_fast.eval.suites import evaluate_suite, load_suite
@@ -108,6 +108,25 @@ def test_two_processes_at_once(embedder, few, root, tmp_path, small_chunks):
     evaluate_suite(embedder, few, output_dir=tmp_path / "one")
     run_ranks(_shard, 2, str(root), str(tmp_path / "two"))
     assert kept(tmp_path / "two") == kept(tmp_path / "one")
+
+
+def test_no_partial_file_is_written_through_a_link(tmp_path):
+    mine, one = tmp_path / "mine", SideCache(tmp_path / "task", "qry", "disc", 2)
+    mine.write_text("mine")
+    one.folder.mkdir()
+    names = [f"{one.file(0, end).name}.{os.getpid()}.tmp" for end in ("jsonl", "cost.json")]
+    names += [one.file(0, f"{os.getpid()}.tmp").name, f"meta.json.{os.getpid()}.tmp"]
+    for name in names:
+        (one.folder / name).symlink_to(mine)
+    (one.folder / ".meta.json.999999999.a.partial").write_text("of a process that died")
+    os.utime(one.folder / ".meta.json.999999999.a.partial", (0, 0))
+    cache_module.check_meta(one.folder, {"a": 1}, None)
+    rows = Encoded(torch.eye(2), None, [1, 1], [True] * 2, [True] * 2, 0.0)
+    one.write(0, [1, 0], ["a", "b"], rows, 0)
+    assert torch.equal(one.read().embedding, torch.eye(2).flip(0))
+    assert mine.read_text() == "mine"
+    made = {"meta.json", *(one.file(0, end).name for end in ("jsonl", "cost.json", "safetensors"))}
+    assert {path.name for path in one.folder.iterdir()} == made | set(names)
 
 
 def test_a_lock_of_a_process_that_ended_is_taken_over(tmp_path):
