@@ -232,4 +232,4 @@ def show(findings: Findings) -> None:
     console.print()
     console.print(table)
     for name, value in findings.environment.items():
-        console.print(f"{name}={value}", markup=False, highlight=False)
+        console.print(f"{name}={value}", markup=False, highlight=False, soft_wrap=True)

@@ -28,11 +28,13 @@ def bars() -> Iterator[Progress]:
             start, before = began.setdefault(stage, (now, done))
             told = f" ({note})" if note else ""
             if done == total:
-                console.print(f"{stage}: {total} items{told}", markup=False, highlight=False)
+                console.print(f"{stage}: {total} items{told}", markup=False, highlight=False, soft_wrap=True)
             elif now - shown.setdefault(stage, now) >= _EVERY and done > before:
                 shown[stage] = now
                 left = timedelta(seconds=round((total - done) * (now - start) / (done - before)))
-                console.print(f"{stage}: {done} of {total}{told}, {left} left", markup=False, highlight=False)
+                console.print(
+                    f"{stage}: {done} of {total}{told}, {left} left", markup=False, highlight=False, soft_wrap=True
+                )
 
         yield line
         return

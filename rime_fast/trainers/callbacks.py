@@ -111,19 +111,23 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if self.warning:
-            self.console.print(f"{self.title}: step {state.global_step}  warning: {self.warning}", markup=False)
+            self._print(f"step {state.global_step}  warning: {self.warning}")
             self.warning = ""
         if any(name.startswith("eval_") for name in logs):
             numbers = [f"{n} {v:.4g}" for n, v in logs.items() if n.startswith("eval_") and isinstance(v, float)]
-            self.console.print(f"{self.title}: step {state.global_step}  " + "  ".join(numbers), markup=False)
+            self._print(f"step {state.global_step}  " + "  ".join(numbers))
         elif "loss" in logs and self.bar is not None:
             self.bar.update(self.task, line=summary(logs))
         elif "loss" in logs:
             spent = time.perf_counter() - self.begin
             done = max(state.global_step - self.first_step, 1)
             left = spent / done * (state.max_steps - state.global_step)
-            at = f"{self.title}: {state.global_step}/{state.max_steps}  {clock(spent)}  ETA {clock(left)}"
-            self.console.print(f"{at}  {summary(logs)}", markup=False, soft_wrap=True)
+            at = f"{state.global_step}/{state.max_steps}  {clock(spent)}  ETA {clock(left)}"
+            self._print(f"{at}  {summary(logs)}")
+
+    def _print(self, text: str) -> None:
+        """One line, however wide the console is."""
+        self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

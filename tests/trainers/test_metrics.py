@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
-from rime_fast.trainers.callbacks import MetricSums, StepClock, clock, summary
+from rime_fast.trainers.callbacks import MetricSums, ProgressCallback, StepClock, clock, summary
 from rime_fast.trainers.temperature import LearnableTemperature
 
 CPU = torch.device("cpu")
@@ -32,6 +35,20 @@ def test_means_over_tokens_weigh_by_tokens():
         sums.add({"reward": torch.tensor(value)})
     found = sums.drain(torch.device("cpu"))
     assert found == {"kl": pytest.approx(1.9), "reward": pytest.approx(7 / 3)}
+
+
+def test_off_a_terminal_each_log_is_one_line(tmp_path):
+    written = io.StringIO()
+    progress = ProgressCallback("refine-rl", console=Console(file=written, width=80))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9)
+    numbers = {f"eval_number_{i}": 0.5 for i in range(9)}
+    for logs in ({"loss": 1.0}, numbers):
+        progress.warning = "long " * 40 + "end"
+        progress.on_log(None, state, None, logs=logs)
+    lines = written.getvalue().splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["refine-rl"] * 4
+    assert lines[0].endswith("long end")
+    assert lines[3].endswith("eval_number_8 0.5")
 
 
 def test_adding_reads_nothing_back(monkeypatch):
