@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from rime_fast.data.mixture import MixtureDataset, MixtureSampler
+from rime_fast.data.workers import worker_context
 
 
 class MixtureRun:
@@ -47,6 +48,9 @@ class MixtureRun:
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=worker_context(
+                args.dataloader_num_workers, args.dataloader_multiprocessing_context
+            ),
         )
 
     def drain(self, step: int, group: dist.ProcessGroup | None) -> dict[str, float]:

@@ -7,14 +7,10 @@ one it takes depends on the data alone. [ours]
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
-from torch.utils.data import ConcatDataset, Dataset, get_worker_info
+from torch.utils.data import ConcatDataset, Dataset
 
 from rime_fast.data.mixture import MixtureDataset, Place
 from rime_fast.data.records import DataError
@@ -39,8 +35,6 @@ class GuardedRows(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, place: Any) -> tuple[Any, Any]:
-        if get_worker_info() is not None:
-            _outlive_the_groups_signals(os.getpid())
         try:
             return place, self.dataset[place]
         except DataError as error:
@@ -94,21 +88,6 @@ class GuardedRows(Dataset):
             if self._fault(other, item) is None:
                 return item
         return None
-
-
-@cache
-def _outlive_the_groups_signals(worker: int) -> None:
-    """Have a worker process end by its parent's word alone: schedulers and terminals signal the whole group, and a
-    worker that died of it would end the run before its checkpoint."""
-    ours = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ours)
-
-    def listen() -> None:
-        while signal.sigwaitinfo(ours).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
 
 
 def row_of(dataset: Any, place: Any) -> tuple[str, int]:

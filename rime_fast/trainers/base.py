@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, LEFT_OUT, GuardedRows
+from rime_fast.data.workers import worker_context
 from rime_fast.engine import checkpoint
 from rime_fast.engine.background_save import ShardedCheckpoints
 from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite, describe_step
@@ -294,12 +295,14 @@ class DualModeTrainer(ShardedCheckpoints):
         return GuardedRows(dataset, self.data_collator, self.args.on_bad_row == "skip")
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        rows, collate = self.guarded(dataset), self.data_collator
+        rows, collate, method = self.guarded(dataset), self.data_collator, self.args.dataloader_multiprocessing_context
         self.data_collator = rows.collate
+        context: Any = worker_context(self.args.dataloader_num_workers, method)
+        self.args.dataloader_multiprocessing_context = context
         try:
             return super()._get_dataloader(rows, *args, **kwargs)
         finally:
-            self.data_collator = collate
+            self.data_collator, self.args.dataloader_multiprocessing_context = collate, method
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Draw the batches of a step as transformers' does. A row that no batch can be made of ends the run on every

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.context import ForkProcess
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from rime_fast.data.row_guard import GuardedRows
+from rime_fast.data.workers import worker_context
 from rime_fast.engine import checkpoint
 from rime_fast.engine.finite import NonFiniteError
 from rime_fast.trainers.callbacks import InterruptCallback
@@ -317,19 +319,67 @@ def test_no_signal_changes_the_exit_code():
 
 def test_a_signal_to_the_whole_group_leaves_the_workers_alive():
     """A worker that died of it would end the run before its checkpoint; its parent's word still ends it."""
-    loader = DataLoader(GuardedRows(list(range(9)), list, skip=False), num_workers=1, collate_fn=list)
+    loader = workers_loader(signalled, "fork")
     rows = iter(loader)
     first = next(rows)
     (worker,) = rows._workers
     for number in (signal.SIGTERM, signal.SIGINT):
         subprocess.run(["bash", "-c", f"kill -{number.value} {worker.pid}"], check=True)
-    assert [first, *rows] == [[(i, i)] for i in range(9)]
+    assert [first, *rows] == list(range(9))
     again = iter(loader)
     next(again)
     (worker,) = again._workers
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
+
+
+def workers_loader(begin: Any, method: str) -> Any:
+    context = worker_context(1, method)
+    return DataLoader(range(9), batch_size=None, num_workers=1, worker_init_fn=begin, multiprocessing_context=context)
+
+
+def signalled(_: int) -> None:
+    """Before a worker's first row."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_so_it_is_however_workers_are_started(method):
+    again = iter(workers_loader(signalled, method))
+    assert next(again) == 0
+    (worker,) = again._workers
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def test_a_signal_that_comes_while_a_worker_starts_reaches_the_parent(monkeypatch):
+    heard, start = [], ForkProcess.start
+
+    def signalled_start(worker: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        start(worker)
+
+    monkeypatch.setattr(ForkProcess, "start", signalled_start)
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("once"))
+    try:
+        assert list(workers_loader(None, "fork")) == list(range(9))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == ["once"]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one set", "a mixture"])
+def test_the_trainers_workers_are_such(tiny, tmp_path, mixed):
+    pairs = [{"path": tiny.pairs(8), "name": "a"}] if mixed else None
+    run = trainer(tiny, tmp_path, pairs, max_steps=1, dataloader_num_workers=1, **({"block": 1} if mixed else {}))
+    for loader in (run.get_train_dataloader(), run.get_eval_dataloader(tiny.pairs(4))):
+        assert loader.multiprocessing_context.Process is worker_context(1, None).Process
+    assert run.args.dataloader_multiprocessing_context is None
 
 
 # --- starts that cannot go well --------------------------------------------------------------------------------------
