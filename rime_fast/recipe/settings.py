@@ -6,7 +6,7 @@ In the help texts [known] marks what is published (the source is named) and [our
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 OBJECTIVES = ("joint", "sft", "contrastive")
@@ -22,11 +22,32 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
-def in_range(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+def in_range(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    endless: bool = False,
+) -> None:
+    """Raise ValueError for what is no number of the range. endless: infinity is one."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    if not number or value < low or value > high or (open_low and value == low):
-        bounds = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
-        raise ValueError(f"{name} is {value!r}; expected a number {bounds}")
+    inside = number and low <= value <= high and not (open_low and value == low) and not (open_high and value == high)
+    if not inside or (value == math.inf and not endless):
+        bounds = f"{'>' if open_low else '>='} {low:g}"
+        bounds += "" if high == math.inf else f" and {'<' if open_high else '<='} {high:.10g}"
+        raise ValueError(f"{name} is {value!r}; expected a {'finite ' if inside else ''}number {bounds}")
+
+
+def whole_numbers(settings: Any) -> None:
+    """Raise ValueError for a value of a dataclass that is no int where its field is one."""
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        optional = one.type in (int | None, "int | None")
+        if (one.type in (int, "int") or (optional and value is not None)) and type(value) is not int:
+            raise ValueError(f"{one.name} is {value!r}; expected a whole number")
 
 
 @dataclass

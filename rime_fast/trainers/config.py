@@ -18,7 +18,7 @@ from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe import settings as parts
 from rime_fast.recipe.joint import JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
-from rime_fast.recipe.settings import in_range, one_of, option
+from rime_fast.recipe.settings import in_range, one_of, option, whole_numbers
 
 ON_BAD_ROW = ON_NONFINITE = ("stop", "skip")
 PROGRESS = ("rich", "plain", "none")
@@ -30,7 +30,8 @@ STORAGE = ("device", "host", "sharded")
 STOCK_AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1)
 STOCK_AT_LEAST |= dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), 1)
 STOCK_AT_LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0)
-STOCK_AT_LEAST |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers"), 0)
+STOCK_AT_LEAST |= dict.fromkeys(("eval_accumulation_steps", "dataloader_prefetch_factor"), 1)
+STOCK_AT_LEAST |= dict.fromkeys(("adam_epsilon", "dataloader_num_workers", "eval_delay"), 0)
 # Refine-RL's settings that are at least this
 AT_LEAST = {"num_generations": 1, "max_completion_length": 2, "top_k": 0, "epsilon_high": 0, "beta": 0}
 AT_LEAST |= {"num_iterations": 1, "refill_degenerate": 0, "micro_batch_tokens": 1, "rollout_batch": 1}
@@ -118,9 +119,19 @@ class CommonConfig(TrainingArguments):
         one_of("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         one_of("progress", self.progress, PROGRESS)
+        whole_numbers(self)
         for name, low in STOCK_AT_LEAST.items():
             if getattr(self, name) is not None:
-                in_range(name, getattr(self, name), low)
+                in_range(name, getattr(self, name), low, endless=name == "max_grad_norm")
+        for name in ("adam_beta1", "adam_beta2"):
+            in_range(name, getattr(self, name), 0, 1, open_high=True)
+        for name in ("seed", "data_seed"):
+            if getattr(self, name) is not None:
+                in_range(name, getattr(self, name), 0, 2**32 - 1)  # what numpy takes
+        for event in ("logging", "eval", "save"):  # below 1, a share of the run's steps
+            name = f"{event}_steps"
+            if getattr(self, f"{event}_strategy") == "steps" and getattr(self, name) is not None:
+                in_range(name, getattr(self, name), 0, open_low=True)
         in_range("num_train_epochs", self.num_train_epochs, 0, open_low=True)
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; expected a positive number, or -1 for num_train_epochs")
@@ -241,7 +252,7 @@ class RimeConfig(
         for name in ("learnable_temperature", "int8_weight") if self.fp16 else ():
             if getattr(self, name):
                 raise ValueError(f"{name} with fp16=True: the loss scale would distort it; use bf16")
-        in_range("kept_graphs_gib", self.kept_graphs_gib, 0)
+        in_range("kept_graphs_gib", self.kept_graphs_gib, 0, endless=True)
         if self.peak_tflops is not None:
             in_range("peak_tflops", self.peak_tflops, 0, open_low=True)
         if self.micro_batch_tokens is not None:
@@ -385,7 +396,7 @@ class RefineConfig(CommonConfig):
         one_of("bank_storage", self.bank_storage, STORAGE)
         for name, low in AT_LEAST.items():
             if getattr(self, name) is not None or name not in ("micro_batch_tokens", "rollout_batch"):
-                in_range(name, getattr(self, name), low)
+                in_range(name, getattr(self, name), low, endless=name == "epsilon_high")
         if self.anchor_dims is not None:
             in_range("anchor_dims", self.anchor_dims, 1)
         in_range("sampling_temperature", self.sampling_temperature, 0, open_low=True)
@@ -408,8 +419,8 @@ class RefineConfig(CommonConfig):
             self._check_refill()
         if self.anchors == "policy" and self.anchor_pool == "bank":
             self.anchor_pool = "batch"  # the current policy's anchors exist for the batch only
-        self.reward_weights()  # raises, naming the weight
         super().__post_init__()
+        self.reward_weights()  # raises, naming the weight
 
     def _take_old_name(self, old: str, new: str) -> None:
         value = getattr(self, old)

@@ -395,6 +395,20 @@ def test_the_trainers_workers_are_such(tiny, tmp_path, mixed):
         ({"num_train_epochs": 0}, "num_train_epochs is 0"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
+        ({"max_steps": 1.5}, "max_steps is 1.5; expected a whole number"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5; expected a whole number"),
+        ({"num_train_epochs": math.inf}, "num_train_epochs is inf; expected a finite number > 0"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
+        ({"adam_beta1": 1.0}, "adam_beta1 is 1.0; expected a number >= 0 and < 1"),
+        ({"adam_beta2": 1.5}, "adam_beta2 is 1.5"),
+        ({"seed": -1}, "seed is -1; expected a number >= 0 and <= 4294967295"),
+        ({"data_seed": 2**32}, "data_seed is 4294967296"),
+        ({"save_steps": 0}, "save_steps is 0; expected a number > 0"),
+        ({"save_steps": -0.5}, "save_steps is -0.5"),
+        ({"logging_steps": -2}, "logging_steps is -2"),
+        ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps is 0"),
+        ({"eval_delay": -1}, "eval_delay is -1"),
+        ({"dataloader_prefetch_factor": 0, "dataloader_num_workers": 1}, "dataloader_prefetch_factor is 0"),
         ({"on_nonfinite": "go on"}, "on_nonfinite is 'go on'"),
         ({"on_nonfinite": "skip", "fp16": True}, "on_nonfinite is 'skip'"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0"),
@@ -407,6 +421,18 @@ def test_the_trainers_workers_are_such(tiny, tmp_path, mixed):
 def test_bad_values_are_refused(tmp_path, settings, name, config):
     with pytest.raises(ValueError, match=name):
         config(output_dir=str(tmp_path), **settings)
+
+
+def test_values_that_have_a_meaning_are_taken(tmp_path):
+    steps = {"save_steps": 0.1, "logging_steps": 5, "eval_strategy": "steps", "eval_steps": None}
+    never = {"save_strategy": "no", "save_steps": 0, "logging_strategy": "no", "logging_steps": 0}
+    for settings in (steps, never, {"max_grad_norm": math.inf, "warmup_steps": 0.5, "seed": 2**32 - 1}):
+        RimeConfig(output_dir=str(tmp_path), **settings)
+    RefineConfig(output_dir=str(tmp_path), epsilon_high=math.inf)
+    with pytest.raises(ValueError, match=r"num_generations is 2.5; expected a whole number"):
+        RefineConfig(output_dir=str(tmp_path), num_generations=2.5)
+    with pytest.raises(ValueError, match=r"hit_k is 1.5; expected a whole number"):
+        RefineConfig(output_dir=str(tmp_path), hit_k=1.5)
 
 
 def test_what_would_train_nothing_is_refused_before_step_one(tiny, tmp_path):
