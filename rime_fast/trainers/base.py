@@ -218,6 +218,9 @@ class DualModeTrainer(ShardedCheckpoints):
                     how = self.run_facts(), self.args.save_total_limit, self.state.best_model_checkpoint
                     work = bind(checkpoint.publish, partial, run / f"checkpoint-{self.state.global_step}", *how)
                 self.publish(work)
+            except Exception as error:
+                failed = f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"a checkpoint could not be written: {failed} (under {partial})") from error
             finally:
                 self.interrupt.saving, self._partial = False, None
 

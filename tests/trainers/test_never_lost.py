@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -226,6 +227,22 @@ def test_a_checkpoint_of_pickles_wants_trust(tiny, tmp_path):
     with pytest.raises(ValueError, match="trust_checkpoint"):
         trainer(tiny, tmp_path / "b", max_steps=2).train(resume_from_checkpoint=str(found))
     trainer(tiny, tmp_path / "b", max_steps=2, trust_checkpoint=True).train(resume_from_checkpoint=str(found))
+
+
+def test_a_full_disk_is_told_of_as_a_checkpoint_that_could_not_be_written(tiny, tmp_path, monkeypatch):
+    run = trainer(tiny, tmp_path, max_steps=3)
+    sync = os.fsync
+
+    def full(handle: int) -> None:
+        if run.state.global_step == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    told = r"a checkpoint could not be written: OSError: \[Errno 28\] No space left on device \(under .*\.partial\)"
+    with pytest.raises(RuntimeError, match=told):
+        run.train()
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-1"
 
 
 def test_other_data_is_refused_or_accepted_by_name(tiny, tmp_path, capsys):
