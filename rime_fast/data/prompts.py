@@ -6,7 +6,7 @@ its G rollouts. So a side's rows are a block, and [rows] views as [sides, B, G].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,6 +90,20 @@ def side_ids(sides: Sequence[Side]) -> Tensor:
     """Hashes that tell sides apart, two of each, [N, 2] int64: of its id (or content), and of its text (or content with
     images)."""
     return torch.tensor([[stable_hash(side), stable_hash(replace(side, id=None))] for side in sides])
+
+
+def without_negatives(pairs: Iterable[Pair], together: int, masked: bool) -> bool:
+    """Whether no query of these pairs would have a negative in contrasts of ``together`` pairs. masked: whether a key
+    of the positive's id or content is none."""
+    first: list[int] | None = None
+    for pair in pairs:
+        keys = side_ids([pair.target, *pair.negatives]).tolist()
+        known = first is not None and together > 1
+        first = first if known else keys[0]
+        for key in keys if known else keys[1:]:
+            if not masked or not any(a == b for a, b in zip(key, first, strict=True)):  # type: ignore[arg-type]
+                return False
+    return True
 
 
 class RepeatedBatches(Sampler[int]):

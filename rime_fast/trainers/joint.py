@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 
 from rime_fast.data.mixture import MixtureDataset
 from rime_fast.data.mixture_run import MixtureRun
-from rime_fast.data.prompts import PairBatches
+from rime_fast.data.prompts import PairBatches, without_negatives
 from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, GuardedRows
 from rime_fast.engine.grad_cache import Encoded, GradCache
@@ -387,6 +388,7 @@ class RimeTrainer(DualModeTrainer):
 
     def check_start(self) -> None:
         super().check_start()
+        self._check_contrast()
         scores = self.args.distill_weight > 0 and self.teacher is None
         if self.weights.scores_tokens() or scores:
             rows = GuardedRows(self.train_dataset, self.collator.collate_pairs, self.args.on_bad_row == "skip")
@@ -403,6 +405,28 @@ class RimeTrainer(DualModeTrainer):
                     "no token of rows all over train_dataset is scored: cross-entropy has nothing to train on; "
                     "expected rewrites, or ce_query_weight=0 and ce_target_weight=0"
                 )
+
+    def _check_contrast(self) -> None:
+        """Refuse, or warn of where something else is trained, a contrast without negatives: its loss is 0."""
+        args = self.args
+        data: Any = self.train_dataset
+        together = args.block if args.contrast_scope == "block" else args.train_batch_size * max(args.world_size, 1)
+        together = min(together, len(data))
+        if not self.weights.modes() or (self.weights.same_item > 0 and together > 1):
+            return
+        rows = GuardedRows(data, self.collator.collate_pairs, skip=True)
+        looked_at = (rows[i][1] for i in range(0, len(data), -(-len(data) // 256)))
+        most = sys.maxsize if args.hard_negatives is None else args.hard_negatives
+        pairs = (row.with_negatives(most) for row in looked_at if not isinstance(row, DataError))
+        if not without_negatives(pairs, together, args.mask_false_negatives):
+            return
+        why = "all rows looked at have the same target"
+        if together == 1:
+            why = "a batch of all ranks is one pair, and no row looked at has hard negatives"
+        found = f"the contrast has nothing to learn, its loss is 0: {why}"
+        if not self.weights.scores_tokens() and args.distill_weight == 0:
+            raise ValueError(f"{found}; expected a larger per_device_train_batch_size, or other rows")
+        self._tell(f"warning: {found}; the other terms are trained")
 
 
 def _mask_ids(inputs: dict[str, Any], group: Any) -> tuple[Tensor, Tensor] | None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from multiprocessing.context import ForkProcess
 from typing import Any
 from unittest import mock
@@ -465,6 +466,41 @@ def test_what_would_train_nothing_is_refused_before_step_one(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir .* cannot be written"):
         trainer(tiny, tmp_path / "file" / "run").train()
+
+
+CONTRAST_ONLY = {"ce_query_weight": 0.0, "ce_target_weight": 0.0}
+
+
+@pytest.mark.parametrize("case", ["a batch of one", "one row", "one item"])
+def test_a_contrast_without_negatives_is_refused_or_told_of(tiny, tmp_path, case, capsys):
+    pairs, settings = tiny.pairs(4), {"max_steps": 1}
+    if case == "a batch of one":
+        settings["per_device_train_batch_size"] = 1
+    else:
+        pairs = pairs[:1] if case == "one row" else [replace(pair, target=pairs[0].target) for pair in pairs]
+    why = "all rows looked at have the same target" if case == "one item" else "a batch of all ranks is one pair"
+    with pytest.raises(ValueError, match=f"nothing to learn, its loss is 0: {why}"):
+        trainer(tiny, tmp_path / "a", pairs, **settings, **CONTRAST_ONLY).train()
+    trainer(tiny, tmp_path / "b", pairs, **settings).train()
+    assert f"warning: the contrast has nothing to learn, its loss is 0: {why}" in capsys.readouterr().err
+    trainer(tiny, tmp_path / "c", pairs, **settings, **CE_ONLY).train()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_one_other_item_is_a_negative(tiny, tmp_path, capsys):
+    pairs = tiny.pairs(4)
+    alone = {"max_steps": 1, "per_device_train_batch_size": 1, **CONTRAST_ONLY}
+    pairs[3] = replace(pairs[3], negatives=[pairs[3].target])  # the positive is none
+    with pytest.raises(ValueError, match="nothing to learn"):
+        trainer(tiny, tmp_path / "a", pairs, **alone).train()
+    pairs[3] = replace(pairs[3], negatives=[pairs[0].target])
+    with pytest.raises(ValueError, match="nothing to learn"):
+        trainer(tiny, tmp_path / "b", pairs, **alone, hard_negatives=0).train()
+    trainer(tiny, tmp_path / "c", pairs, **alone).train()
+    same = [replace(pair, target=pairs[0].target) for pair in pairs[:3]]
+    trainer(tiny, tmp_path / "d", [*same, pairs[3]], max_steps=1, **CONTRAST_ONLY).train()
+    trainer(tiny, tmp_path / "e", same, max_steps=1, mask_false_negatives=False, **CONTRAST_ONLY).train()
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_seed_reaches_an_adapters_first_values(tiny, tmp_path):
