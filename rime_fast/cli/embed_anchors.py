@@ -26,7 +26,12 @@ def embed_anchors(model: str, data: str, output_dir: str, anchors: str, loading:
     from rime_fast.trainers.anchors import bank_file, item_ids, set_fingerprint
 
     embedder = load_embedder(model, loading)
-    rules = CheckRules(rewrites=False, max_length=loading.max_length, measure=embedder.collator.measure)
+    rules = CheckRules(
+        rewrites=False,
+        max_length=loading.max_length,
+        measure=embedder.collator.measure,
+        max_pixels=loading.max_image_pixels,
+    )
     pairs, _ = open_pairs(data, rules=rules, image_root=loading.image_root, allow_outside=loading.allow_outside)
     name = model_fingerprint(embedder.model)
     with bars() as progress:

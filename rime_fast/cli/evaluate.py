@@ -48,7 +48,11 @@ def run(values: dict[str, Any]) -> int:
     from rime_fast.recipe.int8 import trained_step
 
     data = RetrievalSet.from_file(
-        str(options.data), image_root=loading.image_root, allow_outside=loading.allow_outside, images="head"
+        str(options.data),
+        image_root=loading.image_root,
+        allow_outside=loading.allow_outside,
+        images="head",
+        max_pixels=loading.max_image_pixels,
     )
     if options.limit is not None:
         data = _first(data, options.limit)

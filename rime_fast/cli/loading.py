@@ -22,6 +22,9 @@ class EmbedderOptions:
     )
     max_length: int | None = field(default=None, metadata={"help": "Longest prompt; a longer one is an error."})
     max_pixels: int | None = field(default=None, metadata={"help": "Shrink images to at most this many pixels."})
+    max_image_pixels: int = field(
+        default=89_478_485, metadata={"help": "An image of more pixels is an error; it is never decoded."}
+    )
     image_root: str | None = field(
         default=None, metadata={"help": "Folder of relative image paths; default: the data file's own."}
     )
@@ -63,4 +66,5 @@ def load_embedder(path: str, options: EmbedderOptions) -> RimeEmbedder:
         token_budget=options.token_budget,
         max_new_tokens=options.max_new_tokens,
         max_length=options.max_length,
+        max_image_pixels=options.max_image_pixels,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rime_fast.data.cache import replacing
-from rime_fast.data.images import ImageRoot
+from rime_fast.data.images import MAX_PIXELS, ImageRoot
 from rime_fast.data.records import DataError, Pair, Problem, Side, content_hash, kind_of, side_from_json, side_to_json
 from rime_fast.data.row_check import CheckRules, check_pair
 from rime_fast.data.rows import iter_rows
@@ -55,6 +55,7 @@ class RetrievalSet:
         image_root: str | Path | None = None,
         allow_outside: bool = False,
         images: Literal["decode", "head", "skip"] = "skip",
+        max_pixels: int = MAX_PIXELS,
     ) -> RetrievalSet:
         """Read either form of docs/data.md. Raises DataError naming file, row and field of everything wrong.
 
@@ -62,7 +63,7 @@ class RetrievalSet:
         "candidates": [index], "gains": [number]}]}``; or JSONL (MMEB-style) with one query a line and its candidates
         inline: ``{"query": side, "candidates": [side], "correct": index or list}``. Equal candidates become one.
         allow_outside: see ImageRoot. images: how far each is read here ("head": as far
-        as its size, "decode": whole), so that none is missing once embedding has begun.
+        as its size, "decode": whole), so that none is missing once embedding has begun. max_pixels: of one image.
         """
         path = Path(path)
         folder = os.fspath(path.parent if image_root is None else image_root)
@@ -70,7 +71,7 @@ class RetrievalSet:
         rows = iter_rows(path)
         whole = _whole_object(path)
         found = _read_inline(rows, path, root) if whole is None else _read_shared(whole, path, root)
-        rules = CheckRules(rewrites=False, images=images)
+        rules = CheckRules(rewrites=False, images=images, max_pixels=max_pixels)
         if problems := list(found.problems(str(path), rules)):
             raise DataError(problems)
         return found.merged()

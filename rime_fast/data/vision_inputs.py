@@ -79,7 +79,7 @@ class VisionInputs:
         one's target size."""
         stacks = []
         for frames in videos:
-            size = self.video_size(image_size(frames[0]))
+            size = self.video_size(image_size(frames[0], max_pixels=self.max_decoded))
             pixels = [self._pixels(frame, size) for frame in frames]
             pixels += pixels[-1:] * (-len(pixels) % self.temporal_patch_size)
             stacks.append(pixels)

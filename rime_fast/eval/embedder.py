@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from rime_fast.data.collate import Collator, token_budget_batches
+from rime_fast.data.images import MAX_PIXELS
 from rime_fast.data.records import Side, side_from_json
 from rime_fast.data.templates import Template
 from rime_fast.engine.wrappers import dual_mode_of
@@ -110,6 +111,8 @@ class RimeEmbedder:
     processor: anything with ``tokenizer`` and ``image_processor``. template: the one the model was trained with.
     token_budget: tokens of a batch, padding counted; prompt and ``max_new_tokens`` together in mode gen.
     max_new_tokens: cap of a rewrite; one that has no ``<gen_emb>`` by then is counted in ``stats.missing_gen``.
+    max_image_pixels: a larger image is never decoded.
+
         embedder = RimeEmbedder.from_pretrained("runs/sft")
         d = embedder.encode(["a red shoe", Image.open("shoe.png")])
         g, rewrites = embedder.encode([{"text": "which shoe?", "image": "shoe.png"}], mode="gen", return_rewrites=True)
@@ -124,10 +127,12 @@ class RimeEmbedder:
         token_budget: int = 16384,
         max_new_tokens: int = 512,
         max_length: int | None = None,
+        max_image_pixels: int = MAX_PIXELS,
     ) -> None:
-        if token_budget < 1 or max_new_tokens < 1:
+        if min(token_budget, max_new_tokens, max_image_pixels) < 1:
             raise ValueError(
-                f"token_budget is {token_budget} and max_new_tokens {max_new_tokens}; expected positive numbers"
+                f"token_budget is {token_budget}, max_new_tokens {max_new_tokens} and max_image_pixels "
+                f"{max_image_pixels}; expected positive numbers"
             )
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if isinstance(base, PreTrainedModel) and not isinstance(base, DualModeModel):
@@ -135,7 +140,9 @@ class RimeEmbedder:
         base = dual_mode_of(model)
         self.model = model
         self.processor = processor
-        self.collator = Collator(processor, template, base.config, max_length=max_length)
+        self.collator = Collator(
+            processor, template, base.config, max_length=max_length, max_image_pixels=max_image_pixels
+        )
         self.token_budget = token_budget
         self.max_new_tokens = max_new_tokens
         self.stats = EmbedderStats()

@@ -15,7 +15,7 @@ from typing import Any
 from rime_fast.data.archives import MEMBER
 from rime_fast.data.cache import file_key
 from rime_fast.data.formats import detect_format, known_format, pair_to_json, parse_row
-from rime_fast.data.images import ImageRoot, ImageSource, content_digest
+from rime_fast.data.images import MAX_PIXELS, ImageRoot, ImageSource, content_digest
 from rime_fast.data.records import DataError, Pair, Problem, Side
 from rime_fast.data.row_check import CheckRules, check_pair
 from rime_fast.data.rows import RowSource
@@ -97,6 +97,7 @@ class Reading:
     rows: RowSource
     root: ImageRoot
     file_format: str | None = None
+    max_pixels: int = MAX_PIXELS
 
     def pair(self, index: int) -> tuple[Pair, Any]:
         """Read the row as a pair, and as it stands. Raises DataError naming file and row."""
@@ -116,7 +117,7 @@ class Reading:
         """Read every row, or say what is wrong with it. Raises DataError for a list that breaks off."""
         if self.rows.problem is not None:
             raise DataError(self.rows.problem)
-        rules = CheckRules(rewrites=False)
+        rules = CheckRules(rewrites=False, max_pixels=self.max_pixels)
         for index in range(len(self.rows)):
             try:
                 pair, raw = self.pair(index)
@@ -167,13 +168,15 @@ def open_reading(
     file_format: str | None = None,
     allow_outside: bool = False,
     allow_urls: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Reading:
-    """Open rows of anything that ``open_rows`` opens, with the image root of ``PairDataset``."""
+    """Open rows of anything that ``open_rows`` opens, with the image root of ``PairDataset``. max_pixels: of one
+    image."""
     known_format(file_format)
     rows = open_rows(source)
     own = not isinstance(source, (str, os.PathLike)) and image_root is None
     folder = rows.folder if image_root is None else os.path.abspath(image_root)
-    return Reading(rows, ImageRoot(folder, allow_outside or own, allow_urls), file_format)
+    return Reading(rows, ImageRoot(folder, allow_outside or own, allow_urls), file_format, max_pixels)
 
 
 def output_path(source: Any, output: str | Path) -> Path:

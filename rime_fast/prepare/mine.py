@@ -54,16 +54,17 @@ def mine_negatives(
     """
     options = options or MineOptions()
     told = progress or (lambda *_: None)
+    path = output_path(data, output)
+    folder = Path(options.cache or f"{output}.cache")
+    embedder = RimeEmbedder.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model
     reading = open_reading(
         data,
         image_root=options.image_root,
         file_format=options.file_format,
         allow_outside=options.allow_outside,
         allow_urls=options.allow_urls,
+        max_pixels=embedder.collator.vision.max_decoded,
     )
-    path = output_path(data, output)
-    folder = Path(options.cache or f"{output}.cache")
-    embedder = RimeEmbedder.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model
     items = Items(reading)
     with Ledger(folder / "pictures", "pictures") as kept:
         digests = ImageDigests(kept)

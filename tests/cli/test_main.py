@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from rime_fast import cli
+from rime_fast.model.tiny import tiny_model, tiny_processor, tiny_tokenizer
+from rime_fast.model.tokens import add_embedding_tokens
 
 NAMES = list(cli.COMMANDS)
 
@@ -131,6 +133,32 @@ def test_command_line_wins_over_later_over_earlier_file(tmp_path):
     second.write_text("seed: 2\nlearning_rate: 1e-4\n")
     values = COMMAND.read(["--seed", "3", "--config", str(first), "--config", str(second)])
     assert values == {"seed": "3", "learning_rate": "1e-4", "max_steps": 5}
+
+
+EMBEDDING = ("embed", "eval", "mine", "export", "search", "serve")
+
+
+@pytest.mark.parametrize("name", [*EMBEDDING, "train", "refine", "data check"])
+def test_every_command_that_opens_images_for_a_model_takes_their_limit(name):
+    assert "max_image_pixels" in cli.load(name).options()
+
+
+@pytest.mark.parametrize("command", ["embed", "eval", "mine"])
+def test_the_limit_of_pixels_reaches_the_images(command, tmp_path, capsys):
+    tokenizer = tiny_tokenizer(["which one red"])
+    model = tiny_model("qwen2_vl", tokenizer=tokenizer)
+    add_embedding_tokens(model, tokenizer)
+    model.save_pretrained(tmp_path / "m")
+    tiny_processor(tokenizer).save_pretrained(tmp_path / "m")
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    side = {"text": "which one", "image": "a.png"}
+    row = {"embed": side, "mine": {"query": side, "target": {"text": "red"}}}
+    row["eval"] = {"query": side, "candidates": [{"text": "red"}], "correct": 0}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row[command]) + "\n")
+    words = [command, "--model", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--max_image_pixels", "599"]
+    words += ["--output", str(tmp_path / "o.jsonl")] if command == "mine" else ["--output_dir", str(tmp_path / "o")]
+    assert run(*words) == 1
+    assert "30 x 20 pixels; at most 599 are decoded" in capsys.readouterr().err
 
 
 def test_interrupt_exits_130(monkeypatch, capsys):

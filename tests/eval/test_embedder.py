@@ -223,6 +223,17 @@ def test_rewrites_need_gen(embedder):
         RimeEmbedder(embedder.model, embedder.processor, token_budget=0)
 
 
+def test_the_limit_of_pixels_is_the_embedders(embedder):
+    image = Image.new("RGB", (16, 12))
+    small = RimeEmbedder(embedder.model, embedder.processor, max_image_pixels=191)
+    for item in ({"image": image}, {"video": [image, image]}):
+        with pytest.raises(ValueError, match="16 x 12 pixels; at most 191 are decoded"):
+            small.encode([item])
+        RimeEmbedder(embedder.model, embedder.processor, max_image_pixels=192).encode([item])
+    with pytest.raises(ValueError, match="max_image_pixels 0; expected positive numbers"):
+        RimeEmbedder(embedder.model, embedder.processor, max_image_pixels=0)
+
+
 def test_both_modes_from_one_prefill(embedder, monkeypatch):
     """As many prefills as mode gen has; the embeddings are those of the modes alone."""
     prefills = 0
