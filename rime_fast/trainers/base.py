@@ -25,7 +25,6 @@ from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite, des
 from rime_fast.engine.launch import pass_on
 from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
-from rime_fast.model.flops import recomputed
 from rime_fast.ops.collectives import of_all_ranks
 from rime_fast.trainers.callbacks import (
     InterruptCallback,
@@ -33,10 +32,8 @@ from rime_fast.trainers.callbacks import (
     ProgressCallback,
     ShortRunCallback,
     StepClock,
-    data_of,
+    facts_of,
     rates,
-    results_of,
-    settings_of,
     settings_that_count,
     tell,
 )
@@ -278,18 +275,7 @@ class DualModeTrainer(ShardedCheckpoints):
 
     def facts(self) -> dict[str, Any]:
         """What the model card says of this run (see rime_fast/model/card.py)."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return {
-            "title": self.title,
-            "base_model": getattr(base.config, "_name_or_path", "") or None,
-            "template": self.args.template,
-            **{name: getattr(base.config, name, None) for name in ("matryoshka_dimensions", "int8_step")},
-            "step": self.state.global_step,
-            "epoch": self.state.epoch,
-            "settings": settings_of(self.args) | {"recomputed towers": recomputed(self.model)},
-            "data": data_of(self.train_dataset),
-            "results": results_of(self.state.log_history),
-        }
+        return {"title": self.title} | facts_of(self.model, self.args, self.state, self.train_dataset)
 
     # --- rows that turn out bad ------------------------------------------------------------------------------------
 
@@ -447,10 +433,4 @@ class DualModeTrainer(ShardedCheckpoints):
         if self._parameter_count is None:
             embedding = self.model.get_input_embeddings().weight
             self._parameter_count = sum(p.numel() for p in self.model.parameters()) - embedding.numel()
-        return 6 * self._parameter_count * tokens_of(inputs)
-
-
-def tokens_of(inputs: dict[str, Any]) -> int:
-    """Count the tokens of a packed batch, known on the host."""
-    ids = inputs.get("input_ids")
-    return 0 if ids is None else ids.shape[0]
+        return 6 * self._parameter_count * len(inputs.get("input_ids", ()))

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from rime_fast.model.flops import recomputed
 from rime_fast.trainers.config import CommonConfig
 
 # Shown first, in this order; a bar has room for about eight numbers. A trailing * stands for any ending.
@@ -385,6 +386,21 @@ def settings_that_count(args: CommonConfig) -> dict[str, Any]:
     """The settings that a resumed run must share with its checkpoint's."""
     found = {name: value for name, value in settings_of(args).items() if name not in _FREE}
     return found | {name: str(getattr(args, name)) for name in _COUNTS}
+
+
+def facts_of(model: Any, args: CommonConfig, state: TrainerState, dataset: Any) -> dict[str, Any]:
+    """What the model card says of a run, by name."""
+    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    return {
+        "base_model": getattr(config, "_name_or_path", "") or None,
+        "template": args.template,
+        **{name: getattr(config, name, None) for name in ("matryoshka_dimensions", "int8_step")},
+        "step": state.global_step,
+        "epoch": state.epoch,
+        "settings": settings_of(args) | {"recomputed towers": recomputed(model)},
+        "data": data_of(dataset),
+        "results": results_of(state.log_history),
+    }
 
 
 def data_of(dataset: Any) -> dict[str, int]:
