@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import partial as bind
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -301,15 +301,20 @@ class DualModeTrainer(ShardedCheckpoints):
         self.sums.count(data_wait=time.perf_counter() - begin)
         bad = self._look_at_rows(batches, self.sums)
         if bad:
+            self._end_at_rows(bad, f"the batch of step {self.state.global_step + 1}")
+        return batches, items
+
+    def _end_at_rows(self, bad: str, found_in: str) -> NoReturn:
+        """Raise DataError for rows that no batch can be made of, after a checkpoint of this step."""
+        step = self.state.global_step
+        place = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
+        if step > 0:
             self._settle()
             self.background.finish()
-            step = self.state.global_step
-            place = Path(self._get_output_dir(None)) / f"checkpoint-{step}"
-            if step > 0 and not place.is_dir():
+            if not place.is_dir():
                 self._save_checkpoint(self.model_wrapped, None)
-            after = f"; checkpoint: {place}" if step > 0 else ""
-            raise DataError(f"{bad}\n(found in the batch of step {step + 1}{after}; on_bad_row='skip' leaves such out)")
-        return batches, items
+        after = f"; checkpoint: {place}" if step > 0 else ""
+        raise DataError(f"{bad}\n(found in {found_in}{after}; on_bad_row='skip' leaves such out)")
 
     def _look_at_rows(self, batches: Sequence[Any], sums: MetricSums) -> str:
         """Tell and count the rows of batches that were left out; what no rank's batch could be made of, "" for none."""
@@ -406,6 +411,8 @@ class DualModeTrainer(ShardedCheckpoints):
     ) -> tuple[torch.Tensor, None, None]:
         """Compute the loss of one evaluation batch."""
         if bad := self._look_at_rows([inputs], self.eval_sums):
+            if self.is_in_train:
+                self._end_at_rows(bad, f"the evaluation after step {self.state.global_step}")
             raise DataError(bad)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

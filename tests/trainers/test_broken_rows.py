@@ -68,14 +68,14 @@ def replaced(path: Path) -> Path:
     return other
 
 
-def trainer(folder: Path, data: Any, **settings: Any) -> Any:
+def trainer(folder: Path, data: Any, evaluation: Any = None, **settings: Any) -> Any:
     kind, config, own = (RimeTrainer, RimeConfig, JOINT)
     if "trained_sides" in settings:
         kind, config, own = (RefineRLTrainer, RefineConfig, REFINE)  # type: ignore[assignment]
     args = config(output_dir=str(folder), **(SHARED | own | {"on_bad_row": "skip"} | settings))
     processor = make_processor()
     torch.manual_seed(0)
-    return kind(make_model(processor), args, data, processing_class=processor, template=TEMPLATE)
+    return kind(make_model(processor), args, data, evaluation, processing_class=processor, template=TEMPLATE)
 
 
 def weights(run: Any) -> torch.Tensor:
@@ -224,6 +224,21 @@ def test_in_evaluation_too(tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl, row 4: "):
         run.evaluate(run.train_dataset)
     assert skipping.evaluate(skipping.train_dataset)["eval_left_out_rows"] == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 1}, {"trained_sides": "query"}], ids=str)
+def test_and_while_training_with_a_checkpoint(tmp_path, settings):
+    sound, broken = files(tmp_path / "sound"), files(tmp_path / "broken")
+    many = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    run = trainer(tmp_path / "run", str(sound), str(broken), on_bad_row="stop", **many, **settings)
+    cut(tmp_path / "broken")
+    wanted = r"row 4: .*broken image(.|\n)*\(found in the evaluation after step 2; checkpoint: .*checkpoint-2;"
+    with pytest.raises(DataError, match=wanted):
+        run.train()
+    assert checkpoint.newest(tmp_path / "run") == (tmp_path / "run" / "checkpoint-2", {})
+    again = trainer(tmp_path / "run", str(sound), str(broken), on_bad_row="skip", **many, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
 
 
 # --- several ranks ---------------------------------------------------------------------------------------------------
