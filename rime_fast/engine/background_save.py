@@ -22,6 +22,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import is_peft_available
 
+from rime_fast.engine.finite import NonFiniteError, all_finite
 from rime_fast.ops.collectives import of_all_ranks
 
 MODEL, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # where accelerate's loaders look
@@ -94,8 +95,8 @@ class ShardedCheckpoints(Trainer):
     """The Trainer of transformers, with checkpoints by ``BackgroundSave`` where accelerate's state dicts are sharded,
     which ``args.async_save`` sets.
 
-    A checkpoint of either form, whole or sharded, is resumed from. ``save_model`` writes one whole model. Raises
-    ValueError where accelerate does not shard, though FSDP was asked for.
+    A checkpoint of either form, whole or sharded, is resumed from. ``save_model`` writes one whole model, never of
+    weights that are not finite. Raises ValueError where accelerate does not shard, though FSDP was asked for.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +157,11 @@ class ShardedCheckpoints(Trainer):
             torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole model as transformers' ``save_model`` does, gathered from its shards."""
+        """Save the whole model as transformers' ``save_model`` does, gathered from its shards. Raises NonFiniteError
+        for weights that are not finite."""
+        if not self._in_checkpoint:  # whose weights were looked at
+            together = self.is_fsdp_enabled or self.is_deepspeed_enabled  # else rank 0 may be alone here
+            self.require_finite(dist.group.WORLD if together and self.args.world_size > 1 else None)
         if not self._sharded:
             super().save_model(output_dir, _internal_call)
         elif self._in_checkpoint:  # whose weights are the shards
@@ -169,6 +174,12 @@ class ShardedCheckpoints(Trainer):
         else:
             with self._states(sharded=False):
                 super().save_model(output_dir, _internal_call)
+
+    def require_finite(self, group: dist.ProcessGroup | None) -> None:
+        """Raise NonFiniteError where a weight is not finite on any rank of ``group``."""
+        model: Any = self.model
+        if not all_finite(model.parameters(), group):
+            raise NonFiniteError(f"the weights are not finite after step {self.state.global_step}; they were not saved")
 
     @property
     def _sharded(self) -> bool:

@@ -90,7 +90,8 @@ class FiniteGuard:
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> bool:
     """Whether every element is finite, on every rank; reads one number on the host."""
-    parts = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+    # of what FSDP2 or ZeRO-3 shards, this rank's part
+    parts = [x.to_local() if hasattr(x, "to_local") else getattr(x, "ds_tensor", x) for x in tensors]
     parts = [x for x in parts if x.is_floating_point() and x.numel()]
     flag = torch.ones(())
     if parts:

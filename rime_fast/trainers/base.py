@@ -21,7 +21,7 @@ from rime_fast.data.row_guard import BAD, LEFT_OUT, GuardedRows
 from rime_fast.data.workers import worker_context
 from rime_fast.engine import checkpoint
 from rime_fast.engine.background_save import ShardedCheckpoints
-from rime_fast.engine.finite import FiniteGuard, NonFiniteError, all_finite, describe_step
+from rime_fast.engine.finite import FiniteGuard, NonFiniteError, describe_step
 from rime_fast.engine.launch import pass_on
 from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
@@ -124,6 +124,7 @@ class DualModeTrainer(ShardedCheckpoints):
             with self.interrupt.listening():
                 result = super().train(resume, *args, **kwargs)
                 self._settle()
+                self.require_finite(self.group)
         except Exception as error:
             self._fail(error)
             raise
@@ -195,10 +196,7 @@ class DualModeTrainer(ShardedCheckpoints):
         with self.clock.paused():
             self._settle()
             self.background.finish()
-            if not all_finite(self.model.parameters(), self.group):
-                raise NonFiniteError(
-                    f"the weights are not finite after step {self.state.global_step}; no checkpoint of them was written"
-                )
+            self.require_finite(self.group)
             run = Path(self._get_output_dir(trial))
             partial = run / checkpoint.PARTIAL
             if self.args.should_save:
