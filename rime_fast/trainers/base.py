@@ -68,7 +68,9 @@ class DualModeTrainer(ShardedCheckpoints):
             args._n_gpu = 1
         if args.should_save:
             checkpoint.check_writable(str(args.output_dir))
-        self.sums, self.eval_sums, self.clock = MetricSums(), MetricSums(), StepClock()
+        # what is not finite in a step that is left out counts in no mean
+        self.sums, self.eval_sums = MetricSums(finite=args.on_nonfinite == "skip"), MetricSums()
+        self.losses, self.clock = MetricSums(finite=True), StepClock()  # losses: of a run that leaves steps out
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
         self.accelerator.state.dynamo_plugin.backend = "NO"  # prepare_model has compiled the layers
         # our loss is a mean over its micro-batch: the Trainer divides it by the accumulation steps
@@ -118,6 +120,7 @@ class DualModeTrainer(ShardedCheckpoints):
         self._tell(*lines)
         self.interrupt.requested = self.interrupt.stopped = False
         self.finite = FiniteGuard(self.args.device, self.group)
+        self.losses = MetricSums(finite=True)
         self.clock.restart()
         self.before_training(resume)
         try:
@@ -136,7 +139,7 @@ class DualModeTrainer(ShardedCheckpoints):
                 saved = str(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
                 print(f"stopped at step {self.state.global_step}; checkpoint: {saved}\ngo on with {self.again(saved)}")
             raise SystemExit(130)
-        return result
+        return result._replace(training_loss=result.metrics["train_loss"])
 
     def _fail(self, error: Exception) -> None:
         """Tell the other ranks what failed, or raise what failed on another one, where this one's part broke off."""
@@ -347,18 +350,23 @@ class DualModeTrainer(ShardedCheckpoints):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        loss = self._seen(
-            self.step(model, self._prepare_inputs(inputs), 1.0 / self.current_gradient_accumulation_steps)
-        )
+        scale = 1.0 / self.current_gradient_accumulation_steps
+        loss = self._seen(self.step(model, self._prepare_inputs(inputs), scale))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0 and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return loss
 
     def _seen(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss for transformers' sum; that of a step to be left out counts as 0 there."""
+        """The loss for transformers' sum. Where steps are left out, theirs would count as 0 in its mean: ``log`` tells
+        ours in its place."""
         self.finite.see(loss)
-        return torch.where(loss.isfinite(), loss, 0.0) if self.args.on_nonfinite == "skip" else loss
+        if self.args.on_nonfinite != "skip":
+            return loss
+        batches = self.current_gradient_accumulation_steps
+        for sums in (self.sums, self.losses):
+            sums.add({"loss": loss * batches}, weight=1.0 / batches)
+        return torch.where(loss.isfinite(), loss, 0.0)
 
     def _loss_is_overridden(self) -> bool:
         """Whether ``compute_loss`` comes from somebody who did not give the ``step`` that belongs to it."""
@@ -385,6 +393,13 @@ class DualModeTrainer(ShardedCheckpoints):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics gathered since the last log: the only place where they leave the device."""
+        skips = self.args.on_nonfinite == "skip"
+        if skips and ("loss" in logs or "train_loss" in logs):
+            self._settle()  # so that a step that was left out is counted where it belongs
+        if skips and "train_loss" in logs:
+            logs["train_loss"] = self.losses.drain(self.args.device, self.group).get("loss", math.nan)
+            if skipped := self.sums.drain(self.args.device, self.group).get("skipped_steps"):
+                logs["skipped_steps"] = skipped
         if "loss" in logs:
             gathered = self.sums.drain(self.args.device, self.group)
             seconds = self.clock.lap()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import sys
@@ -252,11 +253,14 @@ class MetricSums:
 
     ``add`` costs two small kernels, ``drain`` one transfer (and one all-reduce between ranks). Ranks must add the
     same names; a name's mean is over every value added on any rank, by weight.
+
+    finite: values that are not finite do not count; the mean of a name without any other is NaN.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finite: bool = False) -> None:
+        self.finite = finite
         self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._adds: dict[tuple[str, ...], float] = {}
+        self._adds: dict[tuple[str, ...], float | Tensor] = {}
         self._totals: dict[str, float] = {}
 
     def add(self, values: Mapping[str, Tensor], weight: float = 1.0) -> None:
@@ -270,11 +274,15 @@ class MetricSums:
         stacked = torch.stack([value.detach().float() for value in values.values()])
         if weight != 1.0:
             stacked = stacked * weight
+        adds: float | Tensor = weight
+        if self.finite:
+            good = stacked.isfinite()
+            stacked, adds = torch.where(good, stacked, 0.0), good * weight
         if names in self._sums:
             self._sums[names] += stacked
-            self._adds[names] += weight
+            self._adds[names] += adds
         else:
-            self._sums[names], self._adds[names] = stacked, weight
+            self._sums[names], self._adds[names] = stacked, adds
 
     def count(self, **amounts: float) -> None:
         """Add host numbers to totals (tokens, samples)."""
@@ -287,7 +295,8 @@ class MetricSums:
         layout = sorted(self._sums)
         parts = []
         for names in layout:
-            parts += [self._sums[names].to(torch.float64), torch.tensor([self._adds[names]], dtype=torch.float64)]
+            adds = torch.as_tensor(self._adds[names], dtype=torch.float64).expand(len(names))
+            parts += [self._sums[names].to(torch.float64), adds]
         totals = sorted(self._totals)
         parts.append(torch.tensor([self._totals[name] for name in totals], dtype=torch.float64))
         packed = torch.cat([part.to(device, torch.float64) for part in parts])
@@ -297,13 +306,12 @@ class MetricSums:
         values: dict[str, list[float]] = {}
         at = 0
         for names in layout:
-            adds = numbers[at + len(names)]
             for i, name in enumerate(names):
                 pair = values.setdefault(name, [0.0, 0.0])
                 pair[0] += numbers[at + i]
-                pair[1] += adds
-            at += len(names) + 1
-        result = {name: total / adds for name, (total, adds) in values.items()}
+                pair[1] += numbers[at + len(names) + i]
+            at += 2 * len(names)
+        result = {name: total / weight if weight else math.nan for name, (total, weight) in values.items()}
         result |= dict(zip(totals, numbers[at:], strict=True))
         self._sums, self._adds, self._totals = {}, {}, {}
         return result

@@ -51,11 +51,22 @@ def test_off_a_terminal_each_log_is_one_line(tmp_path):
     assert lines[3].endswith("eval_number_8 0.5")
 
 
-def test_adding_reads_nothing_back(monkeypatch):
+def test_or_only_what_is_finite_counts():
+    sums = MetricSums(finite=True)
+    sums.add({"a": torch.tensor(1.0), "b": torch.tensor(math.nan)}, weight=3)
+    sums.add({"a": torch.tensor(math.inf), "b": torch.tensor(math.nan)}, weight=5)
+    sums.add({"a": torch.tensor(5.0)})
+    found = sums.drain(CPU)
+    assert found["a"] == 2.0
+    assert math.isnan(found["b"])
+
+
+@pytest.mark.parametrize("finite", [False, True])
+def test_adding_reads_nothing_back(monkeypatch, finite):
     def forbidden(*_: object) -> None:
         raise AssertionError("a host read in the step")
 
-    sums = MetricSums()
+    sums = MetricSums(finite)
     for name in ("item", "tolist", "nonzero", "__bool__", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     sums.add({"a": torch.ones(())})
