@@ -237,6 +237,12 @@ class RimeTrainer(DualModeTrainer):
 
         def contrast(rows: Rows) -> Tensor:
             rows = encoder.in_order(rows)
+            # The operator may refuse rows that are not finite, on all ranks or none: it gets numbers, and the loss is
+            # NaN, so that every rank goes on to the verdict on the step.
+            sound = torch.ones((), device=device)
+            for x in rows.values():
+                sound = torch.where(x.detach().isfinite().all(), sound, torch.nan)
+            rows = {mode: x.nan_to_num(0.0, 0.0, 0.0) for mode, x in rows.items()}
             queries = {mode: x[:n] for mode, x in rows.items()}
             keys = {mode: x[n:] for mode, x in rows.items()}
             if hard and {"disc", "gen"} <= keys.keys():
@@ -271,18 +277,21 @@ class RimeTrainer(DualModeTrainer):
 
             joint = compare(queries, keys)
             if self.mixture is not None and "sets" in inputs and self.model.training:
-                self._score_sets(inputs, queries, keys, tau, ids)
-            metrics.update({f"contrast/{name}": value for name, value in joint.terms.items()})
-            metrics.update({f"hit@1/{name}": value for name, value in joint.accuracy.items()})
-            metrics.update({f"contrast/all@{width}": value for width, value in joint.per_dim.items()})
+                self._score_sets(inputs, queries, keys, tau, ids, sound)
+            found = {f"contrast/{name}": value for name, value in joint.terms.items()}
+            found |= {f"hit@1/{name}": value for name, value in joint.accuracy.items()}
+            found |= {f"contrast/all@{width}": value for width, value in joint.per_dim.items()}
             total = joint.total
             if self.int8 is not None:
                 step = self.int8.value()
                 rounded = compare(*({mode: fake_int8(x, step) for mode, x in side.items()} for side in (queries, keys)))
                 total = total + args.int8_weight * rounded.total
-                metrics.update({"int8_step": step, "contrast/all@int8": rounded.total.detach()})
-                metrics.update({f"hit@1/{name}@int8": value for name, value in rounded.accuracy.items()})
-            return total + self._distilled(inputs, queries, keys, tau, metrics)
+                metrics["int8_step"] = step
+                found |= {"contrast/all@int8": rounded.total.detach()}
+                found |= {f"hit@1/{name}@int8": value for name, value in rounded.accuracy.items()}
+            total = total + self._distilled(inputs, queries, keys, tau, found)
+            metrics.update({name: value * sound for name, value in found.items()})
+            return total * sound
 
         encoder = PackedEncoder(
             model,
@@ -317,7 +326,7 @@ class RimeTrainer(DualModeTrainer):
             total = total + args.distill_weight * found
         return total
 
-    def _score_sets(self, inputs: dict[str, Any], queries: Rows, keys: Rows, tau: Any, ids: Any) -> None:
+    def _score_sets(self, inputs: dict[str, Any], queries: Rows, keys: Rows, tau: Any, ids: Any, sound: Tensor) -> None:
         """Adds up loss and hit@1 of each set, of the term that a served embedding is compared by."""
         assert self.mixture is not None
         terms = [(q, k) for q, k, _ in self.weights.pair_terms()]
@@ -330,7 +339,7 @@ class RimeTrainer(DualModeTrainer):
             blocks = torch.tensor(inputs["blocks"], device=self.mixture.sums.device)
             if "negative_of" in inputs:
                 blocks = torch.cat([blocks, blocks[inputs["negative_of"]]])
-        self.mixture.sums += set_scores(
+        scores = set_scores(
             queries[query],
             keys[key],
             inputs["sets"],
@@ -341,6 +350,7 @@ class RimeTrainer(DualModeTrainer):
             blocks=blocks,
             group=self.group,
         )
+        self.mixture.sums += torch.where(sound.isnan(), 0.0, scores)
 
     def get_train_dataloader(self) -> Any:
         """Make the loader as transformers' does, or the mixture's own, whose batches depend on seed and step alone."""

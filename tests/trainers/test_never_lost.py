@@ -10,21 +10,29 @@ import subprocess
 import sys
 from dataclasses import replace
 from multiprocessing.context import ForkProcess
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from rime_fast.data.workers import worker_context
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import TEMPLATE, make_model, make_pairs, make_processor
+
 from rime_fast.engine import checkpoint
-from rime_fast.engine.finite import NonFiniteError
-from rime_fast.trainers.callbacks import InterruptCallback
+from rime_fast.engine.finite import NonFiniteError, all_finite
+from rime_fast.trainers.callbacks import InterruptCallback, On
 from rime_fast.trainers.config import RefineConfig, RimeConfig
 from rime_fast.trainers.joint import RimeTrainer
 from rime_fast.trainers.refine import RefineRLTrainer
+from tests.ranks import run_ranks
 
 QUIET = {
     "save_strategy": "steps",
@@ -116,6 +124,76 @@ class Keep(TrainerCallback):
         self.kept.append(weights(self.run))
 
 
+class SpoilForward(TrainerCallback):
+    """Makes activations of step ``at`` NaN, of all forwards or only of decoding (which runs in eval mode)."""
+
+    def __init__(self, run, at, *, decoding=False):
+        self.at, self.now, self.decoding = at, 0, decoding
+        run.model.model.language_model.layers[0].register_forward_hook(self.spoil)
+        run.add_callback(self)
+
+    def spoil(self, module, inputs, output):
+        if self.now != self.at or (self.decoding and module.training):
+            return output
+        return output * math.nan
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1
+
+
+CONTRASTS = [{}, {"micro_batch_tokens": 40}, {"matryoshka_dims": [16, 32], "int8_weight": 0.5}]
+
+
+@pytest.mark.parametrize("settings", CONTRASTS, ids=str)
+def test_embeddings_that_are_not_finite_make_such_a_step(tiny, tmp_path, settings):
+    run = trainer(tiny, tmp_path / "a", max_steps=4, **settings)
+    SpoilForward(run, 2)
+    wanted = r"step 2 is not finite \(.* rows of this rank: 2, 3\); .*: ce/query, .*contrast/gen-gen"
+    with pytest.raises(NonFiniteError, match=wanted):
+        run.train()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "a")] == ["checkpoint-1"]
+    run = trainer(tiny, tmp_path / "b", max_steps=4, on_nonfinite="skip", learnable_temperature=True, **settings)
+    SpoilForward(run, 2)
+    kept, taus = [], []
+    run.add_callback(Keep(run, kept))
+    run.add_callback(On(on_step_end=lambda: taus.append(run.temperature.value().item())))
+    run.train()
+    assert all(torch.equal(value, kept[0][name]) for name, value in kept[1].items())
+    assert taus[0] == taus[1] != taus[2]
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_steps_that_are_left_out_count_in_no_mean(tiny, tmp_path):
+    """The window's means are those of the steps that were taken, and so is the run's."""
+
+    def logs(name, **settings):
+        run = trainer(tiny, tmp_path / name, max_steps=4, save_strategy="no", on_nonfinite="skip", **settings)
+        SpoilForward(run, 2)
+        done = run.train()
+        return run.state.log_history, done
+
+    each, _ = logs("each")
+    assert math.isnan(each[1]["loss"])
+    assert each[1]["skipped_steps"] == 1
+    (whole, end), done = logs("whole", logging_steps=4)
+    for name in ("loss", "ce/query", "contrast/gen-gen", "hit@1/gen-gen"):
+        wanted = sum(each[i][name] for i in (0, 2, 3)) / 3
+        assert whole[name] == pytest.approx(wanted, rel=1e-5), name
+    assert whole["skipped_steps"] == 1
+    assert end["train_loss"] == done.training_loss == pytest.approx(whole["loss"], rel=1e-5)
+    (accumulated, _), _ = logs("acc", logging_steps=4, gradient_accumulation_steps=2)
+    assert math.isfinite(accumulated["loss"])
+
+
+@pytest.mark.parametrize("logging_steps", [4, 3])
+def test_a_last_step_that_is_left_out_is_counted(tiny, tmp_path, logging_steps):
+    settings = {"max_steps": 4, "save_strategy": "no", "logging_steps": logging_steps}
+    run = trainer(tiny, tmp_path, on_nonfinite="skip", **settings)
+    Spoil(run, 4)
+    run.train()
+    assert sum(entry.get("skipped_steps", 0) for entry in run.state.log_history) == 1
+
+
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
     run = trainer(tiny, tmp_path, max_steps=2, save_total_limit=1)
 
@@ -129,6 +207,48 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path):
     with pytest.raises(NonFiniteError, match="the weights are not finite after step 2"):
         run.train()
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+def test_nor_at_the_end_of_the_run(tiny, tmp_path):
+    huge = {"learning_rate": 1e38, "weight_decay": 10.0, "lr_scheduler_type": "constant"}
+    run = trainer(tiny, tmp_path, max_steps=1, save_strategy="no", **huge)
+    with pytest.raises(NonFiniteError, match="the weights are not finite after step 1"):
+        run.train()
+    with pytest.raises(NonFiniteError, match="the weights are not finite after step 1"):
+        run.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_parameter_of_zero3_is_looked_at_by_its_part():
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor = torch.tensor([1.0, math.inf])
+    assert not all_finite([parameter])
+
+
+def two_ranks(rank: int, world: int, folder: str) -> None:
+    """The activations of one rank are NaN in step 2."""
+    own = {"ddp_backend": "gloo", "use_cpu": True, "max_steps": 3, "save_strategy": "no"}
+    builders = SimpleNamespace(pairs=make_pairs, model=make_model, processor=make_processor, template=TEMPLATE)
+    for more in ({"micro_batch_tokens": 40}, {"on_nonfinite": "skip", "learnable_temperature": True}):
+        run = trainer(builders, folder, make_pairs(12), **own, **more)
+        if rank == 1:
+            SpoilForward(run, 2)
+        if "on_nonfinite" not in more:
+            with pytest.raises(NonFiniteError, match=r"step 2 is not finite .*contrast/gen-gen"):
+                run.train()
+            continue
+        run.train()
+        assert sum(entry.get("skipped_steps", 0) for entry in run.state.log_history) == 1
+        mine = torch.cat([p.detach().flatten() for p in (*run.model.parameters(), run.temperature.log)])
+        others = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(others, mine)
+        assert mine.isfinite().all()
+        assert torch.equal(*others)
+
+
+@pytest.mark.dist
+def test_all_ranks_see_the_same(tmp_path):
+    run_ranks(two_ranks, 2, str(tmp_path))
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
