@@ -53,7 +53,7 @@ def draw_tokens(
     """Draw one token for each row of ``logits`` [N, V] -> [N] int64; temperature 0 takes the largest logit.
 
     Neither way waits for the device, as ``torch.multinomial`` may: on the CPU one uniform number a row meets the
-    cumulative sum (fp64), elsewhere the tokens race.
+    cumulative sum (fp64), elsewhere the tokens race. A row with a NaN gives some token: its log-probability is NaN.
     """
     if temperature == 0.0:
         return logits.argmax(dim=-1)
@@ -69,7 +69,8 @@ def _draw_by_sum(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     uniform = torch.rand(total.shape, dtype=torch.float64, device=probs.device, generator=generator)
     # Below the total even when the product rounds up: a token of probability 0 is never drawn.
     point = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(summed, point, right=True)[:, 0]
+    found = torch.searchsorted(summed, point, right=True)[:, 0]
+    return torch.where(found < probs.shape[-1], found, 0)
 
 
 def _draw_by_race(probs: Tensor, generator: torch.Generator | None) -> Tensor:

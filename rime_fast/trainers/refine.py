@@ -237,6 +237,7 @@ class RefineRLTrainer(DualModeTrainer):
                 scored = True
 
         step_tokens = self._mean_over_ranks(tokens)
+        drawn = torch.where(rollouts.logp.isnan().any(), torch.nan, 1.0)  # NaN: tokens of no distribution
         loss: Any = 0.0
         policy: Any = 0.0
         sums: dict[str, Any] = defaultdict(float)  # of metrics over scored tokens
@@ -287,7 +288,8 @@ class RefineRLTrainer(DualModeTrainer):
                         max_completion_length=args.max_completion_length,
                     )
                     found["entropy"] = batch.token_mean(out.entropy.detach())
-                    policy = policy + found.pop("policy")
+                    part_loss = part_loss * drawn
+                    policy = policy + found.pop("policy") * drawn
                     loss = loss + (part_loss if sync is None else part_loss.detach())
                     part_tokens = sum(map(len, rollouts.rewrites[rows]))
                     for name, value in found.items():

@@ -656,6 +656,21 @@ def test_malformed_rollouts_are_warned_of_with_the_likeliest_cause(tiny, tmp_pat
     assert "max_completion_length (4) may be too short" in told
 
 
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_policy_that_is_not_finite_makes_such_a_step(tiny, tmp_path, decoding):
+    """Also where only decoding was not: what it drew is of no distribution."""
+    run = refine(tiny, tmp_path / "a", max_steps=3)
+    SpoilForward(run, 2, decoding=decoding)
+    with pytest.raises(NonFiniteError, match=r"step 2 is not finite \(.*\); .*policy_loss"):
+        run.train()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "a")] == ["checkpoint-1"]
+    run = refine(tiny, tmp_path / "b", max_steps=3, on_nonfinite="skip", num_iterations=2 if decoding else 1)
+    SpoilForward(run, 1, decoding=decoding)
+    run.train()
+    assert sum(entry.get("skipped_steps", 0) for entry in run.state.log_history) == run.args.num_iterations
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"seed": 1}, "seed"), ({"trained_sides": "target"}, "trained_sides"), ({"beta": 0.5}, "beta")],
