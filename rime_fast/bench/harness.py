@@ -6,7 +6,7 @@ on a GPU a buffer larger than the L2 cache is written before each timed call, so
 An operator is called in the middle of a training step, where the host has run ahead and the card is hot. A call that
 meets an idle card is timed by how fast Python launches, and by a clock that holds for some ms only: on an H200 the same
 products ran at 800 TFLOP/s after a slow peer and at 650 within a long call. So products keep the card busy before each
-timed call, for as long as the host takes to issue it (``host_ms``) and ``HEAT`` at least. Whole steps are timed as they
+timed call, for as long as the host takes to issue it (``host_ms``) and ``BUSY`` at least. Whole steps are timed as they
 come (``step=True``).
 
 A callable returns the tensor that its error is taken of (a gradient, the advantages); a peer that cannot run here
@@ -41,7 +41,7 @@ FLOOR = "floor"
 PARTS = "_parts"  # how the bench of a breakdown's rows ends
 SCHEMA = 1
 LEAST_ROUNDS = 3  # of the floor and of ours, where time is short
-HEAT, MOST_AHEAD = 20.0, 50.0  # ms of products before a timed call; what takes the host longer waits for the device
+BUSY, MOST_AHEAD = 20.0, 50.0  # ms of products before a timed call; what takes the host longer waits for the device
 PACKAGES = (
     "rime-fast",
     "triton",
@@ -181,13 +181,13 @@ def compare(
     host: dict[str, list[float]] = {name: [] for name in alive}
 
     def timed(name: str) -> None:
-        ahead = 0.0 if step else max([HEAT, *host[name][-1:]])
+        ahead = 0.0 if step else max([BUSY, *host[name][-1:]])
         taken, issued = _time_once(alive[name], device, ahead)
         times[name].append(taken)
         host[name].append(issued)
 
     if device == "cuda":
-        _occupy(HEAT)  # what it and the next line need is allocated before memory is read
+        _occupy(BUSY)  # what it and the next line need is allocated before memory is read
         _flush()
     warm = time.perf_counter()
     memory = {name: _mib(peak_memory(partial(timed, name), device)) for name in alive}
