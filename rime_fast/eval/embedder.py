@@ -112,7 +112,6 @@ class RimeEmbedder:
     token_budget: tokens of a batch, padding counted; prompt and ``max_new_tokens`` together in mode gen.
     max_new_tokens: cap of a rewrite; one that has no ``<gen_emb>`` by then is counted in ``stats.missing_gen``.
     max_image_pixels: a larger image is never decoded.
-
         embedder = RimeEmbedder.from_pretrained("runs/sft")
         d = embedder.encode(["a red shoe", Image.open("shoe.png")])
         g, rewrites = embedder.encode([{"text": "which shoe?", "image": "shoe.png"}], mode="gen", return_rewrites=True)
@@ -129,20 +128,16 @@ class RimeEmbedder:
         max_length: int | None = None,
         max_image_pixels: int = MAX_PIXELS,
     ) -> None:
-        if min(token_budget, max_new_tokens, max_image_pixels) < 1:
-            raise ValueError(
-                f"token_budget is {token_budget}, max_new_tokens {max_new_tokens} and max_image_pixels "
-                f"{max_image_pixels}; expected positive numbers"
-            )
+        if token_budget < 1 or max_new_tokens < 1:
+            raise ValueError(f"token_budget is {token_budget}, max_new_tokens {max_new_tokens}; expected above 0")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if isinstance(base, PreTrainedModel) and not isinstance(base, DualModeModel):
             DualModeModel.from_model(base)
         base = dual_mode_of(model)
         self.model = model
         self.processor = processor
-        self.collator = Collator(
-            processor, template, base.config, max_length=max_length, max_image_pixels=max_image_pixels
-        )
+        self.collator = Collator(processor, template, base.config, max_length=max_length)
+        self.collator.vision.max_decoded = max_image_pixels
         self.token_budget = token_budget
         self.max_new_tokens = max_new_tokens
         self.stats = EmbedderStats()

@@ -45,9 +45,37 @@ def whole_numbers(settings: Any) -> None:
     """Raise ValueError for a value of a dataclass that is no int where its field is one."""
     for one in fields(settings):
         value = getattr(settings, one.name)
-        optional = one.type in (int | None, "int | None")
-        if (one.type in (int, "int") or (optional and value is not None)) and type(value) is not int:
+        whole = one.type in (int, "int", int | None, "int | None")  # HfArgumentParser takes the None out of some
+        if whole and type(value) is not int and not (value is None and one.default is None):
             raise ValueError(f"{one.name} is {value!r}; expected a whole number")
+
+
+# TrainingArguments' own that are None or at least this
+STOCK_AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1)
+STOCK_AT_LEAST |= dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), 1)
+STOCK_AT_LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0)
+STOCK_AT_LEAST |= dict.fromkeys(("eval_accumulation_steps", "dataloader_prefetch_factor"), 1)
+STOCK_AT_LEAST |= dict.fromkeys(("adam_epsilon", "dataloader_num_workers", "eval_delay"), 0)
+
+
+def check_stock(args: Any) -> None:
+    """Raise ValueError naming the first of transformers' own settings that no run can have."""
+    whole_numbers(args)
+    for name, low in STOCK_AT_LEAST.items():
+        if getattr(args, name) is not None:
+            in_range(name, getattr(args, name), low, endless=name == "max_grad_norm")
+    for name in ("adam_beta1", "adam_beta2"):
+        in_range(name, getattr(args, name), 0, 1, open_high=True)
+    for name in ("seed", "data_seed"):
+        if getattr(args, name) is not None:
+            in_range(name, getattr(args, name), 0, 2**32 - 1)  # what numpy takes
+    for event in ("logging", "eval", "save"):  # below 1, a share of the run's steps
+        name = f"{event}_steps"
+        if getattr(args, f"{event}_strategy") == "steps" and getattr(args, name) is not None:
+            in_range(name, getattr(args, name), 0, open_low=True)
+    in_range("num_train_epochs", args.num_train_epochs, 0, open_low=True)
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise ValueError(f"max_steps is {args.max_steps}; expected a positive number, or -1 for num_train_epochs")
 
 
 @dataclass

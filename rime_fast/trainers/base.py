@@ -36,6 +36,7 @@ from rime_fast.trainers.callbacks import (
     rates,
     settings_that_count,
     tell,
+    tokens_of,
 )
 from rime_fast.trainers.config import CommonConfig
 
@@ -217,8 +218,7 @@ class DualModeTrainer(ShardedCheckpoints):
                     work = bind(checkpoint.publish, partial, run / f"checkpoint-{self.state.global_step}", *how)
                 self.publish(work)
             except Exception as error:
-                failed = f"{type(error).__name__}: {error}"
-                raise RuntimeError(f"a checkpoint could not be written: {failed} (under {partial})") from error
+                raise RuntimeError(f"a checkpoint could not be written: {error!r} (under {partial})") from error
             finally:
                 self.interrupt.saving, self._partial = False, None
 
@@ -286,9 +286,8 @@ class DualModeTrainer(ShardedCheckpoints):
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         rows, collate, method = self.guarded(dataset), self.data_collator, self.args.dataloader_multiprocessing_context
-        self.data_collator = rows.collate
         context: Any = worker_context(self.args.dataloader_num_workers, method)
-        self.args.dataloader_multiprocessing_context = context
+        self.data_collator, self.args.dataloader_multiprocessing_context = rows.collate, context
         try:
             return super()._get_dataloader(rows, *args, **kwargs)
         finally:
@@ -453,4 +452,4 @@ class DualModeTrainer(ShardedCheckpoints):
         if self._parameter_count is None:
             embedding = self.model.get_input_embeddings().weight
             self._parameter_count = sum(p.numel() for p in self.model.parameters()) - embedding.numel()
-        return 6 * self._parameter_count * len(inputs.get("input_ids", ()))
+        return 6 * self._parameter_count * tokens_of(inputs)

@@ -18,7 +18,7 @@ from rime_fast.ops.reward import RewardWeights
 from rime_fast.recipe import settings as parts
 from rime_fast.recipe.joint import JointWeights
 from rime_fast.recipe.refine import LOSS_TYPES
-from rime_fast.recipe.settings import in_range, one_of, option, whole_numbers
+from rime_fast.recipe.settings import check_stock, in_range, one_of, option
 
 ON_BAD_ROW = ON_NONFINITE = ("stop", "skip")
 PROGRESS = ("rich", "plain", "none")
@@ -26,12 +26,6 @@ SIDES = ("both", "query", "target")
 ANCHORS = ("sft", "policy")
 REFERENCES = ("auto", "adapter", "copy", "none")
 STORAGE = ("device", "host", "sharded")
-# TrainingArguments' own that are None or at least this
-STOCK_AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1)
-STOCK_AT_LEAST |= dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), 1)
-STOCK_AT_LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0)
-STOCK_AT_LEAST |= dict.fromkeys(("eval_accumulation_steps", "dataloader_prefetch_factor"), 1)
-STOCK_AT_LEAST |= dict.fromkeys(("adam_epsilon", "dataloader_num_workers", "eval_delay"), 0)
 # Refine-RL's settings that are at least this
 AT_LEAST = {"num_generations": 1, "max_completion_length": 2, "top_k": 0, "epsilon_high": 0, "beta": 0}
 AT_LEAST |= {"num_iterations": 1, "refill_degenerate": 0, "micro_batch_tokens": 1, "rollout_batch": 1}
@@ -119,22 +113,7 @@ class CommonConfig(TrainingArguments):
         one_of("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         one_of("progress", self.progress, PROGRESS)
-        whole_numbers(self)
-        for name, low in STOCK_AT_LEAST.items():
-            if getattr(self, name) is not None:
-                in_range(name, getattr(self, name), low, endless=name == "max_grad_norm")
-        for name in ("adam_beta1", "adam_beta2"):
-            in_range(name, getattr(self, name), 0, 1, open_high=True)
-        for name in ("seed", "data_seed"):
-            if getattr(self, name) is not None:
-                in_range(name, getattr(self, name), 0, 2**32 - 1)  # what numpy takes
-        for event in ("logging", "eval", "save"):  # below 1, a share of the run's steps
-            name = f"{event}_steps"
-            if getattr(self, f"{event}_strategy") == "steps" and getattr(self, name) is not None:
-                in_range(name, getattr(self, name), 0, open_low=True)
-        in_range("num_train_epochs", self.num_train_epochs, 0, open_low=True)
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise ValueError(f"max_steps is {self.max_steps}; expected a positive number, or -1 for num_train_epochs")
+        check_stock(self)
         for name, value, off in (
             ("neftune_noise_alpha", self.neftune_noise_alpha, None),
             ("label_smoothing_factor", self.label_smoothing_factor, 0.0),

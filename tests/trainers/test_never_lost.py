@@ -360,7 +360,7 @@ def test_a_full_disk_is_told_of_as_a_checkpoint_that_could_not_be_written(tiny, 
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    told = r"a checkpoint could not be written: OSError: \[Errno 28\] No space left on device \(under .*\.partial\)"
+    told = r"a checkpoint could not be written: OSError\(28, 'No space left on device'\) \(under .*\.partial\)"
     with pytest.raises(RuntimeError, match=told):
         run.train()
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-1"

@@ -349,7 +349,7 @@ def test_a_template_with_filler_needs_no_rewrites(tiny, tmp_path):
 
 def test_a_file_without_rewrites_trains_the_discriminative_mode(tiny, tmp_path):
     file = tmp_path / "pairs.jsonl"
-    file.write_text('{"query": {"text": "red 1"}, "target": {"text": "red"}}\n' * 4)
+    file.write_text("".join(f'{{"query": {{"text": "red {i}"}}, "target": {{"text": "red {i}"}}}}\n' for i in range(4)))
     off = {"ce_query_weight": 0.0, "ce_target_weight": 0.0, "gen_weight": 0.0, "cross_weight": 0.0}
     args = RimeConfig(
         output_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, progress="none", use_cpu=True,
