@@ -1,8 +1,9 @@
 """The anchor bank: discriminative embeddings of a whole side of a training set, computed once and mapped into memory.
 
 A bank is one safetensors file: "anchors" [A, D], "ids" [A, K] int64 (what an item is called, for masks of equal ones)
-and, in its metadata, fingerprints of the model that made it and of the data it was made from. Opening it for another
-model or other data is an error: anchors of a different model give rewards that look right and mean nothing.
+and, in its metadata, fingerprints of the model that made it and of the data it was made from, and a digest of the
+tensors. Opening it for another model or other data, or a damaged one, is an error: anchors of a different model give
+rewards that look right and mean nothing.
 
 The file is written batch by batch and read through a memory map, whole or one rank's shard, so that a bank larger
 than the memory of one process can be made and used.
@@ -36,6 +37,7 @@ class AnchorBank:
 
     anchors: [a, D], unit rows, usually memory-mapped. ids: [a, K] int64. offset: place of the first row in the whole
     bank; total: rows of the whole bank. model, data: fingerprints; side: which side of the pairs ("query", "target").
+    digest: of the file's tensors ("" for a bank without a file).
     """
 
     anchors: Tensor
@@ -45,6 +47,7 @@ class AnchorBank:
     model: str
     data: str
     side: str
+    digest: str = ""
 
     @classmethod
     def open(
@@ -53,9 +56,11 @@ class AnchorBank:
         """Map a bank, or the ``rank``-th of ``world`` equal parts of it (sizes differ by at most one row).
 
         model, data: the fingerprints the bank must have (``model_fingerprint``, ``data_fingerprint``); None leaves
-        that unchecked. The parts in rank order are what ``score_rewrites_(group=...)`` takes as a sharded bank.
+        that unchecked. The parts in rank order are what ``score_rewrites_(group=...)`` takes as a sharded bank. The
+        file is read once for its digest.
 
-        Raises FileNotFoundError; ValueError for a file that is no bank, a stale bank, or more ranks than anchors.
+        Raises FileNotFoundError; ValueError for a file that is no bank, a stale or a damaged bank, or more ranks than
+        anchors.
         """
         path = Path(path)
         if not path.is_file():
@@ -77,10 +82,16 @@ class AnchorBank:
                         f"{expected}; remove the file and make the bank again"
                     )
             anchors, ids = file.get_tensor("anchors"), file.get_tensor("ids")
+        digest = _digest(path)
+        if found.get("digest", digest) != digest:  # older banks have none
+            raise ValueError(
+                f"{path}: damaged anchor bank: its tensors have the digest {digest}, {found['digest']} were written; "
+                "remove the file and make the bank again"
+            )
         total = anchors.shape[0]
         if world > total:
             raise ValueError(f"{path}: {total} anchors cannot be shared by {world} ranks")
-        return cls(anchors, ids, 0, total, found["model"], found["data"], found["side"]).shard(rank, world)
+        return cls(anchors, ids, 0, total, found["model"], found["data"], found["side"], digest).shard(rank, world)
 
     @classmethod
     def make(
@@ -107,14 +118,19 @@ class AnchorBank:
             raise ValueError(f"ids: expected an int64 tensor of shape [{len(items)} > 0, K], got {describe(ids)}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-        metadata = {"format": FORMAT, "model": model, "data": data, "side": side}
+        digest = hashlib.blake2b(_bytes(ids.cpu().contiguous()), digest_size=16)
+        metadata = {"format": FORMAT, "model": model, "data": data, "side": side, "digest": "0" * 32}
         with replacing(path, "wb") as file:
             for start in range(0, len(items), batch_size):
                 batch = items[start : start + batch_size]
                 rows = _checked(encode(batch), len(batch), start).to("cpu", dtype).contiguous()
                 if start == 0:
-                    _write_head(file, (len(items), rows.shape[1]), dtype, ids, metadata)
+                    head = (len(items), rows.shape[1]), dtype, ids
+                    _write_head(file, *head, metadata)
+                digest.update(_bytes(rows))
                 file.write(_bytes(rows))
+            file.seek(0)
+            _write_head(file, *head, metadata | {"digest": digest.hexdigest()})  # as long as before
         return cls.open(path, model=model, data=data)
 
     def shard(self, rank: int, world: int) -> AnchorBank:
@@ -143,17 +159,19 @@ class AnchorBank:
         return replace(self, anchors=self.anchors.pin_memory())
 
 
-def model_fingerprint(model: torch.nn.Module) -> str:
+def model_fingerprint(model: torch.nn.Module, frozen: bool = False) -> str:
     """A fingerprint that is equal for models that compute the same: 32 hex digits over every parameter's value and
     name.
 
     Floating values count as fp32, so a checkpoint has one fingerprint in whatever dtype it is loaded. An adapter
     (peft) that changes nothing yet, its second factor being zero, does not count, and the names are those of the model
     inside. One pass over the parameters where they lie; one read by the host. Parameters must be whole (gathered).
+
+    frozen: count only parameters that are not trained, also those that an adapter keeps of a module it trains whole.
     """
     names, sums = [], []
     for name, parameter in model.named_parameters():
-        if ".original_module." not in name:
+        if not parameter.requires_grad if frozen else ".original_module." not in name:
             names.append((name, f"{list(parameter.shape)}"))
             sums.append(_checksum(parameter.detach()))
     if not sums:
@@ -235,6 +253,17 @@ def _write_head(file: BinaryIO, shape: tuple[int, int], dtype: torch.dtype, ids:
     text += b" " * (-len(text) % 64)  # the data starts at an aligned place
     file.write(struct.pack("<Q", len(text)) + text)
     file.write(_bytes(ids.cpu().contiguous()))
+
+
+def _digest(path: Path) -> str:
+    """A digest of everything behind the header."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        (head,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + head)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _bytes(values: Tensor) -> memoryview:

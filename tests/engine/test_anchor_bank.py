@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rime_fast.engine.anchor_bank import AnchorBank, data_fingerprint, model_fingerprint
+from rime_fast.engine.anchor_bank import FORMAT, AnchorBank, data_fingerprint, model_fingerprint
 
 ROWS = F.normalize(torch.randn(37, 12, generator=torch.Generator().manual_seed(0)), dim=1)
 IDS = torch.arange(74).view(37, 2)
@@ -71,6 +71,26 @@ def test_a_cut_off_file_is_no_bank(tmp_path: Path) -> None:
     (tmp_path / "bank").write_bytes(whole[:-4])
     with pytest.raises(ValueError, match="not an anchor bank"):
         AnchorBank.open(tmp_path / "bank", model="m", data="d")
+
+
+@pytest.mark.parametrize("place", [-1, -37 * 12 * 4, -37 * 12 * 4 - 1], ids=["anchors", "first", "ids"])
+def test_a_changed_bit_is_damage(place: int, tmp_path: Path) -> None:
+    bank = make(tmp_path / "bank")
+    assert AnchorBank.open(tmp_path / "bank", model="m", data="d").digest == bank.digest
+    changed = bytearray((tmp_path / "bank").read_bytes())
+    changed[place] ^= 0x40
+    (tmp_path / "bank").write_bytes(changed)
+    with pytest.raises(ValueError, match=rf"bank: damaged anchor bank: .*, {bank.digest} were written"):
+        AnchorBank.open(tmp_path / "bank", model="m", data="d")
+
+
+def test_a_bank_without_a_digest_opens(tmp_path: Path) -> None:
+    """As older versions wrote them."""
+    bank, metadata = make(tmp_path / "bank"), {"model": "m", "data": "d", "side": "target"}
+    save_file({"ids": IDS, "anchors": ROWS}, tmp_path / "old", metadata | {"format": FORMAT})
+    opened = AnchorBank.open(tmp_path / "old", model="m", data="d")
+    assert torch.equal(opened.anchors, bank.anchors)
+    assert opened.digest
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
@@ -180,6 +200,15 @@ def test_an_adapter_counts_when_it_changes_something() -> None:
         assert model_fingerprint(adapted) == want
         next(p for name, p in adapted.named_parameters() if "lora_B" in name)[0, 0] = 1e-3
     assert model_fingerprint(adapted) != want
+    below = model_fingerprint(adapted, frozen=True)
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lora_B" in name)[0, 0] = 2e-3
+    assert model_fingerprint(adapted, frozen=True) == below
+    for name in ("0.base_layer.weight", "1.original_module.weight"):
+        with torch.no_grad():
+            next(p for own, p in adapted.named_parameters() if own.endswith(name)).mul_(2.0)
+        assert model_fingerprint(adapted, frozen=True) != below
+        below = model_fingerprint(adapted, frozen=True)
 
 
 def test_a_part_is_not_cut_again(tmp_path: Path) -> None:
