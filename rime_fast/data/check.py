@@ -27,7 +27,7 @@ import rime_fast
 from rime_fast.data.cache import entry_path, locked, replacing
 from rime_fast.data.formats import known_format
 from rime_fast.data.images import ImageRoot
-from rime_fast.data.records import DataError, Problem
+from rime_fast.data.records import DataError, Problem, pair_hash
 from rime_fast.data.row_check import CheckReport, CheckRules, check_row, visited
 from rime_fast.data.row_check import check_pair as check_pair
 from rime_fast.data.rows import RowSource
@@ -38,19 +38,21 @@ Progress = Callable[[int, int], None]
 _PARALLEL_FROM = 20_000  # rows; below, starting processes takes longer than looking
 _PART = 2_000  # rows that a process looks at before it reports
 _FOLDERS = 4096  # folders of images that a verdict remembers
+_ARRAYS = ("bad", "tokens", "dataset", "hashes")  # of a Verdict
 
 
 @dataclass
 class Verdict:
     """What the check of a source found. report: for people. bad: places of the bad rows, ascending. tokens: [n] of
     every row, 0 where unknown. names: what the rows call their data sets ("" first); dataset: [n] int32, each row's
-    place in it."""
+    place in it. hashes: [n] uint64, each row's ``pair_hash``, 0 where it is no pair or was not looked at."""
 
     report: CheckReport
     bad: np.ndarray
     tokens: np.ndarray
     names: list[str]
     dataset: np.ndarray
+    hashes: np.ndarray
 
 
 @dataclass
@@ -63,6 +65,7 @@ class _Part:
     bad: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
 
 
@@ -160,7 +163,7 @@ def _look(
     else:
         sample, spans = None, [(i, min(i + _PART, n)) for i in range(0, n, _PART)]
     total = sum(stop - start for start, stop in spans)
-    tokens = np.zeros(n, dtype=np.uint32)
+    tokens, hashes = np.zeros(n, dtype=np.uint32), np.zeros(n, dtype=np.uint64)
     names, dataset = {"": 0}, np.zeros(n, dtype=np.int32)
     report = CheckReport(rows.name, rows=total, of=None if sample is None else n)
     bad: list[int] = []
@@ -171,7 +174,7 @@ def _look(
     for part in _parts(job, spans, _processes(rows, total, workers)):
         found.append(part)
         rows_of = slice(part.start, part.start + len(part.tokens))
-        tokens[rows_of] = part.tokens
+        tokens[rows_of], hashes[rows_of] = part.tokens, part.hashes
         dataset[rows_of] = [names.setdefault(name, len(names)) for name in part.datasets]
         done += len(part.tokens)
         if progress is not None:
@@ -183,7 +186,7 @@ def _look(
         folders |= part.folders
     if rows.problem is not None:
         report.problems.append(rows.problem)
-    return Verdict(report, np.array(bad, dtype=np.int64), tokens, list(names), dataset), folders
+    return Verdict(report, np.array(bad, dtype=np.int64), tokens, list(names), dataset, hashes), folders
 
 
 def check_part(job: tuple[Any, ...], start: int, stop: int) -> _Part:
@@ -199,6 +202,7 @@ def check_part(job: tuple[Any, ...], start: int, stop: int) -> _Part:
             part.problems += [Problem(rows.name, row.number, where, problem) for where, problem in problems]
         part.tokens.append(tokens)
         part.datasets.append("" if pair is None else pair.dataset or "")
+        part.hashes.append(0 if pair is None or problems else pair_hash(pair))
         if pair is not None and len(part.folders) < _FOLDERS:
             part.folders |= visited(pair)
     return part
@@ -305,7 +309,7 @@ def _load(path: Path, name: str) -> Verdict | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             found = json.loads(bytes(stored["report"]).decode())
-            bad, tokens, dataset = stored["bad"], stored["tokens"], stored["dataset"]
+            arrays = {name: stored[name] for name in _ARRAYS}
     except (OSError, ValueError, KeyError, EOFError):
         return None
     if any(_changed(folder) != when for folder, when in found["folders"].items()):
@@ -313,7 +317,7 @@ def _load(path: Path, name: str) -> Verdict | None:
     os.utime(path)
     report = CheckReport(name, found["rows"], formats=Counter(found["formats"]), of=found["of"])
     report.problems = [Problem(name, row, where, problem) for row, where, problem in found["problems"]]
-    return Verdict(report, bad, tokens, found["names"], dataset)
+    return Verdict(report, names=found["names"], **arrays)
 
 
 def _save(path: Path, verdict: Verdict, folders: set[str]) -> None:
@@ -328,7 +332,7 @@ def _save(path: Path, verdict: Verdict, folders: set[str]) -> None:
     }
     text = np.frombuffer(json.dumps(found).encode(), dtype=np.uint8)
     with replacing(path, "wb") as stream:
-        np.savez(stream, report=text, bad=verdict.bad, tokens=verdict.tokens, dataset=verdict.dataset)
+        np.savez(stream, report=text, **{name: getattr(verdict, name) for name in _ARRAYS})
 
 
 def _changed(path: str) -> int:

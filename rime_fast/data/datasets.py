@@ -27,13 +27,15 @@ class PairDataset(Dataset[Pair]):
     allow_outside, allow_urls: see ImageRoot; rows of an object that the caller made may name any path unless
     ``image_root`` is given. rows: indices [n] to keep (None: all). max_rows: of an iterable, how many are read.
 
-    ``tokens``: [len] of each pair, where a check has counted or estimated them, else None. ``by_name()``: its parts by
-    the data set that each row names, where a check has looked.
+    ``tokens``: [len] of each pair, where a check has counted or estimated them, else None. ``hashes``: [len], the
+    ``pair_hash`` of each, likewise. ``by_name()``: its parts by the data set that each row names, where a check has
+    looked.
 
     Items raise DataError naming file, row and field when a row is bad. Pickles, so it serves dataloader workers.
     """
 
     tokens: np.ndarray | None = None
+    hashes: np.ndarray | None = None
     _names: tuple[list[str], np.ndarray] | None = None
 
     def __init__(
@@ -85,6 +87,7 @@ class PairDataset(Dataset[Pair]):
         """Leave only these of the present items, in this order."""
         self.rows = chosen if self.rows is None else self.rows[chosen]
         self.tokens = None if self.tokens is None else self.tokens[chosen]
+        self.hashes = None if self.hashes is None else self.hashes[chosen]
         self._names = None if self._names is None else (self._names[0], self._names[1][chosen])
 
     def by_name(self) -> dict[str, PairDataset]:
@@ -140,7 +143,7 @@ def open_pairs(
     whole_file = [problem for problem in report.problems if problem.row == 0]
     if report.problems and (on_bad_row == "stop" or whole_file):
         raise DataError(whole_file or report.problems)
-    dataset.rows, dataset.tokens = None, verdict.tokens
+    dataset.rows, dataset.tokens, dataset.hashes = None, verdict.tokens, verdict.hashes
     dataset._names = verdict.names, verdict.dataset
     if len(verdict.bad):
         dataset.keep(np.delete(np.arange(len(dataset.source)), verdict.bad))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from rime_fast.data.images import ImageRoot, ImageSource, hash_image, stored_image
 from rime_fast.data.images import image_size as image_size
@@ -190,6 +190,33 @@ def content_hash(side: Side) -> int:
     for video in side.videos:
         hash_video(video, digest)
     return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def pair_hash(pair: Pair) -> int:
+    """A 63-bit number that tells a pair from others by everything that training reads of it, cheaply: an image by its
+    path, or by its size and a few of its bytes or pixels where they are there; none is decoded."""
+    targets = [pair.target, *pair.positives]
+    told: list[Any] = [pair.dataset, pair.scores, pair.mined_scores, len(targets)]
+    for side in (pair.query, *targets, *pair.negatives):
+        parts = [(kind, value if kind == "text" else _glance(value)) for kind, value in side.parts]
+        told.append((side.id, side.rewrite, parts))
+    return _number(repr(told).encode("utf-8", "surrogatepass"))
+
+
+def _glance(source: Any) -> Any:
+    if isinstance(source, Video):
+        found = source.source
+        return source.fps, _glance(found) if isinstance(found, str) else [_glance(frame) for frame in found]
+    if isinstance(source, dict):
+        held = source.get("bytes")
+        return (len(held), _number(held[:4096])) if isinstance(held, bytes) else source.get("path")
+    if isinstance(source, np.ndarray):
+        return str(source.dtype), source.shape, _number(source.reshape(-1)[:4096].tobytes())
+    if isinstance(source, ImageFile.ImageFile):  # its pixels may not have been read yet
+        return source.mode, source.size, getattr(source, "filename", "")
+    if isinstance(source, Image.Image):
+        return source.mode, source.size, _number(source.resize((16, 16), Image.Resampling.NEAREST).tobytes())
+    return os.fspath(source)
 
 
 def _number(key: bytes) -> int:
