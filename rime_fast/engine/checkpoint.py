@@ -21,13 +21,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rime_fast.data.records import Pair, stable_hash
+from rime_fast.data.records import DataError, Pair, Side, stable_hash
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 FORMAT = "rime-checkpoint/1"
 MAY_CHANGE = "may change"  # among a run's facts: those that a resumed run may have other values of
-SAMPLED = 512  # rows of a larger data set that its fingerprint reads
+UNKNOWN = "not known"  # a fact's value where a run cannot tell it: it is not compared
+MENDED = ("data files",)  # facts of the data that may change: a picture that ended a run is put right
+SAMPLED = 512  # rows of a larger data set that are read whole, with the beginnings of their files
+HEAD = 4096  # bytes of a file that are its beginning
 
 
 # --- the transaction -------------------------------------------------------------------------------------------------
@@ -297,23 +300,73 @@ def _sync_folder(folder: Path) -> None:
 
 
 def data_facts(dataset: Any, rows: bool = True) -> dict[str, Any]:
-    """Facts that tell a training set from another: its length, and with ``rows`` a digest of its rows in order: of all,
-    or of evenly spaced ones."""
+    """Facts that tell a training set from another, in order: how many rows; "data digest", of every row, where the
+    check before step 1 has read them all; "data", of all or of evenly spaced rows and the pixels that they hold; "data
+    files", of the beginnings of these rows' images and videos; the sets of a mixture.
+
+    rows: False for rows that were not checked: those made on the fly need not be the same twice and are not read.
+    """
     pairs = getattr(dataset, "pairs", dataset)
     if pairs is None or not hasattr(pairs, "__len__"):
         return {}
-    count = len(pairs)
-    if not rows:
-        return {"data rows": count}
-    step = max(1, count // SAMPLED)
-    digest = hashlib.blake2b(digest_size=16)
-    for i in range(0, count, step):
-        row = pairs[i]
+    facts: dict[str, Any] = {"data rows": len(pairs), "data": UNKNOWN, "data files": UNKNOWN, "data digest": UNKNOWN}
+    hashes: list[Any] = [getattr(part, "hashes", None) for part in _parts(pairs)]
+    if not any(part is None for part in hashes):
+        facts["data digest"] = hashlib.blake2b(b"".join(part.tobytes() for part in hashes), digest_size=16).hexdigest()
+    if hasattr(pairs, "labels"):
+        shares = (pairs.weights / pairs.weights.sum()).tolist()
+        sets = zip(pairs.labels, pairs.sizes.tolist(), shares, strict=True)
+        facts["mixture"] = {
+            label: {"place": place, "rows": size, "share": round(share, 12)}
+            for place, (label, size, share) in enumerate(sets)
+        }
+    if not rows and not all(_settled(part) for part in _parts(pairs)):
+        return facts
+    digest, files = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    for i in range(0, len(pairs), max(1, len(pairs) // SAMPLED)):
+        try:
+            row = pairs[i]
+        except DataError:
+            digest.update(b"bad;")
+            continue
         if not isinstance(row, Pair):
-            return {"data rows": count}
+            return facts
         for side in (row.query, row.target, *row.negatives):
             digest.update(f"{stable_hash(side)} {stable_hash(replace(side, id=None))} {side.rewrite};".encode())
-    return {"data rows": count, "data": digest.hexdigest()}
+        for side in (row.query, row.target, *row.positives, *row.negatives):
+            for path in _paths(side):
+                files.update(_beginning(path))
+    return facts | {"data": digest.hexdigest(), "data files": files.hexdigest()}
+
+
+def _parts(pairs: Any) -> list[Any]:
+    """The datasets that a joined one or a mixture is made of, else the dataset itself."""
+    return list(getattr(pairs, "sets", None) or getattr(pairs, "datasets", None) or [pairs])
+
+
+def _settled(pairs: Any) -> bool:
+    """Whether rows are those of a file or a list, the same whenever they are read."""
+    source = getattr(pairs, "source", pairs)
+    of_file = hasattr(source, "key") and source.key() is not None
+    return of_file or isinstance(getattr(source, "source", source), (list, tuple))
+
+
+def _paths(side: Side) -> Iterator[str]:
+    videos = [video.source for video in side.videos]
+    frames = [frame for video in videos if not isinstance(video, str) for frame in video]
+    for source in (*side.images, *frames, *(video for video in videos if isinstance(video, str))):
+        path = source.get("path") if isinstance(source, dict) and source.get("bytes") is None else source
+        if isinstance(path, (str, os.PathLike)):
+            yield os.fspath(path)
+
+
+def _beginning(path: str) -> bytes:
+    """Size and first bytes of a file; nothing of what is none (a folder, a member of an archive, a URL)."""
+    try:
+        with open(path, "rb") as file:
+            return f"{os.fstat(file.fileno()).st_size} ".encode() + file.read(HEAD)
+    except OSError:
+        return b"none"
 
 
 def facts_of(folder: str | Path | None) -> dict[str, Any] | None:
@@ -327,7 +380,8 @@ def compare(folder: str, now: Mapping[str, Any], accept: bool) -> str:
     """Say what to tell of a checkpoint whose run was another one ("" for nothing). Raises ValueError unless
     ``accept``.
 
-    now: this run's facts; those under MAY_CHANGE take effect, and are only told.
+    now: this run's facts; those under MAY_CHANGE take effect, and are only told. A fact that the checkpoint lacks (an
+    older version wrote it), or that either run calls UNKNOWN, is not compared, and told.
     """
     made, steps = re.fullmatch(r"checkpoint-(\d+)", Path(folder).name), now.get(MAY_CHANGE, {}).get("max_steps", 0)
     if made and 0 < steps < int(made[1]):
@@ -337,14 +391,20 @@ def compare(folder: str, now: Mapping[str, Any], accept: bool) -> str:
     before = facts_of(folder)
     if before is None:
         return ""
-    free = differences(before.get(MAY_CHANGE, {}), now.get(MAY_CHANGE, {}))
-    changed = differences({**before, MAY_CHANGE: None}, {**now, MAY_CHANGE: None})
+    old, new = before.get(MAY_CHANGE, {}), now.get(MAY_CHANGE, {})
+    both = {name for name in old.keys() & new.keys() if UNKNOWN not in (old[name], new[name])}
+    free = differences({name: old[name] for name in both}, {name: new[name] for name in both})
+    known = {name: before.get(name, UNKNOWN) for name in now.keys() | before.keys()}
+    unknown = sorted(name for name in known if UNKNOWN in (known[name], now.get(name)) and known[name] != now.get(name))
+    left_out: dict[str, Any] = dict.fromkeys([MAY_CHANGE, *unknown])
+    changed = differences(known | left_out, {**now, **left_out})
     if changed and not accept:
         raise ValueError(
             f"{folder} was made by a run that differs: {_named(changed)}. Resume with what it had, or set "
             "accept_changes to go on with the new values"
         )
     lines = [f"{folder} was made by a run that differs, and goes on: {_named(changed)}"] if changed else []
+    lines += [f"not known of both runs, so not compared: {', '.join(unknown)}"] if unknown else []
     return "\n".join([*lines, f"going on with {_named(free)}"] if free else lines)
 
 
@@ -353,7 +413,26 @@ def _named(changed: Mapping[str, str]) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """List every fact that is not the same as name -> "old -> new" (compared as JSON writes them)."""
+    """List every fact that is not the same as name -> "old -> new" (compared as JSON writes them); a fact that both
+    have parts of, by its parts."""
     old, new = (json.loads(json.dumps(dict(facts), default=str)) for facts in (before, now))
-    names = sorted(old.keys() | new.keys())
-    return {name: f"{old.get(name)!r} -> {new.get(name)!r}" for name in names if old.get(name) != new.get(name)}
+    found: dict[str, str] = {}
+    for name in sorted(old.keys() | new.keys()):
+        was, is_now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            found |= {f"{name}.{part}": change for part, change in differences(was, is_now).items()}
+        elif was != is_now:
+            found[name] = f"{_short(was)} -> {_short(is_now)}"
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def has_optimizer(folder: str) -> bool:
+    """Whether a checkpoint holds an optimizer's state and a scheduler's, in any of the forms that are written."""
+    path = Path(folder)
+    whole = bool([*path.glob("optimizer*")]) and (path / "scheduler.pt").is_file()
+    return whole or bool([*path.glob("global_step*")])

@@ -20,6 +20,7 @@ class TeacherRows:
     def __init__(self, path: str | Path, device: torch.device) -> None:
         bank = AnchorBank.open(path, model=None, data=None)
         self.path, self.side, self.anchors = Path(path), bank.side, bank.anchors.to(device)
+        self.digest = bank.digest
         self.ids, self.order = (found.to(device) for found in bank.ids[:, 0].sort())
 
     def of(self, ids: Tensor) -> Tensor:

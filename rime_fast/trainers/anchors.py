@@ -3,6 +3,7 @@ and kept; the current policy's own; or (UME-R1) the other side's rewrites."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,34 +73,41 @@ class AnchorSource:
     ) -> AnchorBank:
         """Read from output_dir where it fits, else made and written there.
 
-        resuming: the file is taken whatever model made it (the weights at hand may be a checkpoint's), but for this
-        data only: another run's is a ValueError.
+        resuming: the file is taken whatever model made it (the weights at hand may be a checkpoint's, whose facts it is
+        compared with), but for this data only: another run's is a ValueError.
         """
         args = self.args
         path = Path(str(args.output_dir)) / "anchors" / f"{pairs.name}-{side}.safetensors"
         if resuming and sharded_model and not path.is_file():
             raise ValueError(f"{path} is missing: the anchors of the start cannot be made from a resumed policy")
         data = set_fingerprint(ids, side, self.collator)
-        with whole_parameters(policy):
-            name = model_fingerprint(policy)
         there = torch.tensor(float(path.is_file()), device=args.device)
         if self.group is not None:
             dist.all_reduce(there, op=dist.ReduceOp.MIN, group=self.group)
-        if bool(there):
-            try:
-                return AnchorBank.open(path, model=None if resuming else name, data=data)
-            except ValueError:
-                if resuming:
-                    raise  # without: of an earlier run with another model or other data, made anew
+        if bool(there) and resuming:
+            return AnchorBank.open(path, model=None, data=data)
+        with whole_parameters(policy):
+            name = model_fingerprint(policy)
+        if bool(there):  # else of an earlier run with another model or other data, or damaged: made anew
+            with suppress(ValueError):
+                return AnchorBank.open(path, model=name, data=data)
         batch = max(args.per_device_eval_batch_size, args.per_device_train_batch_size)
         keep = args.device if args.bank_storage == "device" else torch.device("cpu")
         sides = GuardedRows(SideRows(pairs.pairs, side), self._disc_batch, args.on_bad_row == "skip")
         rows, used = discriminative_rows(model, sides, batch, args.device, self.group, keep)
-        ids = ids[used]
+        ids, digest = ids[used], ""
         if args.should_save:
             made: Any = rows  # a tensor is a sequence of its rows
-            AnchorBank.make(path, made, torch.as_tensor, ids, model=name, data=data, side=side)
-        return AnchorBank(rows, ids, 0, len(ids), name, data, side)
+            digest = AnchorBank.make(path, made, torch.as_tensor, ids, model=name, data=data, side=side).digest
+        return AnchorBank(rows, ids, 0, len(ids), name, data, side, digest)
+
+    def facts(self) -> dict[str, Any]:
+        """What tells the training set's banks from others, by side: the model they are of, and their digests."""
+        return {
+            side: {"model": bank.model, "digest": bank.digest}
+            for (name, side), bank in self.banks.items()
+            if name == "train"
+        }
 
     def _disc_batch(self, items: list[tuple[int, Side]]) -> dict[str, Any]:
         batch = self.collator.collate_prompts([side for _, side in items], mode="disc")
@@ -220,8 +228,8 @@ def bank_file(folder: str | Path, side: str) -> Path:
 def given_bank(source: str, model: Any, ids: Tensor, side: str, collator: Collator, *, resuming: bool) -> AnchorBank:
     """Open the bank a user made by ``rime-fast embed``. source: its folder, or the file itself.
 
-    resuming: the weights at hand may be a checkpoint's, so only the data is compared. Raises FileNotFoundError, and
-    ValueError for a bank of another model, other data or other prompts.
+    resuming: the weights at hand may be a checkpoint's, so only the data is compared here. Raises FileNotFoundError,
+    and ValueError for a bank of another model, other data or other prompts.
     """
     path = Path(source) if Path(source).is_file() else bank_file(source, side)
     name = None

@@ -20,9 +20,9 @@ from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, LEFT_OUT, GuardedRows
 from rime_fast.data.workers import worker_context
 from rime_fast.engine import checkpoint
-from rime_fast.engine.background_save import ShardedCheckpoints
 from rime_fast.engine.finite import FiniteGuard, NonFiniteError, describe_step
 from rime_fast.engine.launch import pass_on
+from rime_fast.engine.resume import ResumedRuns
 from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
 from rime_fast.ops.collectives import of_all_ranks
@@ -45,7 +45,7 @@ RATES = ("learning_rate", "temperature_learning_rate")
 LENGTHS = ("max_steps", "num_train_epochs")
 
 
-class DualModeTrainer(ShardedCheckpoints):
+class DualModeTrainer(ResumedRuns):
     """The base of both trainers: transformers' Trainer over a DualModeModel and packed batches; subclasses give
     ``step`` and ``compute_loss``.
 
@@ -87,6 +87,7 @@ class DualModeTrainer(ShardedCheckpoints):
         self._rows: list[str] = []  # of the step that runs
         self._left_out: set[str] = set()  # rows that were told of
         self._data: dict[str, Any] | None = None  # what is known of the training set
+        self._model: dict[str, Any] = {}  # and of the model, as it was at the start
         self._partial: str | None = None  # where a checkpoint is being written
 
     def _replace_progress(self) -> None:
@@ -99,11 +100,6 @@ class DualModeTrainer(ShardedCheckpoints):
         if self.args.progress != "none":
             self.progress = ProgressCallback(self.title, self.args.progress)
             self.add_callback(self.progress)
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks that share a global batch; None for one process."""
-        return dist.group.WORLD if self.args.world_size > 1 else None
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -157,10 +153,12 @@ class DualModeTrainer(ShardedCheckpoints):
 
     def before_training(self, resume: str | None) -> None:
         """Called between the choice of a checkpoint and its comparison with this run. Subclasses extend."""
+        if not self._model:
+            self._model = self.model_facts()
         if resume is not None:
             if not self.args.trust_checkpoint:
                 checkpoint.check_trust(resume, str(self.args.output_dir))
-            self._tell(checkpoint.compare(resume, self.run_facts(), self.args.accept_changes))
+            self._tell(self.compared(resume, self.run_facts()))
 
     def _tell(self, *lines: str) -> None:
         if self.is_world_process_zero():
@@ -171,25 +169,9 @@ class DualModeTrainer(ShardedCheckpoints):
         free = {name: getattr(self.args, name) for name in (*RATES, *LENGTHS) if hasattr(self.args, name)}
         if self._data is None:  # rows that are made on the fly need not be the same twice
             self._data = checkpoint.data_facts(self.train_dataset, rows=self.args.check_data)
-        return settings_that_count(self.args) | self._data | {checkpoint.MAY_CHANGE: free}
-
-    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        """As transformers'; a learning rate that changed takes effect, where the checkpoint's would be restored."""
-        super()._load_optimizer_and_scheduler(folder)
-        factor = self.rate_change(folder, "learning_rate")
-        scheduler: Any = self.lr_scheduler
-        if factor != 1.0 and hasattr(scheduler, "base_lrs"):
-            for group in self.optimizer.param_groups:
-                group["lr"] *= factor
-                group["initial_lr"] = group.get("initial_lr", self.args.learning_rate / factor) * factor
-            scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
-            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def rate_change(self, folder: str | None, name: str) -> float:
-        """Compute the factor by which a learning rate differs from the checkpoint's (1 where that is not known, or was
-        0)."""
-        before = (checkpoint.facts_of(folder) or {}).get(checkpoint.MAY_CHANGE, {}).get(name)
-        return getattr(self.args, name) / before if before else 1.0
+        free |= {name: self._data[name] for name in checkpoint.MENDED if name in self._data}
+        fixed = {name: value for name, value in self._data.items() if name not in free}
+        return settings_that_count(self.args) | fixed | self._model | {checkpoint.MAY_CHANGE: free}
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._partial is None else self._partial

@@ -394,6 +394,8 @@ _COUNTS: tuple[str, ...] = (
     "bf16",
 )
 _COUNTS += ("fp16", "weight_decay", "max_grad_norm", "optim", "train_sampling_strategy", "dataloader_drop_last")
+_COUNTS += ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules", "lr_scheduler_kwargs")
+_COUNTS += ("ignore_data_skip",)
 
 
 def settings_that_count(args: CommonConfig) -> dict[str, Any]:

@@ -58,7 +58,9 @@ class CommonConfig(TrainingArguments):
     video_fps: float = option(2.0, "Frames a second taken of video files, and the rate of frame lists. [ours: Qwen's]")
     max_video_frames: int = option(64, "Most frames taken of a video file. [ours: Qwen3-VL-Embedding's]")
     check_data: bool = option(
-        True, "Look at every row before step 1 (no image is decoded). Off for rows made on the fly."
+        True,
+        "Look at every row before step 1 (no image is decoded). Off for rows made on the fly; a resumed run then "
+        "compares a part of a file's or list's rows only.",
     )
     on_bad_row: str = option(
         "stop",
@@ -74,7 +76,7 @@ class CommonConfig(TrainingArguments):
         False, "Train into an output_dir that holds a run; its checkpoints are removed when training begins."
     )
     accept_changes: bool = option(
-        False, "Resume although data or settings differ from the checkpoint's; the differences are named."
+        False, "Resume although data, settings or model differ from the checkpoint's; the differences are named."
     )
     trust_checkpoint: bool = option(
         False, "Resume from pickles (DeepSpeed's, sharded ones) that lie outside of output_dir: they can run any code."

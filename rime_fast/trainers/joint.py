@@ -18,6 +18,7 @@ from rime_fast.data.mixture_run import MixtureRun
 from rime_fast.data.prompts import PairBatches, without_negatives
 from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, GuardedRows
+from rime_fast.engine import checkpoint
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
 from rime_fast.engine.teacher import TeacherRows
@@ -389,12 +390,17 @@ class RimeTrainer(DualModeTrainer):
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(folder)
+        if folder is None or not checkpoint.has_optimizer(folder):
+            return
         for scalar in self.scalars:
-            if folder is None:
-                break
             scalar.load(Path(folder))
             for name in RATES if scalar is self.temperature else RATES[:1]:  # as the model's own is scaled
                 scalar.learning_rate *= self.rate_change(folder, name)
+
+    def model_facts(self) -> dict[str, Any]:
+        """Adds the teacher's banks."""
+        banks = {} if self.teacher is None else {side: rows.digest for side, rows in self.teacher.items()}
+        return super().model_facts() | {"teacher": banks}
 
     def check_start(self) -> None:
         super().check_start()

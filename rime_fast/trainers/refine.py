@@ -34,10 +34,8 @@ from rime_fast.trainers.policy import (
     shared_policy_batch,
     use_packed_attention,
 )
-from rime_fast.trainers.rollouts import RolloutGenerator, RolloutStore
+from rime_fast.trainers.rollouts import RolloutGenerator, RolloutStore, malformed
 from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
-
-MALFORMED = 0.9  # share of rollouts from which on it is said
 
 
 class RefineRLTrainer(DualModeTrainer):
@@ -157,9 +155,17 @@ class RefineRLTrainer(DualModeTrainer):
         """Compute the anchors, or reads them back when the run is resumed."""
         self.resuming = resume is not None  # from here on the weights may be a checkpoint's
         self.store.clear()
-        if not self.sharded:
+        if self.resuming or not self.sharded:  # a resumed run only reads those of a sharded model
             self.make_banks(self.model)
         super().before_training(resume)
+
+    def frozen_part(self) -> Any:
+        """As the base's, or the KL's reference where it is a copy of the model as it was at the start."""
+        return super().frozen_part() if self.reference.copy is None else self.reference.copy
+
+    def run_facts(self) -> dict[str, Any]:
+        """Adds the training set's anchors."""
+        return super().run_facts() | {"anchors of": self.anchors.facts()}
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as transformers' ``evaluate`` does: rewards and lengths of sampled rewrites on the evaluation pairs.
@@ -414,16 +420,7 @@ class RefineRLTrainer(DualModeTrainer):
 
     def warning_of(self, logs: dict[str, float]) -> str:
         """Warn where (nearly) all rollouts are malformed, with the likeliest cause."""
-        drawn = logs.get("rollouts", 0.0)
-        if drawn == 0 or logs["format_failed"] < MALFORMED * drawn:
-            return ""
-        cut = logs["unfinished"] / drawn
-        if cut > 0.5:
-            cap = self.args.max_completion_length
-            cause = f"{cut:.0%} do not reach <gen_emb>: max_completion_length ({cap}) may be too short"
-        else:
-            cause = "the model does not write the template's form: start from a jointly trained one, with its template"
-        return f"{logs['format_failed'] / drawn:.0%} of the rollouts are malformed; {cause}"
+        return malformed(logs, self.args.max_completion_length)
 
     # --- several updates per rollout batch ---------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from rime_fast.engine.packed_batch import PackedBatch
 from rime_fast.engine.rollout import RolloutBackend, Sampling, buffer_for
 from rime_fast.engine.rollout_buffer import RolloutBuffer
 
+MALFORMED = 0.9  # share of rollouts from which on it is said
 # The prompts [N] bool whose groups say nothing (all rewards equal).
 Degenerate = Callable[[RolloutBuffer], Tensor]
 
@@ -147,3 +148,19 @@ class RolloutStore:
             self.buffers[place] = RolloutBuffer.from_file(file, self.device)
             self.buffers[place].rewrites = self.buffers[place].responses()
         return list(self.buffers.values())
+
+
+def malformed(logs: dict[str, float], limit: int) -> str:
+    """Say that (nearly) all rollouts of a log are malformed, with the likeliest cause; "" where they are not.
+
+    limit: ``max_completion_length``.
+    """
+    drawn = logs.get("rollouts", 0.0)
+    if drawn == 0 or logs["format_failed"] < MALFORMED * drawn:
+        return ""
+    cut = logs["unfinished"] / drawn
+    if cut > 0.5:
+        cause = f"{cut:.0%} do not reach <gen_emb>: max_completion_length ({limit}) may be too short"
+    else:
+        cause = "the model does not write the template's form: start from a jointly trained one, with its template"
+    return f"{logs['format_failed'] / drawn:.0%} of the rollouts are malformed; {cause}"

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rime_fast.data.datasets import PairDataset, open_pairs
+from rime_fast.data.mixture import MixtureDataset
 from rime_fast.data.records import Pair, Side
 from rime_fast.engine import checkpoint
 from rime_fast.engine.finite import FiniteGuard, all_finite
@@ -162,8 +164,60 @@ def test_data_is_known_by_its_rows_and_their_order():
     assert own == checkpoint.data_facts([replace(row) for row in rows])
     for other in (rows[::-1], rows[:3], [*rows[:5], replace(rows[5], target=Side(text="t5", rewrite="b a"))]):
         assert checkpoint.differences(own, checkpoint.data_facts(other)).keys() >= {"data"}
-    assert checkpoint.data_facts(rows, rows=False) == {"data rows": 6}
+    assert checkpoint.data_facts(rows, rows=False) == own  # a list is the same twice
+
+    class Made(list):
+        source = type("Source", (), {"key": lambda self: None})()  # made on the fly
+
+    made = checkpoint.data_facts(Made(rows), rows=False)
+    assert made == {"data rows": 6} | dict.fromkeys(("data", "data files", "data digest"), checkpoint.UNKNOWN)
     assert checkpoint.differences({"a": 1, "b": (2,)}, json.loads('{"a": 3, "b": [2]}')) == {"a": "1 -> 3"}
+
+
+def test_every_row_of_a_checked_set_counts():
+    """Above the rows that are read whole, by what the check before step 1 saw of each."""
+    rows = [Pair(Side(text=f"q{i}", rewrite="q"), Side(text="t", rewrite="t")) for i in range(2 * checkpoint.SAMPLED)]
+    own = checkpoint.data_facts(open_pairs(rows)[0])
+    for i in (0, 1, 513):
+        other = [*rows[:i], replace(rows[i], target=Side(text="another", rewrite="t")), *rows[i + 1 :]]
+        found = checkpoint.data_facts(open_pairs(other)[0])
+        assert checkpoint.differences(own, found).keys() >= {"data digest"}
+    assert checkpoint.data_facts(open_pairs(list(rows))[0]) == own
+
+
+def test_the_shares_of_a_mixture_count():
+    def facts(*weights: float, names=("a", "b")):
+        parts = [PairDataset([Pair(Side(text=name), Side(text="t"))] * 3) for name in "ab"]
+        return checkpoint.data_facts(MixtureDataset(parts, names, weights))
+
+    own = facts(1, 1)
+    assert own == facts(2, 2)
+    assert checkpoint.differences(own, facts(1, 3)) == {
+        "mixture.a.share": "0.5 -> 0.25",
+        "mixture.b.share": "0.5 -> 0.75",
+    }
+    assert checkpoint.differences(own, facts(1, 1, names="ba")).keys() == {"mixture.a.place", "mixture.b.place"}
+
+
+def test_pictures_under_the_same_path_are_told_apart(tmp_path):
+    rows = [Pair(Side(text="q", images=[str(tmp_path / "0.png")]), Side(text="t"))]
+    (tmp_path / "0.png").write_bytes(b"one")
+    own = checkpoint.data_facts(rows)
+    (tmp_path / "0.png").write_bytes(b"two")
+    assert checkpoint.differences(own, checkpoint.data_facts(rows)).keys() == {"data files"}
+
+
+def test_a_fact_that_one_run_does_not_know_is_named(tmp_path):
+    """An older version's checkpoint lacks facts; one that this run lacks is a difference."""
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    facts = {"seed": 1, "data": "x", checkpoint.MAY_CHANGE: {"learning_rate": 1.0}}
+    text = json.dumps({"format": checkpoint.FORMAT, "files": {}, "facts": facts})
+    (folder / checkpoint.MANIFEST).write_text(text)
+    now = facts | {"adapter": None, "data": checkpoint.UNKNOWN}
+    assert checkpoint.compare(str(folder), now, False) == "not known of both runs, so not compared: adapter, data"
+    with pytest.raises(ValueError, match="differs: seed 1 -> None"):
+        checkpoint.compare(str(folder), {"data": "x"}, False)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -318,6 +318,10 @@ def test_the_best_checkpoint_is_named_by_its_place_and_kept(tiny, tmp_path):
         ({"max_length": 512}, "max_length"),
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type"),
         ({"warmup_steps": 1}, "warmup_steps"),
+        ({"adam_beta2": 0.5}, "adam_beta2"),
+        ({"adam_epsilon": 1e-3}, "adam_epsilon"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 3}}, "lr_scheduler_kwargs"),
+        ({"ignore_data_skip": True}, "ignore_data_skip"),
     ],
     ids=str,
 )
@@ -325,6 +329,98 @@ def test_a_resumed_run_that_differs_is_refused_by_name(tiny, tmp_path, settings,
     trainer(tiny, tmp_path, max_steps=1).train()
     with pytest.raises(ValueError, match=rf"was made by a run that differs: .*{named} .* -> .*accept_changes"):
         trainer(tiny, tmp_path, max_steps=2, **settings).train(resume_from_checkpoint=True)
+
+
+def lora(**options) -> dict:
+    peft = pytest.importorskip("peft")
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return {"peft_config": peft.LoraConfig(**(settings | options))}
+
+
+def test_another_adapter_or_another_base_is_refused_by_name(tiny, tmp_path, monkeypatch):
+    trainer(tiny, tmp_path, max_steps=1, more=lora()).train()
+
+    def refused(named, match="was made by a run that differs", more=None, **settings):
+        with pytest.raises(ValueError, match=rf"{match}.*{named}"):
+            trainer(tiny, tmp_path, max_steps=2, more=more, **settings).train(resume_from_checkpoint=True)
+
+    for options, named in (
+        ({"lora_alpha": 64}, "adapter.lora_alpha 8 -> 64"),
+        ({"use_rslora": True}, "adapter.use_rslora None -> True"),
+        ({"lora_dropout": 0.5}, "adapter.lora_dropout"),
+        ({"r": 8}, "adapter.r 4 -> 8"),
+        ({"target_modules": ["q_proj"]}, "adapter.target_modules"),
+        ({"modules_to_save": ["merger"]}, "adapter.modules_to_save"),
+    ):
+        refused(named, more=lora(**options))
+    refused("adapter .* -> None")
+    refused("adapter.r 4 -> 8", "the weights of .* do not fit", more=lora(r=8), accept_changes=True)
+    refused("they are an adapter's", "the weights of .* do not fit", accept_changes=True)
+    make = tiny.model
+    monkeypatch.setattr(tiny, "model", lambda processor: make(processor, init_std=0.2))
+    refused("base model", more=lora())
+    trainer(tiny, tmp_path, max_steps=2, more=lora(), accept_changes=True).train(resume_from_checkpoint=True)
+
+
+def test_another_template_is_refused_by_its_texts(tiny, tmp_path):
+    trainer(tiny, tmp_path, max_steps=1).train()
+    tiny.template = replace(tiny.template, instruction="which one")
+    with pytest.raises(ValueError, match=r"differs: prompts.instruction 'describe' -> 'which one'"):
+        trainer(tiny, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_an_accepted_setting_of_the_optimizer_is_used_and_another_optimizer_refused(tiny, tmp_path):
+    trainer(tiny, tmp_path, max_steps=1).train()
+    settings = {"max_steps": 2, "accept_changes": True}
+    for name, match in (("sgd", "without dampening, momentum"), ("adafactor", "without beta1")):
+        with pytest.raises(ValueError, match=rf"optimizer's states of .* do not fit this run: .*{match}.*; .*: optim "):
+            trainer(tiny, tmp_path, optim=name, **settings).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"do not fit this run: .*; .*: freeze_vision True -> False"):
+        trainer(tiny, tmp_path, freeze_vision=False, **settings).train(resume_from_checkpoint=True)
+    new = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 1e-3, "weight_decay": 0.1}
+    run = trainer(tiny, tmp_path, **new, **settings)
+    run.train(resume_from_checkpoint=True)
+    group = run.optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.5, 0.6), 1e-3, 0.1)
+
+
+def test_a_checkpoint_of_the_model_alone_wants_to_be_accepted(tiny, tmp_path, capsys):
+    settings = {"learnable_temperature": True}
+    trainer(tiny, tmp_path, max_steps=1, save_only_model=True, **settings).train()
+    with pytest.raises(ValueError, match=r"checkpoint-1 holds no optimizer's state .* accept_changes=True"):
+        trainer(tiny, tmp_path, max_steps=2, **settings).train(resume_from_checkpoint=True)
+    run = trainer(tiny, tmp_path, max_steps=2, accept_changes=True, **settings)
+    run.train(resume_from_checkpoint=True)
+    assert "going on with a fresh optimizer and schedule" in capsys.readouterr().err
+    assert run.state.global_step == 2
+
+
+def small_refine(tiny, folder, noise=0.0, **settings) -> RefineRLTrainer:
+    plan = {"num_generations": 2, "max_completion_length": 4, "report_to": "none"} | settings
+    own = {name: value for name, value in QUIET.items() if name != "temperature"}
+    processor = tiny.processor()
+    model = tiny.model(processor)
+    with torch.no_grad():
+        model.lm_head.weight.add_(noise)
+    args = RefineConfig(output_dir=str(folder), **(own | plan))
+    return RefineRLTrainer(model, args, tiny.pairs(4), processing_class=processor, template=tiny.template)
+
+
+def test_refine_goes_on_with_its_own_reference_and_anchors_only(tiny, tmp_path):
+    small_refine(tiny, tmp_path / "a", max_steps=1).train()
+    small_refine(tiny, tmp_path / "b", max_steps=1, noise=0.1).train()
+    checkpoint_1 = str(tmp_path / "a" / "checkpoint-1")
+    with pytest.raises(ValueError, match="differs: base model"):
+        small_refine(tiny, tmp_path / "a", noise=0.1, max_steps=2).train(checkpoint_1)
+    small_refine(tiny, tmp_path / "a", max_steps=2).train(checkpoint_1)
+    bank, other = (tmp_path / name / "anchors" / "train-query.safetensors" for name in "ab")
+    own = bank.read_bytes()
+    bank.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=r"differs: anchors of.query.digest .*; anchors of.query.model"):
+        small_refine(tiny, tmp_path / "a", max_steps=2).train(checkpoint_1)
+    bank.write_bytes(own[: -len(own) // 4] + bytes(len(own) // 4 + 1))
+    with pytest.raises(ValueError, match=r"train-query.safetensors: (damaged|not an) anchor bank"):
+        small_refine(tiny, tmp_path / "a", max_steps=2).train(checkpoint_1)
 
 
 def test_a_longer_run_is_told_of(tiny, tmp_path, capsys):
