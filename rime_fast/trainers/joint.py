@@ -32,7 +32,7 @@ from rime_fast.recipe.int8 import fake_int8
 from rime_fast.recipe.joint import JointLoss, joint_loss, scored_tokens, side_cross_entropy, token_weights
 from rime_fast.recipe.set_scores import set_scores
 from rime_fast.trainers.anchors import bank_file
-from rime_fast.trainers.base import RATES, DualModeTrainer
+from rime_fast.trainers.base import DualModeTrainer
 from rime_fast.trainers.callbacks import On
 from rime_fast.trainers.config import RimeConfig
 from rime_fast.trainers.policy import use_packed_attention
@@ -394,8 +394,10 @@ class RimeTrainer(DualModeTrainer):
             return
         for scalar in self.scalars:
             scalar.load(Path(folder))
-            for name in RATES if scalar is self.temperature else RATES[:1]:  # as the model's own is scaled
-                scalar.learning_rate *= self.rate_change(folder, name)
+            if scalar is self.temperature and self.rate_change(folder, "temperature_learning_rate") != 1.0:
+                scalar.learning_rate = self.args.temperature_learning_rate
+            else:  # as the model's own is scaled
+                scalar.learning_rate *= self.rate_change(folder, "learning_rate")
 
     def model_facts(self) -> dict[str, Any]:
         """Adds the teacher's banks."""

@@ -484,6 +484,10 @@ def test_a_changed_learning_rate_takes_effect(tiny, tmp_path):
     again = trainer(tiny, tmp_path, **rates | {"max_steps": 3}, **{"learning_rate": 1e-2})
     again.train(resume_from_checkpoint=True)
     assert again.temperature.learning_rate == pytest.approx(2e-3)
+    both = {"learning_rate": 2e-2, "temperature_learning_rate": 3e-2}  # asked for, the temperature's own alone counts
+    last = trainer(tiny, tmp_path, **rates | {"max_steps": 4}, **both)
+    last.train(resume_from_checkpoint=True)
+    assert last.temperature.learning_rate == pytest.approx(3e-2)
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
