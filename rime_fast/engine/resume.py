@@ -64,7 +64,7 @@ class ResumedRuns(ShardedCheckpoints):
         if not checkpoint.has_optimizer(folder):
             text = f"{folder} holds no optimizer's state (save_only_model=True?)"
             if not accept:
-                raise ValueError(f"{text}; pass accept_changes=True to go on with a fresh optimizer and schedule")
+                raise ValueError(f"{text}; set accept_changes to go on with a fresh optimizer and schedule")
             told = f"{told}\n{text}: going on with a fresh optimizer and schedule"
         return told
 

@@ -7,6 +7,8 @@ of a row) are no negatives of each other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -97,3 +99,13 @@ def gathered(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int
         return rows.detach(), 0
     counts = all_gather(torch.tensor([rows.shape[0]], device=rows.device), group).tolist()
     return gather_rows(rows, counts, group), sum(counts[: dist.get_rank(group)])
+
+
+def mask_ids_of(inputs: dict[str, Any], group: Any) -> tuple[Tensor, Tensor] | None:
+    """Make the ids (``mask_ids``) of a packed batch of pairs; None where its rows have none."""
+    if "key_ids" not in inputs:
+        return None
+    own = torch.cat([inputs["key_ids"], inputs["negative_ids"]]) if "negative_ids" in inputs else inputs["key_ids"]
+    keys = torch.stack([own, inputs["key_contents"]], dim=1)
+    queries = torch.stack([inputs["query_ids"], inputs["query_contents"]], dim=1)
+    return mask_ids(keys, queries, inputs.get("other_ids"), inputs.get("other_of"), group=group)

@@ -89,6 +89,13 @@ class JointWeights:
             every += [pair for m in ("disc", "gen") for pair in (("latent", m, half), (m, "latent", half))]
         return [term for term in every if term[2] > 0]
 
+    def served_term(self) -> tuple[str, str] | None:
+        """The term that a served embedding is compared by, as (query mode, key mode): g, else latent, else d with its
+        like; None without any."""
+        order = ("gen", "latent", "disc")
+        terms = [(q, k) for q, k, _ in self.pair_terms()]
+        return min(terms, key=lambda t: (t[0] != t[1], order.index(t[0]), order.index(t[1])), default=None)
+
 
 @dataclass
 class JointLoss:

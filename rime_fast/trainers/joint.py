@@ -19,6 +19,7 @@ from rime_fast.data.prompts import PairBatches, without_negatives
 from rime_fast.data.records import DataError
 from rime_fast.data.row_guard import BAD, GuardedRows
 from rime_fast.engine import checkpoint
+from rime_fast.engine.finite import finite_rows
 from rime_fast.engine.grad_cache import Encoded, GradCache
 from rime_fast.engine.packed_batch import Batch, PackedEncoder, Part, part_tokens
 from rime_fast.engine.teacher import TeacherRows
@@ -27,7 +28,7 @@ from rime_fast.model.flops import StepFlops, peak_flops, recomputed
 from rime_fast.model.latent import own_targets
 from rime_fast.recipe.blocks import by_block
 from rime_fast.recipe.distill import bank_distillation, score_distillation
-from rime_fast.recipe.false_negatives import mask_ids
+from rime_fast.recipe.false_negatives import mask_ids_of
 from rime_fast.recipe.int8 import fake_int8
 from rime_fast.recipe.joint import JointLoss, joint_loss, scored_tokens, side_cross_entropy, token_weights
 from rime_fast.recipe.set_scores import set_scores
@@ -237,19 +238,13 @@ class RimeTrainer(DualModeTrainer):
             return found
 
         def contrast(rows: Rows) -> Tensor:
-            rows = encoder.in_order(rows)
-            # The operator may refuse rows that are not finite, on all ranks or none: it gets numbers, and the loss is
-            # NaN, so that every rank goes on to the verdict on the step.
-            sound = torch.ones((), device=device)
-            for x in rows.values():
-                sound = torch.where(x.detach().isfinite().all(), sound, torch.nan)
-            rows = {mode: x.nan_to_num(0.0, 0.0, 0.0) for mode, x in rows.items()}
+            rows, sound = finite_rows(encoder.in_order(rows))
             queries = {mode: x[:n] for mode, x in rows.items()}
             keys = {mode: x[n:] for mode, x in rows.items()}
             if hard and {"disc", "gen"} <= keys.keys():
                 # a hard negative without a rewrite has no g: its d is the candidate of the generative terms [ours]
                 keys["gen"] = torch.where((inputs["gen_index"][n:] >= 0)[:, None], keys["gen"], keys["disc"])
-            ids = _mask_ids(inputs, group) if args.mask_false_negatives else None
+            ids = mask_ids_of(inputs, group) if args.mask_false_negatives else None
 
             def joint_of(queries: Rows, keys: Rows, own: Tensor | slice, among: Tensor | slice) -> JointLoss:
                 return joint_loss(
@@ -330,11 +325,9 @@ class RimeTrainer(DualModeTrainer):
     def _score_sets(self, inputs: dict[str, Any], queries: Rows, keys: Rows, tau: Any, ids: Any, sound: Tensor) -> None:
         """Adds up loss and hit@1 of each set, of the term that a served embedding is compared by."""
         assert self.mixture is not None
-        terms = [(q, k) for q, k, _ in self.weights.pair_terms()]
-        if not terms:
+        if (term := self.weights.served_term()) is None:
             return
-        order = ("gen", "latent", "disc")
-        query, key = min(terms, key=lambda term: (term[0] != term[1], order.index(term[0]), order.index(term[1])))
+        query, key = term
         blocks = None
         if self.args.contrast_scope == "block":
             blocks = torch.tensor(inputs["blocks"], device=self.mixture.sums.device)
@@ -445,16 +438,6 @@ class RimeTrainer(DualModeTrainer):
         if not self.weights.scores_tokens() and args.distill_weight == 0:
             raise ValueError(f"{found}; expected a larger per_device_train_batch_size, or other rows")
         self._tell(f"warning: {found}; the other terms are trained")
-
-
-def _mask_ids(inputs: dict[str, Any], group: Any) -> tuple[Tensor, Tensor] | None:
-    """ids of queries and keys that are equal where a key is no negative; None where none were made."""
-    if "key_ids" not in inputs:
-        return None
-    own = torch.cat([inputs["key_ids"], inputs["negative_ids"]]) if "negative_ids" in inputs else inputs["key_ids"]
-    keys = torch.stack([own, inputs["key_contents"]], dim=1)
-    queries = torch.stack([inputs["query_ids"], inputs["query_contents"]], dim=1)
-    return mask_ids(keys, queries, inputs.get("other_ids"), inputs.get("other_of"), group=group)
 
 
 def _sizes(inputs: dict[str, Any]) -> tuple[int, int]:
