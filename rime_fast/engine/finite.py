@@ -87,10 +87,10 @@ class FiniteGuard:
         return what if bool(flag) else None
 
 
-def finite_rows(rows: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+def finite_rows(rows: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """Give rows with 0 in place of what is not finite, and a factor for what is made of them: 1, or NaN where something
     was. An operator may refuse such rows on all ranks or on none; so every rank goes on to the verdict on the step."""
-    factor = torch.ones((), device=next(iter(rows.values())).device)
+    factor = torch.ones((), device=device)
     for x in rows.values():
         factor = torch.where(x.detach().isfinite().all(), factor, torch.nan)
     return {name: x.nan_to_num(0.0, 0.0, 0.0) for name, x in rows.items()}, factor

@@ -238,7 +238,7 @@ class RimeTrainer(DualModeTrainer):
             return found
 
         def contrast(rows: Rows) -> Tensor:
-            rows, sound = finite_rows(encoder.in_order(rows))
+            rows, sound = finite_rows(encoder.in_order(rows), device)
             queries = {mode: x[:n] for mode, x in rows.items()}
             keys = {mode: x[n:] for mode, x in rows.items()}
             if hard and {"disc", "gen"} <= keys.keys():

@@ -334,6 +334,7 @@ def test_opcheck(backend: str) -> None:
             RewardWeights().encode(),
             "",
             backend,
+            True,
         ),
     )
 

@@ -387,7 +387,7 @@ def test_an_accepted_setting_of_the_optimizer_is_used_and_another_optimizer_refu
 def test_a_checkpoint_of_the_model_alone_wants_to_be_accepted(tiny, tmp_path, capsys):
     settings = {"learnable_temperature": True}
     trainer(tiny, tmp_path, max_steps=1, save_only_model=True, **settings).train()
-    with pytest.raises(ValueError, match=r"checkpoint-1 holds no optimizer's state .* accept_changes=True"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 holds no optimizer's state .* accept_changes"):
         trainer(tiny, tmp_path, max_steps=2, **settings).train(resume_from_checkpoint=True)
     run = trainer(tiny, tmp_path, max_steps=2, accept_changes=True, **settings)
     run.train(resume_from_checkpoint=True)
