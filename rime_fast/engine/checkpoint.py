@@ -246,8 +246,8 @@ def publish(partial: Path, final: Path, facts: Mapping[str, Any], limit: int | N
     remove(partial)
     if limit is None or limit <= 0:
         return
-    kept = {final} if best is None else {final, Path(best)}
-    others = [folder for folder in checkpoints(final.parent) if folder not in kept]
+    kept = {Path(folder).resolve() for folder in (final, best) if folder is not None}
+    others = [folder for folder in checkpoints(final.parent) if folder.resolve() not in kept]
     others.sort(key=lambda folder: _made(folder) is not None)  # damaged ones go first, then the oldest
     for folder in others[: max(0, len(others) - max(0, limit - len(kept)))]:
         remove(folder)
