@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from rime_fast.data.archives import open_file
 from rime_fast.data.records import DataError, Pair, Side, stable_hash
 
 MANIFEST = "manifest.json"
@@ -361,9 +362,9 @@ def _paths(side: Side) -> Iterator[str]:
 
 
 def _beginning(path: str) -> bytes:
-    """Size and first bytes of a file; nothing of what is none (a folder, a member of an archive, a URL)."""
+    """Size and first bytes of a file; nothing of what is none (a folder, a pipe, a member of an archive, a URL)."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return f"{os.fstat(file.fileno()).st_size} ".encode() + file.read(HEAD)
     except OSError:
         return b"none"
