@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ COLUMNS = 4096  # and so many columns at a time: what is copied from the library
 ZEN_5 = 26  # the family of AMD's processors from which on 512 bits are multiplied in one cycle
 
 
-@lru_cache(maxsize=2)
+@cache
 def prefers_onednn(turned: bool = False) -> bool:
     """Whether oneDNN's products are the faster ones here: always but with MKL on an Intel processor, and on an AMD one
     before Zen 5 where the first operand is ``turned`` (its rows are another matrix's columns)."""
