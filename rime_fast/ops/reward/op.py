@@ -141,7 +141,7 @@ def _score_rewrites(
         _check_distinct({"rewards": rewards, "advantages": advantages, **dict(named)})
     positive = positive.contiguous()  # the kernels read it as it lies
     if backend == "reference" and group is not None:
-        bank = stream.layout(gen, anchors, negatives_mask, weights, group, backend)
+        bank = stream.layout(gen, anchors, negatives_mask, weights, group, whole=True)
         anchors = gather_rows(anchors, bank.sizes, group)
         group = None
     if group is None and positive.device.type == "cpu":
@@ -175,12 +175,7 @@ def _score_rewrites(
         call = gen, anchors, positive, format_ok, lengths, disc_similarity, negatives_mask, weights, group
         with on_device_of(gen):
             every = stream.score(
-                ENGINES[backend],
-                *call,
-                rewards=rewards,
-                advantages=advantages,
-                largest_norm=largest_norm,
-                backend=backend,
+                ENGINES[backend], *call, rewards=rewards, advantages=advantages, largest_norm=largest_norm
             )
         values = list(every) if terms else []
     for buffer, plane in zip(terms, planes, strict=True):

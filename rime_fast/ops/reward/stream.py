@@ -72,7 +72,6 @@ def score(
     rewards: Tensor,
     advantages: Tensor,
     largest_norm: Tensor | None = None,
-    backend: str = "",
 ) -> Tensor:
     """Fill rewards and advantages, and give them with all terms, [12, B, G] fp32 in the order of ``PLANES``; arguments
     as in score_rewrites_."""
@@ -80,7 +79,7 @@ def score(
     rows = (gen if direct else gen.float()).flatten(0, 1).contiguous()
     n_local, total = rows.shape[0], anchors.shape[0]
     if group is not None:
-        bank = layout(gen, anchors, negatives_mask, weights, group, backend)
+        bank = layout(gen, anchors, negatives_mask, weights, group)
         rows, positive, total = all_gather(rows, group), all_gather(positive, group), bank.total
         if positive.device.type == "cpu":
             require_range("positive", positive, 0, total - weights.positives + 1)
@@ -256,14 +255,14 @@ def layout(
     negatives_mask: Tensor | None,
     weights: RewardWeights,
     group: dist.ProcessGroup,
-    backend: str,
+    whole: bool = False,
 ) -> Bank:
     """Exchange the shard sizes and compare what has to be equal on all ranks (ValueError on every rank if it is not).
 
-    A few integers through host memory where the group has a CPU backend, so that no device waits for them.
+    whole: the reference gathers the bank, where the other backends gather rollouts. A few integers through host memory
+    where the group has a CPU backend, so that no device waits for them.
     """
     columns = 0 if negatives_mask is None else negatives_mask.shape[1]
-    whole = backend == "reference"  # gathers the bank, where the others gather rollouts
     mine = [*gen.shape, negatives_mask is not None, anchors.shape[0], columns, whole, *weights.encode()]
     table = _exchange(mine, group, gen.device)
     names = ("B", "G", "D", "negatives_mask given", "anchors", "negatives_mask's columns", "backend is reference")
