@@ -32,7 +32,7 @@ from rime_fast.trainers.callbacks import (
     ProgressCallback,
     ShortRunCallback,
     StepClock,
-    facts_of,
+    card_facts,
     rates,
     settings_that_count,
     tell,
@@ -258,7 +258,7 @@ class DualModeTrainer(ResumedRuns):
 
     def facts(self) -> dict[str, Any]:
         """What the model card says of this run (see rime_fast/model/card.py)."""
-        return {"title": self.title} | facts_of(self.model, self.args, self.state, self.train_dataset)
+        return {"title": self.title} | card_facts(self.model, self.args, self.state, self.train_dataset)
 
     # --- rows that turn out bad ------------------------------------------------------------------------------------
 

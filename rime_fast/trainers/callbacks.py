@@ -404,7 +404,7 @@ def settings_that_count(args: CommonConfig) -> dict[str, Any]:
     return found | {name: str(getattr(args, name)) for name in _COUNTS}
 
 
-def facts_of(model: Any, args: CommonConfig, state: TrainerState, dataset: Any) -> dict[str, Any]:
+def card_facts(model: Any, args: CommonConfig, state: TrainerState, dataset: Any) -> dict[str, Any]:
     """What the model card says of a run, by name."""
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     return {
