@@ -32,6 +32,7 @@ from rime_fast.eval.index import THRESHOLD, EmbeddingIndex, check_auto
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
 from rime_fast.model.token_names import MODES
+from rime_fast.recipe.settings import in_range
 
 logger = logging.get_logger(__name__)
 
@@ -128,18 +129,17 @@ class RimeEmbedder:
         max_length: int | None = None,
         max_image_pixels: int = MAX_PIXELS,
     ) -> None:
-        if token_budget < 1 or max_new_tokens < 1:
-            raise ValueError(f"token_budget is {token_budget}, max_new_tokens {max_new_tokens}; expected above 0")
+        limits = {"token_budget": token_budget, "max_new_tokens": max_new_tokens, "max_image_pixels": max_image_pixels}
+        for name, value in limits.items():
+            in_range(name, value, 1)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if isinstance(base, PreTrainedModel) and not isinstance(base, DualModeModel):
             DualModeModel.from_model(base)
         base = dual_mode_of(model)
-        self.model = model
-        self.processor = processor
+        self.model, self.processor = model, processor
         self.collator = Collator(processor, template, base.config, max_length=max_length)
         self.collator.vision.max_decoded = max_image_pixels
-        self.token_budget = token_budget
-        self.max_new_tokens = max_new_tokens
+        self.token_budget, self.max_new_tokens = token_budget, max_new_tokens
         self.stats = EmbedderStats()
 
     @classmethod

@@ -221,6 +221,8 @@ def test_rewrites_need_gen(embedder):
         embedder.encode(["x"], return_rewrites=True)
     with pytest.raises(ValueError, match="token_budget is 0"):
         RimeEmbedder(embedder.model, embedder.processor, token_budget=0)
+    with pytest.raises(ValueError, match="max_image_pixels is 0"):
+        RimeEmbedder(embedder.model, embedder.processor, max_image_pixels=0)
 
 
 def test_the_limit_of_pixels_is_the_embedders(embedder):
