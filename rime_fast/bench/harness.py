@@ -186,8 +186,8 @@ def compare(
         times[name].append(taken)
         host[name].append(issued)
 
-    if device == "cuda":
-        _occupy(BUSY)  # what it and the next line need is allocated before memory is read
+    if device == "cuda":  # what these need is allocated before memory is read
+        _occupy(0.0 if step else BUSY)
         _flush()
     warm = time.perf_counter()
     memory = {name: _mib(peak_memory(partial(timed, name), device)) for name in alive}

@@ -189,7 +189,7 @@ def test_a_gpu_is_busy_until_the_host_has_issued_a_call(monkeypatch):
         taken, issued = harness._time_once(lambda: log.append("call"), "cuda", ahead)
         assert log == ["product"] * products + ["flush", *measured]
         assert taken == 2.5
-        assert 0 < issued < 1e3
+        assert issued >= 0
 
 
 def test_growth_curves_find_what_varies_and_fit_its_slope():
