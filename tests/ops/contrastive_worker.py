@@ -162,6 +162,10 @@ def errors(rank: int, world: int) -> None:
     mixed = {"disc": rows, "gen": rows}, {"disc": rows, "gen": rows[:, :3]}
     fails(f"on rank {world - 1} of the group: term .* expected equal D", sides=mixed if last else None)
     fails("the number of positives a query", labels=torch.tensor([[0, 1]] * 3) if last else None)
+    query = torch.randn(3, 4, requires_grad=True)
+    loss = contrastive_loss({"d": query}, {"d": rows}, terms=[("d", "d", 1.0)], group=dist.group.WORLD).loss
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        torch.autograd.grad(loss, query, create_graph=True)
     fails("got none in row 1", labels=torch.tensor([[0, 1], [-1, -1], [1, -1]]))
     fails(
         f"labels on rank {world - 1} hold values from -1 to 99; expected -1 <=",

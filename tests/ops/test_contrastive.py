@@ -186,8 +186,11 @@ def test_half_precision_inputs_accumulate_in_fp32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_obeys_the_rule_at_full_tiles(dtype: torch.dtype) -> None:
     for seed, peaked in enumerate((False, True)):
-        # No margin: of 8 million candidates some lie at a limit to the last bit, where rounding decides.
-        case = make_case(1023, 4099, 129, seed=seed, peaked=peaked, ids=True, shuffled=True, dtype=dtype)
+        case = make_case(1023, 4099, 129, seed=seed, peaked=peaked, ids=True, margin=0.2, shuffled=True, dtype=dtype)
+        # On a grid similarities are exact, multiples of 1/256, and none is nearer to a limit than 0.0007. Of 8 million
+        # others some lie at one to the last bit, where rounding decides, differently with each instruction set.
+        for side in (case.queries, case.keys):
+            side.update({mode: (16 * rows).round() / 16 for mode, rows in side.items()})
         truth, eager = run(case, torch.float64, "reference"), run(case, dtype, "reference")
         check_rule(run(case, dtype, "chunked"), eager, truth, dtype)
 

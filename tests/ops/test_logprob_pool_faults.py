@@ -72,6 +72,10 @@ def _unequal_parts(rank: int, world: int) -> None:
         torch.compile(fused_logprob_pool, backend="eager", fullgraph=True)(
             hidden, torch.randn(6 - rank, 8), targets, vocab_group=group
         )
+    outside = torch.compile(fused_logprob_pool, backend="eager")
+    torch.testing.assert_close(outside(hidden, lm_head.chunk(world)[rank], targets, vocab_group=group).logp, truth)
+    with pytest.raises((ValueError, RuntimeError), match="vocab_group: expected equal parts"):
+        outside(hidden, torch.randn(6 - rank, 8), targets.clamp(max=9), vocab_group=group)
 
 
 @pytest.mark.dist
