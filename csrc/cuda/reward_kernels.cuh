@@ -44,6 +44,19 @@ struct Brain {
 __device__ __forceinline__ double number(float x) { return x; }
 __device__ __forceinline__ double number(Brain x) { return as_bits<float>(static_cast<uint32_t>(x.bits) << 16); }
 
+// 16 bytes of numbers.
+template <class T>
+struct Vector {
+  T values[16 / sizeof(T)];
+};
+template <class T>
+__device__ __forceinline__ Vector<T> vector_at(const T* from) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  Vector<T> all;
+  memcpy(&all, &bits, sizeof(all));
+  return all;
+}
+
 // Sum of x_i y_i over every kWarp-th feature from this lane's on, four in flight.
 template <class X, class Y>
 __device__ double lane_dot(X x, Y y, int64_t n) {
@@ -56,9 +69,34 @@ RIME_UNROLL
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// The same of rows at multiples of 16 bytes, by loads of as many, of which four are in flight.
+template <class T>
+__device__ double vector_dot(const T* x, const T* y, int64_t n) {
+  constexpr int kVector = 16 / sizeof(T), kStride = kVector * kWarp;
+  double sums[kVector] = {};
+  int64_t i = threadIdx.x % kWarp * kVector;
+  const auto add = [&](const Vector<T>& a, const Vector<T>& b) {
+RIME_UNROLL
+    for (int c = 0; c < kVector; ++c) sums[c] += number(a.values[c]) * number(b.values[c]);
+  };
+  for (; i + 3 * kStride < n; i += 4 * kStride) {
+    Vector<T> a[4], b[4];
+RIME_UNROLL
+    for (int t = 0; t < 4; ++t) a[t] = vector_at(x + i + t * kStride), b[t] = vector_at(y + i + t * kStride);
+RIME_UNROLL
+    for (int t = 0; t < 4; ++t) add(a[t], b[t]);
+  }
+  for (; i < n; i += kStride) add(vector_at(x + i), vector_at(y + i));
+  double sum = 0.0;
+RIME_UNROLL
+  for (int c = 0; c < kVector; ++c) sum += sums[c];
+  return sum;
+}
+
 template <class T>
 __device__ double lane_dot(const void* a, int64_t a_start, const void* b, int64_t b_start, int64_t n) {
   const T *x = static_cast<const T*>(a) + a_start, *y = static_cast<const T*>(b) + b_start;
+  if (at_sixteen(x) && at_sixteen(y) && n * sizeof(T) % 16 == 0) return vector_dot(x, y, n);
   return lane_dot([x](int64_t i) { return number(x[i]); }, [y](int64_t i) { return number(y[i]); }, n);
 }
 
@@ -212,46 +250,105 @@ constexpr int kStep = 4 * kFours * kThreads;   // columns that a block takes at 
 
 __device__ __forceinline__ int64_t column_of(int64_t base, int f) { return base + 4 * (f * kThreads + threadIdx.x); }
 
-// Sums of four go to fp64 as one: a conversion costs as much as eight additions, and four fp32 numbers round by less than
-// the product did.
-__device__ Found sweep(const Row<float>& row, float threshold) {
-  const float high = threshold + row.band, low = threshold - row.band;
-  const bool leader = threadIdx.x % kWarp == 0;
-  double rank = 0.0, sum = 0.0;
+// What a thread has met of its row.
+struct Met {
+  double sum = 0.0;
   int above = 0, count = 0;
   float best = -HUGE_VALF;
-  for (int64_t base = 0; base < row.t.columns; base += kStep) {
-    Row<float>::Four fours[kFours];
-    bool close = false;
+};
+
+// A threshold of ranks, and how far from it a product must lie to be on its side for certain.
+struct Threshold {
+  float low, high, middle, reach;
+
+  __device__ Threshold(float at, float band)
+      // low and high are rounded: whatever lies between them is no further from the middle than this
+      : low(at - band), high(at + band), middle(at), reach(band + 0x1p-22f * fabsf(at)) {}
+};
+
+// Adds a step of columns, whatever they are; returns whether one of this thread's is close to the threshold. Sums of four
+// go to fp64 as one: a conversion costs as much as eight additions, and four fp32 numbers round by less than the product did.
+__device__ __forceinline__ bool add_step(const Row<float>& row, int64_t base, const Threshold& at, Met& met) {
+  Row<float>::Four fours[kFours];
+  bool close = false;
 RIME_UNROLL
-    for (int f = 0; f < kFours; ++f) fours[f] = row.load(column_of(base, f));
+  for (int f = 0; f < kFours; ++f) fours[f] = row.load(column_of(base, f));
 RIME_UNROLL
-    for (int f = 0; f < kFours; ++f) {
-      float part[4];
-      row.keep(column_of(base, f), fours[f]);
+  for (int f = 0; f < kFours; ++f) {
+    float part[4];
+    row.keep(column_of(base, f), fours[f]);
 RIME_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        const float x = fours[f].v[c];
-        const bool counts = x == x;
-        count += counts;
-        part[c] = counts ? x : 0.0f;
-        best = x > best ? x : best;
-        above += x > high;
-        close = close || (x >= low && x <= high);
-      }
-      sum += static_cast<double>((part[0] + part[1]) + (part[2] + part[3]));
+    for (int c = 0; c < 4; ++c) {
+      const float x = fours[f].v[c];
+      const bool counts = x == x;
+      met.count += counts;
+      part[c] = counts ? x : 0.0f;
+      met.best = x > met.best ? x : met.best;
+      met.above += x > at.high;
+      close = close || (x >= at.low && x <= at.high);
     }
+    met.sum += static_cast<double>((part[0] + part[1]) + (part[2] + part[3]));
+  }
+  return close;
+}
+
+// The same of a step that lies whole in memory and away from the positives, in a third of the instructions. Nothing is
+// added, and the answer is no, where a column of the warp's is masked or not finite.
+__device__ __forceinline__ bool add_whole_step(
+    const Row<float>& row, int64_t base, const Threshold& at, Met& met, bool& close) {
+  float x[4 * kFours], parts[kFours], best = met.best, distance = HUGE_VALF;
+  int above = 0;
+  bool odd = false;
+RIME_UNROLL
+  for (int f = 0; f < kFours; ++f) get_four(row.sims + column_of(base, f), x + 4 * f);
+  if (row.mask != nullptr) {
+RIME_UNROLL
+    for (int f = 0; f < kFours; ++f)
+      odd = odd || *reinterpret_cast<const uint32_t*>(row.mask + column_of(base, f)) != 0x01010101u;
+  }
+RIME_UNROLL
+  for (int f = 0; f < kFours; ++f) {
+    const float* v = x + 4 * f;
+    parts[f] = (v[0] + v[1]) + (v[2] + v[3]);
+RIME_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      best = fmaxf(best, v[c]);
+      distance = fminf(distance, fabsf(v[c] - at.middle));
+      above += v[c] > at.high;
+    }
+  }
+  odd = odd || !(fabsf((parts[0] + parts[1]) + (parts[2] + parts[3])) <= kLargest);
+  if (__ballot_sync(kAll, odd) != 0) return false;
+  met.best = best;
+  met.above += above;
+  met.count += 4 * kFours;
+RIME_UNROLL
+  for (int f = 0; f < kFours; ++f) met.sum += static_cast<double>(parts[f]);
+  close = distance <= at.reach;
+  return true;
+}
+
+__device__ Found sweep(const Row<float>& row, float threshold) {
+  const Threshold at(threshold, row.band);
+  const bool leader = threadIdx.x % kWarp == 0, whole = at_sixteen(row.sims) && reinterpret_cast<uintptr_t>(row.mask) % 4 == 0;
+  double rank = 0.0;
+  Met met;
+  for (int64_t base = 0; base < row.t.columns; base += kStep) {
+    const bool away = base >= row.own_begin + row.t.positives || base + kStep <= row.own_begin;
+    bool close = false;
+    if (!(whole && away && base + kStep <= row.t.columns && add_whole_step(row, base, at, met, close)))
+      close = add_step(row, base, at, met);
     if (__ballot_sync(kAll, close) == 0) continue;
-    for (int i = 0; i < 4 * kFours; ++i) {  // read again: an index known at run time would move fours out of registers
+    for (int i = 0; i < 4 * kFours; ++i) {  // read again: an index known at run time would move them out of registers
       const int64_t j = column_of(base, i / 4) + i % 4;
       const float x = row.value(j);
-      row.exact(x >= low && x <= high, j, [&](double s) {
+      row.exact(x >= at.low && x <= at.high, j, [&](double s) {
         if (leader) rank += rank_step(static_cast<float>(s), threshold);
       });
     }
   }
-  Found found = reduced(rank + above, count, sum, static_cast<double>(best));
-  found.mine = best;
+  Found found = reduced(rank + met.above, met.count, met.sum, static_cast<double>(met.best));
+  found.mine = met.best;
   return found;
 }
 
@@ -264,16 +361,22 @@ __device__ void add_max(const Row<S>& row, const Found& found, double* state) {
     best = -HUGE_VAL;
     // Only a warp that holds such a column looks at its columns again.
     const int64_t end = __ballot_sync(kAll, found.mine >= low) == 0 ? 0 : row.t.columns;
-    for (int64_t base = 0; base < end; base += kStep)
+    for (int64_t base = 0; base < end; base += kStep) {
+      Row<float>::Four fours[kFours];
+      bool close[kFours];
+RIME_UNROLL
+      for (int f = 0; f < kFours; ++f) fours[f] = row.load(column_of(base, f));
+RIME_UNROLL
       for (int f = 0; f < kFours; ++f) {
-        const int64_t j = column_of(base, f);
-        Row<float>::Four x = row.load(j);
-        row.keep(j, x);
-        const bool close = x.v[0] >= low || x.v[1] >= low || x.v[2] >= low || x.v[3] >= low;
-        if (__ballot_sync(kAll, close) == 0) continue;
-        for (int c = 0; c < 4; ++c)
-          row.exact(row.value(j + c) >= low, j + c, [&](double s) { best = s > best ? s : best; });
+        const float* v = fours[f].v;
+        row.keep(column_of(base, f), fours[f]);
+        close[f] = __ballot_sync(kAll, v[0] >= low || v[1] >= low || v[2] >= low || v[3] >= low) != 0;
       }
+RIME_UNROLL
+      for (int f = 0; f < kFours; ++f)
+        for (int64_t j = column_of(base, f), c = 0; close[f] && c < 4; ++c, ++j)
+          row.exact(row.value(j) >= low, j, [&](double s) { best = s > best ? s : best; });
+    }
     best = block_reduce<kThreads>(best, Larger{});
   }
   if (threadIdx.x == 0) {
@@ -328,8 +431,9 @@ RIME_UNROLL
   }
 }
 
+// Four blocks of a multiprocessor: an H100 holds the 512 rows of a usual batch at once.
 template <class S, int kNegative>
-__global__ void __launch_bounds__(kThreads, 3) tile_kernel(Tile t, const S* sims) {
+__global__ void __launch_bounds__(kThreads, 4) tile_kernel(Tile t, const S* sims) {
   const int64_t row = blockIdx.x, item = row / t.group_size;
   double* state = t.state + row * (kRanks + t.positives);
   const Row<S> view{t,

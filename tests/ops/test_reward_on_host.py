@@ -258,6 +258,21 @@ def test_streaming_kernels_over_tiles(kernels: ctypes.CDLL, kind: str, monkeypat
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_whole_steps_of_a_block(kernels: ctypes.CDLL, kind: str, masked: bool) -> None:
+    """Steps without a positive, which are added at once, beside those with a positive, with a masked anchor, with one
+    that is infinite, and one that is not full."""
+    step, weights = 4096, WEIGHTS[kind]
+    case = make_case(2, 2, 32, 6 * step + 5, positives=weights.positives, ties=True, masked=False)
+    case["positive"] = torch.tensor([100, 3 * step + 7])
+    case["anchors"][2 * step + 9, 0] = torch.inf
+    if masked:
+        case["negatives_mask"] = torch.ones(2, 6 * step + 5, dtype=torch.bool)
+        case["negatives_mask"][:, step + 70] = False
+    assert_same(streamed(kernels, case, weights), score(case, weights, backend="reference"))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
 def test_merge_kernel(kernels: ctypes.CDLL, kind: str) -> None:
     """Three parts, one of them without a single negative for the first item."""
     weights, engine = WEIGHTS[kind], OnHost(kernels)
