@@ -88,6 +88,15 @@ class Case:
             )
         return self.collect(leaves, loss, out)
 
+    def run_plain(self, backend: str, **options: object) -> dict[str, Tensor]:
+        """Outputs and gradients of ``fused_logprob_pool`` with the temperature and the entropy not trained: of the same
+        loss as ``fused_linear_ce``'s."""
+        leaves, t = self.leaves(), self.tensors
+        given = self.options(leaves, backend=backend, entropy=True, **options)
+        given["temperature"] = leaves.pop("temperature").detach()
+        out = fused_logprob_pool(leaves["hidden"], leaves["lm_head"], t["targets"], **given)
+        return self.collect(leaves, -(out.logp * t["token_weight"]).sum(), out)
+
     def collect(self, leaves: dict[str, Tensor], loss: Tensor, out: LogprobPool) -> dict[str, Tensor]:
         total = 0.5 * loss
         if self.pools:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rime_fast.ops.logprob_pool import cuda, fused_linear_ce, fused_logprob_pool, op, places, problem
+from rime_fast.ops.logprob_pool import cuda, fused_linear_ce, fused_logprob_pool, op, places, problem, triton
 from rime_fast.ops.logprob_pool import rows as row_kernels
 from rime_fast.ops.logprob_pool.problem import Needs, Options, Problem, Scoring, Spans, Upstream
+from tests.ops.error_rule import assert_rule
 from tests.ops.logprob_cases import Case, assert_close_to_truth
 
 SCHEDULES = ["recompute", "forward"]
@@ -46,6 +47,25 @@ def test_close_to_truth_by_tritons_row_kernels(
     for shape, spread in (((5, 96, 123), 1.0), ((11, 64, 5003), 30.0)):
         case = Case(*shape, dtype, softcap=softcap, bias=bias, temperature=1.3, spread=spread)
         assert_close_to_truth(case, case.run("chunked", schedule=schedule), schedule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [30_000, 300_000])
+def test_close_to_truth_by_tritons_tiles(dtype: torch.dtype, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain head's logits, as an sm_90 makes them; in panels and groups of rows, and scored rows fewer than T."""
+    monkeypatch.setattr(cuda, "tiled", lambda call: call.scoring.bias is None)
+    monkeypatch.setattr(cuda, "TILED_ROWS", 1)
+    monkeypatch.setattr(places, "by_triton", lambda _: True)
+    _small(monkeypatch, limit)
+    made: list[int] = []
+    tiles = triton.dlogits
+    monkeypatch.setattr(triton, "dlogits", lambda *given: made.append(given[8]) or tiles(*given))
+    for scored in ("some", "all", "none"):
+        case = Case(61, 96, 517, dtype, scored=scored, bias=False)
+        found, truth, eager = case.run_plain("chunked"), *(case.eager(d, "forward") for d in (torch.float64, None))
+        for name, value in found.items():
+            assert_rule(f"{name} of {case}", value, eager[name], truth[name], dtype)
+    assert (max(made) > 0) == (limit == 30_000)
 
 
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])

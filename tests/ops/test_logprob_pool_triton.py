@@ -13,10 +13,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from rime_fast.ops.logprob_pool import fused_linear_ce, fused_logprob_pool, read_outs, triton
+from rime_fast.ops.logprob_pool import cuda, fused_linear_ce, fused_logprob_pool, read_outs, triton
 from rime_fast.ops.logprob_pool.problem import Spans, workspace_limit
 from rime_fast.ops.logprob_pool.triton_tiles import FORWARD_ROWS, SPLIT_COLUMNS, Plan, interpreted, plan
 from tests.ops.compile_logprob_triton import check_local
+from tests.ops.error_rule import assert_rule
 from tests.ops.logprob_cases import Case, assert_close_to_truth, relative
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,22 @@ def test_on_the_gpu(dtype: torch.dtype, backend: str, schedule: str) -> None:
         case = Case(*shape, dtype, scored="all" if shape[0] == 1 else "some")
         case.tensors = {name: tensor.cuda() for name, tensor in case.tensors.items()}
         assert_close_to_truth(case, case.run(backend, schedule=schedule), schedule)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_plain_logits_on_the_gpu(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a bias, and with temperature and entropy not trained; several panels."""
+    monkeypatch.setenv("RIME_FAST_WORKSPACE_MIB", "16")
+    monkeypatch.setattr(cuda, "TILED_ROWS", 100)
+    for shape, scored in (((57, 96, 123), "some"), ((507, 1536, 32003), "all"), ((700, 64, 9999), "some")):
+        case = Case(*shape, dtype, scored=scored, bias=False)
+        case.tensors = {name: tensor.cuda() for name, tensor in case.tensors.items()}
+        found, truth, eager = case.run_plain(backend), *(case.eager(d, "forward") for d in (torch.float64, None))
+        for name, value in found.items():
+            assert_rule(f"{name} of {case}", value, eager[name], truth[name], dtype)
 
 
 @pytest.mark.gpu

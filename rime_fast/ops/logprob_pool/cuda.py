@@ -48,7 +48,13 @@ from rime_fast.ops.logprob_pool.rows import rows_backward_, rows_both_, rows_for
 
 ROWS = 512  # of a block of the forward
 WORTHWHILE = 1_180  # rows of a chunk from which on several chunks are faster than making the logits twice
+TILED_ROWS = 4096  # from which on tiles make a panel's gradient faster than a product and a row kernel do
 STEP = 64  # columns of a panel are a multiple of this, so that its rows start on 16 bytes
+
+
+def tiled(problem: Problem) -> bool:
+    """Whether Triton's tiles make the per-token schedule's logits (tests have its interpreter do it)."""
+    return triton.makes_plain_logits(problem)
 
 
 class Plan(NamedTuple):
@@ -59,12 +65,12 @@ class Plan(NamedTuple):
     workspace: int
 
 
-def plan(capacity: int, width: int, vocabulary: int, itemsize: int, limit: int) -> Plan:
-    """Plan the backward: the largest group of rows whose dX (fp32) and rows take 3/4 of ``limit``, the widest panel in
-    what is left."""
+def plan(capacity: int, width: int, vocabulary: int, itemsize: int, limit: int, logit: int = 4) -> Plan:
+    """Plan the backward: the largest group of rows whose dX (fp32) and rows take 3/4 of ``limit``, the widest panel, of
+    ``logit`` bytes a column and row, in what is left."""
     a_row = (4 + itemsize) * width
     rows = max(1, min(capacity, limit * 3 // 4 // a_row))
-    a_column = 4 * rows  # logits
+    a_column = logit * rows
     if rows < capacity and itemsize < 4:
         a_column += 4 * width  # dW, which several groups add up in fp32
     columns = max(STEP, (limit - rows * a_row) // a_column // STEP * STEP)
@@ -104,6 +110,8 @@ def scale_(out: Tensor, factor: Tensor | None) -> None:
 
 def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
     """Compute the rows' statistics (2MHV FLOP) and the read-outs."""
+    if tiled(problem):
+        return triton.forward(problem)
     hidden, vocabulary, options = problem.hidden, problem.lm_head.shape[0], problem.options
     columns = forward_columns(vocabulary, workspace_limit(problem.lm_head.nbytes))
     places = Places(problem, ROWS)
@@ -145,7 +153,8 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
     needs, places = problem.options.needs, Places(problem, 1)
     capacity, itemsize, (vocabulary, width) = places.capacity, problem.hidden.element_size(), problem.lm_head.shape
     work = _Backward(problem, places, stats, upstream, rows)
-    cut = plan(capacity, width, vocabulary, itemsize, workspace_limit(problem.lm_head.nbytes))
+    logit = 4 if work.tiles is None else itemsize
+    cut = plan(capacity, width, vocabulary, itemsize, workspace_limit(problem.lm_head.nbytes), logit)
     groups = [slice(i, min(i + cut.rows, capacity)) for i in range(0, capacity, cut.rows)]
     if len(groups) <= 1 or not needs.hidden:
         work.sweep(groups, cut, needs)
@@ -247,6 +256,8 @@ class _Backward(_Sums):
         super().__init__(problem, rows, scored=places.capacity > 0)
         self.places, self.started = places, rows is not None
         self.stats, self.upstream = places.pick(stats, upstream)
+        plain = upstream.entropy is None and not problem.options.needs.temperature and places.capacity >= TILED_ROWS
+        self.tiles = triton.Launch(problem, False, triton.DLOGITS_WIDE) if plain and tiled(problem) else None
 
     def sweep(self, groups: list[slice], cut: Plan, needs: Needs) -> None:
         """Every panel of columns with every group of rows; dX only with a single group."""
@@ -255,7 +266,7 @@ class _Backward(_Sums):
         if not groups or not any(needs):
             return
         rows, single = groups[0].stop - groups[0].start, len(groups) == 1
-        buffer = hidden.new_empty(rows * cut.columns, dtype=torch.float32)
+        buffer = hidden.new_empty(rows, cut.columns, dtype=torch.float32 if self.tiles is None else hidden.dtype)
         dx = None
         if needs.hidden and self.hidden is not None:
             dx = hidden.new_empty(rows, width, dtype=torch.float32)
@@ -277,8 +288,7 @@ class _Backward(_Sums):
             part = slice(first, min(first + cut.columns, vocabulary))
             for i, group in enumerate(groups):
                 x = places.take(hidden, group.start, group.stop - group.start) if whole is None else whole
-                targets = _within(places.targets[group], first)
-                dlogits, products = self.dlogits(x, targets, *known[i], part, buffer)
+                dlogits, products = self.dlogits(x, places.targets[group], *known[i], part, buffer)
                 if dx is not None:
                     _add_product(dx, dlogits, lm_head[part], fresh=first == 0 and not self.started)
                 if head is not None:
@@ -289,7 +299,7 @@ class _Backward(_Sums):
                         _add_product(total, dlogits.t(), x, fresh=i == 0)
                 if needs.bias and self.bias is not None:
                     self.bias[part] += dlogits.sum(dim=0, dtype=torch.float32)
-                if needs.temperature and self.products is not None:
+                if needs.temperature and self.products is not None and products is not None:
                     self.products.add_(products.sum(dtype=torch.float64))
             if head is not None and scratch is not None:
                 head[part] = scratch[: part.stop - first]
@@ -298,9 +308,13 @@ class _Backward(_Sums):
 
     def dlogits(
         self, x: Tensor, targets: Tensor, stats: Statistics, upstream: Upstream, part: slice, buffer: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """One panel: (its gradient [m, P] in the operands' dtype, sum_v dz (z - z[target]) [m])."""
-        logits = _product(x, self.problem.lm_head[part].t(), buffer)
+    ) -> tuple[Tensor, Tensor | None]:
+        """One panel: (its gradient [m, P] in the operands' dtype, sum_v dz (z - z[target]) [m] or None)."""
+        if self.tiles is not None:
+            panel, columns = buffer[: x.shape[0]], part.stop - part.start
+            triton.dlogits(self.tiles, x, None, targets, stats, upstream, panel, None, part.start, columns)
+            return panel[:, :columns], None
+        logits, targets = _product(x, self.problem.lm_head[part].t(), buffer.view(-1)), _within(targets, part.start)
         dtype = x.dtype if x.is_cuda else torch.float32
         return rows_backward_(logits, targets, self.problem.scoring.part(part), stats, upstream, dtype)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from rime_fast.ops.logprob_pool.problem import (
     Problem,
+    Scored,
     Statistics,
     Upstream,
     loss_slope,
     new_statistics,
-    scored_order,
+    scored_rows,
 )
 
 
@@ -29,8 +30,8 @@ class Places:
     """The scored rows in order, ``capacity`` of them, and more up to a multiple: places. A place past the scored rows
     gives a zero row, whatever is in the rows, no target and no gradient.
 
-    order [P] int64: the row of every place, T past them. targets [P]: in this rank's columns. slope [P]: of the summed
-    loss to logp, with ``loss``.
+    order [P] int64: the row of every place, T past them. number 0-d int32: how many are scored. targets [P]: in this
+    rank's columns. slope [P]: of the summed loss to logp, with ``loss``.
     """
 
     def __init__(self, problem: Problem, multiple: int, loss: bool = False, token_weight: Tensor | None = None) -> None:
@@ -40,7 +41,7 @@ class Places:
         self.slope: Tensor | None = None
         self.triton = by_triton(problem.hidden)
         if not self.triton:
-            order = scored_order(problem.ignored, options.max_scored)
+            order, self.number = scored_rows(problem.ignored, options.max_scored)
             self.order = F.pad(order, (0, count - self.capacity), value=self.rows)
             self.targets = self._picked(problem.local_targets, -1)
             if loss:
@@ -49,15 +50,22 @@ class Places:
         from rime_fast.ops.logprob_pool.triton_places import places_kernel
 
         self.order, self.targets = (problem.targets.new_empty(count) for _ in range(2))
+        self.number = (torch.empty if count else torch.zeros)((), dtype=torch.int32, device=self.order.device)
         if loss:
             self.slope = problem.hidden.new_empty(count, dtype=torch.float32)
         if count:
             places_kernel[(1,)](
-                *(problem.targets, token_weight, self.order, self.targets, self.slope, self.rows, self.capacity, count),
+                *(problem.targets, token_weight, self.order, self.targets, self.slope, self.number),
+                *(self.rows, self.capacity, count),
                 *(options.ignore_index, options.vocab_start, 1 if token_weight is None else token_weight.stride(0)),
                 BLOCK=2048,
                 num_warps=8,
             )
+
+    @property
+    def scored(self) -> Scored:
+        """The rows in their places."""
+        return Scored(self.order, self.number)
 
     def _picked(self, values: Tensor, past: float) -> Tensor:
         """``values`` [..., T] at all places."""

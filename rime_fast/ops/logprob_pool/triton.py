@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rime_fast.ops.logprob_pool.places import Places
 from rime_fast.ops.logprob_pool.problem import (
     Gradients,
     Needs,
@@ -27,7 +28,6 @@ from rime_fast.ops.logprob_pool.problem import (
     gradient_dtype,
     loss_slope,
     new_statistics,
-    scored_rows,
     workspace_limit,
 )
 from rime_fast.ops.logprob_pool.read_outs import ReadOuts
@@ -73,6 +73,13 @@ def uses_tma(tensor: Tensor) -> bool:
     return capability_of(tensor)[0] in (9, 10) and tensor.element_size() == 2
 
 
+def makes_plain_logits(problem: Problem) -> bool:
+    """Whether the widest tiles make the statistics of this head's logits and their gradient: on sm_90, where both
+    operands come by descriptors and scores are logits over a temperature."""
+    plain = problem.scoring.bias is None and problem.scoring.softcap is None
+    return plain and capability_of(problem.hidden)[0] == 9 and uses_tma(problem.lm_head)
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -87,9 +94,9 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
     from rime_fast.ops.logprob_pool import triton_rows
 
     options, (starts, ends) = problem.options, problem.spans
-    scored, targets = scored_rows(problem.ignored, options.max_scored), problem.local_targets
+    scored, targets = Places(problem, 1).scored, problem.local_targets
     wide = FORWARD_WIDE if problem.scoring.bias is None else None
-    run = _Launch(problem, problem.scoring.softcap is not None, wide)
+    run = Launch(problem, problem.scoring.softcap is not None, wide)
     t = run.tiles
     stats = new_statistics(problem.hidden, options.entropy)
     found = ReadOuts(run.empty(starts.shape[0], run.width), run.empty(starts.shape[0]))
@@ -136,7 +143,7 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
 def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tensor | None) -> Gradients:
     """Compute the gradients, that of hidden on top of the read-outs' ``rows``; makes the logits
     again, panel by panel."""
-    needs, scored = problem.options.needs, scored_rows(problem.ignored, problem.options.max_scored)
+    needs, scored = problem.options.needs, Places(problem, 1).scored
     upstream = Upstream(*(None if t is None else t.contiguous() for t in upstream))  # type: ignore[arg-type]
     work = _Backward(problem, stats, upstream, rows, scored)
     capacity, hidden = scored.order.shape[0], problem.hidden
@@ -214,7 +221,7 @@ def gather(source: Tensor, order: Tensor, length: int, dtype: torch.dtype | None
     return out[:, :width]
 
 
-class _Launch:
+class Launch:
     """What every kernel of one call shares."""
 
     def __init__(self, problem: Problem, heavy: bool, wide: Tiles | None) -> None:
@@ -225,7 +232,7 @@ class _Launch:
         self.head_tiles, self.hidden_tiles = head_tiles(dtype, chip), hidden_tiles(dtype, chip)
         self.tma = uses_tma(self.lm_head)
         self.tiles = score_tiles(dtype, chip, heavy, self.tma, wide)
-        scoring = problem.scoring
+        self.scoring = scoring = problem.scoring
         self.flags = {"HAS_BIAS": scoring.bias is not None, "HAS_CAP": scoring.softcap is not None}
 
     def empty(self, *shape: int) -> Tensor:
@@ -253,6 +260,53 @@ class _Launch:
         return (max(1, min(processors(self.hidden), units)),)
 
 
+def dlogits(
+    run: Launch,
+    x: Tensor,
+    scored: Scored | None,
+    targets: Tensor,
+    stats: Statistics,
+    upstream: Upstream,
+    panel: Tensor,
+    products: Tensor | None,
+    first: int,
+    columns: int,
+) -> None:
+    """Make logits and their gradient: panel [C, P] of ``columns`` columns from ``first``.
+
+    x [C, H]: the scored rows. targets, stats, upstream: by row of the batch, found through ``scored``; None: by row of
+    x, all of which are scored. products: see dlogits_kernel.
+    """
+    from rime_fast.ops.logprob_pool import triton_kernels as kernels
+
+    t, capacity = run.tiles, panel.shape[0]
+    kernels.dlogits_kernel[run.programs(_cdiv(capacity, t.BM) * _cdiv(columns, t.BN))](
+        run.operand(x, t.BM, t.BK),
+        run.operand(run.lm_head, t.BN, t.BK),
+        *run.scoring,
+        targets,
+        *(scored or (None, None)),
+        *stats,
+        *upstream,
+        run.operand(panel, t.BM, t.BN),
+        products,
+        first,
+        columns,
+        capacity,
+        stats.lse.shape[1],
+        run.width,
+        run.vocabulary,
+        x.stride(0),
+        run.lm_head.stride(0),
+        panel.stride(0),
+        ENTROPY=upstream.entropy is not None,
+        PRODUCTS=products is not None,
+        enable_fp_fusion=False,
+        **run.flags,
+        **run.cut(t),
+    )
+
+
 class _Backward:
     """One backward: what its panels share, and the gradients, panel by panel."""
 
@@ -262,7 +316,7 @@ class _Backward:
         self.problem, self.stats, self.upstream, needs = problem, stats, upstream, problem.options.needs
         self.targets = problem.local_targets
         heavy = problem.scoring.softcap is not None or upstream.entropy is not None or needs.temperature
-        self.run = run = _Launch(problem, heavy, DLOGITS_WIDE)
+        self.run = run = Launch(problem, heavy, DLOGITS_WIDE)
         hidden, lm_head, device = problem.hidden, problem.lm_head, problem.hidden.device
         kind, make = gradient_dtype(hidden.dtype), torch.empty if scored.order.shape[0] else torch.zeros
         self.hidden = torch.empty(hidden.shape, dtype=kind, device=device) if needs.hidden else None
@@ -275,48 +329,21 @@ class _Backward:
 
     def sweep(self, scored: Scored, needs: Needs, columns: int) -> None:
         """Every panel of the vocabulary for the rows in ``scored``."""
-        from rime_fast.ops.logprob_pool import triton_kernels as kernels
-
         run, upstream = self.run, self.upstream
-        t, capacity, device = run.tiles, scored.order.shape[0], run.hidden.device
+        capacity, device = scored.order.shape[0], run.hidden.device
         x = run.gathered(scored)
         # Zeros: the kernels write the tiles of the rows there are, and torch sums over the whole panel.
         panel = torch.zeros(capacity, columns, dtype=run.hidden.dtype, device=device)
-        products = run.empty(_cdiv(columns, t.BN), capacity) if needs.temperature else None
+        products = run.empty(_cdiv(columns, run.tiles.BN), capacity) if needs.temperature else None
         low = run.empty(0)
         if needs.hidden and run.hidden.dtype == torch.bfloat16:
             make = torch.zeros if self.started else torch.empty
             low = make(capacity, run.width, dtype=torch.bfloat16, device=device)
         for first in range(0, run.vocabulary, columns):
             here = min(columns, run.vocabulary - first)
-            tiles = _cdiv(here, t.BN)
             if products is not None:
                 products.zero_()
-            kernels.dlogits_kernel[run.programs(_cdiv(capacity, t.BM) * tiles)](
-                run.operand(x, t.BM, t.BK),
-                run.operand(run.lm_head, t.BN, t.BK),
-                *self.problem.scoring,
-                self.targets,
-                *scored,
-                *self.stats,
-                *upstream,
-                run.operand(panel, t.BM, t.BN),
-                products,
-                first,
-                here,
-                capacity,
-                run.length,
-                run.width,
-                run.vocabulary,
-                x.stride(0),
-                run.lm_head.stride(0),
-                columns,
-                ENTROPY=upstream.entropy is not None,
-                PRODUCTS=products is not None,
-                enable_fp_fusion=False,
-                **run.flags,
-                **run.cut(t),
-            )
+            dlogits(run, x, scored, self.targets, self.stats, upstream, panel, products, first, here)
             self._add(panel, x, scored, needs, low, first, here)
             if products is not None and self.products is not None:
                 self.products += products.sum(dtype=torch.float64)

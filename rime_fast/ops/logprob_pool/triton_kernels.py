@@ -235,9 +235,13 @@ def dlogits_kernel(
     """Make the logits of a panel again and their gradient: panel[r, v - first] = dlogits of scored row r and column v;
     products [tile, capacity] = sum_v dz (z - z[target]).
 
-    Whole tiles are written: 0 for rows past M and columns past the vocabulary, which the products then may read.
+    order None: what belongs to a row (targets, statistics, gradients) comes by scored row. count None: all of capacity
+    are scored. Whole tiles are written: 0 for rows past M and columns past the vocabulary, which the products then may
+    read.
     """
-    rows_live = tl.load(count)
+    rows_live = capacity
+    if count is not None:
+        rows_live = tl.load(count)
     inv_temperature = 1.0 / tl.load(temperature)
     row_blocks = tl.cdiv(rows_live, BM)
     tiles = tl.cdiv(columns_in_panel, BN)
@@ -245,7 +249,9 @@ def dlogits_kernel(
         block, tile = _place(unit, row_blocks, tiles, GROUP)
         rows = block * BM + tl.arange(0, BM)
         live = rows < rows_live
-        at = tl.load(order + rows, mask=live, other=0)
+        at = rows
+        if order is not None:
+            at = tl.load(order + rows, mask=live, other=0)
         local = tile * BN + tl.arange(0, BN)
         columns = first + local
         z = _scores(

@@ -20,6 +20,7 @@ def places_kernel(
     order,
     local,
     slope,
+    number,
     length,
     capacity,
     places,
@@ -29,7 +30,8 @@ def places_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: order [places] = the scored rows, ascending, then ``length``; local = their targets - vocab_start,
-    then -1; slope (or None) = -weight there (None: -1), then 0. Scored rows past ``capacity`` are left out."""
+    then -1; slope (or None) = -weight there (None: -1), then 0; number = how many there are. Scored rows past
+    ``capacity`` are left out."""
     lanes = tl.arange(0, BLOCK)
     found = tl.zeros((), dtype=tl.int32)
     for first in range(0, length, BLOCK):
@@ -47,6 +49,7 @@ def places_kernel(
                 value = tl.load(weight + row.to(tl.int64) * stride, mask=kept, other=0.0).to(tl.float32)
             tl.store(slope + place, -value, mask=kept)
     found = tl.minimum(found, capacity)
+    tl.store(number, found)
     for first in range(0, places, BLOCK):
         place = first + lanes
         past = (place >= found) & (place < places)
