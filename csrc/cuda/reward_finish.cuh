@@ -24,9 +24,11 @@ __device__ RewardTerms terms_of(const Finish& f, const RewardSpec& spec, int64_t
 
 __global__ void __launch_bounds__(kThreads, 1) finish_kernel(Finish f, RewardSpec spec) {
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * f.group_size, end = begin + f.group_size;
-  double sum = 0.0, squares = 0.0;
+  double sum = 0.0, squares = 0.0, first = 0.0;  // of a thread's rollouts, the reward of the first
+  const auto reward = [&](int64_t r) { return r < begin + kThreads ? first : terms_of(f, spec, r).reward(); };
   for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
     const RewardTerms t = terms_of(f, spec, r);
+    if (r < begin + kThreads) first = t.reward();
     double values[kPlanes];
     fill_planes(t, values);
     for (int plane = 0; plane < kPlanes; ++plane) f.out[plane * f.rows + r] = static_cast<float>(values[plane]);
@@ -35,12 +37,12 @@ __global__ void __launch_bounds__(kThreads, 1) finish_kernel(Finish f, RewardSpe
   }
   const double mean = block_reduce<kThreads>(sum, Add{}) / static_cast<double>(f.group_size);
   for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
-    const double centred = terms_of(f, spec, r).reward() - mean;
+    const double centred = reward(r) - mean;
     squares += centred * centred;
   }
   const double deviation = group_deviation(block_reduce<kThreads>(squares, Add{}), f.group_size);
   for (int64_t r = begin + threadIdx.x; r < end; r += kThreads) {
-    const float value = static_cast<float>(advantage(terms_of(f, spec, r).reward() - mean, deviation, spec));
+    const float value = static_cast<float>(advantage(reward(r) - mean, deviation, spec));
     f.advantages[blockIdx.x * f.advantage_strides[0] + (r - begin) * f.advantage_strides[1]] = value;
     f.out[kAdvantage * f.rows + r] = value;
     f.out[kDeviation * f.rows + r] = static_cast<float>(deviation);

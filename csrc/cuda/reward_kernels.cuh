@@ -219,30 +219,51 @@ RIME_UNROLL
   }
 };
 
-// What one sweep over a row finds: what it adds to the rank against a threshold; count, sum and maximum of its negatives.
-// mine: this thread's maximum.
+// What one sweep over a row finds: what it adds to the rank against a threshold; count, sum and maximum of its negatives;
+// with kSoftmax their weights e^((s - best) / tau) and the sum of the weighted.
 struct Found {
-  double rank, count, sum, best;
-  float mine;
+  double rank = 0.0, count = 0.0, sum = 0.0, best = -HUGE_VAL, weight = 0.0, weighted = 0.0;
 };
 
-__device__ Found reduced(double rank, int count, double sum, double best) {
-  return {block_reduce<kThreads>(rank, Add{}), block_reduce<kThreads>(static_cast<double>(count), Add{}),
-          block_reduce<kThreads>(sum, Add{}), block_reduce<kThreads>(best, Larger{}), static_cast<float>(best)};
+struct Join {
+  __device__ Found operator()(const Found& a, const Found& b) const {
+    return {a.rank + b.rank, a.count + b.count,   a.sum + b.sum,
+            a.best > b.best ? a.best : b.best, a.weight + b.weight, a.weighted + b.weighted};
+  }
+};
+
+// What all threads have found, on every thread; weights come relative to each thread's best.
+template <bool kSoftmax>
+__device__ Found joined(Found mine, double inverse_tau) {
+  if (kSoftmax) {
+    const double best = block_reduce<kThreads>(mine.best, Larger{});
+    const double shrink = mine.weight == 0.0 ? 0.0 : exp((mine.best - best) * inverse_tau);
+    mine.weight *= shrink, mine.weighted *= shrink;
+  }
+  return block_reduce<kThreads>(mine, Join{});
 }
 
-__device__ Found sweep(const Row<double>& row, float threshold) {
-  double rank = 0.0, sum = 0.0, best = -HUGE_VAL;
-  int count = 0;
+template <bool kSoftmax>
+__device__ Found sweep(const Row<double>& row, float threshold, float&) {
+  Found found;
+  const double inverse_tau = row.t.inverse_tau;
   for (int64_t j = threadIdx.x; j < row.t.columns; j += kThreads) {
     const double v = row.value(j);
     if (!(v == v)) continue;
-    rank += rank_step(static_cast<float>(v), threshold);
-    count += 1;
-    sum += v;
-    best = v > best ? v : best;
+    found.rank += rank_step(static_cast<float>(v), threshold);
+    found.count += 1.0;
+    found.sum += v;
+    if (kSoftmax && v > found.best) {
+      const double shrink = exp((found.best - v) * inverse_tau);
+      found.weight *= shrink, found.weighted *= shrink;
+    }
+    found.best = v > found.best ? v : found.best;
+    if (!kSoftmax) continue;
+    const double w = exp((v - found.best) * inverse_tau);
+    found.weight += w;
+    found.weighted += w * v;
   }
-  return reduced(rank, count, sum, best);
+  return joined<kSoftmax>(found, inverse_tau);
 }
 
 constexpr int kFours = 4;                      // loads of four columns that a thread has in flight
@@ -250,11 +271,33 @@ constexpr int kStep = 4 * kFours * kThreads;   // columns that a block takes at 
 
 __device__ __forceinline__ int64_t column_of(int64_t base, int f) { return base + 4 * (f * kThreads + threadIdx.x); }
 
-// What a thread has met of its row.
+// What a thread has met of its row; weights are relative to `best`.
 struct Met {
-  double sum = 0.0;
+  double sum = 0.0, weight = 0.0, weighted = 0.0;
   int above = 0, count = 0;
   float best = -HUGE_VALF;
+
+  // Raises `best`, and with it what the weights refer to.
+  __device__ __forceinline__ void raise(float to, float inverse_tau) {
+    if (to <= best) return;
+    const double shrink = exp32((best - to) * inverse_tau);
+    weight *= shrink, weighted *= shrink;
+    best = to;
+  }
+
+  // Adds the weights of four numbers below `best`, 0 for NaN.
+  __device__ __forceinline__ void weigh(const float* v, float inverse_tau) {
+    float sum = 0.0f, product = 0.0f;
+RIME_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      const bool counts = v[c] == v[c];
+      const float w = counts ? exp32((v[c] - best) * inverse_tau) : 0.0f;
+      sum += w;
+      product += counts ? w * v[c] : 0.0f;
+    }
+    weight += static_cast<double>(sum);
+    weighted += static_cast<double>(product);
+  }
 };
 
 // A threshold of ranks, and how far from it a product must lie to be on its side for certain.
@@ -268,8 +311,11 @@ struct Threshold {
 
 // Adds a step of columns, whatever they are; returns whether one of this thread's is close to the threshold. Sums of four
 // go to fp64 as one: a conversion costs as much as eight additions, and four fp32 numbers round by less than the product did.
+template <bool kSoftmax>
 __device__ __forceinline__ bool add_step(const Row<float>& row, int64_t base, const Threshold& at, Met& met) {
   Row<float>::Four fours[kFours];
+  const float inverse_tau = static_cast<float>(row.t.inverse_tau);
+  float best = met.best;
   bool close = false;
 RIME_UNROLL
   for (int f = 0; f < kFours; ++f) fours[f] = row.load(column_of(base, f));
@@ -283,17 +329,25 @@ RIME_UNROLL
       const bool counts = x == x;
       met.count += counts;
       part[c] = counts ? x : 0.0f;
-      met.best = x > met.best ? x : met.best;
+      best = x > best ? x : best;
       met.above += x > at.high;
       close = close || (x >= at.low && x <= at.high);
     }
     met.sum += static_cast<double>((part[0] + part[1]) + (part[2] + part[3]));
+  }
+  if constexpr (kSoftmax) {
+    met.raise(best, inverse_tau);
+RIME_UNROLL
+    for (int f = 0; f < kFours; ++f) met.weigh(fours[f].v, inverse_tau);
+  } else {
+    met.best = best;
   }
   return close;
 }
 
 // The same of a step that lies whole in memory and away from the positives, in a third of the instructions. Nothing is
 // added, and the answer is no, where a column of the warp's is masked or not finite.
+template <bool kSoftmax>
 __device__ __forceinline__ bool add_whole_step(
     const Row<float>& row, int64_t base, const Threshold& at, Met& met, bool& close) {
   float x[4 * kFours], parts[kFours], best = met.best, distance = HUGE_VALF;
@@ -319,25 +373,36 @@ RIME_UNROLL
   }
   odd = odd || !(fabsf((parts[0] + parts[1]) + (parts[2] + parts[3])) <= kLargest);
   if (__ballot_sync(kAll, odd) != 0) return false;
-  met.best = best;
   met.above += above;
   met.count += 4 * kFours;
 RIME_UNROLL
   for (int f = 0; f < kFours; ++f) met.sum += static_cast<double>(parts[f]);
+  if constexpr (kSoftmax) {
+    const float inverse_tau = static_cast<float>(row.t.inverse_tau);
+    met.raise(best, inverse_tau);
+RIME_UNROLL
+    for (int f = 0; f < kFours; ++f) met.weigh(x + 4 * f, inverse_tau);
+  } else {
+    met.best = best;
+  }
   close = distance <= at.reach;
   return true;
 }
 
-__device__ Found sweep(const Row<float>& row, float threshold) {
+// mine: this thread's maximum.
+template <bool kSoftmax>
+__device__ Found sweep(const Row<float>& row, float threshold, float& mine) {
   const Threshold at(threshold, row.band);
-  const bool leader = threadIdx.x % kWarp == 0, whole = at_sixteen(row.sims) && reinterpret_cast<uintptr_t>(row.mask) % 4 == 0;
+  const bool leader = threadIdx.x % kWarp == 0;
+  const bool whole = at_sixteen(row.sims) && reinterpret_cast<uintptr_t>(row.mask) % 4 == 0;
   double rank = 0.0;
   Met met;
-  for (int64_t base = 0; base < row.t.columns; base += kStep) {
+  // From the end: a product's last columns are still in L2.
+  for (int64_t base = (row.t.columns - 1) / kStep * kStep; base >= 0; base -= kStep) {
     const bool away = base >= row.own_begin + row.t.positives || base + kStep <= row.own_begin;
     bool close = false;
-    if (!(whole && away && base + kStep <= row.t.columns && add_whole_step(row, base, at, met, close)))
-      close = add_step(row, base, at, met);
+    if (!(whole && away && base + kStep <= row.t.columns && add_whole_step<kSoftmax>(row, base, at, met, close)))
+      close = add_step<kSoftmax>(row, base, at, met);
     if (__ballot_sync(kAll, close) == 0) continue;
     for (int i = 0; i < 4 * kFours; ++i) {  // read again: an index known at run time would move them out of registers
       const int64_t j = column_of(base, i / 4) + i % 4;
@@ -347,88 +412,36 @@ __device__ Found sweep(const Row<float>& row, float threshold) {
       });
     }
   }
-  Found found = reduced(rank + met.above, met.count, met.sum, static_cast<double>(met.best));
-  found.mine = met.best;
-  return found;
+  mine = met.best;
+  const Found found{rank + met.above, static_cast<double>(met.count), met.sum, static_cast<double>(met.best),
+                    met.weight,       met.weighted};
+  return joined<kSoftmax>(found, row.t.inverse_tau);
 }
 
-template <class S>
-__device__ void add_max(const Row<S>& row, const Found& found, double* state) {
-  double best = found.best;
-  if (found.count == 0.0) return;
-  if constexpr (sizeof(S) == sizeof(float)) {
-    const float low = static_cast<float>(best) - 2.0f * row.band;
-    best = -HUGE_VAL;
-    // Only a warp that holds such a column looks at its columns again.
-    const int64_t end = __ballot_sync(kAll, found.mine >= low) == 0 ? 0 : row.t.columns;
-    for (int64_t base = 0; base < end; base += kStep) {
-      Row<float>::Four fours[kFours];
-      bool close[kFours];
+// The largest exact similarity of a row whose largest product is `best`: on every thread. mine: this thread's product.
+__device__ double exact_best(const Row<double>&, double best, float) { return best; }
+__device__ double exact_best(const Row<float>& row, double best, float mine) {
+  const float low = static_cast<float>(best) - 2.0f * row.band;
+  double found = -HUGE_VAL;
+  // Only a warp that holds such a column looks at its columns again.
+  const int64_t end = __ballot_sync(kAll, mine >= low) == 0 ? 0 : row.t.columns;
+  for (int64_t base = 0; base < end; base += kStep) {
+    Row<float>::Four fours[kFours];
+    bool close[kFours];
 RIME_UNROLL
-      for (int f = 0; f < kFours; ++f) fours[f] = row.load(column_of(base, f));
+    for (int f = 0; f < kFours; ++f) fours[f] = row.load(column_of(base, f));
 RIME_UNROLL
-      for (int f = 0; f < kFours; ++f) {
-        const float* v = fours[f].v;
-        row.keep(column_of(base, f), fours[f]);
-        close[f] = __ballot_sync(kAll, v[0] >= low || v[1] >= low || v[2] >= low || v[3] >= low) != 0;
-      }
-RIME_UNROLL
-      for (int f = 0; f < kFours; ++f)
-        for (int64_t j = column_of(base, f), c = 0; close[f] && c < 4; ++c, ++j)
-          row.exact(row.value(j) >= low, j, [&](double s) { best = s > best ? s : best; });
+    for (int f = 0; f < kFours; ++f) {
+      const float* v = fours[f].v;
+      row.keep(column_of(base, f), fours[f]);
+      close[f] = __ballot_sync(kAll, v[0] >= low || v[1] >= low || v[2] >= low || v[3] >= low) != 0;
     }
-    best = block_reduce<kThreads>(best, Larger{});
-  }
-  if (threadIdx.x == 0) {
-    state[0] += found.count;
-    if (best > state[1]) state[1] = best;
-  }
-}
-
-// Adds the weight e^((v - peak) / tau) of one negative, 0 for NaN, and the weighted similarity.
-__device__ __forceinline__ void weigh(float v, float peak, float inverse_tau, float& weight, float& weighted) {
-  const bool counts = v == v;
-  const float w = counts ? exp32((v - peak) * inverse_tau) : 0.0f;
-  weight += w;
-  weighted += counts ? w * v : 0.0f;
-}
-
-template <class S>
-__device__ void add_softmax(const Row<S>& row, const Found& found, double* state) {
-  double weight = 0.0, weighted = 0.0;
-  const double peak = found.best;
-  if (found.count == 0.0) return;
-  if constexpr (sizeof(S) == sizeof(float)) {
-    for (int64_t base = 0; base < row.t.columns; base += kStep) {
-      Row<float>::Four fours[kFours];
 RIME_UNROLL
-      for (int f = 0; f < kFours; ++f) fours[f] = row.load(column_of(base, f));
-RIME_UNROLL
-      for (int f = 0; f < kFours; ++f) {
-        float w = 0.0f, wv = 0.0f;
-        row.keep(column_of(base, f), fours[f]);
-RIME_UNROLL
-        for (int c = 0; c < 4; ++c)
-          weigh(fours[f].v[c], static_cast<float>(peak), static_cast<float>(row.t.inverse_tau), w, wv);
-        weight += static_cast<double>(w);
-        weighted += static_cast<double>(wv);
-      }
-    }
-  } else {
-    for (int64_t j = threadIdx.x; j < row.t.columns; j += kThreads) {
-      const S v = row.value(j);
-      if (!(v == v)) continue;
-      const double w = static_cast<double>(expf(static_cast<float>((v - peak) * row.t.inverse_tau)));
-      weight += w;
-      weighted += w * static_cast<double>(v);
-    }
+    for (int f = 0; f < kFours; ++f)
+      for (int64_t j = column_of(base, f), c = 0; close[f] && c < 4; ++c, ++j)
+        row.exact(row.value(j) >= low, j, [&](double s) { found = s > found ? s : found; });
   }
-  weight = block_reduce<kThreads>(weight, Add{});
-  weighted = block_reduce<kThreads>(weighted, Add{});
-  if (threadIdx.x == 0) {
-    state[0] += found.count;
-    softmax_merge(state, peak, weight, weighted, row.t.inverse_tau);
-  }
+  return block_reduce<kThreads>(found, Larger{});
 }
 
 // Four blocks of a multiprocessor: an H100 holds the 512 rows of a usual batch at once.
@@ -442,19 +455,24 @@ __global__ void __launch_bounds__(kThreads, 4) tile_kernel(Tile t, const S* sims
                     row,
                     t.positive[item] - t.first,
                     similarity_band(t.width, t.norms[row], t.slack * *t.anchor_norm)};
-  Found found{};
+  const bool writes = threadIdx.x == 0;
+  Found found;
+  float mine = 0.0f;
   for (int64_t p = 0; p < t.positives; ++p) {
-    found = sweep(view, static_cast<float>(t.own[row * t.positives + p]));
-    if (threadIdx.x == 0) state[kRanks + p] += found.rank;
+    const auto threshold = static_cast<float>(t.own[row * t.positives + p]);
+    const double before = writes ? state[kRanks + p] : 0.0;
+    const bool first = kNegative == kSoftmax && p == 0;  // the others count ranks alone
+    const Found met = first ? sweep<true>(view, threshold, mine) : sweep<false>(view, threshold, mine);
+    if (p == 0) found = met;
+    if (writes) state[kRanks + p] = before + met.rank;
   }
-  if constexpr (kNegative == kMean) {
-    if (threadIdx.x == 0) {
-      state[0] += found.count;
-      state[1] += found.sum;
-    }
-  }
-  if constexpr (kNegative == kMax) add_max(view, found, state);
-  if constexpr (kNegative == kSoftmax) add_softmax(view, found, state);
+  if (found.count == 0.0) return;
+  if constexpr (kNegative == kMax) found.best = exact_best(view, found.best, mine);
+  if (!writes) return;
+  state[0] += found.count;
+  if constexpr (kNegative == kMean) state[1] += found.sum;
+  if constexpr (kNegative == kMax) state[1] = found.best > state[1] ? found.best : state[1];
+  if constexpr (kNegative == kSoftmax) softmax_merge(state, found.best, found.weight, found.weighted, t.inverse_tau);
 }
 
 __global__ void merge_kernel(const double* parts, double* state, int64_t n_parts, int64_t rows, int64_t size,

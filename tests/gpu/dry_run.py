@@ -230,7 +230,7 @@ def contrast(backend: str, rows: int, width: int, terms: int = 4, margin: bool =
     pairs = tuple((q, k) for q in range(modes) for k in range(modes))[:terms]
     ids = index(rows) if margin else None
     cut = (width // 4, width // 2, width) if widths else ()
-    keep = backend == "chunked" and 4 * terms * rows * rows <= op.KEEP_BYTES
+    keep = backend == "chunked" and 4 * terms * rows * rows <= op.keep_bytes(0)
     options = Options(pairs, 0.1 if margin else None, True, backend, cut, keep).encode()
     inputs = queries, keys, empty(dtype=torch.float32), None, ids, ids, options
     with pytest.MonkeyPatch.context() as patch:
@@ -282,7 +282,7 @@ def reward(rows: int, anchors: int, width: int) -> None:
         out = empty(rows // 8, 8, dtype=torch.float32), empty(rows // 8, 8, dtype=torch.float32)
         given = empty(rows // 8, 8, width), empty(anchors, width), index(rows // 8)
         ok = empty(rows // 8, 8, dtype=torch.bool)
-        op._score_rewrites(*out, [], [], *given, ok, None, None, None, None, numbers, "", "triton")
+        op._score_rewrites(*out, [], [], *given, ok, None, None, None, None, numbers, "", "triton", False)
 
 
 def merge(rows: int, heads: int, width: int) -> None:

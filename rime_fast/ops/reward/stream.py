@@ -38,7 +38,7 @@ from rime_fast.ops.collectives import all_gather
 from rime_fast.ops.reward import cpu, cuda, triton
 from rime_fast.ops.reward.weights import NEGATIVES, STATE, RewardWeights
 
-BUFFER_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # a CPU's stays in its caches until the kernel has read it
+BUFFER_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}  # a CPU's stays in its caches until the kernel has read it
 CAST_BYTES = 8 << 20  # of fp32 at a time, where the CPU's bank has another dtype or is strided
 EXACT_ANCHORS = 256
 MIN_COLUMNS, MAX_COLUMNS = 256, 65_536
