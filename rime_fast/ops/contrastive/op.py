@@ -37,7 +37,7 @@ TABLE = BackendTable(
     probes={"reference": lambda _: None, "chunked": cuda.why_not, "triton": triton.why_not},
     order={"cpu": ("chunked",), "cuda": ("chunked", "triton", "reference")},  # as measured on an H100
 )
-KEEP_BYTES = 1 << 30  # of similarities that stay from the forward to the backward on a GPU
+KEEP_SHARE = 16  # similarities up to this part of a GPU's memory stay from the forward to the backward
 
 
 @dataclass
@@ -195,7 +195,14 @@ def _keeps(problem: Problem) -> bool:
     trained = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     if not trained or not x.queries[0].is_cuda or options.backend != "chunked" or len(options.widths) > 1:
         return False
-    return 4 * len(options.terms) * x.n_queries * x.n_keys <= KEEP_BYTES
+    return 4 * len(options.terms) * x.n_queries * x.n_keys <= keep_bytes(x.queries[0].get_device())
+
+
+@torch.compiler.assume_constant_result
+def keep_bytes(device: int) -> int:
+    """The bytes of similarities that may stay on a GPU: a share of what it has, not of what is free, so that the same
+    call takes the same way."""
+    return int(torch.cuda.get_device_properties(device).total_memory) // KEEP_SHARE
 
 
 def _room(x: Inputs, options: Options) -> Tensor:
