@@ -49,9 +49,10 @@ def test_the_head(tmp_path: Path) -> None:
 
 def test_the_contrast(tmp_path: Path) -> None:
     """Four terms of 4,096 pairs; nine terms, whose words of modes need 36 bits, on descriptors."""
-    chunked, tiles, odd, other, many, nine = dry(
+    chunked, masked, tiles, odd, other, many, nine = dry(
         tmp_path,
         ("contrast", ["chunked", 4096, 1536], {}),
+        ("contrast", ["chunked", 4096, 1536], {"margin": True}),
         ("contrast", ["triton", 4096, 1536], {}),
         ("contrast", ["triton", 4097, 1536], {}),
         ("contrast", ["triton", 5003, 1536], {}),
@@ -60,6 +61,7 @@ def test_the_contrast(tmp_path: Path) -> None:
     )
     assert chunked["kernels"] == {"csrc": 12}
     assert chunked["launches"] <= 150
+    assert masked["launches"] <= 190  # masks are made once, in the forward
     assert tiles["launches"] <= 150
     assert tiles["kernels"]["gradient_kernel"] == 4
     assert odd["binaries"] == 3  # tiles that are not full

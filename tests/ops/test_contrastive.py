@@ -346,7 +346,7 @@ def test_opcheck(with_masks: bool) -> None:
     torch.library.opcheck(torch.ops.rime_fast.contrastive.default, (queries, keys, temperature, *masks, *tail))
     _, _, *solved = torch.ops.rime_fast.contrastive(queries, keys, temperature, *masks, *tail)
     plain = [t.detach() for t in (*solved, *queries, *keys, temperature)]
-    arguments = (torch.ones(2), *plain[:4], plain[4:6], plain[6:7], plain[7], *masks, *tail)
+    arguments = (torch.ones(2), *plain[:6], plain[6:8], plain[8:9], plain[9], *masks, *tail)
     torch.library.opcheck(torch.ops.rime_fast.contrastive_backward.default, (*arguments, [True, False], [True], True))
 
 

@@ -251,14 +251,14 @@ def contrastive(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     options: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, a custom operator too: (loss [terms], hit@1 [terms], and for the backward softmax.Solved: [terms, 2 +
-    P, N] and [terms, 3, K] fp64; Schedule.flag; the similarities, if they are kept)."""
+    P, N] and [terms, 3, K] fp64; Schedule.flag and Schedule.masked; the similarities, if they are kept)."""
     x, decoded = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids), Options.decode(options)
     with on_device_of(queries[0]):
         schedule, kept = of_one_rank(x, decoded), _room(x, decoded)
         schedule.kept = kept if decoded.keep else None
-        return *schedule.forward(), schedule.flag, kept
+        return *schedule.forward(), schedule.flag, *schedule.masked, kept
 
 
 _contrastive = torch.library.custom_op("rime_fast::contrastive", contrastive, mutates_args=())
@@ -267,8 +267,8 @@ _contrastive = torch.library.custom_op("rime_fast::contrastive", contrastive, mu
 @_contrastive.register_fake
 def _(
     queries: Sequence[Tensor], keys: Sequence[Tensor], temperature: Tensor, labels: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = Options.decode(rest[-1])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options, both = Options.decode(rest[-1]), len(queries[0]) + len(keys[0])
     terms, like = options.n_losses, queries[0]
     loss = like.new_empty(terms, dtype=accumulation_dtype(like.dtype))
     positives = 1 if labels is None or labels.dim() == 1 else labels.shape[1]
@@ -280,6 +280,8 @@ def _(
         rows,
         cols,
         like.new_empty((), dtype=torch.int32),
+        like.new_empty(0 if rest[0] is None else both, dtype=torch.int32),
+        loss.new_empty(0) if options.margin is None else loss.new_empty(terms, both),
         _room(Inputs(list(queries), list(keys), temperature, None, None, None), options),
     )
 
@@ -289,6 +291,8 @@ def contrastive_backward(
     rows: Tensor,
     cols: Tensor,
     flag: Tensor,
+    classes: Tensor,
+    limits: Tensor,
     kept: Tensor,
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -306,7 +310,7 @@ def contrastive_backward(
     x = Inputs(list(queries), list(keys), temperature, labels, query_ids, key_ids)
     with on_device_of(queries[0]):
         decoded = Options.decode(options)
-        schedule = of_one_rank(x, decoded, flag)
+        schedule = of_one_rank(x, decoded, flag, (classes, limits))
         schedule.kept = kept if decoded.keep else None
         dq, dk, dt = schedule.backward(grad, rows, cols, list(need_queries), list(need_keys), need_temperature)
 
@@ -323,7 +327,7 @@ _contrastive_backward = torch.library.custom_op(
 
 @_contrastive_backward.register_fake
 def _(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    queries, keys, temperature, need_queries, need_keys = *args[5:8], *args[-3:-1]
+    queries, keys, temperature, need_queries, need_keys = *args[7:10], *args[-3:-1]
 
     def like(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
         return [t.new_empty(t.shape) if need else t.new_empty(0) for t, need in zip(tensors, needs, strict=True)]
@@ -340,7 +344,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    solved, (temperature, *indices), modes = ctx.saved_tensors[:4], ctx.saved_tensors[4:8], ctx.saved_tensors[8:]
+    solved, (temperature, *indices), modes = ctx.saved_tensors[:6], ctx.saved_tensors[6:10], ctx.saved_tensors[10:]
     queries, keys = modes[: ctx.n_query_modes], modes[ctx.n_query_modes :]
     need_q, need_k, need_t = ctx.needs_input_grad[:3]
     if grad is None:
@@ -389,12 +393,12 @@ class _Eager(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         n, need_t, need = ctx.n_query_modes, ctx.needs_input_grad[2], ctx.needs_input_grad[6:]
-        rows, cols, flag, kept, temperature, labels, query_ids, key_ids, *modes = ctx.saved_tensors
+        solved, (temperature, labels, query_ids, key_ids, *modes) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         x = modes[:n], modes[n:], temperature, labels, query_ids, key_ids, ctx.options
         needs = [one or need_t for one in need[:n]], list(need[n:])
         # With create_graph=True the operator, so that a derivative of the gradients is an error and not 0.
         run: Any = torch.ops.rime_fast.contrastive_backward if torch.is_grad_enabled() else contrastive_backward
-        dq, dk, dt = run(grad, rows, cols, flag, kept, *x, *needs, need_t)
+        dq, dk, dt = run(grad, *solved, *x, *needs, need_t)
         gradients = [d if one else None for d, one in zip([*dq, *dk], need, strict=True)]
         return None, None, dt if need_t else None, None, None, None, *gradients
 

@@ -45,8 +45,16 @@ class Schedule:
     is so is known on the host, to a backend that then keeps sums without shifts.
     """
 
-    def __init__(self, x: Inputs, options: Options, source: OwnKeys, bounded: bool | Tensor | None) -> None:
-        """bounded: whether every |logit| <= BOUNDED, or the ``flag`` of that; None: found out on the device."""
+    def __init__(
+        self,
+        x: Inputs,
+        options: Options,
+        source: OwnKeys,
+        bounded: bool | Tensor | None,
+        masked: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """bounded: whether every |logit| <= BOUNDED, or the ``flag`` of that; None: found out on the device.
+        masked: the ``masked`` of an earlier schedule of the same inputs."""
         self.x, self.options, self.source = x, options, source
         device = x.queries[0].device
         self.backend: Any = triton if options.backend == "triton" else cuda if device.type == "cuda" else cpu
@@ -70,6 +78,7 @@ class Schedule:
         self.positives = Positives.of(labels)
         self.positives.first = source.first_key if x.labels is None else None
         self.fused = own_kernels and self.positives.first is not None  # the O(N) part is fused.py's
+        self.masked = self._masked() if masked is None else masked
         self.masks = self._masks()
         self.key_weights: Tensor | None = None  # Positives.key_weights over all ranks
         self.kept: Tensor | None = None  # similarities, see tiles.TileSweep
@@ -189,19 +198,25 @@ class Schedule:
             found.kept = self.kept
         return found
 
-    def _masks(self) -> list[Masks]:
-        """One a loss, over all keys. Limits need the positives' similarities, which may lie with any rank."""
+    def _masked(self) -> tuple[Tensor, Tensor]:
+        """Classes of ids [N + K] int32, and limits of similarities [losses, N + K], of this rank's queries and of all
+        keys; [0] where not given. Limits need the positives' similarities, which may lie with any rank."""
         x, margin = self.x, self.options.margin
-        key_ids = None if x.key_ids is None else self.source.gather(x.key_ids)
-        row_ids, col_ids = id_classes(x.query_ids, key_ids)
-        masks = [Masks(self.positives.labels, row_ids, col_ids) for _ in range(self.options.n_losses)]
-        if margin is None:
-            return masks
-        similarity = self._pair_similarities()
-        best = self.source.max_(self.positives.best_by_key(similarity, self.source.n_keys))
-        for mask, row_limit, col_limit in zip(masks, similarity.amax(2), best, strict=True):
-            mask.row_limit, mask.col_limit = row_limit + margin, col_limit + margin
-        return masks
+        classes, limits = self.flag.new_empty(0), self.queries[0].new_empty(0, dtype=self.dtype)
+        if x.query_ids is not None and x.key_ids is not None:
+            classes = id_classes(torch.cat([x.query_ids, self.source.gather(x.key_ids)]))
+        if margin is not None:
+            similarity = self._pair_similarities()
+            best = self.source.max_(self.positives.best_by_key(similarity, self.source.n_keys))
+            limits = torch.cat([similarity.amax(2), best], dim=1) + margin
+        return classes, limits
+
+    def _masks(self) -> list[Masks]:
+        """One a loss, over all keys."""
+        sizes, (classes, limits) = [self.x.n_queries, self.source.n_keys], self.masked
+        ids = classes.split(sizes) if classes.numel() else (None, None)
+        bounds = [limit.split(sizes) for limit in limits] if limits.numel() else [(None, None)] * self.options.n_losses
+        return [Masks(self.positives.labels, *ids, *limit) for limit in bounds]
 
     def _pair_similarities(self) -> Tensor:
         """[losses, N, P] similarity of each query with its positives, and what equals it; -inf for a missing one."""
@@ -221,13 +236,15 @@ class Schedule:
         return found
 
 
-def of_one_rank(x: Inputs, options: Options, flag: Tensor | None = None) -> Schedule:
+def of_one_rank(
+    x: Inputs, options: Options, flag: Tensor | None = None, masked: tuple[Tensor, Tensor] | None = None
+) -> Schedule:
     """The schedule of one process alone, its values checked (on an accelerator: as far as nothing is read back).
 
-    flag: that of an earlier schedule of the same inputs, which need no second look.
+    flag, masked: those of an earlier schedule of the same inputs, which need no second look.
     """
     if flag is not None:
-        return Schedule(x, options, OwnKeys(x.keys, x.n_queries), flag)
+        return Schedule(x, options, OwnKeys(x.keys, x.n_queries), flag, masked)
     if x.labels is not None:
         check_labels(x.labels, x.n_keys)
     bounded = None

@@ -47,19 +47,15 @@ class Masks:
         )
 
 
-def id_classes(query_ids: Tensor | None, key_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def id_classes(ids: Tensor) -> Tensor:
     """Number 64-bit ids as int32 classes, equal exactly where the ids are: half the bytes to compare in a tile.
 
     By a sort, as counting classes (torch.unique) would make the host wait for an accelerator.
     """
-    if query_ids is None or key_ids is None:
-        return None, None
-    ordered, place = torch.cat([query_ids, key_ids]).sort()
+    ordered, place = ids.sort()
     rank = torch.zeros_like(place)
     rank[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    classes = torch.empty_like(rank, dtype=torch.int32).scatter_(0, place, rank.to(torch.int32))
-    row_ids, col_ids = classes.split([query_ids.shape[0], key_ids.shape[0]])
-    return row_ids.contiguous(), col_ids.contiguous()
+    return torch.empty_like(rank, dtype=torch.int32).scatter_(0, place, rank.to(torch.int32))
 
 
 def pair_similarity(queries: Tensor, keys: Tensor, at: Tensor) -> Tensor:
