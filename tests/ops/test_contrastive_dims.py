@@ -97,6 +97,21 @@ def test_a_width_of_zeros_and_threads_change_nothing() -> None:
     assert all(torch.equal(rows, found[1].gradients[name]) for name, rows in found[0].gradients.items())
 
 
+@pytest.mark.parametrize("dims", [[1], [1, 2], [1, 8, 32], list(range(1, 20))])
+@pytest.mark.parametrize("first", [0.0, 1e-5, 1.0])
+def test_a_width_of_one_compares_signs(dims: list[int], first: float) -> None:
+    """Whose gradient is 0: none of its terms may be left over, times the inverse of a first column near 0."""
+    case = nested(40, 330, 32, dims=dims, ids=True, margin=0.1)
+    for side in (case.queries, case.keys):
+        for rows in side.values():
+            rows[:, 0] = (first * rows[:, 0]).float()
+    truth, eager = run(case, torch.float64, "reference"), run(case, torch.float32, "reference")
+    check_rule(run(case, torch.float32, "chunked"), eager, truth, torch.float32)
+    check_rule(run(case, torch.float64, "chunked"), truth, truth, torch.float64)
+    if dims == [1]:
+        assert not any(value.any() for name, value in eager.gradients.items() if name != "temperature")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("as_on_cuda", [False, True])
 def test_half_precision(dtype: torch.dtype, as_on_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,16 @@ def test_interpreted_widths_obey_the_rule(dtype: torch.dtype, temperature: float
 
 
 @interpreter
+def test_a_width_of_one_has_no_gradient() -> None:
+    case = make_case(40, 70, 20)
+    for rows in (*case.queries.values(), *case.keys.values()):
+        rows[:, 0] = (1e-5 * rows[:, 0]).float()
+    case = replace(case, settings={**case.settings, "dims": [1, 3, 20]})
+    truth, eager = run(case, torch.float64, "reference"), run(case, torch.float32, "reference")
+    check_rule(run(case, torch.float32, "triton"), eager, truth, torch.float32)
+
+
+@interpreter
 def test_stripes_and_panels_of_widths_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(40, 70, 20, shuffled=True, ids=True)
     case = replace(case, settings={**case.settings, "dims": [3, 20]})

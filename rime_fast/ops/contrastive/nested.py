@@ -78,6 +78,7 @@ class NestedSweep(TileSweep):
             for parts, row, col in self.nested(qm, km):
                 rows, cols = slice(row, row + parts[0].shape[0]), slice(col, col + parts[0].shape[1])
                 self.rows.nested_gradient(parts, row, col, norms, self.masks[losses], slopes[losses], by_row, by_col)
+                parts[0] = parts[first_part(self.widths)]
                 for at, total in enumerate(parts):
                     part, narrow = slice(*edges[at]), total.to(q.dtype)
                     self._add_rows(into[at], rows, narrow, self.key_parts[km][at][cols])
@@ -123,8 +124,13 @@ def _parts(rows: Tensor, widths: Sequence[int]) -> list[Tensor]:
     return parts if rows.is_cuda else [part.contiguous() for part in parts]
 
 
+def first_part(widths: Sequence[int]) -> int:
+    """Say whose suffix sum is the gradient to the first columns: the narrowest width's; at width 1 the next one's."""
+    return int(widths[0] == 1)
+
+
 def subtract_own(into: Tensor | None, products: Tensor, inverse_norm: Tensor, rows: Tensor, width: int) -> None:
     """Subtract the normalisation's part of a gradient: along each row's own first columns."""
-    if into is not None:
+    if into is not None and width > 1:
         along = (products * inverse_norm.double().square()).to(into.dtype)
         into[:, :width].addcmul_(along[:, None], rows[:, :width].to(into.dtype), value=-1)

@@ -283,9 +283,13 @@ def _check_widths(dims: object, dim_weights: object, embeddings: list[Tensor]) -
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows of unit norm, a zero row as it is; the norm in fp32, since fp16 would round the 1e-12 beneath it to 0."""
+    """Rows of unit norm, a zero row as it is; the norm in fp32, since fp16 would round the 1e-12 beneath it to 0.
+
+    The gradient of a single column's sign is 0 as it stands: autograd's would be rounding, times 1/|x|.
+    """
     norm = rows.norm(dim=1, keepdim=True, dtype=accumulation_dtype(rows.dtype)).clamp_min(1e-12)
-    return (rows / norm).to(rows.dtype)
+    unit = (rows / norm).to(rows.dtype)
+    return unit.detach() + 0 * rows if rows.shape[1] == 1 else unit
 
 
 def inverse_norms(rows: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rime_fast.ops import dispatch
 from rime_fast.ops.contrastive import triton_parts as parts
-from rime_fast.ops.contrastive.nested import all_inverse_norms, subtract_own
+from rime_fast.ops.contrastive.nested import all_inverse_norms, first_part, subtract_own
 from rime_fast.ops.contrastive.softmax import Slopes, Statistics
 from rime_fast.ops.contrastive.tiles import Masks, add_product
 
@@ -156,7 +156,7 @@ class NestedTritonSweep:
                 by_row[:, rows] += row_part.double().sum(1)
                 by_col[:, cols] += col_part.double().sum(1)
                 for at, (start, stop) in enumerate(pairwise((0, *self.widths))):
-                    g = panel[at, :high, :wide]
+                    g = panel[at or first_part(self.widths), :high, :wide]
                     add_product(None if dq is None else dq[:, start:stop], rows, g, k[cols, start:stop])
                     add_product(None if dk is None else dk[:, start:stop], cols, g.T, q[rows, start:stop])
         for at, inner in enumerate(self.widths[:-1]):
