@@ -24,6 +24,17 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("tau", [5e-324, 1e-40, 1e-6, 1e45, 1e308])
+def test_softmax_of_any_temperature(tau: float, backend: str) -> None:
+    """Its inverse need not be a number of fp32, or at all: it is the max, or the mean, long before."""
+    weights = RewardWeights(negative="softmax", softmax_temperature=tau)
+    limit = RewardWeights(negative="max" if tau < 1 else "mean")
+    for n_anchors in (40, 700):
+        case = make_case(2, 3, 21, n_anchors)
+        assert_same(score(case, weights, backend=backend), score(case, limit, backend="reference"))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", WEIGHTS)

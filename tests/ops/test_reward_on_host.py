@@ -129,7 +129,7 @@ class OnHost:
             first,
             0 if mask is None else mask.stride(0),
             weights.negative_code,
-            weights.softmax_temperature,
+            weights.tau,
             slack,
             longs=tuple(range(12, 20)),
         )
@@ -141,7 +141,7 @@ class OnHost:
             state,
             *parts.shape,
             weights.negative_code,
-            weights.softmax_temperature,
+            weights.tau,
             longs=(2, 3, 4),
         )
 
@@ -221,7 +221,7 @@ def in_one_launch(kernels: ctypes.CDLL, case: Case, weights: RewardWeights) -> d
         anchors.shape[0],
         gen.shape[2],
         weights.positives,
-        weights.softmax_temperature,
+        weights.tau,
         numbers,
         code,
         negative,
@@ -270,6 +270,19 @@ def test_whole_steps_of_a_block(kernels: ctypes.CDLL, kind: str, masked: bool) -
         case["negatives_mask"] = torch.ones(2, 6 * step + 5, dtype=torch.bool)
         case["negatives_mask"][:, step + 70] = False
     assert_same(streamed(kernels, case, weights), score(case, weights, backend="reference"))
+
+
+@pytest.mark.parametrize("tau", [5e-324, 1e-40, 1e-6, 1e45, 1e308])
+@pytest.mark.parametrize("n_anchors", [40, 530])
+def test_softmax_of_any_temperature(
+    kernels: ctypes.CDLL, tau: float, n_anchors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its inverse need not be a number of fp32: it is the max, or the mean, long before; states merge too."""
+    monkeypatch.setitem(stream.BUFFER_BYTES, "cpu", 1)
+    weights, case = RewardWeights(negative="softmax", softmax_temperature=tau), make_case(2, 3, 21, n_anchors)
+    limit = RewardWeights(negative="max" if tau < 1 else "mean")
+    for found in (streamed(kernels, case, weights), in_one_launch(kernels, case, weights)):
+        assert_same(found, score(case, limit, backend="reference"))
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -63,7 +63,7 @@ class Compiled:
         state: Tensor,
     ) -> None:
         """Add the negatives among contiguous fp32 anchors [n, D] to ``state``; see ``add_tile``."""
-        kind = weights.negative_code, weights.softmax_temperature
+        kind = weights.negative_code, weights.tau
         torch.ops.rime_fast_C.rank_scan(rows, anchors, norms, own, positive, mask, largest_norm, first, *kind, state)
 
     def add_tile(
@@ -86,14 +86,14 @@ class Compiled:
         tile_norm [1]: the largest norm in the tile. mask [B, n] with unit column stride. first: the tile's place in the
         bank, of which ``positive`` speaks. slack: how many times an fp32 product's roundings sims may have.
         """
-        code, tau = weights.negative_code, weights.softmax_temperature
+        code, tau = weights.negative_code, weights.tau
         torch.ops.rime_fast_C.rank_tile(
             sims, rows, tile, tile_norm, norms, own, positive, mask, first, code, tau, slack, state
         )
 
     def merge(self, parts: Tensor, state: Tensor, weights: RewardWeights) -> None:
         """Merge states [W, R, 4 + P] of disjoint parts of a bank into ``state``, in order."""
-        torch.ops.rime_fast_C.rank_merge(parts.contiguous(), weights.negative_code, weights.softmax_temperature, state)
+        torch.ops.rime_fast_C.rank_merge(parts.contiguous(), weights.negative_code, weights.tau, state)
 
     def finish(
         self,

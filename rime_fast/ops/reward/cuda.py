@@ -94,7 +94,7 @@ class CudaKernels(Compiled):
             score_code(weights),
             weights.hit_k,
             weights.negative_code,
-            weights.softmax_temperature,
+            weights.tau,
             weights.normalize_std,
             weights.w_fmt,
             weights.w_rank,

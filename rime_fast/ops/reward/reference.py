@@ -67,7 +67,7 @@ def _negative(similarity: Tensor, is_negative: Tensor, weights: RewardWeights) -
     lowest = similarity.masked_fill(~is_negative, -torch.inf)
     if kind == "max":
         return lowest.amax(2).masked_fill(~any_negative, 0.0)
-    share = torch.softmax(lowest / weights.softmax_temperature, dim=2).masked_fill(~is_negative, 0.0)
+    share = torch.softmax(lowest / weights.tau, dim=2).masked_fill(~is_negative, 0.0)
     return (share * values).sum(2)
 
 

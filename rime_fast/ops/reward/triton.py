@@ -78,7 +78,7 @@ class Engine:
                 first,
                 0 if mask is None else mask.stride(0),
                 band,
-                1.0 / weights.softmax_temperature,
+                1.0 / weights.tau,
                 NEGATIVE=weights.negative_code,
                 MASKED=mask is not None,
                 EXACT=exact,
@@ -101,7 +101,7 @@ class Engine:
             if kind == "softmax":
                 # A part that has met nothing has weight 0 at -inf; where both have, the factor may be anything finite.
                 for side, into in ((state, 0.0), (part, 1.0)):
-                    scale = ((side[:, 1] - peak) / weights.softmax_temperature).nan_to_num(0.0, neginf=-torch.inf).exp()
+                    scale = ((side[:, 1] - peak) / weights.tau).nan_to_num(0.0, neginf=-torch.inf).exp()
                     moved = scale[:, None] * side[:, 2:4]
                     state[:, 2:4] = moved + into * state[:, 2:4]
             state[:, 1] = peak

@@ -93,6 +93,12 @@ class RewardWeights:
         """The index into ``NEGATIVES`` of the kind that is computed, as the kernels take it."""
         return 0 if self.mode == "ume_r1" else NEGATIVES.index(self.negative)
 
+    @property
+    def tau(self) -> float:
+        """Give ``softmax_temperature`` as the kernels take it: it and its inverse are normal fp32 numbers. Beyond these
+        the softmax is the max, or the mean, already."""
+        return min(max(self.softmax_temperature, 2.0**-126), 2.0**126)
+
     def encode(self) -> list[float]:
         """Write all fields as numbers (choices as their index), the form that passes through an operator's schema."""
         return [
