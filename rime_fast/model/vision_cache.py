@@ -125,3 +125,8 @@ def cacheable(tower: nn.Module) -> None:
 def trunk_is_frozen(tower: nn.Module) -> bool:
     """Whether nothing before the mergers is trained (an adapter inside counts as trained)."""
     return not any(p.requires_grad for name, p in tower.named_parameters() if "merger" not in name)
+
+
+def has_pixels(prompts: dict[str, Any]) -> bool:
+    """Whether a batch has an image or a video."""
+    return "pixel_values" in prompts or "pixel_values_videos" in prompts

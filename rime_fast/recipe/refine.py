@@ -26,7 +26,7 @@ def policy_loss(
     mask: Tensor,
     *,
     n_rows: int | None = None,
-    n_tokens: int | Tensor | None = None,
+    n_tokens: float | Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     beta: float = 0.04,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -18,7 +17,7 @@ from rime_fast.engine.packed_batch import PackedBatch, plan_micro_batches
 from rime_fast.engine.rollout import LocalBackend, RolloutBackend, Sampling
 from rime_fast.engine.rollout_buffer import RolloutBuffer
 from rime_fast.engine.wrappers import GradSync, vision_tower, whole_parameters
-from rime_fast.model.vision_cache import VisionCache, trunk_is_frozen
+from rime_fast.model.vision_cache import VisionCache, has_pixels, trunk_is_frozen
 from rime_fast.recipe.group_rewards import RewardBuffers, Rewarder, SideAnchors
 from rime_fast.recipe.refine import policy_loss
 from rime_fast.trainers.anchors import AnchorSource
@@ -34,7 +33,7 @@ from rime_fast.trainers.policy import (
     shared_policy_batch,
     use_packed_attention,
 )
-from rime_fast.trainers.rollouts import RolloutGenerator, RolloutStore, malformed
+from rime_fast.trainers.rollouts import Drawn, Draws, RolloutGenerator, RolloutStore, malformed, mean_over_ranks
 from rime_fast.trainers.setup import as_pairs, make_collator, prepare_model
 
 
@@ -116,9 +115,9 @@ class RefineRLTrainer(DualModeTrainer):
         self.reference = Reference(self.model, args.reference, args.beta)
         self.anchors = AnchorSource(args, self.trained, self.collator, self.group)
         self.rewarder = Rewarder(args.reward_weights(), self.trained, args.num_generations, args.anchor_dims)
-        self.store = RolloutStore(
-            args.num_iterations, args.gradient_accumulation_steps, args.device, args.process_index
-        )
+        ahead, batches = args.loss_type == "token_mean", args.gradient_accumulation_steps
+        self.store = RolloutStore(args.num_iterations, batches, args.device, args.process_index, ahead)
+        self.draws = Draws()
         self.resuming = False
         # where a wrapper owns the parameters, the anchors need it in place
         self.add_callback(On(on_train_begin=lambda: self.make_banks(self.model_wrapped)))
@@ -155,6 +154,7 @@ class RefineRLTrainer(DualModeTrainer):
         """Compute the anchors, or reads them back when the run is resumed."""
         self.resuming = resume is not None  # from here on the weights may be a checkpoint's
         self.store.clear()
+        self.draws.expect(())
         if self.resuming or not self.sharded:  # a resumed run only reads those of a sharded model
             self.make_banks(self.model)
         super().before_training(resume)
@@ -211,14 +211,12 @@ class RefineRLTrainer(DualModeTrainer):
         prompts, temperature, size = len(inputs["sides"]), args.sampling_temperature, args.num_generations
         frozen = args.shared_prefix and trunk_is_frozen(vision_tower(self.policy))
         with self.compute_loss_context_manager():
-            # a frozen vision tower sees an image once, for rollouts, reference and policy
-            if frozen and not self.gathers and _has_pixels(inputs["prompts"]):
-                inputs = inputs | {"prompts": inputs["prompts"] | {"vision_cache": VisionCache(keep=True)}}
-
             # generate rollouts, or reuse those of the update before
-            kept, first_update = self.store.next(prompts) if training else (None, True)
-            opposite = self._opposite_anchors(model, inputs) if first_update else None
-            rollouts = self._generate(inputs, opposite, kept) if kept is None or first_update else kept
+            if training:
+                drawn = self.draws.next(inputs, lambda batch: self._draw(model, self._prepare_inputs(batch), frozen))
+            else:
+                drawn = self._draw(model, inputs, frozen)
+            inputs, rollouts, first_update, opposite = drawn.inputs, drawn.rollouts, drawn.first_update, drawn.opposite
             tokens = sum(map(len, rollouts.rewrites))
 
             # cut the batch into parts of neighbouring prompts
@@ -242,8 +240,9 @@ class RefineRLTrainer(DualModeTrainer):
                 self.rewarder(scores, anchors, gen, disc, rollouts.format_ok, rollouts.lengths)
                 scored = True
 
-        step_tokens = self._mean_over_ranks(tokens)
-        drawn = torch.where(rollouts.logp.isnan().any(), torch.nan, 1.0)  # NaN: tokens of no distribution
+        averaged = self.group if args.loss_type == "token_mean" else None  # as gradients are
+        step_tokens = mean_over_ranks(drawn.share or tokens, averaged, args.device)
+        valid = torch.where(rollouts.logp.isnan().any(), torch.nan, 1.0)  # NaN: tokens of no distribution
         loss: Any = 0.0
         policy: Any = 0.0
         sums: dict[str, Any] = defaultdict(float)  # of metrics over scored tokens
@@ -294,8 +293,8 @@ class RefineRLTrainer(DualModeTrainer):
                         max_completion_length=args.max_completion_length,
                     )
                     found["entropy"] = batch.token_mean(out.entropy.detach())
-                    part_loss = part_loss * drawn
-                    policy = policy + found.pop("policy") * drawn
+                    part_loss = part_loss * valid
+                    policy = policy + found.pop("policy") * valid
                     loss = loss + (part_loss if sync is None else part_loss.detach())
                     part_tokens = sum(map(len, rollouts.rewrites[rows]))
                     for name, value in found.items():
@@ -323,6 +322,21 @@ class RefineRLTrainer(DualModeTrainer):
         return loss
 
     # --- its stations ------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        """Draw the batches of a step as transformers' does; rollouts of all come first where the loss needs them."""
+        found = super().get_batch_samples(*args)
+        self.draws.expect(found[0] if self.args.loss_type == "token_mean" and len(found[0]) > 1 else ())
+        return found
+
+    def _draw(self, model: Any, inputs: dict[str, Any], frozen: bool) -> Drawn:
+        """A batch with its rollouts."""
+        # a frozen vision tower sees an image once, for rollouts, reference and policy
+        if frozen and not self.gathers and has_pixels(inputs["prompts"]):
+            inputs = inputs | {"prompts": inputs["prompts"] | {"vision_cache": VisionCache(keep=True)}}
+        kept, first = self.store.next(len(inputs["sides"])) if self.model.training else (None, True)
+        opposite = self._opposite_anchors(model, inputs) if first else None
+        return Drawn(inputs, self._generate(inputs, opposite, kept) if kept is None or first else kept, first, opposite)
 
     def _opposite_anchors(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
         """The current policy's anchors of a side that is not trained."""
@@ -410,14 +424,6 @@ class RefineRLTrainer(DualModeTrainer):
                 discs.append(batch.prompts(out.embeddings["disc"]))
         return torch.cat(gens), torch.cat(discs)
 
-    def _mean_over_ranks(self, tokens: int) -> Tensor | int:
-        """Scored tokens of all ranks over the ranks (gradients are averaged), where the loss divides by them."""
-        if self.args.loss_type != "token_mean" or self.group is None:
-            return tokens
-        total = torch.tensor(float(tokens)).to(self.args.device, non_blocking=True)
-        dist.all_reduce(total, group=self.group)
-        return total / self.args.world_size
-
     def warning_of(self, logs: dict[str, float]) -> str:
         """Warn where (nearly) all rollouts are malformed, with the likeliest cause."""
         return malformed(logs, self.args.max_completion_length)
@@ -441,7 +447,3 @@ class RefineRLTrainer(DualModeTrainer):
         if folder is not None:
             for rollouts in self.store.load(Path(folder), self.state.global_step):
                 self.generator.look_at(rollouts)
-
-
-def _has_pixels(prompts: dict[str, Any]) -> bool:
-    return "pixel_values" in prompts or "pixel_values_videos" in prompts

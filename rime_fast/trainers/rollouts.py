@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rime_fast.data.collate import Collator
@@ -96,12 +98,13 @@ class RolloutStore:
     """Keeps rollouts between the updates on them: one buffer for each batch of an optimizer step, written in place by
     every generation, part of a checkpoint that is made between two updates.
 
-    updates: on one set of rollouts. batches: of an optimizer step (accumulation). rank: of this process.
+    updates: on one set of rollouts. batches: of an optimizer step (accumulation). rank: of this process. ahead: all are
+    drawn before the first is trained on.
     """
 
-    def __init__(self, updates: int, batches: int, device: torch.device, rank: int) -> None:
-        # with one update a step's batches need nothing of each other: they share a buffer
-        self.updates, self.batches, self.accumulation = updates, batches if updates > 1 else 1, batches
+    def __init__(self, updates: int, batches: int, device: torch.device, rank: int, ahead: bool = False) -> None:
+        # with one update a step's batches, drawn one by one, need nothing of each other: they share a buffer
+        self.updates, self.batches, self.accumulation = updates, batches if updates > 1 or ahead else 1, batches
         self.device, self.rank = device, rank
         self.clear()
 
@@ -148,6 +151,48 @@ class RolloutStore:
             self.buffers[place] = RolloutBuffer.from_file(file, self.device)
             self.buffers[place].rewrites = self.buffers[place].responses()
         return list(self.buffers.values())
+
+
+@dataclass
+class Drawn:
+    """A batch with its rollouts. first_update: on them. opposite: the policy's anchors of a side that is not trained.
+    share: the tokens of the step's rollouts over its batches; None: the batch stands alone."""
+
+    inputs: dict[str, Any]
+    rollouts: RolloutBuffer
+    first_update: bool
+    opposite: Tensor | None
+    share: float | None = None
+
+
+class Draws:
+    """Gives the batches of a step with their rollouts: each as it comes, or all of them drawn before the first is
+    trained on, where the loss divides by the tokens of all (gradients of batches are averaged)."""
+
+    def __init__(self) -> None:
+        self.expect(())
+
+    def expect(self, batches: Sequence[Any]) -> None:
+        """Say which batches the next ones are, to draw them at once."""
+        self.expected, self.drawn = batches, list[Drawn]()
+
+    def next(self, inputs: dict[str, Any], draw: Callable[[Any], Drawn]) -> Drawn:
+        """Give ``inputs``, or the expected batch whose turn it is."""
+        if self.expected:
+            self.drawn, self.expected = [draw(batch) for batch in self.expected], ()
+            tokens = sum(len(rewrite) for drawn in self.drawn for rewrite in drawn.rollouts.rewrites)
+            for drawn in self.drawn:
+                drawn.share = tokens / len(self.drawn)
+        return self.drawn.pop(0) if self.drawn else draw(inputs)
+
+
+def mean_over_ranks(number: float, group: dist.ProcessGroup | None, device: torch.device) -> Tensor | float:
+    """Average a number of each rank over the ranks of ``group`` (None: one process alone)."""
+    if group is None:
+        return number
+    total = torch.tensor(float(number)).to(device, non_blocking=True)
+    dist.all_reduce(total, group=group)
+    return total / dist.get_world_size(group)
 
 
 def malformed(logs: dict[str, float], limit: int) -> str:

@@ -50,7 +50,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "ddp-ume_r1": CUT | {"reward_mode": "ume_r1"},
     "ddp-sharded-bank": CUT | {"bank_storage": "sharded"},
     "fsdp": FSDP | CUT,
-    "fsdp-whole": FSDP | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "fsdp-whole": FSDP
+    | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "loss_type": "token_mean"},
     "zero1": zero(1) | CUT,
     "zero2": zero(2) | CUT | {"loss_type": "token_mean"},
     "zero3": zero(3) | CUT,

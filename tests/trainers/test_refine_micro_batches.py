@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from refine_ranks_worker import Dictated
 
 from rime_fast.engine.packed_batch import plan_micro_batches
 from rime_fast.trainers.config import RefineConfig
@@ -95,6 +101,29 @@ def test_a_step_in_parts_is_the_step(tiny, tmp_path, settings):
         extra = 1 if "anchors" in settings else 0
         assert parts is None or len(cut.forwards) == parts + extra
     assert whole.metrics["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2, "micro_batch_tokens": 1}], ids=str)
+@pytest.mark.parametrize("loss_type", ["token_mean", "ume_r1"])
+def test_accumulated_batches_are_the_step(tiny, tmp_path, loss_type, settings):
+    """The mean over all tokens of the step, not of its batches' means, whose rollouts differ in length."""
+    found = []
+    for batch, accumulated in ((3, 1), (1, 3)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        order = {"train_sampling_strategy": "sequential", "optim": "sgd", "max_steps": 3, "max_completion_length": 9}
+        run = trainer(tiny, tmp_path, loss_type=loss_type, **(order | sizes | settings))
+        run.model.double()
+        run.reference.copy.double()
+        run.generator.backend = Dictated(run.processing_class.tokenizer)
+        start = {name: value.clone() for name, value in run.model.state_dict().items()}
+        run.train()
+        moved = {name: value - start[name] for name, value in run.model.state_dict().items()}
+        found.append((moved, [entry["loss"] for entry in run.state.log_history[:-1]]))
+    (whole, losses), (parts, parted) = found
+    assert parted == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    for name, want in whole.items():
+        assert (parts[name] - want).norm() <= 1e-4 * want.norm() + 1e-9, name
+    assert sum(bool(want.norm() > 1e-6) for want in whole.values()) > 20
 
 
 @pytest.mark.parametrize("settings", [{"reward_mode": "ume_r1"}, {"anchors": "policy"}], ids=str)
