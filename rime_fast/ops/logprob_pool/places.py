@@ -26,6 +26,22 @@ def by_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def gather(source: Tensor, order: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Gather ``source`` [length, H] at the rows ``order`` [C], 0 at those from ``length`` on, each from 16 bytes on:
+    [C, H] of whole vectors, and never of no rows, which a descriptor cannot be made of."""
+    from rime_fast.ops.logprob_pool.triton_places import gather_kernel
+
+    source = source if source.stride(1) == 1 else source.contiguous()
+    rows, width = order.shape[0], source.shape[1]
+    vector = 16 // source.element_size()
+    out = source.new_empty(max(1, rows), -(-width // vector) * vector, dtype=dtype)
+    if rows:
+        gather_kernel[(-(-rows // 32), -(-width // 256))](
+            source, order, out, rows, length, width, source.stride(0), out.stride(0), BR=32, BC=256
+        )
+    return out[:, :width]
+
+
 class Places:
     """The scored rows in order, ``capacity`` of them, and more up to a multiple: places. A place past the scored rows
     gives a zero row, whatever is in the rows, no target and no gradient.
@@ -78,8 +94,6 @@ class Places:
         if not self.triton:
             x = source[: self.rows].index_select(0, order.clamp(max=self.rows - 1))
             return x.masked_fill_((order == self.rows).unsqueeze(1), 0.0).to(dtype or x.dtype)
-        from rime_fast.ops.logprob_pool.triton import gather
-
         return gather(source, order, self.rows, dtype)
 
     def put(self, rows: Tensor, first: int, out: Tensor) -> None:

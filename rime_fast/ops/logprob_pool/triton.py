@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rime_fast.ops.logprob_pool.places import Places
+from rime_fast.ops.logprob_pool.places import Places, gather
 from rime_fast.ops.logprob_pool.problem import (
     Gradients,
     Needs,
@@ -204,21 +204,6 @@ def scale_(out: Tensor, factor: Tensor | None) -> None:
     where the factor is 1."""
     none = torch.empty(0, dtype=torch.int64, device=out.device)
     start_gradient_(out.view(-1, out.shape[-1] if out.dim() else 1), factor, None, Spans(none, none))
-
-
-def gather(source: Tensor, order: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Gather ``source`` [length, H] at the rows ``order`` [C], 0 at those from ``length`` on, each from 16 bytes on:
-    [C, H] of whole vectors, and never of no rows, which a descriptor cannot be made of."""
-    from rime_fast.ops.logprob_pool.triton_places import gather_kernel
-
-    source, rows, width = _dense(source), order.shape[0], source.shape[1]
-    vector = 16 // source.element_size()
-    out = source.new_empty(max(1, rows), _cdiv(width, vector) * vector, dtype=dtype)
-    if rows:
-        gather_kernel[(_cdiv(rows, 32), _cdiv(width, 256))](
-            source, order, out, rows, length, width, source.stride(0), out.stride(0), BR=32, BC=256
-        )
-    return out[:, :width]
 
 
 class Launch:
