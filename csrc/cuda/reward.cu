@@ -6,7 +6,7 @@
 // and for larger banks
 //
 //   rank_begin   one warp a rollout and own anchor: fp64 dot product; norms; first states      reads 2 D numbers
-//   rank_tile    one block a rollout: P (mean) or P + 1 sweeps over its row of the tile, 16 bytes a load;
+//   rank_tile    one block a rollout and own anchor: a sweep over its row of the tile, 16 bytes a load;
 //                columns within the product's error of a threshold are formed again in fp64, a warp to a column
 //   rank_merge   one thread a rollout            rank_finish   one block an item
 //
@@ -47,7 +47,7 @@ void rank_begin(const Tensor& gen, const Tensor& anchors, const Tensor& positive
 
 template <class S>
 void launch_tile(const Tile& t, const S* sims, int64_t rows, int64_t negative, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(rows);
+  const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(t.positives));
   if (negative == kMean)
     tile_kernel<S, kMean><<<grid, kThreads, 0, stream>>>(t, sims);
   else if (negative == kSoftmax)
@@ -62,6 +62,7 @@ void rank_tile(const Tensor& sims, const Tensor& gen, const Tensor& tile, const 
                int64_t first, int64_t negative, double tau, double slack, Tensor state) {
   const torch::stable::accelerator::DeviceGuard guard(gen.get_device());
   STD_TORCH_CHECK(gen.is_contiguous() && tile.is_contiguous() && sims.stride(1) == 1, "rank_tile: rows must be whole");
+  STD_TORCH_CHECK(sims.size(1) <= kMostColumns && own.size(1) <= UINT16_MAX, "rank_tile: too many columns or own anchors");
   Tile t{};
   t.gen = numbers(gen);
   t.anchors = numbers(tile);

@@ -59,44 +59,42 @@ RIME_UNROLL
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The same of rows at multiples of 16 bytes, by loads of as many, of which four are in flight.
-template <class T>
+// The same of rows at multiples of 16 bytes, by loads of as many, of which kFlight are in flight.
+template <int kFlight, class T>
 __device__ double vector_dot(const T* x, const T* y, int64_t n) {
   constexpr int kVector = 16 / sizeof(T), kStride = kVector * kWarp;
-  double sums[kVector] = {};
+  double sums[4] = {};
   int64_t i = threadIdx.x % kWarp * kVector;
   const auto add = [&](const Vector<T>& a, const Vector<T>& b) {
 RIME_UNROLL
-    for (int c = 0; c < kVector; ++c) sums[c] += number(a.values[c]) * number(b.values[c]);
+    for (int c = 0; c < kVector; ++c) sums[c % 4] += number(a.values[c]) * number(b.values[c]);
   };
-  for (; i + 3 * kStride < n; i += 4 * kStride) {
-    Vector<T> a[4], b[4];
+  for (; i + (kFlight - 1) * kStride < n; i += kFlight * kStride) {
+    Vector<T> a[kFlight], b[kFlight];
 RIME_UNROLL
-    for (int t = 0; t < 4; ++t) a[t] = vector_at(x + i + t * kStride), b[t] = vector_at(y + i + t * kStride);
+    for (int t = 0; t < kFlight; ++t) a[t] = vector_at(x + i + t * kStride), b[t] = vector_at(y + i + t * kStride);
 RIME_UNROLL
-    for (int t = 0; t < 4; ++t) add(a[t], b[t]);
+    for (int t = 0; t < kFlight; ++t) add(a[t], b[t]);
   }
   for (; i < n; i += kStride) add(vector_at(x + i), vector_at(y + i));
-  double sum = 0.0;
-RIME_UNROLL
-  for (int c = 0; c < kVector; ++c) sum += sums[c];
-  return sum;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-template <class T>
+template <int kFlight, class T>
 __device__ double lane_dot(const void* a, int64_t a_start, const void* b, int64_t b_start, int64_t n) {
   const T *x = static_cast<const T*>(a) + a_start, *y = static_cast<const T*>(b) + b_start;
-  if (at_sixteen(x) && at_sixteen(y) && n * sizeof(T) % 16 == 0) return vector_dot(x, y, n);
+  if (at_sixteen(x) && at_sixteen(y) && n * sizeof(T) % 16 == 0) return vector_dot<kFlight>(x, y, n);
   return lane_dot([x](int64_t i) { return number(x[i]); }, [y](int64_t i) { return number(y[i]); }, n);
 }
 
 // Sum of a_i b_i in fp64 by one warp, on every lane, from these starts on. The two usual pairs of types know theirs.
+template <int kFlight>
 __device__ double warp_dot(const Numbers& a, int64_t a_start, const Numbers& b, int64_t b_start, int64_t n) {
   double mine;
   if (a.kind == kFloat && b.kind == kFloat)
-    mine = lane_dot<float>(a.data, a_start, b.data, b_start, n);
+    mine = lane_dot<kFlight, float>(a.data, a_start, b.data, b_start, n);
   else if (a.kind == kBrain && b.kind == kBrain)
-    mine = lane_dot<Brain>(a.data, a_start, b.data, b_start, n);
+    mine = lane_dot<kFlight, Brain>(a.data, a_start, b.data, b_start, n);
   else
     mine = lane_dot([&](int64_t i) { return a[a_start + i]; }, [&](int64_t i) { return b[b_start + i]; }, n);
   return warp_reduce(mine, Add{});

@@ -21,9 +21,11 @@
 #if defined(__CUDACC__)
 #define RIME_FN __host__ __device__ __forceinline__
 #define RIME_UNROLL _Pragma("unroll")
+#define RIME_ROLLED _Pragma("unroll 1")
 #else
 #define RIME_FN inline __attribute__((always_inline))
 #define RIME_UNROLL _Pragma("GCC unroll 16")
+#define RIME_ROLLED _Pragma("GCC unroll 1")
 // Lanes never cross a real function call, so how a target would pass them does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif

@@ -25,7 +25,8 @@ void tile(const void* sims, bool exact, const void* gen, int gen_kind, const voi
                state,           columns,                stride,      width,      group_size, positives, first,
                mask_stride,     1.0 / tau,              static_cast<float>(slack)};
   const auto run = [&](auto* values, auto kernels) {
-    cuda_on_host::launch(static_cast<unsigned>(rows), 1, kThreads, 0, [=] { kernels[negative](t, values); });
+    const auto grid = static_cast<unsigned>(rows);
+    cuda_on_host::launch(grid, static_cast<unsigned>(positives), kThreads, 0, [=] { kernels[negative](t, values); });
   };
   if (exact)
     run(static_cast<const double*>(sims), std::vector<void (*)(Tile, const double*)>{
