@@ -162,8 +162,10 @@ def test_more_updates_per_rollout_batch_clip_against_the_stored_policy(tiny, tmp
     [
         ({}, 3),
         ({"num_iterations": 2, "gradient_accumulation_steps": 2}, 3),
+        ({"gradient_accumulation_steps": 2, "loss_type": "token_mean"}, 3),
+        ({"num_iterations": 2, "gradient_accumulation_steps": 2, "loss_type": "token_mean"}, 3),
     ],
-    ids=["one update", "inside a rollout batch"],
+    ids=["one update", "inside a rollout batch", "drawn ahead", "drawn ahead, inside a rollout batch"],
 )
 def test_resume_reproduces_the_uninterrupted_run_to_the_bit(tiny, tmp_path, settings, at):
     settings = settings | {"max_steps": 5, "save_strategy": "steps", "save_steps": at}
