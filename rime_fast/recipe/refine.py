@@ -25,7 +25,7 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    n_rows: int | None = None,
+    n_rows: float | None = None,
     n_tokens: float | Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,

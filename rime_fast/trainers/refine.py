@@ -241,7 +241,7 @@ class RefineRLTrainer(DualModeTrainer):
                 scored = True
 
         averaged = self.group if args.loss_type == "token_mean" else None  # as gradients are
-        step_tokens = mean_over_ranks(drawn.share or tokens, averaged, args.device)
+        step_tokens = mean_over_ranks(drawn.tokens, averaged, args.device)
         valid = torch.where(rollouts.logp.isnan().any(), torch.nan, 1.0)  # NaN: tokens of no distribution
         loss: Any = 0.0
         policy: Any = 0.0
@@ -284,7 +284,7 @@ class RefineRLTrainer(DualModeTrainer):
                         reference,
                         rollouts.advantages[rows],
                         batch.mask,
-                        n_rows=prompts * size,
+                        n_rows=drawn.prompts * size,
                         n_tokens=step_tokens,
                         clip_low=args.epsilon,
                         clip_high=args.epsilon_high,
@@ -326,7 +326,7 @@ class RefineRLTrainer(DualModeTrainer):
     def get_batch_samples(self, *args: Any) -> Any:
         """Draw the batches of a step as transformers' does; rollouts of all come first where the loss needs them."""
         found = super().get_batch_samples(*args)
-        self.draws.expect(found[0] if self.args.loss_type == "token_mean" and len(found[0]) > 1 else ())
+        self.draws.expect(found[0], ahead=self.args.loss_type == "token_mean")
         return found
 
     def _draw(self, model: Any, inputs: dict[str, Any], frozen: bool) -> Drawn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -156,34 +157,42 @@ class RolloutStore:
 @dataclass
 class Drawn:
     """A batch with its rollouts. first_update: on them. opposite: the policy's anchors of a side that is not trained.
-    share: the tokens of the step's rollouts over its batches; None: the batch stands alone."""
+    prompts, tokens (of the rollouts): what losses divide by, a mean over the batches that make a step together."""
 
     inputs: dict[str, Any]
     rollouts: RolloutBuffer
     first_update: bool
     opposite: Tensor | None
-    share: float | None = None
+
+    def __post_init__(self) -> None:
+        self.prompts: float = len(self.inputs["sides"])
+        self.tokens: float = sum(map(len, self.rollouts.rewrites))
 
 
 class Draws:
-    """Gives the batches of a step with their rollouts: each as it comes, or all of them drawn before the first is
-    trained on, where the loss divides by the tokens of all (gradients of batches are averaged)."""
+    """Gives the batches of a step with their rollouts, and what the loss divides by so that they add up to that of one
+    large batch (their gradients are averaged)."""
 
     def __init__(self) -> None:
         self.expect(())
 
-    def expect(self, batches: Sequence[Any]) -> None:
-        """Say which batches the next ones are, to draw them at once."""
-        self.expected, self.drawn = batches, list[Drawn]()
+    def expect(self, batches: Sequence[Any], ahead: bool = False) -> None:
+        """Say which batches come next. ahead: draw all before the first is trained on, to know the tokens of all."""
+        self.prompts = [len(batch["sides"]) for batch in batches]
+        self.left, self.drawn = len(batches), list[Drawn]()
+        self.expected = batches if ahead and len(batches) > 1 else ()
 
     def next(self, inputs: dict[str, Any], draw: Callable[[Any], Drawn]) -> Drawn:
         """Give ``inputs``, or the expected batch whose turn it is."""
         if self.expected:
             self.drawn, self.expected = [draw(batch) for batch in self.expected], ()
-            tokens = sum(len(rewrite) for drawn in self.drawn for rewrite in drawn.rollouts.rewrites)
+            tokens = fmean(drawn.tokens for drawn in self.drawn)
             for drawn in self.drawn:
-                drawn.share = tokens / len(self.drawn)
-        return self.drawn.pop(0) if self.drawn else draw(inputs)
+                drawn.tokens = tokens
+        found = self.drawn.pop(0) if self.drawn else draw(inputs)
+        if self.left > 0:
+            found.prompts, self.left = fmean(self.prompts), self.left - 1
+        return found
 
 
 def mean_over_ranks(number: float, group: dist.ProcessGroup | None, device: torch.device) -> Tensor | float:
