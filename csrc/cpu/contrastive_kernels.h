@@ -51,7 +51,7 @@ RIME_FN void statistics_stripe(const Tile& t, int64_t j0, int64_t j1, StripePart
     lift(t, i, j0, j1);
     Lanes rival = low, sum = zero;
     for (int64_t j = j0; j < j1; j += kLanes) {
-      const Lanes x = load_lanes(row + j, j1 - j, t.hole), s = x * scale;
+      const Lanes x = load_lanes(row + j, j1 - j, t.hole), s = rounded_product(x, scale);
       const auto m = masks<Ids, Margin>(t, x, i, j);
       rival = larger(rival, pick(m.row, low, s));
       if constexpr (Bounded) {
@@ -77,7 +77,7 @@ RIME_FN void sums_stripe(const Tile& t, int64_t j0, int64_t j1, StripePart* part
     const float shift = part[i].max == -INFINITY ? 0.0f : part[i].max;  // nothing kept: every exponential is 0
     Lanes sum = zero;
     for (int64_t j = j0; j < j1; j += kLanes) {
-      const Lanes x = load_lanes(row + j, j1 - j, t.hole), s = x * scale;
+      const Lanes x = load_lanes(row + j, j1 - j, t.hole), s = rounded_product(x, scale);
       const auto m = masks<Ids, Margin>(t, x, i, j);
       const Lanes best = load_lanes(t.col_max + j);
       const Lanes base = best == -INFINITY ? zero : best;
@@ -93,7 +93,7 @@ RIME_FN void gradient_row(const Tile& t, int64_t i) {
   float* row = t.x + i * t.cols;
   const Lanes scale = fill(t.scale), factor = fill(t.factor), a = fill(t.row_coef[i]), shift = fill(t.row_shift[i]);
   auto at = [&](Lanes x, int64_t j) __attribute__((always_inline)) {
-    const Lanes s = x * scale;
+    const Lanes s = rounded_product(x, scale);
     const auto m = masks<Ids, Margin>(t, x, i, j);
     const Lanes e = exp32(Bounded ? s : s - shift);
     const Lanes f = Bounded ? e : exp32(s - load_lanes(t.col_shift + j));
@@ -132,7 +132,7 @@ void prefix(const Nested& n, int64_t i, int64_t j0, int64_t j1, float* sum) {
       Lanes x = load_lanes(row + j, j1 - j, 0.0f);
       if (w > 0) x += load_lanes(sum + j);
       store_lanes(sum + j, x);
-      store_lanes(row + j, j1 - j, x * a * load_lanes(b + j));
+      store_lanes(row + j, j1 - j, x * (load_lanes(b + j) * a));  // as the gradients multiply
     }
   }
 }
@@ -143,7 +143,7 @@ RIME_FN void lift_nested(const Nested& n, int64_t i, int64_t own, float hole, fl
   float sum = 0.0f;
   for (int64_t w = 0; w < n.widths; ++w) {
     sum += n.tile[w].x[i * n.tile[w].cols + own];
-    x[w] = sum * n.row_norm[w][i] * n.col_norm[w][own];
+    x[w] = sum * (n.col_norm[w][own] * n.row_norm[w][i]);
   }
   n.tile[0].x[i * n.tile[0].cols + own] = hole;
 }
@@ -179,7 +179,7 @@ void nested_stripe(const Nested& n, int64_t j0, int64_t j1, StripePart* part) {
         Lanes total = whole ? load_lanes(row + j) : load_lanes(row + j, j1 - j, w == 0 ? first.hole : 0.0f);
         if (w > 0) total += load_lanes(running + j - j0);
         store_lanes(running + j - j0, total);
-        const Lanes x = total * (load_lanes(norm + j) * a), s = x * scale;
+        const Lanes x = total * (load_lanes(norm + j) * a), s = rounded_product(x, scale);
         const auto m = masks<Ids, Margin>(t, x, i, j);
         const Lanes e = exp32(s), before = load_lanes(t.col_sum + j);
         if constexpr (Ids || Margin) {
@@ -226,7 +226,7 @@ void nested_gradient(const Nested& n, int64_t i, float* by_row, float* const* by
         Lanes total = whole ? load_lanes(own + j) : load_lanes(own + j, j1 - j, w == 0 ? hole : 0.0f);
         if (w > 0) total += load_lanes(running + j - j0);
         store_lanes(running + j - j0, total);
-        const Lanes norms = load_lanes(norm + j) * left, x = total * norms, s = x * scale;
+        const Lanes norms = load_lanes(norm + j) * left, x = total * norms, s = rounded_product(x, scale);
         const auto m = masks<Ids, Margin>(t, x, i, j);
         Lanes a = coef, c = load_lanes(t.col_coef + j), g;
         if constexpr (Ids || Margin) a = pick(m.row, zero, a), c = pick(m.col, zero, c);

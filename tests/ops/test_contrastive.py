@@ -171,6 +171,16 @@ def test_chunked_obeys_the_rule(shape: tuple[int, int, int], masks: str, tempera
             check_rule(run(case, torch.float64, "chunked"), truth, truth, torch.float64)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_logits_of_any_size(temperature: float, symmetric: bool) -> None:
+    """A logit is rounded before it is compared, and the same number is subtracted: an fma would see half a digit more,
+    which is 32 at 10^9."""
+    case = make_case(40, 50, 32, temperature=temperature, symmetric=symmetric)
+    truth, eager = run(case, torch.float64, "reference"), run(case, torch.float32, "reference")
+    check_rule(run(case, torch.float32, "chunked"), eager, truth, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_accumulate_in_fp32(dtype: torch.dtype) -> None:
     case = make_case(65, 90, 48, dtype=dtype, temperature=0.02, peaked=True)
