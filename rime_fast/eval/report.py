@@ -60,7 +60,7 @@ def write_report(directory: str | Path, report: Mapping[str, Any]) -> tuple[Path
     json_path, html_path = directory / "report.json", directory / "report.html"
     plain = {key: value for key, value in report.items() if key != "extra"} | dict(report.get("extra", {}))
     json_path.write_text(json.dumps(_plain(plain), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    html_path.write_text(render_html(report), encoding="utf-8")
+    html_path.write_text(render_html(report), encoding="utf-8", errors="backslashreplace")
     return json_path, html_path
 
 

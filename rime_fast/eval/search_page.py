@@ -41,7 +41,8 @@ def write_search_page(
     body = "\n".join(_query(result) for result in results)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_PAGE.format(title=escape(title), facts=shown, body=body), encoding="utf-8")
+    page = _PAGE.format(title=escape(title), facts=shown, body=body)
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # half a surrogate is no UTF-8
     return path
 
 

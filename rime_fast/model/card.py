@@ -36,7 +36,8 @@ def write_card(directory: str | Path, facts: Mapping[str, Any], *, exported: boo
     """
     directory = Path(directory)
     (directory / FACTS).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-    (directory / "README.md").write_text(_card(directory.resolve().name, facts, exported), encoding="utf-8")
+    card = _card(directory.resolve().name, facts, exported)
+    (directory / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names from outside
 
 
 def read_facts(directory: str | Path) -> dict[str, Any]:

@@ -217,3 +217,8 @@ def test_thumbnails_shrink_sample_frames_and_survive_broken_files(tmp_path):
     assert len(data) < 60_000
     assert len(thumbnails(Side(video=[big] * 9))) == 4
     assert thumbnails(Side(text="only text")) == []
+
+
+def test_a_name_that_is_no_unicode_loses_no_report(tmp_path):
+    _, page = write_report(tmp_path, {"title": "a \ud800 b", "facts": {"model": "runs/\udcff"}})
+    assert "runs/\\udcff" in page.read_text(encoding="utf-8")

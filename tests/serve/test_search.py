@@ -129,3 +129,14 @@ def test_a_folder_whose_data_is_gone_still_answers_by_id(model_dir, tmp_path, ca
     assert "results will show ids only" in capsys.readouterr().out
     assert main(["search", str(tmp_path / "index"), "--text", "it", "--k", "1"]) == 0
     assert "row 1  id it" in capsys.readouterr().out
+
+
+def test_an_id_that_is_no_unicode_is_shown(model_dir, tmp_path, capsys):
+    """Half a surrogate, as JSON may escape it and a file's name may hold it."""
+    rows = RimeEmbedder.from_pretrained(model_dir).encode(["a", "it"])
+    items = [{"row": 0, "id": "x\ud800", "text": "red \udcff"}, {"row": 1, "id": "y"}]
+    EmbeddingIndex(rows, items=items, facts={"mode": "disc", "model": str(model_dir)}).save(tmp_path / "index")
+    page = tmp_path / "page.html"
+    assert main(["search", str(tmp_path / "index"), "--text", "a", "--html", str(page)]) == 0
+    assert "id x\\ud800  red \\udcff" in capsys.readouterr().out
+    assert "red \\udcff" in page.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rime_fast.model.card import read_facts
+from rime_fast.model.card import read_facts, write_card
 from rime_fast.trainers.config import RimeConfig
 from rime_fast.trainers.joint import RimeTrainer
 
@@ -82,3 +82,10 @@ def test_the_command_pushes_what_it_wrote(lora, tiny, tmp_path, monkeypatch):
     assert "adapter_config.json" not in pushed
     assert (tmp_path / "adapter" / "adapter_config.json").is_file() == lora
     assert header(tmp_path)[0]["tags"][0] == "rime-fast"
+
+
+def test_a_name_that_is_no_unicode_loses_no_card(tmp_path):
+    """A set's name with half a surrogate, a path whose bytes are no UTF-8."""
+    write_card(tmp_path, {"data": {"set \ud800": 3}, "settings": {"output_dir": "runs/\udcff"}})
+    assert "set \\ud800" in header(tmp_path)[1]
+    assert read_facts(tmp_path)["settings"]["output_dir"] == "runs/\udcff"
