@@ -34,8 +34,8 @@ class ApiError(Exception):
     """An answer with a 4xx or 5xx status in OpenAI's form. code: its name, for programs. param: the field at fault."""
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        super().__init__(_shown(message))
+        self.status, self.code, self.param = status, code, param and _shown(param)
 
     def body(self) -> dict[str, Any]:
         """The JSON to answer with."""
@@ -246,6 +246,11 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise _bad("invalid_body", f"the body is {kind_of(raw)}; expected an object")
     return raw
+
+
+def _shown(text: str) -> str:
+    """A text that an answer can hold: half a surrogate of the client's, which is no UTF-8, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _bad(code: str, message: str, param: str | None = None) -> ApiError:
