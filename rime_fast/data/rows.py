@@ -80,6 +80,8 @@ def decode_line(text: bytes) -> tuple[Any, str | None]:
         return None, f"is not JSON: {broken.msg} (column {broken.colno})"
     except UnicodeDecodeError as broken:
         return None, f"is not UTF-8 (byte {broken.start} of the line)"
+    except ValueError:  # Python's own limit, of 4,300
+        return None, "holds a number of too many digits"
     except RecursionError:
         return None, "is nested too deeply"
 
@@ -177,6 +179,8 @@ def _iter_list(path: Path) -> Iterator[Row]:
                 except json.JSONDecodeError as broken:
                     if done:
                         raise fail(broken.msg, broken.pos) from None
+                except ValueError:  # see decode_line
+                    raise fail("a number of too many digits", at) from None
                 except RecursionError:
                     raise fail("nested too deeply", at) from None
                 more()

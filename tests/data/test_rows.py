@@ -56,13 +56,14 @@ def test_jsonl_comes_back_line_by_line(file, values, ascii_only, before):
 
 def test_a_broken_line_is_a_row_with_an_error(tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_bytes(b'{"a": 1}\n{"a": \n{"b": "\xff"}\n{"c": 3}\n' + b"[" * 100_000 + b"\n")
+    file.write_bytes(b'{"a": 1}\n{"a": \n{"b": "\xff"}\n{"c": 3}\n' + b"[" * 100_000 + b"\n" + b"9" * 5000)
     found = list(iter_rows(file))
-    assert [row.number for row in found] == [1, 2, 3, 4, 5]
-    assert [row.error is None for row in found] == [True, False, False, True, False]
+    assert [row.number for row in found] == [1, 2, 3, 4, 5, 6]
+    assert [row.error is None for row in found] == [True, False, False, True, False, False]
     assert "is not JSON" in found[1].error
     assert "not UTF-8" in found[2].error
     assert found[4].error
+    assert found[5].error == "holds a number of too many digits"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ def test_a_broken_line_is_a_row_with_an_error(tmp_path):
         ('[{"a": 1},\n\n{"a": nope}]', "line 3: .* Expecting value"),
         ('[{"a": 1},\n{"a": "un', "line 2: .* Unterminated string"),
         ("[1, ]", "line 1: .* Expecting value"),
+        ("[1,\n" + "9" * 5000 + "]", "line 2: .* a number of too many digits"),
         ("  ", "is empty"),
         ("", "is empty"),
     ],
