@@ -336,8 +336,8 @@ def _save(path: Path, verdict: Verdict, folders: set[str]) -> None:
 
 
 def _changed(path: str) -> int:
-    """When the folder or archive last changed, in ns; 0 where there is none."""
+    """When the folder or archive last changed, in ns; 0 where there is none, or no file system has its name."""
     try:
         return os.stat(path or os.curdir).st_mtime_ns
-    except OSError:
+    except (OSError, ValueError):
         return 0

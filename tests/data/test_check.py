@@ -285,6 +285,13 @@ def test_a_verdict_is_kept_until_something_changes(folder, monkeypatch):
     assert again()[0] == 0
 
 
+def test_a_verdict_on_a_folder_that_no_file_system_names_is_kept(folder):
+    write_lines(folder / "half.jsonl", [row(image="\ud800/a.png"), row()])
+    for _ in range(2):
+        (problem,) = check_file(folder / "half.jsonl").problems
+        assert (problem.row, problem.field) == (1, "query.images[0]")
+
+
 def test_ranks_of_a_node_look_once(folder):
     file = many(folder, 20)
     code = (
