@@ -6,8 +6,8 @@ A side holds references to its images, not pixels: they are opened when a batch 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -290,8 +290,8 @@ def _content(raw: Any, where: str, root: str | Path | ImageRoot, problems: list[
 
 def _rate(raw: dict[str, Any], where: str, problems: list[tuple[str, str]]) -> float | None:
     fps = _typed(raw, "fps", (int, float), where, problems)
-    if fps is not None and not 0 < fps < math.inf:
-        problems.append((f"{where}.fps", f"is {fps}; expected a positive number of frames per second"))
+    if fps is not None and not 0 < fps <= sys.float_info.max:
+        problems.append((f"{where}.fps", f"is {str(fps)[:60]}; expected a positive number of frames per second"))
         return None
     return fps
 

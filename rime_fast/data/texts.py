@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from typing import Any
 
 from rime_fast.data.records import Side, kind_of
@@ -114,8 +114,8 @@ def text_of(raw: dict[str, Any], key: str, problems: Problems) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a decoded value is a finite number, and not true or false."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a decoded value is a number that a float holds, and not true or false."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def unknown_keys(raw: dict[str, Any], known: tuple[str, ...], prefix: str, problems: Problems) -> None:

@@ -154,6 +154,7 @@ def test_an_rl_side_with_nothing_in_it():
         (("query", "images"), ["b"], "query.images", "given beside `image`"),
         (("query", "txt"), "a", "query.txt", "unknown key"),
         (("query", "fps"), -1, "query.fps", "positive"),
+        pytest.param(("query", "fps"), 10**400, "query.fps", "positive", id="a rate beyond a float"),
         (("query", "id"), True, "query.id", "true/false; expected text or a whole number"),
         (("target",), {}, "target", "is empty"),
         (("target",), None, "target", "is null"),

@@ -223,6 +223,7 @@ def test_several_right_answers_take_turns():
         ({"targets": [{"text": "a"}, {}]}, "targets[1]", "is empty"),
         ({"scores": [1.0, 2.0]}, "scores", "is 2 values; expected 1 + 0 finite numbers"),
         ({"scores": [float("nan")]}, "scores", "is 1 values; expected 1 + 0 finite"),
+        ({"scores": [10**400]}, "scores", "is 1 values; expected 1 + 0 finite"),
         ({"mined_scores": 3}, "mined_scores", "is a number; expected 1 + 0"),
         ({"targets": [{"text": "a", "rewrite": "b</rewrite>"}]}, "targets[0].rewrite", "holds '</rewrite>'"),
     ],
