@@ -253,8 +253,8 @@ def side_from_json(raw: Any, where: str, root: str | Path | ImageRoot, problems:
     side.images = image_list(raw.get(key), f"{where}.{key}", root, problems)
     side.video = video_source(raw.get("video"), f"{where}.video", root, problems)
     if raw.get("content") is not None:
-        if not side.empty:
-            problems.append((f"{where}.content", "given beside text, images or video; it holds them all"))
+        if not side.empty or side.fps is not None:
+            problems.append((f"{where}.content", "given beside text, images, video or fps; it holds them all"))
         parts = _content(raw["content"], f"{where}.content", root, problems)
         side = Side(rewrite=side.rewrite, id=side.id, content=parts)
     if len(problems) == before and side.empty:
@@ -276,6 +276,8 @@ def _content(raw: Any, where: str, root: str | Path | ImageRoot, problems: list[
             continue
         problems += [(f"{at}.{key}", f"unknown key; known: {', '.join(PART_KEYS)}") for key in entry.keys() - PART_KEYS]
         (kind,) = held
+        if kind != "video" and entry.get("fps") is not None:
+            problems.append((f"{at}.fps", "is the rate of a video; there is none here"))
         if kind == "text":
             parts.append(("text", _typed(entry, "text", str, at, problems) or ""))
         elif kind == "image":

@@ -168,7 +168,9 @@ def test_content_of_one_image_and_text_is_the_plain_side():
 @pytest.mark.parametrize(
     ("change", "field", "message"),
     [
-        ({"text": "also"}, "query.content", "given beside text, images or video"),
+        ({"text": "also"}, "query.content", "given beside text, images, video or fps"),
+        ({"fps": 4}, "query.content", "given beside text, images, video or fps"),
+        ({"content": [{"text": "a", "fps": 4}]}, "query.content[0].fps", "is the rate of a video; there is none"),
         ({"content": "text"}, "query.content", "is text; expected a list of parts"),
         ({"content": []}, "query", "is empty"),
         ({"content": [{"text": "a", "image": "b"}]}, "query.content[0]", "expected an object with one of"),
