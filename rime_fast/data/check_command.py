@@ -141,7 +141,13 @@ def check_retrieval_set(
     """Make the report on an evaluation file; a row is a query. Problems of shared candidates have row 0."""
     report = CheckReport(str(path))
     try:
-        found = RetrievalSet.from_file(path, image_root=image_root, allow_outside=allow_outside, images=rules.images)
+        found = RetrievalSet.from_file(
+            path,
+            image_root=image_root,
+            allow_outside=allow_outside,
+            images=rules.images,
+            max_pixels=rules.max_pixels,
+        )
     except DataError as error:
         report.problems += error.problems
         report.rows = count_queries(path)

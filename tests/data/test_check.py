@@ -195,6 +195,8 @@ def test_command_on_a_retrieval_set(folder, capsys):
     whole["candidates"][1]["image"] = "good.png"
     file.write_text(json.dumps(whole))
     assert run_check(CheckOptions(files=[str(file)])) == 0
+    assert run_check(CheckOptions(files=[str(file)], max_image_pixels=127)) == 1
+    assert "candidates[0].images[0]: image too large" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", " [ ]\n"])
