@@ -174,6 +174,7 @@ def _opened(source: Any, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
     stream, name = _stream(source)
     with stream:
         try:
+            lift_bound(max_pixels)
             image = Image.open(stream, formats=FORMATS)
         except Exception as error:  # see load_image
             raise _broken(name, error) from None
@@ -181,6 +182,12 @@ def _opened(source: Any, max_pixels: int) -> Iterator[tuple[Image.Image, str]]:
             _limit(image, name, max_pixels)
             _check_depth(image, name)
             yield image, name
+
+
+def lift_bound(max_pixels: int) -> None:
+    """Let Pillow open images of ``max_pixels`` too, where the caller asks for more than it opens on its own."""
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
 
 
 def _limit(image: Image.Image, name: str, max_pixels: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from rime_fast.data.images import lift_bound
 from rime_fast.data.records import Side, kind_of, load_image
 from rime_fast.data.templates import Template
 from rime_fast.model.token_names import MODES
@@ -206,6 +207,7 @@ class _Reader:
         except (binascii.Error, ValueError):
             raise _bad("invalid_base64", f"{where}: an image's data is not base64", where) from None
         try:
+            lift_bound(self.limits.pixels)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the one that counts
                 image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -219,7 +221,8 @@ class _Reader:
         if max(image.size) > 200 * min(image.size):
             raise _bad("image_too_thin", f"{where}: an image is {image.width} x {image.height}, beyond 1 : 200", where)
         try:
-            return load_image({"bytes": data})  # decoded here, turned upright, so that a cut one is named now
+            # decoded here, turned upright, so that a cut one is named now
+            return load_image({"bytes": data}, max_pixels=self.limits.pixels)
         except ValueError:
             raise _bad("invalid_image", f"{where}: an image is broken or cut short", where) from None
 

@@ -283,3 +283,13 @@ def test_content_digest_is_the_file_wherever_it_lies(tmp_path):
     digests = {content_digest(source) for source in (tmp_path / "a.png", str(tmp_path / "b.png"), {"bytes": data})}
     assert len(digests) == 1
     assert content_digest(picture(1)) != content_digest(picture(2))
+
+
+def test_pillows_own_bound_gives_way_to_the_one_that_was_asked_for(monkeypatch):
+    """Pillow refuses images of twice its bound, whatever limit of ours is higher."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    image = {"bytes": encoded(picture(0, 16, 8), format="PNG")}
+    assert image_size(image, max_pixels=128) == (8, 16)
+    assert load_image(image, max_pixels=128).size == (16, 8)
+    with pytest.raises(ValueError, match=r"image too large: .*16 x 8 pixels; at most 127"):
+        load_image(image, max_pixels=127)
