@@ -23,7 +23,7 @@ from rime_fast.data.cache import cached_array, file_key
 
 MEMBER = "::"
 MAX_BYTES = 1 << 28  # of one member
-_STORED, _DEFLATED = 0, 8  # zip's numbers
+_STORED, _DEFLATED, _UNREADABLE = 0, 8, -1  # zip's numbers, and one for what is encrypted
 # name: two halves of a hash; offset: of the data (tar) or of the local header (zip); stored, size: bytes in the
 # archive and unpacked
 _ENTRY = np.dtype([("name", "<u8", 2), ("offset", "<i8"), ("stored", "<i8"), ("size", "<i8"), ("method", "<i8")])
@@ -49,6 +49,8 @@ def read_member(path: str) -> bytes:
     if entry is None:
         raise FileNotFoundError(errno.ENOENT, f"{archive} has no member {name}")
     offset, stored, size, method = (int(entry[key]) for key in ("offset", "stored", "size", "method"))
+    if method not in (_STORED, _DEFLATED):
+        raise ArchiveError("a member that is encrypted, or packed by another method than deflate")
     if size > MAX_BYTES or stored > MAX_BYTES:
         raise ArchiveError(f"a member of {size} bytes; at most {MAX_BYTES} are read")
     handle = _handle(archive, os.getpid())
@@ -96,7 +98,7 @@ def _index(archive: str, size: int, mtime: int) -> tuple[np.ndarray, np.ndarray]
     """(first halves of the names' hashes, entries), both sorted by them."""
     if archive_kind(archive) is None:
         raise ArchiveError("not a .tar or .zip (compressed tars cannot be read in place)")
-    entries = cached_array(("archive", 1, os.path.abspath(archive), size, mtime), lambda: _listed(archive))
+    entries = cached_array(("archive", 2, os.path.abspath(archive), size, mtime), lambda: _listed(archive))
     return np.ascontiguousarray(entries["name"][:, 0]), entries
 
 
@@ -108,17 +110,15 @@ def _listed(archive: str) -> np.ndarray:
                 for member in opened.infolist():
                     if member.is_dir():
                         continue
-                    # what cannot be read is listed with a size that says so when it is asked for
-                    readable = member.compress_type in (_STORED, _DEFLATED) and not member.flag_bits & 1
-                    size = member.file_size if readable else MAX_BYTES + 1
-                    place = (member.header_offset, member.compress_size, size, member.compress_type)
+                    method = _UNREADABLE if member.flag_bits & 1 else member.compress_type
+                    place = (member.header_offset, member.compress_size, member.file_size, method)
                     found[_name_hash(member.filename)] = place
         else:
             with open_file(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as packed:
                 for entry in packed:
                     if entry.isreg() and not entry.issparse():
                         found[_name_hash(entry.name)] = (entry.offset_data, entry.size, entry.size, _STORED)
-    except (zipfile.BadZipFile, tarfile.TarError, struct.error, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, struct.error, EOFError, ValueError, NotImplementedError) as error:
         raise ArchiveError(f"not a readable archive: {error}") from None
     return np.array([(name, *place) for name, place in sorted(found.items())], dtype=_ENTRY)
 

@@ -299,6 +299,21 @@ def test_members_in_rows_and_in_workers(packed):
     assert done.stdout == "(16, 8)\n", done.stderr
 
 
+def test_members_that_cannot_be_unpacked_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as out:
+        out.writestr("a.png", b"a" * 100)
+    with pytest.raises(ValueError, match=r"a.zip::a.png \(a member that is encrypted, or packed by another method"):
+        load_image(f"{tmp_path}/a.zip::a.png")
+    whole = (tmp_path / "a.zip").read_bytes()
+    at = whole.index(b"PK\x01\x02")
+    # a version of the format that Python does not know; a name that is not the UTF-8 it says it is
+    for name, place, value in (("new.zip", at + 6, b"\xff"), ("name.zip", at + 8, b"\x00\x08")):
+        changed = whole[:place] + value + whole[place + len(value) :]
+        (tmp_path / name).write_bytes(changed.replace(b"a.png", b"\xff.png"))
+        with pytest.raises(ValueError, match=f"{name}::a.png .not a readable archive: "):
+            load_image(f"{tmp_path / name}::a.png")
+
+
 def test_archives_that_cannot_be_read_are_named(packed):
     (packed / "odd.zip").write_bytes(b"PK no zip")
     (packed / "odd.tar").write_bytes(b"no tar" * 200)
