@@ -107,7 +107,11 @@ class ParquetRows(RowSource):
 
     def read(self, index: int) -> Any:
         at = int(np.searchsorted(self.starts, index, side="right")) - 1
-        (row,) = self._group(at).slice(index - int(self.starts[at]), 1).to_pylist()
+        one = self._group(at).slice(index - int(self.starts[at]), 1)
+        try:
+            (row,) = one.to_pylist()
+        except Exception as error:  # a text that is no UTF-8, a time that Python has none for
+            raise DataError(Problem(self.name, index + 1, "", f"cannot be read: {error}")) from None
         return row
 
     def between(self, start: int, stop: int) -> Iterator[Row]:
@@ -115,8 +119,13 @@ class ParquetRows(RowSource):
             first, last = int(self.starts[at]), int(self.starts[at + 1])
             begin, end = max(start, first), min(stop, last)
             for batch in range(begin, end, 256):  # a group of images is not turned into Python objects at once
-                part = self._group(at).slice(batch - first, min(256, end - batch)).to_pylist()
-                yield from (Row(batch + i + 1, 0, 0, row) for i, row in enumerate(part))
+                part = self._group(at).slice(batch - first, min(256, end - batch))
+                try:
+                    rows = part.to_pylist()
+                except Exception:  # of one of them: each is read alone
+                    yield from super().between(batch, batch + len(part))
+                    continue
+                yield from (Row(batch + i + 1, 0, 0, row) for i, row in enumerate(rows))
 
     def locality(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, indices, side="right") - 1

@@ -299,6 +299,19 @@ def test_members_in_rows_and_in_workers(packed):
     assert done.stdout == "(16, 8)\n", done.stderr
 
 
+def test_a_parquet_row_that_python_cannot_hold_is_a_bad_row(tmp_path):
+    """A text that is no UTF-8, as other writers let through: the rows beside it stay."""
+    offsets = np.array([0, 1, 3, 4], dtype=np.int32)
+    buffers = [None, *map(pyarrow.py_buffer, (offsets, b"a\xff\xfeb"))]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
+    parquet.write_table(pyarrow.table({"query": texts}), tmp_path / "a.parquet")
+    rows = open_rows(tmp_path / "a.parquet")
+    assert [row.value for row in rows.between(0, 3)] == [{"query": "a"}, None, {"query": "b"}]
+    assert [row.error is None for row in rows.between(0, 3)] == [True, False, True]
+    with pytest.raises(DataError, match=r"a.parquet, row 2: cannot be read: 'utf-8' codec"):
+        rows.read(1)
+
+
 def test_members_that_cannot_be_unpacked_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as out:
         out.writestr("a.png", b"a" * 100)
