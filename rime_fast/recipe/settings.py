@@ -50,7 +50,7 @@ def whole_numbers(settings: Any) -> None:
             raise ValueError(f"{one.name} is {value!r}; expected a whole number")
 
 
-# TrainingArguments' own that are None or at least this
+# TrainingArguments' own that are at least this, or None where that is their default
 STOCK_AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1)
 STOCK_AT_LEAST |= dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), 1)
 STOCK_AT_LEAST |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0)
@@ -61,8 +61,9 @@ STOCK_AT_LEAST |= dict.fromkeys(("adam_epsilon", "dataloader_num_workers", "eval
 def check_stock(args: Any) -> None:
     """Raise ValueError naming the first of transformers' own settings that no run can have."""
     whole_numbers(args)
+    empty = {one.name for one in fields(args) if one.default is None}
     for name, low in STOCK_AT_LEAST.items():
-        if getattr(args, name) is not None:
+        if getattr(args, name) is not None or name not in empty:
             in_range(name, getattr(args, name), low, endless=name == "max_grad_norm")
     for name in ("adam_beta1", "adam_beta2"):
         in_range(name, getattr(args, name), 0, 1, open_high=True)
@@ -71,7 +72,7 @@ def check_stock(args: Any) -> None:
             in_range(name, getattr(args, name), 0, 2**32 - 1)  # what numpy takes
     for event in ("logging", "eval", "save"):  # below 1, a share of the run's steps
         name = f"{event}_steps"
-        if getattr(args, f"{event}_strategy") == "steps" and getattr(args, name) is not None:
+        if getattr(args, f"{event}_strategy") == "steps" and (getattr(args, name) is not None or name not in empty):
             in_range(name, getattr(args, name), 0, open_low=True)
     in_range("num_train_epochs", args.num_train_epochs, 0, open_low=True)
     if args.max_steps == 0 or args.max_steps < -1:
@@ -126,8 +127,11 @@ class ContrastSettings:
             in_range("hard_negatives", self.hard_negatives, 0)
         if self.false_negative_margin is not None:
             in_range("false_negative_margin", self.false_negative_margin, -2, 2)
-        widths, weights = self.matryoshka_dims or [], self.matryoshka_weights
-        if widths != sorted(set(widths)) or any(width < 1 for width in widths):
+        for name in ("matryoshka_dims", "matryoshka_weights"):
+            if not isinstance(getattr(self, name), (list, tuple, type(None))):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a list of numbers")
+        widths, weights = list(self.matryoshka_dims or []), self.matryoshka_weights
+        if any(type(width) is not int or width < 1 for width in widths) or widths != sorted(set(widths)):
             raise ValueError(f"matryoshka_dims is {widths}; expected ascending widths from 1")
         for weight in weights or []:
             in_range("matryoshka_weights", weight, 0)

@@ -55,6 +55,12 @@ def test_liger_says_that_it_needs_a_gpu(tmp_path):
         ("max_length", 2),
         ("max_pixels", 0),
         ("model_dtype", "int8"),
+        ("learning_rate", None),
+        ("max_grad_norm", None),
+        ("save_steps", None),
+        ("matryoshka_dims", 64),
+        ("matryoshka_dims", ["64"]),
+        ("matryoshka_weights", 1.0),
     ],
 )
 def test_bad_joint_settings_are_named(tmp_path, field, value):
