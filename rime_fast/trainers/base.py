@@ -411,7 +411,11 @@ class DualModeTrainer(ResumedRuns):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss: Any = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+        loss = loss.detach()
+        if self.group is not None:  # a rank's loss is its part, and of a batch that was filled up some ranks' is cut
+            dist.all_reduce(loss, group=self.group)
+            loss /= self.args.world_size
+        return loss, None, None
 
     def evaluation_loop(
         self,

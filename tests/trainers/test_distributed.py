@@ -140,3 +140,29 @@ def test_ranks_and_zero_stages_equal_one_process(tmp_path):
         assert moved > 20, plan
         assert [entry["ratio"] for entry in rl] == [1.0, 1.0], plan
         assert all(0 < entry["rewrite_tokens"] <= 4 for entry in rl), plan
+
+
+def evaluated(folder: Path, batch: int, rows: list[int]) -> float:
+    """The loss of an evaluation on these pairs, whose rewrites differ in length."""
+    args = RimeConfig(output_dir=str(folder), per_device_eval_batch_size=batch, use_cpu=True, progress="none")
+    pairs, processor = make_pairs(6), make_processor()
+    for i, pair in enumerate(pairs):
+        pair.query.rewrite = " ".join(["red"] * (1 + 3 * i))
+    chosen = [pairs[i] for i in rows]
+    run = RimeTrainer(make_model(processor), args, pairs, chosen, processing_class=processor, template=TEMPLATE)
+    return run.evaluate()["eval_loss"]
+
+
+def evaluate_main(rank: int, world: int, folder: str) -> None:
+    found = evaluated(Path(folder), 2, list(range(6)))
+    Path(folder, f"loss{rank}").write_text(repr(found))
+
+
+@pytest.mark.dist
+def test_an_evaluation_whose_last_batch_is_filled_up_has_the_loss_of_all_ranks(tmp_path):
+    """The last two of six pairs are one rank's, and the first two stand in on the other: a rank's loss alone, its part
+    of the ranks' common mean, is no loss."""
+    run_ranks(evaluate_main, 2, str(tmp_path))
+    full, last = (evaluated(tmp_path, 4, rows) for rows in ([0, 1, 2, 3], [4, 5, 0, 1]))
+    for rank in range(2):
+        assert float(Path(tmp_path, f"loss{rank}").read_text()) == pytest.approx((4 * full + 2 * last) / 6, rel=1e-4)
