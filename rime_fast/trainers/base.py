@@ -367,9 +367,11 @@ class DualModeTrainer(ResumedRuns):
     # --- metrics -----------------------------------------------------------------------------------------------------
 
     def observe(self, values: dict[str, torch.Tensor], *, samples: int, tokens: int) -> None:
-        """Add a step's metrics (0-d tensors) and its host-side counts; those of evaluation are kept apart."""
-        sums = self.sums if self.model.training else self.eval_sums
-        sums.add(values)
+        """Add a step's metrics (0-d tensors) and its host-side counts; those of evaluation are kept apart, and are
+        means over samples, as its loss is: the last batch may be a short one."""
+        training = self.model.training
+        sums = self.sums if training else self.eval_sums
+        sums.add(values, 1.0 if training else float(samples))
         sums.count(samples=samples, tokens=tokens)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

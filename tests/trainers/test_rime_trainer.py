@@ -223,6 +223,17 @@ def test_evaluation_reports_every_term_and_leaves_training_alone(tiny, tmp_path)
     assert [e for e in curve(run) if "loss" in e] == [e for e in curve(plain) if "loss" in e]
 
 
+def test_terms_of_an_evaluation_are_means_over_samples(tiny, tmp_path):
+    """As its loss is: a last batch of one pair, whose hit@1 is 1 for want of another, counts as one pair."""
+    alone = {"disc_weight": 0.0, "cross_weight": 0.0, "ce_query_weight": 0.0, "ce_target_weight": 0.0}
+    evaluation = {"eval_dataset": tiny.pairs(5, seed=5)}
+    run = trainer(tiny, tmp_path, per_device_eval_batch_size=4, more=evaluation, **alone)
+    found = run.evaluate()
+    assert found["eval_contrast/gen-gen"] == pytest.approx(found["eval_loss"], rel=1e-5)
+    whole = trainer(tiny, tmp_path, per_device_eval_batch_size=4, more={"eval_dataset": tiny.pairs(4, seed=5)}, **alone)
+    assert found["eval_hit@1/gen-gen"] == pytest.approx((4 * whole.evaluate()["eval_hit@1/gen-gen"] + 1) / 5)
+
+
 def test_hard_negatives_join_the_keys(tiny, tmp_path):
     losses = {}
     for count in (None, 0, 1):
