@@ -81,12 +81,14 @@ def run(values: dict[str, Any]) -> int:
 
     from rime_fast.cli.bars import bars
     from rime_fast.data.sources import write_rows
+    from rime_fast.engine.checkpoint import check_writable
     from rime_fast.engine.wrappers import dual_mode_of
     from rime_fast.eval.index import truncated
     from rime_fast.eval.think import embed_thought
     from rime_fast.recipe.int8 import to_int8, trained_step
 
     items = read_items(options.data, loading.image_root, loading.allow_outside)
+    check_writable(options.output_dir)
     thought = None if options.reasoner is None else _reasoned(options.reasoner, items, options.data, loading)
     embedder = load_embedder(options.model, loading)
     if options.dims is not None:
@@ -99,7 +101,6 @@ def run(values: dict[str, Any]) -> int:
             one = embed_thought(embedder, items, thought)
     encoded = {"disc": one.without_decoding(), "gen": one} if options.mode == "both" else {options.mode: one}
     directory = Path(options.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
     for row, item in enumerate(items):
         line: dict[str, Any] = {"row": row, "id": item.id}

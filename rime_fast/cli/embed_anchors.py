@@ -23,8 +23,10 @@ def embed_anchors(model: str, data: str, output_dir: str, anchors: str, loading:
     from rime_fast.data.check import CheckRules
     from rime_fast.data.datasets import open_pairs
     from rime_fast.engine.anchor_bank import AnchorBank, model_fingerprint
+    from rime_fast.engine.checkpoint import check_writable
     from rime_fast.trainers.anchors import bank_file, item_ids, set_fingerprint
 
+    check_writable(output_dir)
     embedder = load_embedder(model, loading)
     rules = CheckRules(
         rewrites=False,

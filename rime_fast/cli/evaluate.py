@@ -42,6 +42,7 @@ def run(values: dict[str, Any]) -> int:
     model_exists(*options.model)
     from rime_fast.cli.bars import bars
     from rime_fast.data.retrieval import RetrievalSet
+    from rime_fast.engine.checkpoint import check_writable
     from rime_fast.engine.wrappers import dual_mode_of
     from rime_fast.eval.mutual import evaluate_mutual
     from rime_fast.eval.report import write_report
@@ -58,6 +59,7 @@ def run(values: dict[str, Any]) -> int:
         data = _first(data, options.limit)
     if not data.queries:
         raise UsageError(f"--data {options.data} holds no queries")
+    check_writable(options.output_dir)
     phases = []
     for path in options.model:
         embedder = load_embedder(path, loading)

@@ -161,6 +161,18 @@ def test_the_limit_of_pixels_reaches_the_images(command, tmp_path, capsys):
     assert "30 x 20 pixels; at most 599 are decoded" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["embed"], ["embed", "--anchors", "both"], ["eval"]], ids=str)
+def test_a_folder_that_cannot_be_written_is_told_of_before_the_model_is_loaded(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    side = {"text": "a"}
+    row = {"query": side, "target": side} if "--anchors" in command else side
+    row = {"query": side, "candidates": [side], "correct": 0} if command == ["eval"] else row
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["--model", str(tmp_path), "--data", str(tmp_path / "d.jsonl"), "--output_dir", str(tmp_path / "file")]
+    assert run(*command, *words) == 1
+    assert f"output_dir '{tmp_path / 'file'}' cannot be written" in capsys.readouterr().err
+
+
 def test_interrupt_exits_130(monkeypatch, capsys):
     from rime_fast.cli import doctor
 
