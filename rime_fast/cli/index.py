@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,16 +43,16 @@ def run(values: dict[str, Any]) -> int:
         raise UsageError(f"--embeddings {folder} holds no embeddings.safetensors; expected a folder of rime-fast embed")
     from safetensors import safe_open
 
-    from rime_fast.eval.index import EmbeddingIndex, truncated
+    from rime_fast.eval.index import EmbeddingIndex, read_lines, reading, truncated
 
-    with safe_open(str(file), "pt") as stored:
+    with reading(file), safe_open(str(file), "pt") as stored:
         metadata, names = stored.metadata() or {}, list(stored.keys())
         mode = options.mode or ("disc" if "disc" in names else names[0])
         if mode not in names:
             raise UsageError(f"--mode is {mode!r}; {file} holds {', '.join(names)}")
-        rows = truncated(stored.get_tensor(mode), options.dims)
-    with (folder / "items.jsonl").open(encoding="utf-8") as lines:
-        items = [json.loads(line) for line in lines]
+        rows = stored.get_tensor(mode)
+    rows = truncated(rows, options.dims)
+    items = read_lines(folder / "items.jsonl")
     if len(items) != len(rows):
         raise UsageError(f"{folder}: items.jsonl has {len(items)} lines; embeddings.safetensors has {len(rows)} rows")
     data = options.data or metadata.get("data", "")

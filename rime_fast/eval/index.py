@@ -8,12 +8,14 @@ sets where reading every row is too slow.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rime_fast.data.sources import write_rows
@@ -106,15 +108,32 @@ class EmbeddingIndex:
         directory = Path(directory)
         if not (directory / "index.json").is_file():
             raise ValueError(f"{directory} holds no index.json; expected a folder of `rime-fast index`")
-        facts = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-        with (directory / "items.jsonl").open(encoding="utf-8") as lines:
-            items = [json.loads(line) for line in lines]
-        index = cls(load_file(str(directory / "index.safetensors"))["rows"], items=items or None, facts=facts)
+        with reading(directory / "index.json") as path:
+            facts = dict(json.loads(path.read_text(encoding="utf-8")))
+        items = read_lines(directory / "items.jsonl")
+        with reading(directory / "index.safetensors") as path:
+            rows = load_file(str(path))["rows"]
+        index = cls(rows, items=items or None, facts=facts)
         if factory := index.facts.pop("faiss", None):
             import faiss
 
             index.faiss, index._faiss = factory, faiss.read_index(str(directory / "index.faiss"))
         return index
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Name a file in a ValueError where what is in it cannot be read in this block."""
+    try:
+        yield path
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the items that `rime-fast embed` or `index` wrote, one a line. Raises ValueError naming a damaged file."""
+    with reading(path), path.open(encoding="utf-8") as lines:
+        return [dict(json.loads(line)) for line in lines]
 
 
 def check_auto(index: EmbeddingIndex | None, width: int, threshold: float) -> EmbeddingIndex:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -140,3 +141,18 @@ def test_an_id_that_is_no_unicode_is_shown(model_dir, tmp_path, capsys):
     assert main(["search", str(tmp_path / "index"), "--text", "a", "--html", str(page)]) == 0
     assert "id x\\ud800  red \\udcff" in capsys.readouterr().out
     assert "red \\udcff" in page.read_text(encoding="utf-8")
+
+
+def test_damaged_files_are_named(embedded, tmp_path, capsys):
+    assert build(embedded, tmp_path / "i") == 0
+    for name in ("index.json", "items.jsonl", "index.safetensors"):
+        whole = (tmp_path / "i" / name).read_bytes()
+        for broken in (b"{broken\n", b"3\n"):
+            (tmp_path / "i" / name).write_bytes(broken)
+            assert main(["search", str(tmp_path / "i"), "--text", "a"]) == 1
+            assert f"{name} is damaged: " in capsys.readouterr().err
+        (tmp_path / "i" / name).write_bytes(whole)
+    folder = shutil.copytree(embedded, tmp_path / "e")
+    (folder / "embeddings.safetensors").write_bytes(b"abc")
+    assert build(folder, tmp_path / "i") == 1
+    assert "embeddings.safetensors is damaged: " in capsys.readouterr().err
