@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -110,6 +112,7 @@ def run(values: dict[str, Any]) -> int:
             line |= {"rewrite": gen.rewrites[row], "tokens": gen.tokens[row], "reached_gen_emb": gen.reached[row]}
         lines.append(line)
     metadata = {"model": options.model, "data": options.data, "template": loading.template}
+    metadata["items"] = items_digest(items)
     if step is None:
         tensors = {mode: truncated(one.embeddings, options.dims) for mode, one in encoded.items()}
     else:
@@ -177,6 +180,12 @@ def read_items(path: str, image_root: str | None, allow_outside: bool = False) -
     if not items:
         raise UsageError(f"--data {path} holds no items")
     return items
+
+
+def items_digest(items: Sequence[Side]) -> str:
+    """A digest of the items' ids and texts in their order: an index must show what was embedded."""
+    told = repr([(item.id, item.text) for item in items]).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(told, digest_size=16).hexdigest()
 
 
 COMMAND = Command(

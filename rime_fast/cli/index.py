@@ -57,7 +57,7 @@ def run(values: dict[str, Any]) -> int:
         raise UsageError(f"{folder}: items.jsonl has {len(items)} lines; embeddings.safetensors has {len(rows)} rows")
     data = options.data or metadata.get("data", "")
     if Path(data).is_file():
-        shown = _shown(data, options, len(items))
+        shown = _shown(data, options, len(items), metadata.get("items"))
         items = [item | one for item, one in zip(items, shown, strict=True)]
     elif options.data:
         raise UsageError(f"--data {data}: no such file")
@@ -71,13 +71,15 @@ def run(values: dict[str, Any]) -> int:
     return 0
 
 
-def _shown(data: str, options: IndexOptions, count: int) -> list[dict[str, Any]]:
-    """Text and pictures (absolute paths) of each item."""
-    from rime_fast.cli.embed import read_items
+def _shown(data: str, options: IndexOptions, count: int, digest: str | None) -> list[dict[str, Any]]:
+    """Text and pictures (absolute paths) of each item. digest: of the items that were embedded (``items_digest``)."""
+    from rime_fast.cli.embed import items_digest, read_items
 
     sides = read_items(data, options.image_root, options.allow_outside)
     if len(sides) != count:
         raise UsageError(f"--data {data} has {len(sides)} items; the embeddings have {count}")
+    if options.data is None and digest not in (None, items_digest(sides)):
+        raise UsageError(f"{data} has changed since it was embedded; embed it again, or name the items by --data")
     shown = []
     for side in sides:
         frames = side.video[:1] if side.video and not isinstance(side.video, (str, os.PathLike)) else []

@@ -143,6 +143,17 @@ def test_an_id_that_is_no_unicode_is_shown(model_dir, tmp_path, capsys):
     assert "red \\udcff" in page.read_text(encoding="utf-8")
 
 
+def test_items_that_changed_since_they_were_embedded_are_refused(model_dir, tmp_path, capsys):
+    data = tmp_path / "items.jsonl"
+    data.write_text('{"text": "red"}\n{"text": "blue"}\n')
+    words = ["embed", "--model", str(model_dir), "--data", str(data), "--output_dir", str(tmp_path / "e")]
+    assert main(words) == 0
+    data.write_text('{"text": "blue"}\n{"text": "red"}\n')
+    assert build(tmp_path / "e", tmp_path / "i") == 2
+    assert f"{data} has changed since it was embedded" in capsys.readouterr().err
+    assert build(tmp_path / "e", tmp_path / "i", "--data", str(data)) == 0  # other texts to show, on purpose
+
+
 def test_damaged_files_are_named(embedded, tmp_path, capsys):
     assert build(embedded, tmp_path / "i") == 0
     for name in ("index.json", "items.jsonl", "index.safetensors"):
