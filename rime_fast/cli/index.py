@@ -56,7 +56,7 @@ def run(values: dict[str, Any]) -> int:
     if len(items) != len(rows):
         raise UsageError(f"{folder}: items.jsonl has {len(items)} lines; embeddings.safetensors has {len(rows)} rows")
     data = options.data or metadata.get("data", "")
-    if Path(data).is_file():
+    if data and Path(data).exists():
         shown = _shown(data, options, len(items), metadata.get("items"))
         items = [item | one for item, one in zip(items, shown, strict=True)]
     elif options.data:

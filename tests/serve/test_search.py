@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from rime_fast.cli import main
+from rime_fast.data.sources import write_rows
 from rime_fast.eval.embedder import RimeEmbedder
 from rime_fast.eval.index import EmbeddingIndex
 from tests.serve.conftest import picture
@@ -167,3 +168,11 @@ def test_damaged_files_are_named(embedded, tmp_path, capsys):
     (folder / "embeddings.safetensors").write_bytes(b"abc")
     assert build(folder, tmp_path / "i") == 1
     assert "embeddings.safetensors is damaged: " in capsys.readouterr().err
+
+
+def test_an_embedded_folder_is_read_for_texts_too(model_dir, tmp_path, capsys):
+    write_rows(tmp_path / "parts" / "a.parquet", [{"text": "red"}, {"text": "blue"}])
+    words = ["embed", "--model", str(model_dir), "--data", str(tmp_path / "parts"), "--output_dir", str(tmp_path / "e")]
+    assert main(words) == 0
+    assert build(tmp_path / "e", tmp_path / "i") == 0
+    assert [item["text"] for item in EmbeddingIndex.load(tmp_path / "i").items] == ["red", "blue"]
