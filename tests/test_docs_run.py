@@ -6,13 +6,14 @@ with ```python fragment; test_docs.py still compiles it and looks up its names.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from rime_fast import RimeEmbedder
+from rime_fast import RefineConfig, RimeConfig, RimeEmbedder
 from rime_fast.cli import COMMANDS, load
 from rime_fast.cli.options import parse_arguments, read_yaml
+from rime_fast.cli.values import build, coerce
 from rime_fast.data.examples import example
 from rime_fast.data.sources import write_rows
 from rime_fast.data.templates import get_template
@@ -131,16 +133,26 @@ def typed() -> list[Any]:
 
 
 @pytest.mark.parametrize("words", typed())
-def test_commands_are_understood(words):
-    """The command is there, its options have these names and take these values; settings files in the tree hold."""
+def test_commands_are_understood(words, tmp_path):
+    """The command is there, its options have these names and take these values; settings files in the tree hold, and a
+    trainer's settings are made of them."""
     name = max((one for one in COMMANDS if words[: len(one.split())] == one.split()), key=len, default=None)
     assert name is not None, f"no such command: {words}"
     command = load(name)
     rest = [word for word in words[len(name.split()) :] if word not in ("--help", "--help_all")]
     given = parse_arguments(rest, command.options(), command.positional)
-    for path in given.get("config", []):
+    values: dict[str, Any] = {}
+    for path in given.pop("config", []):
         if Path(found := example(path)).is_file():
-            read_yaml(found, command.options())
+            values |= read_yaml(found, command.options())
+    values |= given
+    for group in command.groups:
+        hints = get_type_hints(getattr(importlib.import_module(group.module), group.cls))
+        for option in group.options().keys() & values.keys():
+            coerce(values[option], hints[option], f"--{option}")
+    if trainer := {"train": RimeConfig, "refine": RefineConfig}.get(name):
+        values.pop("deepspeed", None)  # needs a launcher
+        build(trainer, values | {"output_dir": str(tmp_path)})
 
 
 def test_targets_of_make_exist():

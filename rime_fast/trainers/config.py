@@ -97,7 +97,12 @@ class CommonConfig(TrainingArguments):
         "rich", "'rich': bar with loss terms, samples/s, tokens/s, ETA; 'plain': a line a log; 'none'."
     )
 
-    # TrainingArguments' own, with the recipe's or this trainer's defaults
+    # TrainingArguments' own, with the recipe's or this trainer's defaults, or words of what they do here
+    deepspeed: dict | str | None = option(  # noqa: RUF009
+        None, "DeepSpeed: 'zero1', 'zero2' or 'zero3' of the package, a JSON file, or a mapping. Start it by torchrun."
+    )
+    fsdp: bool | None = option(None, "FSDP2 spreads the model over the ranks; by torchrun.")  # type: ignore[assignment]
+    gradient_checkpointing: bool = option(False, "Compute activations anew in the backward: less memory, more time.")
     lr_scheduler_type: str = option("cosine", "[known, UME-R1: cosine]")
     warmup_steps: float = option(0.03, "Steps, or below 1 the share of all steps. [known, UME-R1: 3 %]")
     logging_steps: float = option(10, "Metrics gather on the device and are read only at these steps.")
@@ -110,6 +115,8 @@ class CommonConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.use_cpu and not torch.cuda.is_available() and not other_accelerator():
             self.use_cpu = True
+        if getattr(self, "activation_checkpointing", False) is None:  # its later name; transformers warns of ours
+            self.activation_checkpointing = self.gradient_checkpointing
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns is True; this trainer's collator needs the raw rows, leave it off")
         one_of("on_bad_row", self.on_bad_row, ON_BAD_ROW)

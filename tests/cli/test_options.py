@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_type_hints
 
 import pytest
 
+from rime_fast.cli import load
 from rime_fast.cli.options import Group, UsageError, parse_arguments, read_fields, read_yaml
 from rime_fast.cli.training import TrainingOptions
 from rime_fast.cli.values import build, coerce
@@ -216,3 +218,23 @@ def test_every_field_of_a_config_is_an_option(name, config):
     command = import_module(f"rime_fast.cli.{name}").COMMAND
     ours = {f.name for f in fields(config)} - {f.name for f in fields(TrainingArguments)}
     assert ours <= {option for group in command.groups for option in group.options()}
+
+
+@pytest.mark.parametrize("words", ["--fsdp", "--fsdp true", "--config"])
+def test_fsdp_is_switched_on_by_command_line_and_yaml(words, tmp_path):
+    """TrainingArguments declares it as text, of which "true" is none that it knows."""
+    given = words.split() + [write(tmp_path, "fsdp: true\n")] * (words == "--config")
+    values = load("train").read([*given, "--output_dir", str(tmp_path)])
+    assert build(configs.RimeConfig, values).fsdp is True
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_by_either_name_warns_of_nothing(name, tmp_path):
+    """transformers renamed it after the oldest release that we take; the pages have the name that all releases know."""
+    if name not in load("train").options():
+        pytest.skip("transformers has no such name yet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = build(configs.RimeConfig, load("train").read([f"--{name}", "--output_dir", str(tmp_path)]))
+    assert args.gradient_checkpointing
+    assert not build(configs.RimeConfig, {"output_dir": str(tmp_path)}).gradient_checkpointing
