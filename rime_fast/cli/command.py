@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rime_fast.cli.options import Group, Option, UsageError, parse_arguments, read_yaml
+from rime_fast.cli.options import MADE, Group, Option, UsageError, parse_arguments, read_yaml
 from rime_fast.data.examples import example
 
 HELP = ("-h", "--help", "--help_all", "--help-all")
@@ -62,7 +63,9 @@ class Command:
         """The help page."""
         width = min(shutil.get_terminal_size((100, 40)).columns, 110)
         bold = _bold if sys.stdout.isatty() else str
-        words = f" {self.positional.upper()}..." if self.positional else ""
+        words = ""
+        if self.positional:
+            words = f" {self.positional.upper()}" + "..." * self.options()[self.positional].is_list
         parts = [bold(f"{self.program} {self.name}{words} [--config FILE.yaml] [--option value ...]"), ""]
         parts += [textwrap.fill(self.text, width), ""]
         parts.append(bold("Examples"))
@@ -87,11 +90,13 @@ def _titles(groups: Sequence[Group]) -> str:
 
 def _option_help(option: Option, width: int) -> str:
     kind = option.annotation.replace(" | None", "").removeprefix("None | ")
+    kind = re.sub(r"\b[A-Z]\w+ \| |(?<=dict)\[.*?\]", "", kind)  # an Enum beside its text, a mapping's types
+    kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", "|"), kind)
     kind = "A B ..." if option.is_list else kind.replace("bool", "[true|false]")
     text, default = option.help, option.default
     if default is None:
         text = f"{text} (required)"
-    elif default not in ("None", "[]") and not default.isupper() and len(default) < 40:
+    elif default not in ("None", "[]", "''", MADE) and not default.isupper() and len(default) < 40:
         shown = {"True": "on", "False": "off"}.get(default, default.strip("'\""))
         text = f"{text} (default: {shown})"
     return _entry(f"--{option.name} {kind}", text.strip(), width)

@@ -14,7 +14,10 @@ class EmbedderOptions:
     """How a model is loaded and run."""
 
     template: str = field(
-        default="rewrite", metadata={"help": "'rewrite', 'cot' or 'tte': the one the model was trained with."}
+        default="rewrite",
+        metadata={
+            "help": "'rewrite', 'cot' or 'tte': the one the model was trained with; `eval --suite` also 'ume-r1'."
+        },
     )
     token_budget: int = field(default=16384, metadata={"help": "Tokens of a batch; less needs less memory."})
     max_new_tokens: int = field(

@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 
 FLAGS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+MADE = "made at start"  # the default of an option whose value no text says; its help text does
 
 
 class UsageError(Exception):
@@ -102,7 +103,7 @@ def _field(line: ast.AnnAssign) -> Option | None:
         if "default" in keywords:
             default = ast.unparse(keywords["default"])
         elif "default_factory" in keywords:
-            default = {"list": "[]", "dict": "{}"}.get(ast.unparse(keywords["default_factory"]), "made at start")
+            default = {"list": "[]", "dict": "{}"}.get(ast.unparse(keywords["default_factory"]), MADE)
         text = _help(keywords.get("metadata"))
     elif isinstance(value, ast.Call) and ast.unparse(value.func) == "option":  # option(default, text)
         default, text = ast.unparse(value.args[0]), _help(value)

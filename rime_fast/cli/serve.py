@@ -34,7 +34,7 @@ class ServeOptions:
     max_queue: int = field(default=1024, metadata={"help": "Items that may wait; more are answered 429."})
     max_items: int = field(default=256, metadata={"help": "Items of one request."})
     max_images: int = field(default=8, metadata={"help": "Images of one item."})
-    max_image_pixels: int = field(default=1 << 24, metadata={"help": "Largest image, read from its head."})
+    max_image_pixels: int = field(default=16_777_216, metadata={"help": "Largest image, read from its head."})
     max_body_mb: int = field(default=32, metadata={"help": "Largest request, in MiB."})
     drain_seconds: int = field(default=30, metadata={"help": "After SIGTERM or Ctrl-C: time for what is under way."})
 

@@ -60,7 +60,7 @@ class RewriteOptions:
     max_tokens: int = field(default=512, metadata=_help("Most tokens of an answer; one that is cut is rejected."))
     temperature: float = field(default=0.0, metadata=_help("Of the first try; 0 is greedy."))
     seed: int = field(default=0, metadata=_help("Seed; a rejected answer is tried once more at the next one."))
-    max_pixels: int = field(default=1280 * 28 * 28, metadata=_help("Shrink pictures to at most this many pixels."))
+    max_pixels: int = field(default=1_003_520, metadata=_help("Shrink pictures to at most this many pixels."))
     frames: int = field(default=8, metadata=_help("Frames shown of a video."))
     cache: str | None = field(default=None, metadata=_help("Folder of finished answers (default: OUTPUT.cache)."))
     on_bad_row: str = field(default="stop", metadata=_help("'stop', or 'skip': leave out rows that cannot be read."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,3 +260,17 @@ def test_documented_lines_are_accepted(line, monkeypatch):
     rest = words[words.index("rime_fast.cli" if "rime_fast.cli" in words else "rime-fast") + 1 :]
     name, rest = cli._command(rest)
     cli.load(name).read(rest)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_what_can_be_typed(name, capsys):
+    """Defaults are values, not expressions of the source; kinds are no Python; one word is no list."""
+    assert run(*name.split(), "--help_all") == 0
+    text = capsys.readouterr().out
+    defaults = re.findall(r"\(default: ([^)]*)\)", " ".join(text.split()))
+    assert not [one for one in defaults if re.search(r"<<|\d \* \d|made at|^$", one)]
+    kinds = re.findall(r"^  --\w+ (\S.*?)(?:  |$)", text, re.M)
+    assert not [one for one in kinds if re.search(r"Literal|Strategy|None|Any|Names", one)]
+    positional = cli.load(name).positional
+    if positional:
+        assert ("..." in text.splitlines()[0].split("[")[0]) == cli.load(name).options()[positional].is_list
