@@ -27,10 +27,10 @@ from rime_fast.engine.wrappers import GradSync, grad_sync
 from rime_fast.model.card import write_card
 from rime_fast.ops.collectives import of_all_ranks
 from rime_fast.trainers.callbacks import (
+    EndsCallback,
     InterruptCallback,
     MetricSums,
     ProgressCallback,
-    ShortRunCallback,
     StepClock,
     card_facts,
     rates,
@@ -79,7 +79,7 @@ class DualModeTrainer(ResumedRuns):
         self._replace_progress()
         self.interrupt = InterruptCallback(lambda: self.background.pending)
         self.add_callback(self.interrupt)
-        self.add_callback(ShortRunCallback())
+        self.add_callback(EndsCallback())
         self._parameter_count: int | None = None
         self._synced: tuple[nn.Module, GradSync] | None = None
         self.finite = FiniteGuard(args.device, self.group)

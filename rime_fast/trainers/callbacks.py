@@ -221,12 +221,13 @@ class InterruptCallback(TrainerCallback):
         return control
 
 
-class ShortRunCallback(TrainerCallback):
-    """Has a run shorter than ``logging_steps`` tell of its first and its last step, on every rank."""
+class EndsCallback(TrainerCallback):
+    """Has every run tell of its last step, and one shorter than ``logging_steps`` of its first, on every rank."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if args.logging_strategy == "steps" and state.max_steps < state.logging_steps:
-            control.should_log |= state.global_step in (1, state.max_steps)
+        if args.logging_strategy == "steps":
+            first = state.global_step == 1 and state.max_steps < state.logging_steps
+            control.should_log |= first or state.global_step == state.max_steps
         return control
 
 

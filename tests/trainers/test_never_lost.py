@@ -273,6 +273,15 @@ def test_the_newest_whole_checkpoint_is_taken_and_the_damaged_one_named(tiny, tm
         trainer(tiny, tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
 
 
+def test_every_run_tells_its_last_step(tiny, tmp_path):
+    run = trainer(tiny, tmp_path, max_steps=3, logging_steps=2)
+    run.train()
+    assert [log["step"] for log in run.state.log_history if "loss" in log] == [2, 3]
+    run = trainer(tiny, tmp_path / "never", max_steps=3, logging_steps=2, logging_strategy="no")
+    run.train()
+    assert not [log for log in run.state.log_history if "loss" in log]
+
+
 def test_a_short_run_tells_its_ends_and_a_resumed_one_its_step(tiny, tmp_path, capsys):
     run = trainer(tiny, tmp_path, max_steps=3, logging_steps=10, save_steps=2)
     run.train()
