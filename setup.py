@@ -17,7 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
+
+if int(__version__.split(".")[0]) < 77:  # without build isolation pip does not look at pyproject.toml's
+    raise SystemExit(f"rime-fast: setuptools is {__version__}; expected 77 or later: pip install -U setuptools")
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py

@@ -80,8 +80,19 @@ def test_forced_build_without_a_compiler_is_an_error(tmp_path):
     assert "cmake" in done.stderr + done.stdout
 
 
+def test_an_old_setuptools_is_named(tmp_path):
+    """A fresh environment's may be older than pyproject.toml asks for, which pip does not look at without isolation."""
+    (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"\nExtension = setup = None\n')
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "setup.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "rime-fast: setuptools is 65.5.0; expected 77 or later: pip install -U setuptools\n"
+
+
 def test_sdist_holds_what_the_kernels_are_built_from(tmp_path):
     tree = _tree(tmp_path / "tree")
+    (tree / "tests").mkdir()
+    (tree / "tests" / "test_docs.py").touch()  # setuptools would take such files along, without what they need
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -92,6 +103,7 @@ def test_sdist_holds_what_the_kernels_are_built_from(tmp_path):
     assert sources | {"CMakeLists.txt", "setup.py", "examples/sft.yaml", "rime_fast/py.typed"} <= names
     linked = {link for link in re.findall(r"\]\(([\w./-]+)[#)]", (ROOT / "README.md").read_text()) if "." in link}
     assert linked <= names
+    assert not [name for name in names if name.startswith("tests")]
 
 
 @pytest.mark.slow
