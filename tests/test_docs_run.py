@@ -69,9 +69,9 @@ def desk(tmp_path_factory) -> Iterator[Path]:
     write_rows(root / "raw.jsonl", iter(bare))
     rows = torch.nn.functional.normalize(torch.randn(7, 32), dim=1)
     EmbeddingIndex(rows, items=[{"id": str(i)} for i in range(7)]).save(root / "runs" / "index")
-    (root / "runs" / "queries").mkdir()
-    save_file({"disc": rows}, root / "runs" / "index" / "embeddings.safetensors")
-    save_file({"gen": rows}, root / "runs" / "queries" / "embeddings.safetensors")
+    for name, mode in (("embedded", "disc"), ("queries", "gen")):
+        (root / "runs" / name).mkdir()
+        save_file({mode: rows}, root / "runs" / name / "embeddings.safetensors")
     before = os.getcwd()
     os.chdir(root)
     yield root

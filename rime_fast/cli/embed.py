@@ -197,15 +197,15 @@ COMMAND = Command(
     examples=(
         (
             "an index of cheap embeddings",
-            "rime-fast embed --model runs/sft --data catalogue.jsonl --output_dir runs/index",
+            "rime-fast embed --model runs/sft --data catalogue.jsonl --output_dir runs/embedded",
         ),
         (
             "Matryoshka embeddings of 256 numbers",
-            "rime-fast embed --model runs/sft --data catalogue.jsonl --dims 256 --output_dir runs/index",
+            "rime-fast embed --model runs/sft --data catalogue.jsonl --dims 256 --output_dir runs/embedded",
         ),
         (
             "a quarter of the bytes, after training with int8_weight",
-            "rime-fast embed --model runs/sft --data catalogue.jsonl --precision int8 --output_dir runs/index",
+            "rime-fast embed --model runs/sft --data catalogue.jsonl --precision int8 --output_dir runs/embedded",
         ),
         ("generative queries against it", "rime-fast embed --model runs/sft --data queries.txt --mode gen"),
         (
