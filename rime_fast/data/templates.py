@@ -157,7 +157,7 @@ class Template:
             return forbidden.sub(_spaced, text)
         raise ValueError(
             f"{side.name}: {field} holds {match.group()!r}, which the model would take for a control token; "
-            'remove it, or use special_text="escape"'
+            'remove it, put a blank after its "<", or give the template special_text="escape"'
         )
 
 
