@@ -10,6 +10,6 @@ WORKDIR /opt/rime-fast
 COPY constraints.txt .
 RUN pip install -c constraints.txt torch setuptools wheel cmake ninja
 COPY . .
-RUN RIME_FAST_BUILD=1 RIME_FAST_CUDA=1 pip install -c constraints.txt --no-build-isolation ".[peft,deepspeed,video,serve]"
+RUN RIME_FAST_BUILD=1 RIME_FAST_CUDA=1 RIME_FAST_CUDA_ARCHS=90a pip install -c constraints.txt --no-build-isolation ".[peft,deepspeed,video,serve]"
 WORKDIR /data
 ENTRYPOINT ["rime-fast"]

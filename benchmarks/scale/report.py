@@ -33,7 +33,7 @@ class ScaleOptions:
     kept: float = field(default=0.0, metadata={"help": "Share of the micro-batches whose graphs are kept, 0 to 1."})
     checkpointing: bool = field(default=True, metadata={"help": "Activation checkpointing."})
     text_tokens: int = field(default=48, metadata={"help": "Text tokens of a prompt."})
-    pixels: int = field(default=448 * 448, metadata={"help": "Pixels of a side's image; 0: none."})
+    pixels: int = field(default=200_704, metadata={"help": "Pixels of a side's image (448 x 448); 0: none."})
     rewrite_tokens: int = field(default=64, metadata={"help": "Tokens of a rewrite."})
     refine_pairs_per_gpu: int = field(default=8, metadata={"help": "Pairs a GPU in a Refine-RL step."})
     rollouts: int = field(default=8, metadata={"help": "G, rewrites sampled for each prompt."})
