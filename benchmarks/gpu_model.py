@@ -48,7 +48,7 @@ CARDS = {"NVIDIA H100 80GB HBM3": Card(790e12, 3.0e12), "NVIDIA H200": Card(790e
 
 @dataclass(frozen=True)
 class Work:
-    """One row: FLOP of matrix products, bytes beside them, launches; ahead: the host has issued them, or a graph does."""
+    """One row: FLOP of matrix products, bytes beside them, launches; ahead: issued by the host, or by a graph."""
 
     flops: float
     nbytes: float
@@ -202,7 +202,7 @@ def table(paths: list[Path]) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="measured rows (default: benchmarks/results/h100 and h200)")
+    parser.add_argument("results", nargs="*", type=Path, help="measured rows (default: those of benchmarks/results)")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     arguments = parser.parse_args(words)
     made = table(arguments.results or STORED)

@@ -102,7 +102,7 @@ RIME_UNROLL
     const bool both = (lifted >> c & 1u) || (kIds && row.id == cols.id[c]);
     const bool out_of_col = both || (kMargin && x[c] > cols.limit[c]);
     out[c] = both || (kMargin && x[c] > row.limit);
-    s[c] = x[c] * scale;
+    s[c] = rounded_product(x[c], scale);
     part.top = larger(part.top, pick(out[c], -HUGE_VALF, s[c]));
     if (kBounded) {  // selections only: a branch an element would cost more than the exponential
       const float e = exp32(pick(both, -HUGE_VALF, s[c]));
@@ -134,7 +134,7 @@ RIME_FN float lane_slope(float x, float scale, const Side& row, const Side& col)
   const bool both = kIds && row.id == col.id;
   const bool row_out = both || (kMargin && x > row.limit) || row.coef == 0.0f;
   const bool col_out = both || (kMargin && x > col.limit) || col.coef == 0.0f;
-  const float s = x * scale;
+  const float s = rounded_product(x, scale);
   if (kBounded) return exp32(s) * ((row_out ? 0.0f : row.coef) + (col_out ? 0.0f : col.coef));
   return (row_out ? 0.0f : exp32(s - row.shift) * row.coef) + (col_out ? 0.0f : exp32(s - col.shift) * col.coef);
 }

@@ -12,17 +12,6 @@
 
 namespace RIME_NAMESPACE {
 
-// a b, rounded before anything is added to it: a fused multiply-add of z - lse would keep what z's rounding lost, which
-// from |z| = 1e9 on is more than the logarithm of any float.
-template <class V>
-RIME_FN V rounded_product(V a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 struct Scale {
   float inv_temperature;
   float softcap;      // 0 = none

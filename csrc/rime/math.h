@@ -99,9 +99,11 @@ RIME_FN To as_bits(From from) {
 
 // a b as a number of its own: what it is subtracted from later must not see more digits of it (by an fma) than what it was
 // compared with. At a logit of 10^6 half a digit is 0.03, and at 10^10 an exponential below the maximum would overflow.
-template <class V>
-RIME_FN V rounded_product(V a, V b) {
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+template <class V, class W>
+RIME_FN V rounded_product(V a, W b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#elif defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
   return __builtin_assoc_barrier(a * b);
 #else
   return a * b;  // others fuse within one expression at most

@@ -88,7 +88,7 @@ def compile_kernel(name: str, constants: dict[str, Any], capability: int, operan
         {(kernel.arg_names.index(a),): v for a, v in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": False}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {
         "kernel": name,

@@ -227,6 +227,7 @@ class TritonSweep:
             "TMA": tma,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
+            "enable_fp_fusion": False,  # an fma of q . k scale - maximum would see digits that the maximum has not
         }
 
 

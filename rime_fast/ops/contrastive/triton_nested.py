@@ -183,4 +183,5 @@ class NestedTritonSweep:
             "PRECISION": "tf32" if tf32 else "ieee",
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
+            "enable_fp_fusion": False,  # as triton.py
         }
