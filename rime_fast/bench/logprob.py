@@ -206,6 +206,8 @@ def measure(
 ) -> dict[str, Row]:
     """Rows of the floor, ours, torch's own forms and every one of ``peers`` that runs here."""
     inputs = Inputs(shape, device, dtype)
+    if not len(inputs.rows):
+        raise ValueError(f"none of {shape.tokens} tokens is scored; expected fewer --ignored, or more --tokens")
     scored, every = inputs.rows.shape[0], losses(shape, inputs.hidden.is_cuda) | dict(peers or {})
     return compare(
         "logprob_pool",

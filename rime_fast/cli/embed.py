@@ -90,6 +90,8 @@ def run(values: dict[str, Any]) -> int:
     from rime_fast.recipe.int8 import to_int8, trained_step
 
     items = read_items(options.data, loading.image_root, loading.allow_outside)
+    if (Path(options.output_dir) / "index.json").exists():
+        raise UsageError(f"--output_dir {options.output_dir} holds an index, whose items.jsonl would be written over")
     check_writable(options.output_dir)
     thought = None if options.reasoner is None else _reasoned(options.reasoner, items, options.data, loading)
     embedder = load_embedder(options.model, loading)

@@ -44,6 +44,8 @@ def run(values: dict[str, Any]) -> int:
     single = options.text is not None or bool(options.image)
     if single == (options.queries is not None):
         raise UsageError("give a query by --text, --image or both, or a file of them by --queries")
+    if single and not options.image and not (options.text or "").strip():
+        raise UsageError("--text holds no text")
     from rime_fast.data.records import Side
     from rime_fast.eval.index import EmbeddingIndex
 

@@ -30,7 +30,10 @@ def embedding_token_ids(tokenizer: PreTrainedTokenizerBase) -> EmbeddingTokens:
     vocab = tokenizer.get_vocab()
     missing = [token for token in _SOURCES if token not in vocab]
     if missing:
-        raise ValueError(f"tokenizer lacks {', '.join(missing)}; call add_embedding_tokens(model, tokenizer) first")
+        raise ValueError(
+            f"tokenizer lacks {', '.join(missing)}: expected a model that rime-fast trained, or one after "
+            "add_embedding_tokens(model, tokenizer)"
+        )
     return EmbeddingTokens(disc_id=vocab[DISC_TOKEN], gen_id=vocab[GEN_TOKEN])
 
 

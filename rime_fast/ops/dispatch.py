@@ -145,5 +145,10 @@ def _from_environment(op: str) -> str | None:
         return None
     if "=" not in value:
         return value
-    chosen = dict(part.strip().split("=", 1) for part in value.split(",") if "=" in part)
+    chosen = {}
+    for part in value.split(","):
+        name, equals, backend = (word.strip() for word in part.partition("="))
+        if name not in (*TABLES, op) or not equals:
+            raise ValueError(f"{ENVIRONMENT} has {part.strip()!r}; expected OPERATOR=BACKEND of {', '.join(TABLES)}")
+        chosen[name] = backend
     return chosen.get(op)

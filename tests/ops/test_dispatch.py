@@ -57,6 +57,10 @@ def test_impossible_choices_raise_with_the_reason(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
     with pytest.raises(ValueError, match="RIME_FAST_BACKEND for made='triton' cannot run"):
         TABLE.explain(torch.zeros(1))
+    for value in ("nope=chunked", "reward=chunked, contrastive"):
+        monkeypatch.setenv(dispatch.ENVIRONMENT, value)
+        with pytest.raises(ValueError, match="expected OPERATOR=BACKEND of logprob, contrastive, reward"):
+            TABLE.explain(torch.zeros(1))
 
 
 @pytest.mark.parametrize("op", dispatch.TABLES)

@@ -176,3 +176,14 @@ def test_an_embedded_folder_is_read_for_texts_too(model_dir, tmp_path, capsys):
     assert main(words) == 0
     assert build(tmp_path / "e", tmp_path / "i") == 0
     assert [item["text"] for item in EmbeddingIndex.load(tmp_path / "i").items] == ["red", "blue"]
+
+
+def test_an_index_is_not_written_over_and_an_empty_text_not_searched(embedded, model_dir, items_file, tmp_path, capsys):
+    assert build(embedded, tmp_path) == 0
+    before = (tmp_path / "items.jsonl").read_bytes()
+    words = ["embed", "--model", str(model_dir), "--data", str(items_file), "--output_dir", str(tmp_path)]
+    assert main(words) == 2
+    assert "holds an index" in capsys.readouterr().err
+    assert (tmp_path / "items.jsonl").read_bytes() == before
+    assert main(["search", str(tmp_path), "--text", " "]) == 2
+    assert "--text holds no text" in capsys.readouterr().err
