@@ -24,12 +24,14 @@ from rime_fast.bench.harness import FLOOR
 from rime_fast.ops.contrastive.cuda import TILE
 from rime_fast.ops.contrastive.op import KEEP_SHARE
 from rime_fast.ops.logprob_pool.cuda import ROWS, TILED_ROWS, plan, whole_rows
+from rime_fast.ops.logprob_pool.problem import WORKSPACE_SHARE
 
 RESULTS = Path(__file__).parent / "results"
 STORED = [RESULTS / card / name for card in ("h100", "h200") for name in ("bench.json", "kernels.json")]
 PAGE = Path(__file__).parent.parent / "docs" / "gpu_model.md"
 BEGIN, END = "<!-- table: python -m benchmarks.gpu_model --write -->", "<!-- end of table -->"
 LAUNCH, GAP = 10e-6, 2e-6  # seconds: a launch from Python; between kernels where the host is ahead, or in a graph
+MEMORY = 79 << 30  # bytes that an H100 says it has
 FLASH = 350e12  # FLOP/s of FlashAttention-2
 # Of the library's rate, without multicast: three of four products have 85 FLOP for a byte out of L2, dX 64.
 TRITON = 0.8
@@ -70,14 +72,16 @@ def head(shape: logprob.Shape) -> Iterator[Row]:
     m, h, v = round(shape.tokens * (1 - shape.ignored)), shape.hidden, shape.vocab
     one, name = 2.0 * m * h * v, str(shape)
     yield "logprob_pool", name, FLOOR, Work(3 * one, 0, 3)
-    for impl, limit in (("ours_forward", max(256 << 20, 2 * v * h)), ("ours_in_one_chunk", 2 * m * v + (2 << 20))):
-        rows = whole_rows(m, v, 2, limit)
+    least = max(256 << 20, 2 * v * h)
+    limit = max(least, MEMORY // WORKSPACE_SHARE)
+    for impl, room in (("ours_forward", limit), ("ours_in_chunks", least)):
+        rows = whole_rows(m, v, 2, room)
         if rows:
             chunks = -(-m // rows)
             head_fp32 = v * h * (4 + 8 * (chunks - 1) + 6) if chunks > 1 else 0  # written, added to, cast
             yield "logprob_pool", name, impl, Work(3 * one, 6.0 * m * v + head_fp32, 19 + 6 * chunks + -(-m // ROWS))
     tiled = m >= TILED_ROWS  # the panels' gradient by Triton's tiles, as the statistics are at any size
-    panels = -(-v // plan(m, h, v, 2, max(256 << 20, 2 * v * h), 2 if tiled else 4).columns)
+    panels = -(-v // plan(m, h, v, 2, limit, 2 if tiled else 4).columns)
     moved = (2.0 if tiled else 6.0) * m * v + 8.0 * m * h * panels
     rate = 4 / (2 / TRITON + 2) if tiled else 4 / (1 / TRITON + 3)
     yield "logprob_pool", name, "ours_recompute", Work(4 * one, moved, 25 + 4 * panels, rate=rate)
@@ -88,7 +92,7 @@ def contrast(shape: contrastive.Shape) -> Iterator[Row]:
     """A term: 8 N^2 D FLOP, 6 where the similarities are kept; the row kernels read 4 + 4 bytes and write 2 for each;
     dq and dk in fp32 are read and written once a tile."""
     n, d, terms = shape.pairs, shape.width, shape.terms
-    kept = 4 * terms * n * n <= (79 << 30) // KEEP_SHARE
+    kept = 4 * terms * n * n <= MEMORY // KEEP_SHARE
     side = n if kept else min(n, TILE[0])
     tiles, modes = terms * math.ceil(n / side) ** 2, 2 if terms == 1 else 4
     moved = 10.0 * terms * n * n + 16.0 * side * d * tiles + 14.0 * modes * n * d

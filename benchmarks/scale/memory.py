@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from benchmarks.scale.network import Contrast
 from benchmarks.scale.shapes import ModelShape, TextShape, VisionShape
 
-WORKSPACE = 256 * 2**20  # what the operators allow themselves beside their results on a GPU
+HEAD, TILE = 2.5 * 2**30, 2**30  # what the head and the contrast allow themselves beside their results on 80 GB
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def features(vision: VisionShape, patches: float, element: int = 2) -> float:
     return element * vision.width * patches * vision.mergers
 
 
-def head(text: TextShape, tokens: float, element: int = 2, workspace: float = WORKSPACE) -> float:
+def head(text: TextShape, tokens: float, element: int = 2, workspace: float = HEAD) -> float:
     """Peak of scoring with gradients: the buffer of logits, the gradient of the rows and, in fp32, of the table."""
     table = (4 + (element if element < 4 else 0)) * text.table
     return workspace + element * tokens * text.hidden + table
@@ -101,7 +101,7 @@ def statistics(call: Contrast, gpus: int) -> float:
     return 40.0 * call.terms * (call.queries / gpus + call.keys)
 
 
-def contrast(call: Contrast, gpus: int, workspace: float = WORKSPACE) -> float:
+def contrast(call: Contrast, gpus: int, workspace: float = TILE) -> float:
     """Peak beyond the rank's own embeddings: the keys of all ranks and their gradients, the own queries' gradients.
 
     Gathered keys are kept as they came and once more by mode; their gradients are packed once for the reduce-scatter.
@@ -112,7 +112,7 @@ def contrast(call: Contrast, gpus: int, workspace: float = WORKSPACE) -> float:
     return own + 2 * call.key_bytes + 2 * call.gradient_bytes
 
 
-def ring_contrast(call: Contrast, gpus: int, workspace: float = WORKSPACE) -> float:
+def ring_contrast(call: Contrast, gpus: int, workspace: float = TILE) -> float:
     """The same for a ring: a few blocks of keys and gradients instead of all, and the statistics of every key."""
     own = call.queries / gpus * call.width * call.modes * 4 + statistics(call, gpus) + workspace
     return own + (3 * call.key_bytes + 4 * call.gradient_bytes) / gpus

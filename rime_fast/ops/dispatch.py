@@ -109,6 +109,12 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda and torch.cuda.is_initialized() else nullcontext()
 
 
+@torch.compiler.assume_constant_result
+def memory_of(device: int) -> int:
+    """The bytes that a GPU has, not those that are free, so that the same call takes the same way there."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def interpreted() -> bool:
     """Whether Triton's CPU interpreter runs the kernels (the variable is read when triton is imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -230,7 +230,7 @@ def contrast(backend: str, rows: int, width: int, terms: int = 4, margin: bool =
     pairs = tuple((q, k) for q in range(modes) for k in range(modes))[:terms]
     ids = index(rows) if margin else None
     cut = (width // 4, width // 2, width) if widths else ()
-    keep = backend == "chunked" and 4 * terms * rows * rows <= op.keep_bytes(0)
+    keep = backend == "chunked" and 4 * terms * rows * rows <= op.memory_of(0) // op.KEEP_SHARE
     options = Options(pairs, 0.1 if margin else None, True, backend, cut, keep).encode()
     inputs = queries, keys, empty(dtype=torch.float32), None, ids, ids, options
     with pytest.MonkeyPatch.context() as patch:

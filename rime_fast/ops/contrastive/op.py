@@ -30,7 +30,7 @@ from rime_fast.ops.contrastive.problem import (
     make_problem,
 )
 from rime_fast.ops.contrastive.schedule import of_one_rank
-from rime_fast.ops.dispatch import BackendTable, on_device_of
+from rime_fast.ops.dispatch import BackendTable, memory_of, on_device_of
 
 TABLE = BackendTable(
     op="contrastive",
@@ -195,14 +195,7 @@ def _keeps(problem: Problem) -> bool:
     trained = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     if not trained or not x.queries[0].is_cuda or options.backend != "chunked" or len(options.widths) > 1:
         return False
-    return 4 * len(options.terms) * x.n_queries * x.n_keys <= keep_bytes(x.queries[0].get_device())
-
-
-@torch.compiler.assume_constant_result
-def keep_bytes(device: int) -> int:
-    """The bytes of similarities that may stay on a GPU: a share of what it has, not of what is free, so that the same
-    call takes the same way."""
-    return int(torch.cuda.get_device_properties(device).total_memory) // KEEP_SHARE
+    return 4 * len(options.terms) * x.n_queries * x.n_keys <= memory_of(x.queries[0].get_device()) // KEEP_SHARE
 
 
 def _room(x: Inputs, options: Options) -> Tensor:

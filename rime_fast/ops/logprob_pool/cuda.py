@@ -10,7 +10,8 @@ both       (forward_with_gradient) chunks of R whole rows: logits by blocks of R
            (rounded once; everything computed from them is fp32), or with RIME_FAST_FP32_LOGITS=1 fp32. One chunk
            writes dW as it is wanted; more add theirs to a dW in fp32, which is cast once.
 
-R is what the workspace holds, and that is at least as large as the head: R = H rows of 16-bit logits. A further chunk
+R is what the workspace holds, and that is at least as large as the head (R = H rows of 16-bit logits) and as a 32nd of
+the card's memory (8,704 rows of 151,936 on an H100). A further chunk
 reads and writes dW in fp32, 8VH bytes, and saves the second 2RVH FLOP of logits: it pays from R = 4 x FLOP per byte of
 the card (295 on an H100) on, 1,180 rows. Below that, and where one chunk does not hold all rows, the logits are made
 twice.
@@ -91,6 +92,10 @@ def whole_rows(capacity: int, vocabulary: int, itemsize: int, limit: int) -> int
     return wanted if wanted <= room else room if room >= WORTHWHILE else 0
 
 
+def _limit(lm_head: Tensor) -> int:
+    return workspace_limit(lm_head.nbytes, lm_head)
+
+
 def why_not(tensor: Tensor) -> str | None:
     """The reason library products cannot serve a call on ``tensor``, or None."""
     if tensor.dtype == torch.float64:
@@ -113,10 +118,10 @@ def forward(problem: Problem) -> tuple[Statistics, ReadOuts]:
     if tiled(problem):
         return triton.forward(problem)
     hidden, vocabulary, options = problem.hidden, problem.lm_head.shape[0], problem.options
-    columns = forward_columns(vocabulary, workspace_limit(problem.lm_head.nbytes))
+    columns = forward_columns(vocabulary, _limit(problem.lm_head))
     places = Places(problem, ROWS)
     # The rows of many blocks are gathered at once, in the quarter of the workspace that the panel leaves.
-    at_once = max(1, workspace_limit(problem.lm_head.nbytes) // 4 // (hidden.element_size() * hidden.shape[1]) // ROWS)
+    at_once = max(1, _limit(problem.lm_head) // 4 // (hidden.element_size() * hidden.shape[1]) // ROWS)
     buffer = hidden.new_empty(ROWS * columns if places.capacity else 0, dtype=torch.float32)
     made = []
     for start in range(0, places.capacity, at_once * ROWS):
@@ -154,7 +159,7 @@ def backward(problem: Problem, stats: Statistics, upstream: Upstream, rows: Tens
     capacity, itemsize, (vocabulary, width) = places.capacity, problem.hidden.element_size(), problem.lm_head.shape
     work = _Backward(problem, places, stats, upstream, rows)
     logit = 4 if work.tiles is None else itemsize
-    cut = plan(capacity, width, vocabulary, itemsize, workspace_limit(problem.lm_head.nbytes), logit)
+    cut = plan(capacity, width, vocabulary, itemsize, _limit(problem.lm_head), logit)
     groups = [slice(i, min(i + cut.rows, capacity)) for i in range(0, capacity, cut.rows)]
     if len(groups) <= 1 or not needs.hidden:
         work.sweep(groups, cut, needs)
@@ -178,7 +183,7 @@ def forward_with_gradient(
     vocabulary, width = lm_head.shape
     needs, bound = problem.options.needs, problem.options.max_scored
     capacity = hidden.shape[0] if bound < 0 else min(bound, hidden.shape[0])
-    size = whole_rows(capacity, vocabulary, dtype.itemsize, workspace_limit(lm_head.nbytes))
+    size = whole_rows(capacity, vocabulary, dtype.itemsize, _limit(lm_head))
     if not any(needs) or (capacity and not size):
         stats, found = forward(problem)
         stats = stats if merge is None else merge(stats)

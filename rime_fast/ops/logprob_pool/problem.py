@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rime_fast.ops.dispatch import BACKENDS
+from rime_fast.ops.dispatch import BACKENDS, memory_of
 
+WORKSPACE_SHARE = 32  # of a GPU's memory: on an H100 room for all logits of 8,192 rows of 151,936
 WORKSPACE_ENVIRONMENT = "RIME_FAST_WORKSPACE_MIB"
 LOGITS_ENVIRONMENT = "RIME_FAST_FP32_LOGITS"
 
@@ -215,12 +216,13 @@ def scored_order(ignored: Tensor, max_scored: int = -1) -> Tensor:
     return order[:capacity]
 
 
-def workspace_limit(least: int = 0) -> int:
-    """The bytes one call may use beside its results and gradients: RIME_FAST_WORKSPACE_MIB, else
-    256 MiB or ``least``."""
+def workspace_limit(least: int = 0, beside: Tensor | None = None) -> int:
+    """The bytes one call may use beside its results and gradients: RIME_FAST_WORKSPACE_MIB, else the most of 256 MiB,
+    ``least`` and, beside a tensor on a GPU, a share of what that GPU has."""
     value = os.environ.get(WORKSPACE_ENVIRONMENT)
     if value is None:
-        return max(256 << 20, least)
+        share = 0 if beside is None or not beside.is_cuda else memory_of(beside.get_device()) // WORKSPACE_SHARE
+        return max(256 << 20, least, share)
     if not value.isdecimal() or int(value) < 16:
         raise ValueError(f"{WORKSPACE_ENVIRONMENT}: expected a whole number of MiB, 16 or more, got {value!r}")
     return int(value) << 20
