@@ -31,6 +31,7 @@ class ResumedRuns(ShardedCheckpoints):
 
     args: Any
     collator: Collator
+    interrupt: Any
     _differs = ""  # how this run differs from the one that it goes on with
 
     @property
@@ -104,6 +105,17 @@ class ResumedRuns(ShardedCheckpoints):
                 group["initial_lr"] = group.get("initial_lr", self.args.learning_rate / factor) * factor
             scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. A run that was stopped is not at its end: transformers would load the best model, and with
+        ``save_total_limit=1`` remove every other checkpoint, the one that the run goes on from among them."""
+        best = self.state.best_model_checkpoint
+        if self.interrupt.stopped:
+            self.state.best_model_checkpoint = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
 
     @contextmanager
     def _fitting(self, folder: str, what: str) -> Iterator[None]:

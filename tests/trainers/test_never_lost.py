@@ -312,6 +312,34 @@ def test_the_best_checkpoint_is_named_by_its_place_and_kept(tiny, tmp_path):
     assert run.state.best_model_checkpoint in {str(path) for path in checkpoint.checkpoints(tmp_path)}
 
 
+class StopAt(TrainerCallback):
+    """Asks a run to stop after step ``at``, as a signal does."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stopped_run_keeps_the_checkpoint_that_it_goes_on_from(tiny, tmp_path, capsys):
+    """transformers removes all but the best at the end of a run with save_total_limit=1."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "eval_samples_per_second", "max_steps": 5}
+    more = {"eval_dataset": tiny.pairs(2, seed=3), "callbacks": [StopAt(3)]}
+    run = trainer(tiny, tmp_path, more=more, **settings)
+    evaluate, scores = run.evaluate, iter((9.0, 1.0, 1.0))
+    run.evaluate = lambda *args, **options: evaluate(*args, **options) | {"eval_samples_per_second": next(scores)}
+    with pytest.raises(SystemExit):
+        run.train()
+    assert {path.name for path in checkpoint.checkpoints(tmp_path)} == {"checkpoint-1", "checkpoint-3"}
+    trained = weights(run)
+    again = trainer(tiny, tmp_path, more=more | {"callbacks": []}, **settings | {"max_steps": 3})
+    again._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(trained[name], value) for name, value in weights(again).items())
+
+
 # --- resumed runs that differ ----------------------------------------------------------------------------------------
 
 
