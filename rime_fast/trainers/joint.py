@@ -370,23 +370,27 @@ class RimeTrainer(DualModeTrainer):
         for scalar in self.scalars:
             scalar.step(self._get_learning_rate() / peak if peak > 0 else 1.0, self.group)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As transformers', with the step of int8 in the model's config."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers', with the step of int8 in the model's config; a checkpoint holds the scalars."""
         if self.int8 is not None:
             dual_mode_of(self.model).config.int8_step = self.int8.value().item()
-        super()._save(output_dir, state_dict)
+        super().save_model(output_dir, _internal_call)
+        for scalar in self.scalars if self._in_checkpoint and self.args.should_save else []:
+            scalar.save(str(output_dir))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        for scalar in self.scalars if self.args.should_save else []:
-            scalar.save(output_dir)
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = Path(str(self.state.best_model_checkpoint))
+        for scalar in self.scalars:
+            if (best / scalar.file).is_file():  # else of before an accepted change
+                scalar.load(best)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(folder)
         if folder is None or not checkpoint.has_optimizer(folder):
             return
         for scalar in self.scalars:
-            scalar.load(Path(folder))
+            scalar.load(folder)
             if scalar is self.temperature and self.rate_change(folder, "temperature_learning_rate") != 1.0:
                 scalar.learning_rate = self.args.temperature_learning_rate
             else:  # as the model's own is scaled

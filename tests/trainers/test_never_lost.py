@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 
 from rime_fast.data.workers import worker_context
 
@@ -310,6 +310,23 @@ def test_the_best_checkpoint_is_named_by_its_place_and_kept(tiny, tmp_path):
     run = trainer(tiny, tmp_path, max_steps=3, metric_for_best_model="eval_loss", more=more, **settings)
     run.train()
     assert run.state.best_model_checkpoint in {str(path) for path in checkpoint.checkpoints(tmp_path)}
+
+
+@pytest.mark.parametrize("model_only", [False, True])
+def test_the_best_model_has_the_numbers_of_its_own_step(tiny, tmp_path, model_only):
+    """Temperature and step of int8 are trained beside the model, and go back with it."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "max_steps": 3}
+    settings |= {"metric_for_best_model": "eval_int8_step", "greater_is_better": True, "save_only_model": model_only}
+    settings |= {"int8_weight": 1.0, "learnable_temperature": True, "temperature_learning_rate": 0.1}
+    run = trainer(tiny, tmp_path, more={"eval_dataset": tiny.pairs(2, seed=3)}, **settings)
+    run.train()
+    found = {entry["step"]: entry for entry in run.state.log_history if "eval_int8_step" in entry}
+    best = found[max(found, key=lambda step: found[step]["eval_int8_step"])]
+    assert Path(run.state.best_model_checkpoint).name == f"checkpoint-{best['step']}" != "checkpoint-3"
+    assert run.int8.value().item() == pytest.approx(best["eval_int8_step"], rel=1e-6)
+    assert run.temperature.value().item() == pytest.approx(best["eval_temperature"], rel=1e-6)
+    run.save_model(str(tmp_path / "final"))
+    assert AutoConfig.from_pretrained(tmp_path / "final").int8_step == run.int8.value().item()
 
 
 class StopAt(TrainerCallback):
