@@ -220,6 +220,14 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
         return control
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.stopped:  # transformers ends an epoch wherever it is left; a whole one's figures are saved as well
+            whole = float(state.epoch).is_integer()
+            control.should_log = control.should_log and whole
+            control.should_evaluate = control.should_evaluate and whole
+            control.should_save = control.should_log or control.should_evaluate
+        return control
+
 
 class EndsCallback(TrainerCallback):
     """Has every run tell of its last step, and one shorter than ``logging_steps`` of its first, on every rank."""

@@ -357,6 +357,21 @@ def test_a_stopped_run_keeps_the_checkpoint_that_it_goes_on_from(tiny, tmp_path,
     assert all(torch.equal(trained[name], value) for name, value in weights(again).items())
 
 
+@pytest.mark.parametrize(("at", "saved"), [(3, "epoch"), (4, "steps")])
+def test_a_stop_ends_no_epoch_and_loses_none(tiny, tmp_path, at, saved):
+    """The figures of each epoch are those of a run that was not stopped, and in the checkpoint where it was its end."""
+    settings: dict[str, Any] = dict.fromkeys(("eval_strategy", "logging_strategy"), "epoch")
+    settings |= {"num_train_epochs": 3, "per_device_train_batch_size": 4, "save_steps": 100, "save_strategy": saved}
+    more = {"eval_dataset": tiny.pairs(2, seed=3)}
+    with pytest.raises(SystemExit):
+        trainer(tiny, tmp_path, more=more | {"callbacks": [StopAt(at)]}, **settings).train()
+    run = trainer(tiny, tmp_path, more=more, **settings)
+    run.train(resume_from_checkpoint=True)
+    history = run.state.log_history
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 4, 6]
+    assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 6]
+
+
 # --- resumed runs that differ ----------------------------------------------------------------------------------------
 
 
