@@ -22,7 +22,8 @@ def merged_adapter(path: str | Path, load: Callable[[str], Any]) -> Any:
 
     The embedding tokens' rows are made from the base's tokenizer, as before the training, and as many latent tokens'
     as the adapter's own tokenizer has; an adapter holds rows of the table only where it trained them. Raises
-    ValueError for an adapter that names no base model.
+    ValueError for an adapter that names no base model. The model is of the name ``path``: what is trained on it, stands
+    on base and adapter.
     """
     from peft import PeftConfig, PeftModel
 
@@ -34,4 +35,6 @@ def merged_adapter(path: str | Path, load: Callable[[str], Any]) -> Any:
     if Path(path, "tokenizer_config.json").is_file():
         latents = len(latent_token_ids(AutoTokenizer.from_pretrained(path)))
     add_embedding_tokens(model, RimeProcessor.from_pretrained(base).tokenizer, latents)
-    return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    merged.name_or_path = merged.config._name_or_path = str(path)
+    return merged

@@ -30,8 +30,8 @@ def work(tiny, tmp_path):
     return tmp_path
 
 
-def train(work, *more) -> int:
-    words = ["train", "--model", work / "base", "--train_data", work / "pairs.jsonl", "--output_dir", work / "out"]
+def train(work, *more, model="base") -> int:
+    words = ["train", "--model", work / model, "--train_data", work / "pairs.jsonl", "--output_dir", work / "out"]
     words += ["--max_steps", 2, "--learning_rate", "1e-2", "--save_strategy", "no", "--progress", "none"]
     return cli.main([str(word) for word in (*words, "--report", "false", *more)])
 
@@ -78,3 +78,15 @@ def test_qlora(work, capsys):
     pytest.importorskip("bitsandbytes")
     assert train(work, "--lora_rank", 2, "--lora_4bit", "true") == 0
     assert RimeEmbedder.from_pretrained(work / "out").encode("red 1").isfinite().all()
+
+
+def test_an_adapter_on_an_adapter_is_read_as_both(work):
+    """The folder of the second names the first as its base, not the first one's: nothing of a phase goes."""
+    lora = ["--lora_rank", 2, "--lora_alpha", 8]
+    assert train(work, *lora) == 0
+    (work / "out").rename(work / "first")
+    assert train(work, *lora, model="first/adapter") == 0
+    merged = RimeEmbedder.from_pretrained(work / "out").encode("red 1")
+    adapted = RimeEmbedder.from_pretrained(work / "out" / "adapter").encode("red 1")
+    torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-6)
+    assert f"Started from: {work / 'first' / 'adapter'}" in (work / "out" / "README.md").read_text()
