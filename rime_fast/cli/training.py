@@ -218,14 +218,8 @@ def _merged(trainer: Any, adapter: Path, *, anew: bool) -> Any:
         return trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    from rime_fast.engine.wrappers import dual_mode_of
     from rime_fast.model.dual_mode import DualModeModel
     from rime_fast.trainers.setup import loading_dtype
 
     unset_hf_deepspeed_config()  # or ZeRO-3 would have every rank take part in the loading
-    merged: Any = DualModeModel.from_pretrained(adapter, dtype=loading_dtype(trainer.args))
-    trained = dual_mode_of(trainer.model).config
-    for name in ("is_matryoshka", "matryoshka_dimensions", "int8_step"):  # of the training, where the base has none
-        if hasattr(trained, name):
-            setattr(merged.config, name, getattr(trained, name))
-    return merged
+    return DualModeModel.from_pretrained(adapter, dtype=loading_dtype(trainer.args))

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from rime_fast.model.card import read_facts
 from rime_fast.model.processor import RimeProcessor
 from rime_fast.model.tokens import add_embedding_tokens, latent_token_ids
 
@@ -37,4 +38,9 @@ def merged_adapter(path: str | Path, load: Callable[[str], Any]) -> Any:
     add_embedding_tokens(model, RimeProcessor.from_pretrained(base).tokenizer, latents)
     merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     merged.name_or_path = merged.config._name_or_path = str(path)
+    facts = read_facts(path)  # of the training: an adapter's folder has no config of the model
+    if dims := facts.get("matryoshka_dimensions"):
+        merged.config.is_matryoshka, merged.config.matryoshka_dimensions = True, dims
+    if step := facts.get("int8_step"):
+        merged.config.int8_step = step
     return merged

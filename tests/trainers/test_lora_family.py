@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from rime_fast import RimeEmbedder, cli
 from rime_fast.cli import training
@@ -90,3 +91,12 @@ def test_an_adapter_on_an_adapter_is_read_as_both(work):
     adapted = RimeEmbedder.from_pretrained(work / "out" / "adapter").encode("red 1")
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-6)
     assert f"Started from: {work / 'first' / 'adapter'}" in (work / "out" / "README.md").read_text()
+
+
+def test_an_adapters_folder_keeps_what_the_models_config_would(work):
+    """Widths and the step of int8, which embed, eval and export read there."""
+    assert train(work, "--lora_rank", 2, "--matryoshka_dims", 8, "--int8_weight", 1) == 0
+    trained = AutoConfig.from_pretrained(work / "out")
+    read = DualModeModel.from_pretrained(work / "out" / "adapter").config
+    for name in ("is_matryoshka", "matryoshka_dimensions", "int8_step"):
+        assert getattr(read, name) == getattr(trained, name)
