@@ -359,7 +359,8 @@ class RefineConfig(CommonConfig):
     reference: str = option(
         "auto",
         "Reference of the KL: 'adapter' (the LoRA switched off), 'copy' (a frozen copy), 'none' (only with "
-        "beta=0); 'auto' takes the adapter where there is one, a copy where beta > 0.",
+        "beta=0); 'auto' takes the adapter where there is one (but not pissa's, which changes the weights below), a "
+        "copy where beta > 0.",
     )
     num_iterations: int = option(
         1,

@@ -105,20 +105,37 @@ def no_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+_BESIDE = ("gaussian", "eva", "orthogonal", "mica")  # of peft's init_lora_weights; others change the weights below
+
+
+def _starts(model: Any) -> set[str]:
+    """The names by which a model's adapters were begun, without peft's default."""
+    configs = getattr(model, "peft_config", {}).values()
+    found = (getattr(config, "init_lora_weights", None) for config in configs)
+    return {start.lower() for start in found if isinstance(start, str)}
+
+
 class Reference:
     """Gives the log-probabilities of the model as it was before Refine-RL.
 
     kind: "auto", "adapter", "copy" or "none" (see RefineConfig.reference). Raises ValueError for "adapter" without
-    one, and for a copy of a model whose parameters are sharded at load (ZeRO-3): use an adapter or beta=0 there. Under
-    FSDP2 the copy is made before the sharding: every rank holds it whole.
+    one, or with one that is not the start when switched off, and for a copy of a model whose parameters are sharded at
+    load (ZeRO-3): use an adapter or beta=0 there. Under FSDP2 the copy is made before the sharding: every rank holds it
+    whole.
     """
 
     def __init__(self, model: nn.Module, kind: str, beta: float) -> None:
         adapted = hasattr(model, "disable_adapter")
+        taken = sorted(start for start in _starts(model) if start not in _BESIDE)
         if kind == "auto":
-            kind = "none" if beta == 0 else "adapter" if adapted else "copy"
+            kind = "none" if beta == 0 else "adapter" if adapted and not taken else "copy"
         if kind == "adapter" and not adapted:
             raise ValueError("reference='adapter' needs a peft model (peft_config); this model has no adapter")
+        if kind == "adapter" and taken:
+            raise ValueError(
+                f"reference='adapter', but init_lora_weights={taken[0]!r} takes the adapter out of the base's weights: "
+                "without it they are another model; expected reference='copy' or 'auto'"
+            )
         self.kind = kind
         self.copy: Any = None
         if kind == "copy":

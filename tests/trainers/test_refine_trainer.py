@@ -192,6 +192,20 @@ def test_the_adapter_off_is_the_reference(tiny, tmp_path):
     assert first["ratio"] == 1.0
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_taken_out_of_the_weights_is_no_reference_when_off(tiny, tmp_path, start):
+    """What is left without it is another model: the first step has no KL to the start."""
+    from peft import LoraConfig
+
+    more = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start)}
+    run = trainer(tiny, tmp_path, max_steps=1, more=more)
+    run.train()
+    assert run.reference.kind == "copy"
+    assert run.state.log_history[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}' takes the adapter out"):
+        trainer(tiny, tmp_path, reference="adapter", more=more)
+
+
 def test_evaluation_reports_rewards(tiny, tmp_path):
     run = trainer(tiny, tmp_path, max_steps=1, more={"eval_dataset": tiny.pairs(4, seed=9)})
     found = run.evaluate()
