@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rime_fast.data.templates import IM_END, IM_START, IMAGE, VIDEO, Template, get_template
+from rime_fast.data.templates import IM_END, IM_START, IMAGE, TEMPLATES, VIDEO, Template, get_template
 from rime_fast.model.card import read_facts, write_card
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
@@ -56,12 +56,17 @@ def export_model(
 
     template: the one it was trained with. dims: Matryoshka dimensions to announce; None: those of its configuration,
     if any. results: more figures for the model card. Raises ValueError for a tokenizer without the embedding tokens,
-    for dimensions outside 1 to the hidden size, and for an ``output_dir`` that is the model's own folder.
+    for a template (given, or of the training) without ``<disc_emb>``, for dimensions outside 1 to the hidden size, and
+    for an ``output_dir`` that is the model's own folder.
     """
     output = Path(output_dir)
     if Path(model).is_dir() and output.resolve() == Path(model).resolve():
         raise ValueError(f"output_dir is the model's own folder {output}; expected another one")
+    facts = read_facts(model)
     template = get_template(template)
+    for one in (template, TEMPLATES.get(facts.get("template", ""), template)):
+        if not one.with_disc:
+            raise ValueError(f"template is {one.name!r}, which trains no <disc_emb>: there is no mode disc to export")
     processor = RimeProcessor.from_pretrained(model)
     embedding_token_ids(processor.tokenizer)
     dual: Any = DualModeModel.from_pretrained(model)
@@ -81,7 +86,7 @@ def export_model(
     for name, content in _sentence_transformers(hidden).items():
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    facts = {"base_model": str(model), "template": template.name} | read_facts(model)
+    facts = {"base_model": str(model), "template": template.name} | facts
     facts |= {"matryoshka_dimensions": getattr(config, "matryoshka_dimensions", None)}
     facts["results"] = facts.get("results", {}) | (results or {})
     write_card(output, facts, exported=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -17,6 +18,7 @@ from rime_fast.cli.embed import read_items
 from rime_fast.data.records import Side
 from rime_fast.data.templates import get_template
 from rime_fast.eval.embedder import RimeEmbedder
+from rime_fast.model.card import write_card
 from rime_fast.model.tiny import FAMILIES
 from rime_fast.serve.export import CHAT_TEMPLATE, export_model
 from rime_fast.serve.parity import _messages, stock_embeddings
@@ -199,3 +201,13 @@ def test_wrong_use_is_named(words, code, message, model_dir, tmp_path, capsys):
     words = [word.format(model=model_dir, tmp=tmp_path) for word in words]
     assert main(words) == code
     assert message in capsys.readouterr().err
+
+
+def test_a_model_without_a_discriminative_embedding_is_not_exported(model_dir, tmp_path):
+    """Think-Then-Embed's: its <disc_emb> is in the tokenizer and was never trained."""
+    shutil.copytree(model_dir, tmp_path / "tte")
+    for template, trained in (("tte", "rewrite"), ("rewrite", "tte")):
+        write_card(tmp_path / "tte", {"template": trained})
+        with pytest.raises(ValueError, match="template is 'tte', which trains no <disc_emb>"):
+            export_model(tmp_path / "tte", tmp_path / "out", template=template)
+    assert not (tmp_path / "out").exists()
