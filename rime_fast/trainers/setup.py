@@ -68,6 +68,11 @@ def prepare_model(
         if adapted or peft_config is not None:
             raise ValueError("head is set beside a peft adapter; the backbone below a head is frozen")
         give_head(base, args)
+    elif (found := getattr(base.config, "embedding_head", None)) is not None:
+        raise ValueError(
+            f"the model has a head ({found!r}), which makes its gen embedding; joint training goes on with it by "
+            f"head={found!r}, Refine-RL and adapters not at all: expected the model below the head"
+        )
     if args.torch_compile:
         check_compile(args)
         compile_layers(base, args.torch_compile_backend or "inductor", args.torch_compile_mode)

@@ -20,6 +20,7 @@ from rime_fast.model.tokens import add_embedding_tokens
 from rime_fast.recipe.joint import JointWeights
 from rime_fast.trainers.config import RefineConfig, RimeConfig
 from rime_fast.trainers.joint import RimeTrainer
+from rime_fast.trainers.refine import RefineRLTrainer
 
 TTE = get_template("tte")
 SETTINGS = {"save_strategy": "no", "logging_steps": 1, "progress": "none", "warmup_steps": 0, "temperature": 0.1}
@@ -191,3 +192,15 @@ def test_what_a_head_needs(tiny, tmp_path):
     args = RimeConfig(**settings, head="self:9", freeze_backbone=True, objective="contrastive", progress="none")
     with pytest.raises(ValueError, match="head is 'self:9'; the model has 2 layers"):
         RimeTrainer(str(tmp_path), args, traces(tiny, 4))
+
+
+def test_a_model_with_a_head_is_trained_by_its_head_alone(tiny, tmp_path):
+    """Anything else would train the state below, while mode gen reads the head."""
+    pairs = start(tiny, tmp_path / "start", 4)
+    more = {"head": "self:1", "freeze_backbone": True, "max_steps": 1}
+    train(tmp_path / "start", tmp_path / "unified", pairs, "contrastive", **more)
+    train(tmp_path / "unified", tmp_path / "more", pairs, "contrastive", **more)
+    with pytest.raises(ValueError, match=r"the model has a head \('self:1'\)"):
+        train(tmp_path / "unified", tmp_path / "none", pairs, "contrastive", max_steps=1)
+    with pytest.raises(ValueError, match=r"the model has a head \('self:1'\)"):
+        RefineRLTrainer(str(tmp_path / "unified"), RefineConfig(output_dir=str(tmp_path / "rl")), pairs)
