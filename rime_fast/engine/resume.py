@@ -85,8 +85,9 @@ class ResumedRuns(ShardedCheckpoints):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        """As transformers'; a learning rate that changed takes effect, where the checkpoint's would be restored, and so
-        do the optimizer's other settings. Raises ValueError for the state of another optimizer or of other weights."""
+        """As transformers'; a learning rate or a schedule that changed takes effect from the first step on, where the
+        checkpoint's would be restored, and so do the optimizer's other settings. Raises ValueError for the state of
+        another optimizer or of other weights."""
         if folder is None:
             return
         optimizer: Any = self.optimizer
@@ -99,11 +100,12 @@ class ResumedRuns(ShardedCheckpoints):
                 group.update({name: own[name] for name in OPTIMIZER if name in own})
         factor = self.rate_change(folder, "learning_rate")
         scheduler: Any = self.lr_scheduler
-        if factor != 1.0 and hasattr(scheduler, "base_lrs") and checkpoint.has_optimizer(folder):
-            for group in optimizer.param_groups:
-                group["lr"] *= factor
-                group["initial_lr"] = group.get("initial_lr", self.args.learning_rate / factor) * factor
+        if hasattr(scheduler, "base_lrs") and checkpoint.has_optimizer(folder):
             scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+            for place, (group, rate) in enumerate(zip(optimizer.param_groups, scheduler.base_lrs, strict=True)):
+                group["lr"], group["initial_lr"] = group["lr"] * factor, rate
+                if hasattr(scheduler, "lr_lambdas"):  # this run's: it may be longer, or of another form
+                    group["lr"] = rate * scheduler.lr_lambdas[place](scheduler.last_epoch)
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:

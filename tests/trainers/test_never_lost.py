@@ -559,6 +559,21 @@ def test_a_changed_learning_rate_takes_effect(tiny, tmp_path):
     assert last.temperature.learning_rate == pytest.approx(3e-2)
 
 
+@pytest.mark.parametrize(("steps", "changed"), [(2, {"max_steps": 5}), (3, {"lr_scheduler_type": "linear"})], ids=str)
+def test_a_changed_schedule_counts_from_the_first_step_on(tiny, tmp_path, steps, changed):
+    """The next rate in the checkpoint is of the old one: 0 at its end, or another form's."""
+    before = {"max_steps": steps, "save_steps": 2}
+    trainer(tiny, tmp_path / "a", **before).train()
+    run, straight = (trainer(tiny, tmp_path / name, accept_changes=True, **before | changed) for name in "ab")
+    run.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    straight.train()
+
+    def rates(of: RimeTrainer) -> list[float]:
+        return [entry["learning_rate"] for entry in of.state.log_history if entry["step"] > 2 and "loss" in entry]
+
+    assert rates(run) == rates(straight) != []
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
