@@ -230,7 +230,11 @@ class InterruptCallback(TrainerCallback):
 
 
 class EndsCallback(TrainerCallback):
-    """Has every run tell of its last step, and one shorter than ``logging_steps`` of its first, on every rank."""
+    """Has every run tell of its last step, and one shorter than ``logging_steps`` of its first; no run begins later."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (at := state.global_step) > state.max_steps:
+            raise ValueError(f"checkpoint-{at} is after the last of {state.max_steps} steps; expected an older one")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if args.logging_strategy == "steps":

@@ -500,6 +500,9 @@ def test_a_longer_run_is_told_of(tiny, tmp_path, capsys):
     assert run.state.global_step == 3
     with pytest.raises(ValueError, match="checkpoint-3 is after the last of 2 steps"):
         trainer(tiny, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    fewer = trainer(tiny, tmp_path, num_train_epochs=2, per_device_train_batch_size=8, accept_changes=True)
+    with pytest.raises(ValueError, match="checkpoint-3 is after the last of 2 steps"):
+        fewer.train(resume_from_checkpoint=True)
     again = trainer(tiny, tmp_path, max_steps=3, learning_rate=1e-3)  # a requeued job that was through
     again.train(resume_from_checkpoint=True)
     assert torch.equal(again.model.lm_head.weight, run.model.lm_head.weight)
