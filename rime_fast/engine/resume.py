@@ -108,6 +108,10 @@ class ResumedRuns(ShardedCheckpoints):
                     group["lr"] = rate * scheduler.lr_lambdas[place](scheduler.last_epoch)
             scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """As transformers', which with ``save_strategy="best"`` saves by it: also where a run stops."""
+        return super()._determine_best_metric(*args, **kwargs) or self.interrupt.stopped
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. A run that was stopped is not at its end: transformers would load the best model, and with
         ``save_total_limit=1`` remove every other checkpoint, the one that the run goes on from among them."""

@@ -340,10 +340,13 @@ class StopAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_stopped_run_keeps_the_checkpoint_that_it_goes_on_from(tiny, tmp_path, capsys):
-    """transformers removes all but the best at the end of a run with save_total_limit=1."""
+@pytest.mark.parametrize("saved", ["steps", "best"])
+def test_a_stopped_run_keeps_the_checkpoint_that_it_goes_on_from(tiny, tmp_path, saved):
+    """transformers removes all but the best at the end of a run with save_total_limit=1, and saves none else with
+    save_strategy "best"."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "eval_samples_per_second", "max_steps": 5}
+    settings |= {"save_strategy": saved}
     more = {"eval_dataset": tiny.pairs(2, seed=3), "callbacks": [StopAt(3)]}
     run = trainer(tiny, tmp_path, more=more, **settings)
     evaluate, scores = run.evaluate, iter((9.0, 1.0, 1.0))
@@ -351,6 +354,7 @@ def test_a_stopped_run_keeps_the_checkpoint_that_it_goes_on_from(tiny, tmp_path,
     with pytest.raises(SystemExit):
         run.train()
     assert {path.name for path in checkpoint.checkpoints(tmp_path)} == {"checkpoint-1", "checkpoint-3"}
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     trained = weights(run)
     again = trainer(tiny, tmp_path, more=more | {"callbacks": []}, **settings | {"max_steps": 3})
     again._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
