@@ -37,6 +37,8 @@ def merged_adapter(path: str | Path, load: Callable[[str], Any]) -> Any:
         latents = len(latent_token_ids(AutoTokenizer.from_pretrained(path)))
     add_embedding_tokens(model, RimeProcessor.from_pretrained(base).tokenizer, latents)
     merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    for parameter in merged.parameters():  # peft froze the base; now it is a model like any other
+        parameter.requires_grad_(parameter.is_floating_point())
     merged.name_or_path = merged.config._name_or_path = str(path)
     facts = read_facts(path)  # of the training: an adapter's folder has no config of the model
     if dims := facts.get("matryoshka_dimensions"):

@@ -93,6 +93,17 @@ def test_an_adapter_on_an_adapter_is_read_as_both(work):
     assert f"Started from: {work / 'first' / 'adapter'}" in (work / "out" / "README.md").read_text()
 
 
+def test_a_whole_model_is_trained_from_an_adapters_folder(work):
+    assert train(work, "--lora_rank", 2) == 0
+    (work / "out").rename(work / "first")
+    assert train(work, model="first/adapter") == 0
+    before, after = (load_file(work / name / "model.safetensors") for name in ("first", "out"))
+    assert {name for name in after if not torch.equal(before[name], after[name])} >= {
+        name for name in after if name.startswith("model.layers.") and name.endswith("weight")
+    }
+    assert all(p.requires_grad for p in DualModeModel.from_pretrained(work / "first" / "adapter").parameters())
+
+
 def test_an_adapters_folder_keeps_what_the_models_config_would(work):
     """Widths and the step of int8, which embed, eval and export read there."""
     assert train(work, "--lora_rank", 2, "--matryoshka_dims", 8, "--int8_weight", 1) == 0
