@@ -86,6 +86,8 @@ def _results(index: EmbeddingIndex, sides: list[Side], made: Encoded, k: int) ->
     for i, side in enumerate(sides):
         retrieved = []
         for score, row in zip(scores[i], rows[i], strict=True):
+            if row < 0:  # FAISS looked at fewer than k
+                break
             item = index.items[row] if index.items else {}
             known = {"text": item.get("text") or "", "id": item.get("id"), "paths": item.get("images", [])}
             retrieved.append({"row": row, "score": score} | known)

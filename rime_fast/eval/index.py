@@ -60,7 +60,7 @@ class EmbeddingIndex:
 
     def search(self, queries: torch.Tensor, k: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the nearest items of queries: (scores [n, k] fp32, rows [n, k] int64), best first, k at most N; equal
-        scores: the lower row first.
+        scores: the lower row first. Where FAISS looks at fewer than k rows (IVF), -inf and -1 stand in the last places.
 
         queries: [n, D'], unit rows; wider ones are cut to the index's D and normalised again (Matryoshka). Raises
         ValueError for narrower ones.
@@ -72,8 +72,8 @@ class EmbeddingIndex:
         queries = truncated(queries.float().cpu(), self.rows.shape[1])
         k = min(k, len(self))
         if self._faiss is not None:
-            scores, rows = self._faiss.search(queries.contiguous().numpy(), k)
-            return torch.from_numpy(scores), torch.from_numpy(rows)
+            scores, rows = map(torch.from_numpy, self._faiss.search(queries.contiguous().numpy(), k))
+            return scores.masked_fill(rows < 0, -torch.inf), rows
         best = queries.new_empty(len(queries), 0)
         places = torch.empty(len(queries), 0, dtype=torch.int64)
         for start in range(0, len(self), CHUNK):

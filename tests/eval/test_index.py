@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from rime_fast.cli.search import _results
+from rime_fast.data.records import Side
 from rime_fast.eval import index as module
+from rime_fast.eval.embedder import Encoded
 from rime_fast.eval.index import EmbeddingIndex, truncated
 
 
@@ -75,3 +78,16 @@ def test_an_unknown_faiss_factory_is_named():
     pytest.importorskip("faiss")
     with pytest.raises(ValueError, match="faiss is 'NoSuch'"):
         EmbeddingIndex(rows(3), faiss="NoSuch")
+
+
+def test_what_faiss_did_not_look_at_is_no_hit():
+    pytest.importorskip("faiss")
+    base = rows(400)
+    made = EmbeddingIndex(base, items=[{"text": str(i)} for i in range(400)], faiss="IVF8,Flat")
+    scores, places = made.search(base[:2], k=400)
+    assert 0 < int((places[0] >= 0).sum()) < 400
+    assert bool((scores[places < 0] == -torch.inf).all())
+    one = Encoded(base[:2], None, [0, 0], [True, True], [True, True], 0.0)
+    found = _results(made, [Side("a"), Side("b")], one, 400)
+    assert [hit["text"] for hit in found[0]["retrieved"]] == [str(i) for i in places[0].tolist() if i >= 0]
+    assert EmbeddingIndex(base, faiss="IVF400,Flat").margins(base[:1]).tolist() == [torch.inf]
