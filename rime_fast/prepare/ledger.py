@@ -89,10 +89,11 @@ class Ledger:
         self._files.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         batch: list[tuple[str, int, int]] = []
         name: tuple[str, int] | None = None
-        for start, line in _lines(path):
+        size = os.fstat(self._files[-1]).st_size  # another shard may be writing: what comes later is not read
+        for start, line in _lines(path, size):
             entry = _entry(line)
             if entry is None:
-                if start + len(line) < path.stat().st_size:
+                if start + len(line) < size:
                     raise ValueError(f"{path} is damaged at byte {start}; delete it to make its entries again")
                 break
             if (entry["batch"], entry["of"]) != name:
@@ -107,10 +108,10 @@ class Ledger:
         return done
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
     start = 0
     with path.open("rb") as stream:
-        for line in stream:
+        while line := stream.readline(size - start):
             yield start, line
             start += len(line)
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from rime_fast.prepare import ledger
+from rime_fast.prepare.ledger import Ledger
 from rime_fast.prepare.rewrite import rewrite_rows
 from rime_fast.prepare.rewrite_work import RewriteOptions
 from rime_fast.prepare.teachers import OpenAITeacher
@@ -198,3 +200,24 @@ def test_killed_runs_end_in_the_same_bytes(tmp_path, kills):
     assert set(stub.counts) == once
     # a kill costs at most the batch in flight
     assert len(stub.requests) <= len(once) + 2 * kills
+
+
+def test_a_ledger_that_grows_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
+    with Ledger(tmp_path, "0-of-2") as mine:
+        mine.append("a", [{"key": "1"}, {"key": "2"}])
+        mine.append("b", [{"key": "3"}])
+    file = tmp_path / "0-of-2.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])  # as far as the other shard's write has come
+    read = ledger._entry
+
+    def entry(line):
+        if not line.endswith(b"\n"):
+            file.write_bytes(whole)  # it has come further by the time the cut line is looked at
+        return read(line)
+
+    monkeypatch.setattr(ledger, "_entry", entry)
+    with Ledger(tmp_path, None) as seen:
+        assert ("1" in seen, "2" in seen, "3" in seen) == (True, True, False)
+    with Ledger(tmp_path, None) as seen:
+        assert seen["3"]["batch"] == "b"
