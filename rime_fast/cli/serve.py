@@ -82,7 +82,8 @@ def run(values: dict[str, Any]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again when it has drained
             signal.signal(number, lambda *_: None)
         uvicorn.Server(settings).run(sockets=[listener])
-    print("stopped; nothing was left waiting", flush=True)
+    left = f"{service.given_up} requests were given up" if service.given_up else "nothing was left waiting"
+    print(f"stopped; {left}", flush=True)
     return 0
 
 

@@ -52,7 +52,7 @@ class EmbeddingService:
 
     embedder: the model; used by one thread only. name: what clients call it. index, threshold: for mode "auto": an
     item whose first two places in the index (of disc rows) lie closer than ``threshold`` goes to mode gen.
-    max_queue: items that may wait. max_body: bytes.
+    max_queue: items that may wait. max_body: bytes. given_up: requests that a shutdown left without embeddings.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class EmbeddingService:
         self.metrics = Metrics()
         self.batcher = Batcher(self.encode, embedder.token_budget, max_queue, self.metrics.batch)
         self.metrics.queue.set_function(lambda: len(self.batcher))
+        self.given_up = 0
 
     def encode(self, mode: str, sides: list[Side]) -> list[Result]:
         """Encode a batch, on the batcher's thread."""
@@ -215,6 +216,10 @@ def make_app(service: EmbeddingService) -> Starlette:
             answer = await service.answer(request)
         except ApiError as error:
             code, answer = error.code, _error(error)
+        except asyncio.CancelledError:  # by uvicorn, when its time to finish what is under way is over
+            code = "shutting_down"
+            answer = _error(ApiError(503, code, "this server is stopping"))
+            service.given_up += 1
         except Exception as error:
             code = "internal_error"
             answer = _error(ApiError(500, code, f"{type(error).__name__}: {error}"))

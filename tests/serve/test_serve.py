@@ -370,3 +370,15 @@ def test_a_full_queue_a_kill_a_restart_and_a_drain(model_dir, embedder):
         torch.testing.assert_close(late.result(), embedder.encode(texts(99), mode="gen"), rtol=0, atol=1e-5)
     assert code == 0
     assert "stopped" in rest
+
+
+def test_what_the_time_to_drain_does_not_reach_is_refused_by_name(model_dir):
+    server = Server(model_dir, "--max_new_tokens", "300", "--token_budget", "400", "--drain_seconds", "0")
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(server.post, {"input": ["red"] * 200, "mode": "gen"})
+        while not json.loads(server.get("/health"))["waiting"] and not late.done():
+            pass
+        code, rest = server.stop()
+        status, answer = late.result()
+    assert (code, rest) == (0, "stopped; 1 requests were given up\n")
+    assert (status, answer["error"]["code"]) == (503, "shutting_down")
