@@ -200,8 +200,10 @@ class OpenAITeacher:
         text: Any = reply.content or ""
         if isinstance(text, list):  # parts, as some servers give them
             text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
-        tokens = answer.usage.completion_tokens if answer.usage else 0
-        return Completion(text, choices[0].finish_reason or "stop", tokens or 0)
+        if not isinstance(text, str):
+            raise RuntimeError(f"{self.client.base_url}: the answer's content is no text: {str(answer)[:200]}")
+        tokens = getattr(answer.usage, "completion_tokens", 0)
+        return Completion(text, str(choices[0].finish_reason or "stop"), tokens if isinstance(tokens, int) else 0)
 
 
 # --- vLLM ------------------------------------------------------------------------------------------------------------

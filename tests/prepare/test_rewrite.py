@@ -103,6 +103,22 @@ def test_an_answer_that_is_none_stops_with_what_came(tmp_path, body):
     assert not (tmp_path / "o.jsonl").exists()
 
 
+def test_fields_of_the_wrong_type_do_not_break_a_run(tmp_path):
+    """Servers that imitate OpenAI's give numbers as text, no counts, names of their own."""
+    whole = completion("Answer: a fine thing")
+
+    def run(body, name):
+        with serve(Stub(lambda request, seen: (200, body, {}))) as url:
+            return rewrite_rows(pairs(tmp_path / "p.jsonl", 2), teacher(url), tmp_path / name)
+
+    for i, usage in enumerate(("x", [1], {"completion_tokens": "12"})):
+        assert run({**whole, "usage": usage}, f"{i}.jsonl")["accepted"] == 3
+    assert run({**whole, "choices": [{**whole["choices"][0], "finish_reason": 3}]}, "f.jsonl")["rejected"] == {"3": 3}
+    for content in (5, {"text": "Answer: a fine thing"}):
+        with pytest.raises(RuntimeError, match=r"127\.0\.0\.1.*content is no text"):
+            run({**whole, "choices": [{"index": 0, "message": {"content": content}}]}, "c.jsonl")
+
+
 def test_chains_of_thought_and_the_frames_of_a_video(tmp_path):
     folder = tmp_path / "clip"
     folder.mkdir()
