@@ -12,6 +12,8 @@ mteb's subsets and prompts are not MMEB's: numbers of the two cannot be compared
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +25,7 @@ from mteb.types import PromptType
 
 from rime_fast.data.records import ImageSource, Side
 from rime_fast.data.templates import get_template
+from rime_fast.engine.fingerprint import fingerprint
 from rime_fast.model.token_names import MODES
 
 CHUNK = 256  # items given to the embedder at a time; it makes its own batches of them
@@ -32,6 +35,8 @@ class RimeMtebEncoder(AbsEncoder):
     """A RimeEmbedder behind mteb's encoder protocol.
 
     mode: "disc", "gen" or "latent". name: as "owner/model", for mteb's result files; the mode is added to it.
+    revision: mteb gives a task's old result back where name and revision are known to it; None takes a digest of all
+    that embeddings depend on (weights, template, pixels, and so on).
     instructions: whether mteb's task prompt goes in front of queries and of items of tasks without documents; documents
     never get one. frames: of a video (videos need torchcodec; without it only text and image tasks are offered).
     """
@@ -42,7 +47,7 @@ class RimeMtebEncoder(AbsEncoder):
         *,
         mode: str = "disc",
         name: str = "local/rime",
-        revision: str = "local",
+        revision: str | None = None,
         instructions: bool = True,
         frames: int = 8,
     ) -> None:
@@ -54,11 +59,14 @@ class RimeMtebEncoder(AbsEncoder):
         # what looks like a control token in a benchmark's text is escaped, not refused
         self.embedder.collator = copy.copy(embedder.collator)
         self.embedder.collator.template = get_template(embedder.collator.template, special_text="escape")
+        common, gen = fingerprint(self.embedder)
+        facts = [common, gen if mode == "gen" else {}, instructions, frames]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         modalities = ["text", "image"] + (["video"] if find_spec("torchcodec") else [])
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": f"{name}-{mode}",
-                "revision": revision,
+                "revision": revision or digest,
                 "modalities": modalities,
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "use_instructions": instructions,

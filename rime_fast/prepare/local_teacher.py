@@ -16,10 +16,10 @@ from torch import Tensor
 from rime_fast.data.collate import Collator
 from rime_fast.data.records import Part, Side
 from rime_fast.data.templates import IM_END, IM_START, Template, get_template
+from rime_fast.engine.fingerprint import model_hash
 from rime_fast.engine.rollout import generate_rollouts
 from rime_fast.engine.wrappers import dual_mode_of
 from rime_fast.eval.embedder import RimeEmbedder
-from rime_fast.eval.suites.cache import model_hash
 from rime_fast.model.dual_mode import DualModeModel
 from rime_fast.model.processor import RimeProcessor
 from rime_fast.model.token_names import GEN_TOKEN

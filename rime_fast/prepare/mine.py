@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from rime_fast.data.sources import write_rows
+from rime_fast.engine.fingerprint import fingerprint
 from rime_fast.eval.embedder import RimeEmbedder
 from rime_fast.eval.ranking import rank_candidates
-from rime_fast.eval.suites.cache import CHUNK, SideCache, check_meta, fingerprint
+from rime_fast.eval.suites.cache import CHUNK, SideCache, check_meta
 from rime_fast.prepare.content import ImageDigests, digest, open_reading, output_path, refuse_other
 from rime_fast.prepare.ledger import Ledger
 from rime_fast.prepare.mine_items import Items, MineOptions, Progress

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("mteb")
 
@@ -13,6 +17,7 @@ from mteb.results.task_result import TaskError
 from mteb.types import PromptType
 
 from rime_fast.cli import main
+from rime_fast.eval.embedder import RimeEmbedder
 from rime_fast.integrations.mteb import RimeMtebEncoder
 from tests.eval.suites.test_command import model
 from tests.eval.suites.test_run import tiny_embedder
@@ -90,3 +95,32 @@ def test_from_the_command_line(encoder, model, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert main([*words[:2], "NoSuchTask", *words[3:]]) == 2
     assert "NoSuchTask" in capsys.readouterr().err
+
+
+def test_a_result_of_another_model_is_not_given_back(encoder, model, tmp_path, monkeypatch, capsys):
+    """mteb keeps results by name and revision: folders may have one name, and a folder other weights."""
+    chosen = mock_tasks(encoder)
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [one for one in chosen if one.metadata.name in tasks])
+    asked = []
+    monkeypatch.setattr(RimeEmbedder, "encode", lambda self, items, mode: asked.append(1) or torch.ones(len(items), 4))
+    first, second = tmp_path / "a" / "final", tmp_path / "b" / "final"
+    for folder, scale in ((first, 1.0), (second, 0.5)):
+        shutil.copytree(model, folder)
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {name: scale * value for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+
+    def calls(*models, **more):
+        words = [word for pair in more.items() for word in (f"--{pair[0]}", str(pair[1]))]
+        words += ["--mteb", "MockRetrievalTask", "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+        before = len(asked)
+        assert main(["eval", *words, "--model", *map(str, models)]) == 0
+        return len(asked) - before
+
+    once = calls(first, modes="disc")
+    assert once > 0
+    assert calls(first, second, modes="disc") == once
+    assert calls(first, second, modes="disc") == 0
+    assert calls(first, modes="gen", max_new_tokens=2) == once
+    assert calls(first, modes="gen", max_new_tokens=3) == once

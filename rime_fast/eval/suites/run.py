@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from rime_fast import __version__
+from rime_fast.engine.fingerprint import fingerprint
 from rime_fast.eval.budget import budget_points
 from rime_fast.eval.index import truncated
 from rime_fast.eval.metrics import mean_cosine
 from rime_fast.eval.ranking import TIES
-from rime_fast.eval.suites.cache import CHUNK, SideCache, Stored, check_meta, data_hash, fingerprint
+from rime_fast.eval.suites.cache import CHUNK, SideCache, Stored, check_meta, data_hash
 from rime_fast.eval.suites.check import gaps
 from rime_fast.eval.suites.result import SuiteResult, TaskResult, write_scores
 from rime_fast.eval.suites.score import CellScore, score_cell
